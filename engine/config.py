@@ -1,0 +1,180 @@
+"""The frozen configuration of a run, each value with its help text, and its YAML form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from engine.trial import Fidelity, UsageError, fidelity_from_json, fidelity_to_json
+
+T = TypeVar("T")
+
+
+def option(default: T, text: str) -> T:
+    """A field with its default and the text that `--help` prints."""
+    return field(default=default, metadata={"help": text})  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What the results of a run depend on. Fixed for the life of a run folder; the defaults are the demo."""
+
+    space: str = option("nasbench201:channels=8,cells=1", "search space: NAME[:option=value,...] or FILE.py:NAME")
+    data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
+    valid_fraction: float = option(0.2, "part of the training images kept for validation")
+    method: str = option("mfkd", "search method")
+    teacher: str = option(
+        "auto", "auto (train the largest member of the space), a weights FILE, ARCHITECTURE of the space to train, "
+        "or torchvision:NAME to train"
+    )
+    teacher_epochs: int = option(8, "epochs that a teacher trained by the run gets")
+    low: Fidelity = option(
+        Fidelity("low", Fraction(1, 4), 6, kd_loss="kd+at"), "the cheap judgement that every candidate starts with"
+    )
+    high: Fidelity = option(Fidelity("high", Fraction(1), 8), "the full judgement that the winner is named by")
+    kd_temperature: float = option(4.0, "softmax temperature of the distillation term")
+    ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
+    kd_weight: float = option(1.0, "weight of the softmax-temperature term (times T^2)")
+    at_weight: float = option(1000.0, "weight of attention transfer, summed over stages (RepDistiller's beta)")
+    nst_weight: float = option(50.0, "weight of neuron-selectivity transfer, summed over stages (RepDistiller's beta)")
+    hint_weight: float = option(100.0, "weight of the hint loss (RepDistiller's beta)")
+    similarity_weight: float = option(3000.0, "weight of similarity preservation (RepDistiller's beta)")
+    batch_size: int = option(64, "images per step")
+    lr: float = option(0.1, "peak learning rate of SGD; cosine decay to 0")
+    momentum: float = option(0.9, "Nesterov momentum of SGD")
+    weight_decay: float = option(5e-4, "weight decay of SGD")
+    amp_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "precision of the forward pass; auto is bfloat16 on CUDA and float32 on CPU"
+    )
+    data_backend: Literal["dali", "resident", "synthetic"] = option("dali", "what feeds the training")
+    max_macs: float = option(float("inf"), "propose only architectures with at most so many multiply-accumulates")
+    max_params: float = option(float("inf"), "propose only architectures with at most so many parameters")
+    seed: int = option(0, "seed of everything: data split, subsets, weights, order, augmentation, surrogate")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """When to stop. Counted over the whole life of a run folder; the first limit reached wins; may be raised later."""
+
+    max_low: int = option(24, "low-fidelity evaluations")
+    max_high: int = option(6, "full-fidelity evaluations")
+    gpu_hours: float = option(float("inf"), "hours of worker time, summed over the workers")
+    wall_time: float = option(float("inf"), "hours of this call; a search stopped by it goes on at the next call")
+    target_accuracy: float = option(1.0, "stop when a full-fidelity validation accuracy (0..1) reaches this")
+    max_failures: int = option(10, "stop with exit code 4 after so many failed evaluations in a row")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Where a run takes place. May differ from call to call."""
+
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto takes the GPUs there are, else the CPU cores")
+    gpus: str = option("auto", "auto, a count (8), or a choice among the visible (0,2)")
+    students_per_gpu: int = option(1, "worker processes that share one GPU")
+    workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
+    trial_timeout: float = option(float("inf"), "seconds after which an evaluation is given up")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a policy is told of a run: its method, the fidelities it may ask for, how many of each, and a seed.
+
+    `lows` holds the low fidelities, the main one first; most methods use that one only. Repeats of the best few
+    (the same architecture at full fidelity with another seed) count towards `max_high`.
+    """
+
+    lows: tuple[Fidelity, ...]
+    high: Fidelity
+    method: str = "mfkd"
+    max_low: int = 24
+    max_high: int = 6
+    seed: int = 0
+
+
+def plan(study: Study, budget: Budget) -> Plan:
+    return Plan((study.low,), study.high, study.method, budget.max_low, budget.max_high, study.seed)
+
+
+def check(study: Study, budget: Budget, resources: Resources) -> None:
+    """Raises UsageError for values that cannot work, before anything is started."""
+    for name, value, least in (
+        ("batch-size", study.batch_size, 1),
+        ("teacher-epochs", study.teacher_epochs, 1),
+        ("max-low", budget.max_low, 0),
+        ("max-high", budget.max_high, 1),
+        ("max-failures", budget.max_failures, 1),
+        ("workers", resources.workers, 0),
+        ("students-per-gpu", resources.students_per_gpu, 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}")
+    for name, number in (
+        ("kd-temperature", study.kd_temperature),
+        ("lr", study.lr),
+        ("gpu-hours", budget.gpu_hours),
+        ("wall-time", budget.wall_time),
+        ("trial-timeout", resources.trial_timeout),
+        ("max-macs", study.max_macs),
+        ("max-params", study.max_params),
+    ):
+        if not number > 0:
+            raise UsageError(f"--{name} is {number}; it must be over 0")
+    if not 0 < study.valid_fraction < 1:
+        raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be between 0 and 1")
+    if study.high.kd_loss != "none" and study.low.kd_loss == "none":
+        raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
+
+
+def to_dict(config: Study | Budget | Resources) -> dict[str, Any]:
+    """Plain values, as in YAML: fidelities as mappings without their name, fractions as text."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, Fidelity):
+            value = {key: entry for key, entry in fidelity_to_json(value).items() if key != "name"}
+        values[item.name] = value
+    return values
+
+
+def study_from_dict(values: dict[str, Any]) -> Study:
+    fidelities = {key: fidelity_from_json({"name": key, **values[key]}) for key in ("low", "high")}
+    return Study(**{**values, **fidelities})
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def fix(run_dir: Path, study: Study, budget: Budget, slots: int) -> int:
+    """Writes config.yaml into a run folder; refuses a study that differs from the one already there.
+
+    `slots` is how many trials may be open at once. Decisions depend on it, so the first call's value holds for the
+    life of the run, whatever machine continues it; it is returned.
+    """
+    path = run_dir / "config.yaml"
+    if path.exists():
+        stored = yaml.safe_load(path.read_text())
+        before, now = dict(flatten(stored["study"])), dict(flatten(to_dict(study)))
+        changed = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
+        if changed:
+            raise UsageError(
+                f"{run_dir} holds a search with other settings ({'; '.join(changed)}); "
+                "repeat its settings to continue it, or choose another --run-dir"
+            )
+        slots = stored["slots"]
+    content = {"study": to_dict(study), "budget": to_dict(budget), "slots": slots}
+    aside = path.with_suffix(".tmp")
+    aside.write_text(yaml.safe_dump(content, sort_keys=False))
+    aside.replace(path)
+    return slots

@@ -1,0 +1,139 @@
+"""The only truth of a run: an append-only JSONL file with one writer, synced per line."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from engine.trial import (
+    EngineError,
+    Evaluation,
+    Trial,
+    UsageError,
+    evaluation_from_json,
+    evaluation_to_json,
+    trial_from_json,
+    trial_to_json,
+)
+
+SCHEMA = 1
+
+
+@dataclass
+class History:
+    """What a policy sees: answers in the order in which they count, and the questions still open.
+
+    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search.py).
+    """
+
+    answered: list[Evaluation] = field(default_factory=list)
+    pending: list[Trial] = field(default_factory=list)
+
+    @property
+    def asked(self) -> int:
+        return len(self.answered) + len(self.pending)
+
+    def seconds(self) -> float:
+        """Worker seconds that the answers took."""
+        return sum(evaluation.seconds for evaluation in self.answered)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a journal holds: every trial asked, by number, and the answers that came, by trial number."""
+
+    asked: list[Trial]
+    answers: dict[int, Evaluation]
+
+
+class Journal:
+    """Appends to a journal; holds its lock from `__enter__` to `__exit__`.
+
+    Two kinds of line: {"asked": trial} and {"answered": evaluation}. The first line is {"journal": SCHEMA}.
+    A line cut short by a crash is the last one, and is removed at the next opening; a broken line elsewhere is
+    an error, since something other than this program wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Journal:
+        self._file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UsageError(
+                f"another search is running in {self.path.parent}; wait for it, or choose another --run-dir"
+            ) from None
+        self._drop_torn_tail()
+        if self._file.seek(0, os.SEEK_END) == 0:
+            self._append({"journal": SCHEMA})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def ask(self, trials: Iterable[Trial]) -> None:
+        """Records questions, before they are put to a worker."""
+        for trial in trials:
+            self._append({"asked": trial_to_json(trial)})
+
+    def answer(self, evaluation: Evaluation) -> None:
+        self._append({"answered": evaluation_to_json(evaluation)})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None, "the journal is not open"
+        self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _drop_torn_tail(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            self._file.truncate(whole)
+            self._file.seek(whole)
+
+
+def read(path: Path) -> Record:
+    """The content of a journal. A second answer to the same trial (of a worker thought lost) is passed over.
+
+    Raises EngineError naming the line where the file cannot be understood.
+    """
+    asked: list[Trial] = []
+    answers: dict[int, Evaluation] = {}
+    if not path.exists():
+        return Record(asked, answers)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break  # cut short by a crash; dropped when a search opens the journal
+            try:
+                entry = json.loads(line)
+                if "asked" in entry:
+                    asked.append(trial_from_json(entry["asked"]))
+                elif "answered" in entry:
+                    evaluation = evaluation_from_json(entry["answered"])
+                    answers.setdefault(evaluation.trial.number, evaluation)
+                elif entry["journal"] != SCHEMA:
+                    raise EngineError(
+                        f"{path} has journal format {entry['journal']}, this version reads {SCHEMA}; "
+                        "use the version that wrote it, or another --run-dir"
+                    )
+            except (ValueError, KeyError, TypeError) as error:
+                raise EngineError(
+                    f"{path}, line {number}: not a line that this program wrote ({error}); restore the file from a copy"
+                ) from error
+    return Record(asked, answers)

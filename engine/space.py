@@ -1,0 +1,216 @@
+"""Search spaces: named choices, their encoding as arrays, and the candidates that a policy chooses among."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.trial import Architecture, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IntMatrix = npt.NDArray[np.int8]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision of a space. `ordinal`: the options are ordered (depth, width); else they are operations."""
+
+    name: str
+    options: tuple[str | int | float, ...]
+    ordinal: bool = False
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Named choices and how to build what they describe.
+
+    build(choices, classes, width) returns an nn.Module whose forward takes images (N, 3, H, W) and returns
+    (logits (N, classes), [stage features (N, C_i, H_i, W_i)], coarse last).
+    cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form; without it
+    (None) both are counted on built networks, which is slow: a random pool then stands for the space.
+    canonical(choices) maps every member of a class of identical networks to one of them.
+    `resolution` is the input size, in pixels, at which MACs are quoted.
+    """
+
+    name: str
+    choices: tuple[Choice, ...]
+    build: Callable[[tuple[int, ...], int, float], nn.Module]
+    cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
+    canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+
+    def __len__(self) -> int:
+        return int(np.prod([len(choice.options) for choice in self.choices], dtype=object))
+
+    @cached_property
+    def radices(self) -> tuple[int, ...]:
+        return tuple(len(choice.options) for choice in self.choices)
+
+    def check(self, architecture: Architecture) -> Architecture:
+        """The architecture itself if it belongs to the space; UsageError says what does not fit."""
+        if len(architecture.choices) != len(self.choices):
+            raise UsageError(
+                f"architecture {architecture} has {len(architecture.choices)} choices, {self.name} has {len(self.choices)}"
+            )
+        for value, choice in zip(architecture.choices, self.choices, strict=True):
+            if not 0 <= value < len(choice.options):
+                raise UsageError(
+                    f"architecture {architecture}: {choice.name} is {value}, must be 0 to {len(choice.options) - 1}"
+                )
+        return architecture
+
+    def index(self, architecture: Architecture) -> int:
+        """Mixed-radix number of an architecture, first choice most significant."""
+        number = 0
+        for value, radix in zip(self.check(architecture).choices, self.radices, strict=True):
+            number = number * radix + value
+        return number
+
+    def at(self, index: int) -> Architecture:
+        """The architecture of a number: the inverse of `index`."""
+        if not 0 <= index < len(self):
+            raise UsageError(f"index {index} is outside {self.name}, which has {len(self)} architectures")
+        values = []
+        for radix in reversed(self.radices):
+            index, value = divmod(index, radix)
+            values.append(value)
+        return Architecture(tuple(reversed(values)))
+
+    def sample(self, count: int, seed: int) -> list[Architecture]:
+        """`count` architectures, uniform, with replacement."""
+        rng = np.random.default_rng(seed)
+        return [Architecture(tuple(int(rng.integers(radix)) for radix in self.radices)) for _ in range(count)]
+
+    def all(self) -> IntMatrix:
+        """Every architecture as a row of option indices (len(self), d), in the order of `index`."""
+        grid = np.indices(self.radices, dtype=np.int8)
+        return np.ascontiguousarray(grid.reshape(len(self.radices), -1).T)
+
+    def encode(self, choices: IntMatrix) -> npt.NDArray[np.float32]:
+        """Features (n, f) of architectures (n, d): an ordinal choice is one column scaled to 0..1, a choice among
+        operations is one-hot, and operations that several choices share are counted (all scaled to 0..1)."""
+        columns: list[npt.NDArray[np.float32]] = []
+        counts: dict[str, npt.NDArray[np.float32]] = {}
+        for position, choice in enumerate(self.choices):
+            values = choices[:, position]
+            if choice.ordinal:
+                columns.append((values / max(len(choice.options) - 1, 1)).astype(np.float32))
+                continue
+            for option, name in enumerate(choice.options):
+                hot = (values == option).astype(np.float32)
+                columns.append(hot)
+                counts[str(name)] = counts[str(name)] + hot if str(name) in counts else hot.copy()
+        columns += [count / len(self.choices) for count in counts.values()]
+        return np.stack(columns, axis=1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a policy may propose: option indices (n, d), features (n, f), MACs and parameters (n,).
+
+    The rows of a whole space, of the part of it that meets the constraints, or of a table of recorded results.
+    """
+
+    choices: npt.NDArray[Any]
+    features: npt.NDArray[np.float32]
+    macs: FloatArray
+    params: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def architecture(self, row: int) -> Architecture:
+        return Architecture(tuple(int(value) for value in self.choices[row]))
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
+        return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
+
+    @cached_property
+    def rows(self) -> dict[bytes, int]:
+        """Row of each architecture, by the bytes of its choices (see `row`). Built once, at the first look-up."""
+        return {bytes(line): row for row, line in enumerate(np.ascontiguousarray(self.choices).view(np.uint8))}
+
+    def row(self, architecture: Architecture) -> int | None:
+        """The row of an architecture, None where it is not among the candidates."""
+        return self.rows.get(np.asarray(architecture.choices, dtype=self.choices.dtype).tobytes())
+
+
+# A space without a closed form for its cost is represented by this many random members.
+POOL_WITHOUT_COST = 512
+
+
+def candidates(space: SearchSpace, classes: int, width: float, resolution: int, seed: int = 0) -> Candidates:
+    """All members of a space, one of each class of identical networks, with their MACs and parameters.
+
+    Without a closed form for the cost the candidates are `POOL_WITHOUT_COST` random members, each built once on
+    the meta device to count its operations.
+    """
+    if space.cost is None:
+        from engine.networks import count_cost  # torch, only here
+
+        pool = sorted({a.choices for a in space.sample(POOL_WITHOUT_COST, seed)})
+        choices = np.array(pool, dtype=np.int8)
+        counted = [count_cost(space.build(row, classes, width), resolution) for row in pool]
+        macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
+    else:
+        choices = space.all()
+        if space.canonical is not None:
+            keep = np.array([space.canonical(tuple(row)) == tuple(row) for row in choices.tolist()])
+            choices = choices[keep]
+        macs, params = space.cost(choices, classes, width, resolution)
+    return Candidates(choices, space.encode(choices), macs, params)
+
+
+def load_space(spec: str) -> SearchSpace:
+    """The space that a command line names: `NAME`, `NAME:option=value,...`, or `FILE.py:NAME`.
+
+    NAME is a module of engine.spaces, whose function of the same name makes the space from its options; in a
+    user's file NAME is a SearchSpace or a function that returns one.
+    """
+    from engine.spaces import SPACES
+
+    head, _, tail = spec.partition(":")
+    if head.endswith(".py"):
+        return _from_file(Path(head), tail)
+    if head not in SPACES:
+        raise UsageError(f"no space '{head}'; built in are {', '.join(sorted(SPACES))}, your own is FILE.py:NAME")
+    make = SPACES[head]
+    parameters = inspect.signature(make).parameters
+    options: dict[str, Any] = {}
+    for part in filter(None, tail.split(",")):
+        key, _, value = part.partition("=")
+        if key not in parameters:
+            raise UsageError(f"space {head} has no option '{key}'; it has {', '.join(parameters)}")
+        kind = type(parameters[key].default)
+        try:
+            options[key] = kind(value)
+        except ValueError:
+            raise UsageError(f"space {head}: {key}={value!r} is not {kind.__name__}") from None
+    return make(**options)
+
+
+def _from_file(path: Path, name: str) -> SearchSpace:
+    if not path.is_file():
+        raise UsageError(f"no file {path}; --space takes FILE.py:NAME")
+    if not name:
+        raise UsageError(f"say which name of {path} is the space: {path}:NAME")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if callable(found) and not isinstance(found, SearchSpace):
+        found = found()
+    if not isinstance(found, SearchSpace):
+        raise UsageError(f"{path} has no SearchSpace called '{name}', nor a function that returns one")
+    return found

@@ -1,0 +1,163 @@
+"""The words of a search: Architecture, Fidelity, Trial (a question), Evaluation (a measurement), and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
+Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout"]
+
+
+class EngineError(Exception):
+    """An error that a user can act on: its text says what to do, `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class UsageError(EngineError):
+    """Flags or configuration that cannot be used together, or at all."""
+
+    exit_code = 2
+
+
+class EnvironmentUnusable(EngineError):
+    """Data missing or unreadable, no such device, a dependency that does not load."""
+
+    exit_code = 3
+
+
+class NoWinner(EngineError):
+    """Too many evaluations failed, or none can be called the winner."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A point of a search space: one option index per choice."""
+
+    choices: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Digits joined by '-', the form that commands take and print."""
+        return "-".join(map(str, self.choices))
+
+    @classmethod
+    def parse(cls, text: str) -> Architecture:
+        """The inverse of `str`; raises UsageError for anything else."""
+        try:
+            return cls(tuple(int(part) for part in text.split("-")))
+        except ValueError:
+            raise UsageError(f"'{text}' is no architecture; write option indices joined by '-', like 3-0-2") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How thoroughly an architecture is judged.
+
+    `fraction` of the training images, for `epochs` passes, at a `width` multiplier and a `resolution` in pixels
+    (0: the data's own), with the distillation terms named by `kd_loss`.
+    """
+
+    name: str
+    fraction: Fraction = Fraction(1)
+    epochs: int = 10
+    width: float = 1.0
+    resolution: int = 0
+    kd_loss: KDLoss = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be over 0 and at most 1")
+        if self.epochs < 1:
+            raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 1")
+        if self.width <= 0:
+            raise UsageError(f"{self.name}.width is {self.width}; it must be over 0")
+        if self.resolution < 0:
+            raise UsageError(f"{self.name}.resolution is {self.resolution}; it is in pixels, 0 for the data's own")
+
+    def cost(self) -> float:
+        """Passes over the full training set that it takes: what its price is proportional to, all else equal."""
+        return float(self.fraction) * self.epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A question: how good is `architecture`, judged at `fidelity` with `seed`? `number` is its place in the run."""
+
+    number: int
+    architecture: Architecture
+    fidelity: Fidelity
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """What the answer depends on, without the number: the same question has the same key in every run."""
+        question = json.dumps([self.architecture.choices, fidelity_to_json(self.fidelity), self.seed])
+        return hashlib.sha256(question.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A measurement: the trial, how it ended, accuracy in 0..1 on the validation part, and what it cost.
+
+    `seconds` is the wall time of the whole evaluation on its worker; `costs` splits it (train, teacher, data,
+    evaluate, setup; seconds) and holds images_per_s and peak_memory_bytes. `test_accuracy` is known in tables of
+    recorded results only: a search reads the test part once, for its winner. No policy looks at it. `error` says
+    why a status is not "ok".
+    """
+
+    trial: Trial
+    status: Status
+    accuracy: float = 0.0
+    test_accuracy: float | None = None
+    seconds: float = 0.0
+    costs: dict[str, float] = field(default_factory=dict)
+    macs: int = 0
+    params: int = 0
+    device: str = ""
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
+    return {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction)}
+
+
+def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
+    return Fidelity(**{**data, "fraction": Fraction(data["fraction"])})
+
+
+def trial_to_json(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "architecture": list(trial.architecture.choices),
+        "fidelity": fidelity_to_json(trial.fidelity),
+        "seed": trial.seed,
+    }
+
+
+def trial_from_json(data: dict[str, Any]) -> Trial:
+    return Trial(
+        number=data["number"],
+        architecture=Architecture(tuple(data["architecture"])),
+        fidelity=fidelity_from_json(data["fidelity"]),
+        seed=data["seed"],
+    )
+
+
+def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
+    fields = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)}
+    return {**fields, "trial": trial_to_json(evaluation.trial)}
+
+
+def evaluation_from_json(data: dict[str, Any]) -> Evaluation:
+    return Evaluation(**{**data, "trial": trial_from_json(data["trial"])})
