@@ -1,0 +1,125 @@
+"""How good a ranking or an interval is: rank correlations, partial correlation, bootstrap, coverage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+_Z = np.linspace(-6.0, 6.0, 4801)
+_CDF = np.array([0.5 * (1.0 + math.erf(z / math.sqrt(2.0))) for z in _Z])
+
+
+def normal_cdf(z: npt.ArrayLike) -> Array:
+    """P(Z < z) of a standard normal, to 1e-6."""
+    return np.interp(np.asarray(z, dtype=np.float64), _Z, _CDF)
+
+
+def normal_quantile(p: npt.ArrayLike) -> Array:
+    """The inverse of `normal_cdf`, within -6..6."""
+    return np.interp(np.asarray(p, dtype=np.float64), _CDF, _Z)
+
+
+def ranks(values: npt.ArrayLike) -> Array:
+    """Ranks 1..n (n,), ties sharing their mean rank."""
+    values = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2.0)[inverse], dtype=np.float64)
+
+
+def normal_scores(values: npt.ArrayLike) -> Array:
+    """Ranks mapped to normal quantiles (n,): mean about 0, and deaf to the scale and to outliers of `values`."""
+    rank = ranks(values)
+    return normal_quantile((rank - 0.5) / len(rank)) if len(rank) else rank
+
+
+def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Correlation of ranks, -1..1; 0 where one of them is constant."""
+    return pearson(ranks(a), ranks(b))
+
+
+def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Linear correlation, -1..1; 0 where one of them is constant."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 0 else 0.0
+
+
+def kendall_tau(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Kendall's tau-b of two sequences (n,), -1..1, in O(n log n) (Knight 1966); 0 where one is constant."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"kendall_tau needs two sequences of one length, got {x.shape} and {y.shape}")
+    n = len(x)
+    order = np.lexsort((y, x))
+    x, y = x[order], np.unique(y[order], return_inverse=True)[1]
+    pairs = n * (n - 1) / 2
+    tied_x, tied_y = _tied_pairs(x), _tied_pairs(np.sort(y))
+    same_x = np.flatnonzero(np.concatenate(([True], x[1:] != x[:-1]))) if n else np.zeros(0, dtype=np.intp)
+    tied_both = sum(_tied_pairs(group) for group in np.split(y, same_x[1:])) if tied_x and tied_y else 0.0
+    discordant = _inversions(y)
+    concordant = pairs - tied_x - tied_y + tied_both - discordant
+    scale = math.sqrt((pairs - tied_x) * (pairs - tied_y))
+    return (concordant - discordant) / scale if scale > 0 else 0.0
+
+
+def _tied_pairs(values: npt.NDArray[np.generic]) -> float:
+    """Pairs of equal neighbours' groups in a sorted sequence."""
+    edges = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1], [True])))
+    runs = np.diff(edges).astype(np.float64)
+    return float((runs * (runs - 1) / 2).sum())
+
+
+def _inversions(values: npt.NDArray[np.int64]) -> float:
+    """Pairs i < j with values[i] > values[j]: merge sort, one numpy pass per level."""
+    n = len(values)
+    if n < 2:
+        return 0.0
+    values = values.astype(np.int64)
+    count, width, span = 0, 1, int(values.max()) + 1
+    while width < n:
+        # Sort all blocks of 2 * width at once: the block's number is the leading digit of the key.
+        position = np.arange(n)
+        key = (position // (2 * width)) * span + values
+        order = np.argsort(key, kind="stable")
+        right = (order // width) % 2 == 1
+        # A right element passes every left one of its block that is greater: those sorted after it.
+        left_total = np.minimum(width, n - (order // (2 * width)) * 2 * width)
+        left_seen = np.cumsum(~right)
+        before = (order // (2 * width)) * width  # lefts of earlier blocks: every one of them is full
+        count += int((left_total - (left_seen - before))[right].sum())
+        values = values[order]
+        width *= 2
+    return float(count)
+
+
+def partial_tau(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> float:
+    """Kendall's tau of `a` and `b` with `given` held fixed (Kendall 1942), -1..1; 0 where it is undefined."""
+    ab, ag, bg = kendall_tau(a, b), kendall_tau(a, given), kendall_tau(b, given)
+    scale = math.sqrt(max(0.0, (1 - ag * ag) * (1 - bg * bg)))
+    return (ab - ag * bg) / scale if scale > 1e-12 else 0.0
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *samples: npt.ArrayLike, level: float = 0.9, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of `statistic(*samples)`, its samples (n,) redrawn together with replacement."""
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    rng = np.random.default_rng(seed)
+    n = len(arrays[0])
+    values = [statistic(*(array[pick] for array in arrays)) for pick in rng.integers(n, size=(draws, n))]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def coverage(truth: npt.ArrayLike, mean: npt.ArrayLike, std: npt.ArrayLike, level: float = 0.9) -> float:
+    """Part of `truth` (n,) inside the central normal interval of that level: `level` where it is calibrated."""
+    half = float(normal_quantile(0.5 + level / 2)) * np.asarray(std, dtype=np.float64)
+    inside = np.abs(np.asarray(truth, dtype=np.float64) - np.asarray(mean, dtype=np.float64)) <= half
+    return float(inside.mean())
