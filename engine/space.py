@@ -59,9 +59,8 @@ class SearchSpace:
     def check(self, architecture: Architecture) -> Architecture:
         """The architecture itself if it belongs to the space; UsageError says what does not fit."""
         if len(architecture.choices) != len(self.choices):
-            raise UsageError(
-                f"architecture {architecture} has {len(architecture.choices)} choices, {self.name} has {len(self.choices)}"
-            )
+            count = len(architecture.choices)
+            raise UsageError(f"architecture {architecture} has {count} choices, {self.name} has {len(self.choices)}")
         for value, choice in zip(architecture.choices, self.choices, strict=True):
             if not 0 <= value < len(choice.options):
                 raise UsageError(
@@ -110,7 +109,7 @@ class SearchSpace:
                 hot = (values == option).astype(np.float32)
                 columns.append(hot)
                 counts[str(name)] = counts[str(name)] + hot if str(name) in counts else hot.copy()
-        columns += [count / len(self.choices) for count in counts.values()]
+        columns += [count / np.float32(len(self.choices)) for count in counts.values()]
         return np.stack(columns, axis=1)
 
 
@@ -156,11 +155,14 @@ def candidates(space: SearchSpace, classes: int, width: float, resolution: int, 
     the meta device to count its operations.
     """
     if space.cost is None:
-        from engine.networks import count_cost  # torch, only here
+        from torch import device  # torch, only here
+
+        from engine.networks import count_cost
 
         pool = sorted({a.choices for a in space.sample(POOL_WITHOUT_COST, seed)})
         choices = np.array(pool, dtype=np.int8)
-        counted = [count_cost(space.build(row, classes, width), resolution) for row in pool]
+        with device("meta"):
+            counted = [count_cost(space.build(row, classes, width), resolution) for row in pool]
         macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
     else:
         choices = space.all()
@@ -199,13 +201,22 @@ def load_space(spec: str) -> SearchSpace:
     return make(**options)
 
 
+def space_name(make: Callable[..., SearchSpace], **options: int | float) -> str:
+    """What `load_space` reads to make this space again: `NAME`, or `NAME:option=value,...` of options not at their
+    default."""
+    parameters = inspect.signature(make).parameters
+    given = [f"{key}={value:g}" for key, value in options.items() if value != parameters[key].default]
+    return ":".join([make.__name__, *([",".join(given)] if given else [])])
+
+
 def _from_file(path: Path, name: str) -> SearchSpace:
     if not path.is_file():
         raise UsageError(f"no file {path}; --space takes FILE.py:NAME")
     if not name:
         raise UsageError(f"say which name of {path} is the space: {path}:NAME")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, name, None)

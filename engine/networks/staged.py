@@ -1,0 +1,53 @@
+"""What every student has in common: a stem, stages that end at the tapped features, a head that gives logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Staged(nn.Module):
+    """forward(images (N, 3, H, W)) returns (logits (N, classes), [stage outputs (N, C_i, H_i, W_i)], coarse last).
+
+    A feature is a stage's output exactly as the next stage reads it, and nothing may change it in place later: the
+    first layer of the next stage, and of the head, must not be an in-place one.
+    """
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], head: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.head = head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value = self.stem(images)
+        features = []
+        for stage in self.stages:
+            value = stage(value)
+            features.append(value)
+        return self.head(value), features
+
+
+def conv_bn(
+    c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, activation: nn.Module | None = None
+) -> nn.Sequential:
+    """Convolution without bias, padded so that size / stride rounds up, BatchNorm, then `activation` if given."""
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([activation] if activation else []))
+
+
+def pooled_classifier(channels: int, classes: int) -> nn.Sequential:
+    """Global average pooling and a linear layer: (N, channels, H, W) of any size to (N, classes)."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def he_init(network: nn.Module) -> None:
+    """Normal weights of variance 2 / fan-in for convolutions (He et al. 2015, eq. 10).
+
+    Fan-in, because a depthwise convolution has 9 inputs a channel while torch takes its fan-out to be 9 times all
+    channels, which would start it a hundredfold too small.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")

@@ -1,0 +1,68 @@
+"""Channel counts and operation counts that the spaces share: plain numbers, no torch.
+
+MACs are multiply-accumulates of convolutions and of the classifier; normalisation, activations, pooling and
+additions are not counted. It is the convention of `engine.networks.count_cost`, which the tests hold against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+# (MACs, parameters) in float64, exact up to 2**53.
+Cost = npt.NDArray[np.float64]
+
+MIN_CHANNELS = 8
+
+
+def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, norm: bool = True) -> Cost:
+    """Cost (2,) of a convolution without bias whose output is size x size pixels, with its BatchNorm if `norm`."""
+    weights = c_in // groups * c_out * kernel**2
+    return np.array([weights * size**2, weights + 2 * c_out * norm], dtype=np.float64)
+
+
+def linear_cost(c_in: int, c_out: int) -> Cost:
+    """Cost (2,) of a linear layer with bias; the addition of the bias is no MAC."""
+    return np.array([c_in * c_out, c_in * c_out + c_out], dtype=np.float64)
+
+
+def strided(size: int, stride: int = 2) -> int:
+    """Output size, in pixels, of a padded 3x3 convolution: odd sizes round up, 1 stays 1."""
+    return -(-size // stride)
+
+
+def rounded(channels: float, multiple: int) -> int:
+    """The nearest multiple, at least 8, and not more than a tenth below (as in the code of MobileNetV2)."""
+    nearest = max(MIN_CHANNELS, int(channels + multiple / 2) // multiple * multiple)
+    return nearest if nearest >= 0.9 * channels else nearest + multiple
+
+
+def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ...]:
+    """Channel counts of the options of one choice at a width multiplier, rounded and strictly increasing.
+
+    A small multiplier rounds neighbours to the same count; the wider one is then a multiple wider, so that two
+    options are never the same network.
+    """
+    counts: list[int] = []
+    for base in bases:
+        channels = rounded(base * width, multiple)
+        counts.append(max(channels, counts[-1] + multiple) if counts else channels)
+    return tuple(counts)
+
+
+def chain_cost(choices: npt.NDArray[np.integer], tables: Sequence[npt.NDArray[np.float64]]) -> Cost:
+    """Costs (2, n) of architectures (n, 2 * stages) made of stages in a row.
+
+    Columns 2i and 2i + 1 hold the depth and the width option of stage i, and tables[i][:, previous width, depth,
+    width] its cost: a stage depends on the rest through the width of its input only (tables[0] has one such).
+    """
+    total = np.zeros((2, len(choices)))
+    previous = np.zeros(len(choices), dtype=np.intp)
+    for stage, table in enumerate(tables):
+        _, _, depths, options = table.shape
+        row = (previous * depths + choices[:, 2 * stage]) * options + choices[:, 2 * stage + 1]
+        total += table.reshape(2, -1)[:, row]
+        previous = choices[:, 2 * stage + 1].astype(np.intp)
+    return total

@@ -1,0 +1,144 @@
+"""The cells of NAS-Bench-201 (Dong and Yang, ICLR 2020, arXiv 2001.00326): 5 operations on 6 edges, 15,625 cells.
+
+The skeleton is the benchmark's: a 3x3 stem, three stages of cells at C, 2C and 4C channels with a residual block
+of stride 2 before the second and the third, then BN-ReLU, global average pooling and a linear classifier.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache, partial
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.space import Choice, FloatArray, IntMatrix, SearchSpace, space_name
+from engine.spaces.arithmetic import MIN_CHANNELS, conv_cost, linear_cost, strided
+from engine.trial import Architecture, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# In the order of the benchmark; an edge is (target node, source node), node 0 is the cell's input, 3 its output.
+OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+EDGES = ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
+STAGES = 3
+
+NONE, SKIP, CONV_1X1, CONV_3X3, _ = range(len(OPERATIONS))
+ZERO = "#"
+
+
+def nasbench201(channels: int = 16, cells: int = 5) -> SearchSpace:
+    """The space with `channels` in its first stage and `cells` in each of its three stages.
+
+    The defaults are the benchmark's. Features: the output of each stage, at 1, 1/2 and 1/4 of the input size.
+    Raises UsageError for values below 1.
+    """
+    if channels < 1 or cells < 1:
+        raise UsageError(f"nasbench201: channels={channels}, cells={cells}; both must be at least 1")
+    return SearchSpace(
+        name=space_name(nasbench201, channels=channels, cells=cells),
+        choices=tuple(Choice(f"{target}<-{source}", OPERATIONS) for target, source in EDGES),
+        build=partial(_build, channels, cells),
+        cost=partial(_cost, channels, cells),
+        canonical=canonical,
+    )
+
+
+def stage_channels(channels: int, width: float) -> tuple[int, ...]:
+    """Channels of the three stages at a width multiplier: rounded to integers, at least 8 unless fewer were asked."""
+    first = max(min(MIN_CHANNELS, channels), round(channels * width))
+    return tuple(first * 2**stage for stage in range(STAGES))
+
+
+def _build(channels: int, cells: int, choices: tuple[int, ...], classes: int, width: float) -> nn.Module:
+    from engine.networks.nasbench201 import network
+
+    operations = tuple(OPERATIONS[choice] for choice in choices)
+    return network(operations, EDGES, stage_channels(channels, width), cells, classes)
+
+
+def _cost(
+    channels: int, cells: int, choices: IntMatrix, classes: int, width: float, resolution: int
+) -> tuple[FloatArray, FloatArray]:
+    """Costs (n,) of cells (n, 6): those of the skeleton, and of every convolution of a cell, used or not.
+
+    The benchmark counts the same, and the additions of the classifier's bias besides: `classes` MACs more.
+    """
+    counts = {kernel: np.count_nonzero(choices == op, axis=1) for kernel, op in ((1, CONV_1X1), (3, CONV_3X3))}
+    size, previous = resolution, 3
+    total = np.zeros((2, len(choices)))
+    for stage, c in enumerate(stage_channels(channels, width)):
+        if stage == 0:
+            total += conv_cost(previous, c, 3, size)[:, None]
+        else:
+            size = strided(size)
+            reduction = conv_cost(previous, c, 3, size) + conv_cost(c, c, 3, size)
+            total += (reduction + conv_cost(previous, c, 1, size, norm=False))[:, None]
+        for kernel, count in counts.items():
+            total += cells * conv_cost(c, c, kernel, size)[:, None] * count
+        previous = c
+    total += linear_cost(previous, classes)[:, None]
+    total[1] += 2 * previous  # the last BatchNorm
+    return total[0], total[1]
+
+
+def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:
+    """The member that stands for all cells isomorphic to this one: the one with the fewest operations to compute.
+
+    Isomorphic is what the benchmark calls so (`to_unique_str` of its code, zeros considered): a skip is its
+    source, a zero stays one through any operation, the order of a sum does not matter. It leaves 6,466 of 15,625.
+    """
+    return _representatives()[choices]
+
+
+@cache
+def _representatives() -> dict[tuple[int, ...], tuple[int, ...]]:
+    cells = list(product(range(len(OPERATIONS)), repeat=len(EDGES)))
+    expressions = {cell: _expression(cell) for cell in cells}
+    # A cell may hold convolutions that do not reach its output: the cheapest of its class has none to waste.
+    cheapest: dict[str, tuple[int, ...]] = {}
+    for cell in sorted(cells, key=_work):
+        cheapest.setdefault(expressions[cell], cell)
+    return {cell: cheapest[expression] for cell, expression in expressions.items()}
+
+
+def _work(cell: tuple[int, ...]) -> tuple[int, int]:
+    """What orders the members of a class: multiplications per pixel and channel, then operations other than none."""
+    return 9 * cell.count(CONV_3X3) + cell.count(CONV_1X1), len(cell) - cell.count(NONE)
+
+
+def _expression(cell: tuple[int, ...]) -> str:
+    """What a cell computes, as text; no brackets around sums, as in the benchmark: its classes depend on that."""
+    nodes = {0: "x"}
+    for node in (1, 2, 3):
+        terms = []
+        for (target, source), op in zip(EDGES, cell, strict=True):
+            if target != node:
+                continue
+            if op == NONE or nodes[source] == ZERO:
+                terms.append(ZERO)
+            else:
+                terms.append(nodes[source] if op == SKIP else f"({nodes[source]})@{OPERATIONS[op]}")
+        nodes[node] = "+".join(sorted(terms))
+    return nodes[3]
+
+
+def to_string(architecture: Architecture) -> str:
+    """The benchmark's name of a cell, like |none~0|+|skip_connect~0|none~1|+|none~0|none~1|nor_conv_3x3~2|."""
+    nodes: dict[int, str] = {}
+    for (target, source), op in zip(EDGES, architecture.choices, strict=True):
+        nodes[target] = nodes.get(target, "|") + f"{OPERATIONS[op]}~{source}|"
+    return "+".join(nodes.values())
+
+
+def from_string(text: str) -> Architecture:
+    """The inverse of `to_string`; raises UsageError for anything else."""
+    names = re.findall(r"\|?([a-z0-9_]+)~\d", text)
+    if len(names) == len(EDGES) and set(names) <= set(OPERATIONS):
+        architecture = Architecture(tuple(OPERATIONS.index(name) for name in names))
+        if to_string(architecture) == text:
+            return architecture
+    example = to_string(Architecture((CONV_3X3,) * len(EDGES)))
+    raise UsageError(f"'{text}' is no NAS-Bench-201 cell; write it like {example} with {', '.join(OPERATIONS)}")
