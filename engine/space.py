@@ -205,7 +205,7 @@ def space_name(make: Callable[..., SearchSpace], **options: int | float) -> str:
     """What `load_space` reads to make this space again: `NAME`, or `NAME:option=value,...` of options not at their
     default."""
     parameters = inspect.signature(make).parameters
-    given = [f"{key}={value:g}" for key, value in options.items() if value != parameters[key].default]
+    given = [f"{key}={value}" for key, value in options.items() if value != parameters[key].default]
     return ":".join([make.__name__, *([",".join(given)] if given else [])])
 
 

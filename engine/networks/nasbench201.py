@@ -23,8 +23,8 @@ def network(
         reduction = [Reduction(channels[i - 1], c)] if i else []
         stages.append(nn.Sequential(*reduction, *(Cell(operations, edges, c) for _ in range(cells))))
     stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]))
-    last = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.ReLU(inplace=True))
-    return Staged(stem, stages, nn.Sequential(*last, *pooled_classifier(channels[-1], classes)))
+    norm = nn.BatchNorm2d(channels[-1])
+    return Staged(stem, stages, nn.Sequential(norm, nn.ReLU(inplace=True), *pooled_classifier(channels[-1], classes)))
 
 
 class Cell(nn.Module):

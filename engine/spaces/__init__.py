@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.space import SearchSpace
-from engine.spaces import nasbench201
+from engine.spaces import mobilenetv2, nasbench201, shufflenetv2
 
 SPACES: dict[str, Callable[..., SearchSpace]] = {
+    "mobilenetv2": mobilenetv2.mobilenetv2,
     "nasbench201": nasbench201.nasbench201,
+    "shufflenetv2": shufflenetv2.shufflenetv2,
 }

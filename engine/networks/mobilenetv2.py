@@ -1,0 +1,47 @@
+"""MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) of given stages."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from engine.networks.staged import Staged, conv_bn, he_init, pooled_classifier
+
+# (expansion, channels, repeats, stride)
+Stage = tuple[int, int, int, int]
+
+
+def network(stem: int, stem_stride: int, stages: list[Stage], last: int, classes: int) -> Staged:
+    """A network of inverted residual blocks; its features are the last block of each resolution.
+
+    Without the dropout before the classifier that the published network has: trainings here are short.
+    """
+    levels: list[list[nn.Module]] = []
+    c_in = stem
+    for expansion, c_out, repeats, stride in stages:
+        if stride > 1 or not levels:
+            levels.append([])
+        levels[-1].append(InvertedResidual(c_in, c_out, expansion, stride))
+        levels[-1].extend(InvertedResidual(c_out, c_out, expansion, 1) for _ in range(repeats - 1))
+        c_in = c_out
+    staged = Staged(
+        conv_bn(3, stem, 3, stem_stride, activation=nn.ReLU6(inplace=True)),
+        [nn.Sequential(*level) for level in levels],
+        nn.Sequential(conv_bn(c_in, last, 1, activation=nn.ReLU6(inplace=True)), *pooled_classifier(last, classes)),
+    )
+    he_init(staged)
+    return staged
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation; a shortcut where shapes allow one."""
+
+    def __init__(self, c_in: int, c_out: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        hidden = c_in * expansion
+        expand = [conv_bn(c_in, hidden, 1, activation=nn.ReLU6(inplace=True))] if expansion > 1 else []
+        depthwise = conv_bn(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6(inplace=True))
+        self.body = nn.Sequential(*expand, depthwise, conv_bn(hidden, c_out, 1))
+        self.shortcut = stride == 1 and c_in == c_out
+
+    def forward(self, input_NCHW: Tensor) -> Tensor:
+        return input_NCHW + self.body(input_NCHW) if self.shortcut else self.body(input_NCHW)
