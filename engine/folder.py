@@ -1,0 +1,125 @@
+"""An image folder, listed and checked: every file is decoded once, and every bad one is named in one error."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from engine.trial import EnvironmentUnusable
+
+ENDINGS = (".jpg", ".jpeg", ".png")
+_NAMED = 200  # bad files that an error names one by one; more than that is another problem
+
+_LAYOUT = "arrange the images as train/<class>/*.jpg and test/<class>/*.jpg (JPEG or PNG; val/ serves as test/)"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Classes in sorted order, and of each part the files with their labels (N,)."""
+
+    classes: tuple[str, ...]
+    train_files: tuple[str, ...]
+    train_labels: NDArray[np.int64]
+    test_files: tuple[str, ...]
+    test_labels: NDArray[np.int64]
+
+
+def checked_folder(root: Path, cache: Path) -> Folder:
+    """List `root` (train/<class>/*, test|val/<class>/*) and decode each file once.
+
+    A check that passed is remembered in `cache` by path, size and time of change of every file, so that the next
+    one only lists. Hidden files and other endings than ENDINGS are passed over. Raises EnvironmentUnusable for a
+    part that is missing, class folders that differ between the parts or are empty, and files that do not decode.
+    """
+    train = _listed(_part(root, "train"))
+    test = _listed(_part(root, "test", "val"))
+    if train.keys() != test.keys():
+        only = [f"{name} only in train" for name in sorted(train.keys() - test.keys())]
+        only += [f"{name} only in test" for name in sorted(test.keys() - train.keys())]
+        raise EnvironmentUnusable(f"--data {root}: the class folders of train and test differ: {', '.join(only)}")
+    classes = tuple(sorted(train))
+    train_files, train_labels = _flat(train, classes)
+    test_files, test_labels = _flat(test, classes)
+    _check(root, train_files + test_files, cache / "checked")
+    return Folder(classes, train_files, train_labels, test_files, test_labels)
+
+
+def unreadable(files: Sequence[str]) -> list[str]:
+    """'path: why' for each of `files` that does not decode as JPEG or PNG, in order."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow decodes outside the interpreter lock
+        whys = pool.map(_why_unreadable, files)
+        return [f"{file}: {why}" for file, why in zip(files, whys, strict=True) if why]
+
+
+def _why_unreadable(file: str) -> str:
+    try:
+        if os.path.getsize(file) == 0:
+            return "is empty"
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            image.load()
+    # Pillow reports broken files by any of these, SyntaxError among them (a PNG's bad chunk).
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return "is no JPEG or PNG" if isinstance(error, UnidentifiedImageError) else str(error)
+    return ""
+
+
+def _part(root: Path, *names: str) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise EnvironmentUnusable(f"--data {root}: there is no folder {' or '.join(names)}/ in it; {_LAYOUT}")
+
+
+def _listed(part: Path) -> dict[str, list[os.DirEntry[str]]]:
+    """The image files of each class folder, sorted by name; a class without one is an error."""
+    classes: dict[str, list[os.DirEntry[str]]] = {}
+    for folder in sorted(os.scandir(part), key=lambda entry: entry.name):
+        if folder.is_dir() and not folder.name.startswith("."):
+            classes[folder.name] = sorted(filter(_is_image, os.scandir(folder)), key=lambda entry: entry.name)
+    empty = [name for name, files in classes.items() if not files]
+    if empty or not classes:
+        what = f"no JPEG or PNG file in {', '.join(empty)}" if empty else "no class folder"
+        raise EnvironmentUnusable(f"--data: {part} has {what}; {_LAYOUT}, or remove the empty folders")
+    return classes
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".") and entry.name.lower().endswith(ENDINGS) and entry.is_file()
+
+
+def _flat(
+    listed: dict[str, list[os.DirEntry[str]]], classes: Sequence[str]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    files = tuple(entry.path for name in classes for entry in listed[name])
+    return files, np.repeat(np.arange(len(classes)), [len(listed[name]) for name in classes])
+
+
+def _check(root: Path, files: tuple[str, ...], checked: Path) -> None:
+    """Decode every one of `files`, unless the folder `checked` remembers that this very list did."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = os.stat(file)
+        digest.update(f"{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    passed = checked / digest.hexdigest()
+    if passed.exists():
+        return
+    bad = unreadable(files)
+    if bad:
+        more = [f"... and {len(bad) - _NAMED} more"] if len(bad) > _NAMED else []
+        raise EnvironmentUnusable(
+            f"--data {root}: {len(bad)} of {len(files)} images cannot be read; replace or remove them:\n  "
+            + "\n  ".join(bad[:_NAMED] + more)
+        )
+    try:
+        checked.mkdir(parents=True, exist_ok=True)
+        passed.touch()
+    except OSError as error:
+        raise EnvironmentUnusable(f"the cache {checked} cannot be written ({error}); set XDG_CACHE_HOME") from error
