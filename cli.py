@@ -1,0 +1,201 @@
+"""The command line: flags to configuration, one function per command, errors to messages and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
+
+from engine.config import Budget, Resources, Study
+from engine.trial import EngineError, Fidelity
+
+DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distillation."
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError(f"{text} divides by zero") from None
+
+
+register_type(Fraction, serializer=str, deserializer=_fraction)
+
+FIDELITY_HELP = {
+    "fraction": "part of the training images, like 1/27",
+    "epochs": "passes over that part",
+    "width": "width multiplier of the networks",
+    "resolution": "pixels; 0 is the data's own",
+    "kd_loss": "distillation terms beside the cross entropy",
+}
+
+
+class Parser(ArgumentParser):
+    """An argument parser that names the nearest flag when it refuses one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message with the way out, and exits with 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        keys = {option.lstrip("-").replace("-", "_"): option for option in known}
+        for word in message.replace("'", " ").replace(",", " ").split():
+            near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), keys, n=1, cutoff=0.75)
+            if near and keys[near[0]] != word and ("nrecognized" in message or "not accept" in message):
+                message = f"{message}; did you mean {keys[near[0]]}?"
+                break
+        print(f"{self.prog}: {message}\nSee {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_options(parser: ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
+    """A flag for each field of a configuration class: name, type, default and help come from the field."""
+    hints = get_type_hints(kind)
+    group = parser.add_argument_group((kind.__doc__ or kind.__name__).split(".")[0])
+    for item in dataclasses.fields(kind):
+        if item.name in skip:
+            continue
+        flag = item.name.replace("_", "-")
+        if hints[item.name] is not Fidelity:
+            text = item.metadata["help"]
+            group.add_argument(f"--{flag}", type=hints[item.name], default=item.default, help=text)
+            continue
+        fidelity_hints = get_type_hints(Fidelity)
+        for name, text in FIDELITY_HELP.items():
+            group.add_argument(
+                f"--{flag}.{name.replace('_', '-')}",
+                type=fidelity_hints[name],
+                default=getattr(item.default, name),
+                help=f"{flag} fidelity: {text}",
+            )
+
+
+def gather(kind: Callable[..., Any], values: Namespace) -> Any:
+    """A configuration object from parsed flags."""
+    arguments = {}
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = values.get(item.name, item.default)
+        arguments[item.name] = Fidelity(item.name, **vars(value)) if isinstance(value, Namespace) else value
+    return kind(**arguments)
+
+
+def command_parser(description: str) -> ArgumentParser:
+    parser = Parser(usage="%(prog)s [options]", allow_abbrev=False, description=description)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of flags; later ones win")
+    return parser
+
+
+def search_parser() -> ArgumentParser:
+    parser = command_parser("Start or continue a search: the same command line continues it.")
+    add_options(parser, Study)
+    add_options(parser, Budget)
+    add_options(parser, Resources)
+    _add_run_options(parser)
+    return parser
+
+
+def teacher_parser() -> ArgumentParser:
+    parser = command_parser("Train a teacher on a data set and save it, or check one against a data set.")
+    networks = "auto (the largest of the space), an ARCHITECTURE of it, or torchvision:NAME"
+    parser.add_argument("--arch", type=str, default="auto", help=networks)
+    parser.add_argument("--out", type=str, default="teacher.safetensors", help="file to write")
+    parser.add_argument("--check", type=str | None, default=None, help="only check that this FILE fits --data")
+    add_options(parser, Study, skip=("teacher", "low", "high", "method", "max_macs", "max_params"))
+    add_options(parser, Resources)
+    _add_run_options(parser, run_dir=False)
+    return parser
+
+
+def _add_run_options(parser: ArgumentParser, run_dir: bool = True) -> None:
+    group = parser.add_argument_group("This call")
+    if run_dir:
+        group.add_argument("--name", type=str, default="search", help="name of the run: its folder is runs/NAME")
+        group.add_argument("--run-dir", type=str | None, default=None, help="run folder, instead of runs/NAME")
+    group.add_argument(
+        "--progress", type=Literal["auto", "bar", "lines", "none"], default="auto", help="what is shown on stderr"
+    )
+
+
+def run_search(values: Namespace) -> dict[str, Any]:
+    from engine.progress import Display
+    from engine.search import search
+
+    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
+    run_dir = Path(values.run_dir) if values.run_dir else Path("runs") / values.name
+    with Display(values.progress) as show:
+        result = search(study, budget, resources, run_dir, show)
+        show.say(summary(result))
+    return result
+
+
+def run_teacher(values: Namespace) -> dict[str, Any]:
+    from engine.progress import Display
+    from engine.search import make_teacher
+
+    study, resources = gather(Study, values), gather(Resources, values)
+    with Display(values.progress) as show:
+        return make_teacher(study, values.arch, resources, Path(values.check or values.out), show)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result for people: the winner, what it took, and how well the cheap judgement ranked."""
+    best, counts, tau = result["winner"], result["evaluations"], result["tau"]
+    return (
+        f"winner {best['architecture']}: valid {best['valid_accuracy']:.4f}, test {best['test_accuracy']:.4f}, "
+        f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"
+        f"            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
+        f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
+        f"MACs alone {tau['macs_vs_high']}"
+    )
+
+
+COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], dict[str, Any]]]] = {
+    "search": (search_parser, run_search),
+    "teacher": (teacher_parser, run_teacher),
+}
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    parser = Parser(prog="cli.py", usage="%(prog)s COMMAND [options]", allow_abbrev=False, description=DESCRIPTION)
+    commands = parser.add_subcommands(dest="command")
+    for name, (make, _) in COMMANDS.items():
+        commands.add_subcommand(name, make())
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code (docs/design.md lists them)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        values = parse(arguments)
+        result = COMMANDS[values.command][1](values[values.command])
+    except EngineError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:
+        logging.getLogger(__name__).debug("internal error", exc_info=True)
+        traceback.print_exc()
+        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

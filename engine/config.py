@@ -30,8 +30,9 @@ class Study:
     valid_fraction: float = option(0.2, "part of the training images kept for validation")
     method: str = option("mfkd", "search method")
     teacher: str = option(
-        "auto", "auto (train the largest member of the space), a weights FILE, ARCHITECTURE of the space to train, "
-        "or torchvision:NAME to train"
+        "auto",
+        "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME "
+        "with torchvision's own weights",
     )
     teacher_epochs: int = option(8, "epochs that a teacher trained by the run gets")
     low: Fidelity = option(
@@ -78,7 +79,6 @@ class Resources:
     gpus: str = option("auto", "auto, a count (8), or a choice among the visible (0,2)")
     students_per_gpu: int = option(1, "worker processes that share one GPU")
     workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
-    trial_timeout: float = option(float("inf"), "seconds after which an evaluation is given up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,6 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("lr", study.lr),
         ("gpu-hours", budget.gpu_hours),
         ("wall-time", budget.wall_time),
-        ("trial-timeout", resources.trial_timeout),
         ("max-macs", study.max_macs),
         ("max-params", study.max_params),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: BinaryIO | None = None
+        self._lock = threading.Lock()  # questions come from the loop, answers from the fleet's threads
 
     def __enter__(self) -> Journal:
         self._file = open(self.path, "a+b")
@@ -93,9 +95,11 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._file is not None, "the journal is not open"
-        self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _drop_torn_tail(self) -> None:
         assert self._file is not None

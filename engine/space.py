@@ -134,14 +134,10 @@ class Candidates:
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
         return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
 
-    @cached_property
-    def rows(self) -> dict[bytes, int]:
-        """Row of each architecture, by the bytes of its choices (see `row`). Built once, at the first look-up."""
-        return {bytes(line): row for row, line in enumerate(np.ascontiguousarray(self.choices).view(np.uint8))}
-
     def row(self, architecture: Architecture) -> int | None:
         """The row of an architecture, None where it is not among the candidates."""
-        return self.rows.get(np.asarray(architecture.choices, dtype=self.choices.dtype).tobytes())
+        found = np.flatnonzero((self.choices == np.asarray(architecture.choices)).all(axis=1))
+        return int(found[0]) if len(found) else None
 
 
 # A space without a closed form for its cost is represented by this many random members.

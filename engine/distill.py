@@ -1,0 +1,77 @@
+"""What a student is asked to minimise: the terms that a fidelity names, with the weights of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Study
+from engine.trial import KDLoss
+from kernels import attention_transfer_loss, ce_kd_loss, hint_loss, nst_loss, similarity_loss
+
+# What a student or teacher returns: logits (N, classes) and stage features [(N, C_i, H_i, W_i)], coarse last.
+Output = tuple[Tensor, Sequence[Tensor]]
+
+
+def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[tuple[int, int]]:
+    """Which stage of the student learns from which of the teacher: (student index, teacher index), fine to coarse.
+
+    Shapes are (N, C, H, W). For every spatial size that both have, the last stage of that size on either side; where
+    they share none, the coarsest of both (the losses pool the larger map).
+    """
+    last_student = {tuple(shape[2:]): index for index, shape in enumerate(student)}
+    last_teacher = {tuple(shape[2:]): index for index, shape in enumerate(teacher)}
+    shared = [(last_student[size], last_teacher[size]) for size in last_student if size in last_teacher]
+    return sorted(shared) or [(len(student) - 1, len(teacher) - 1)]
+
+
+class Objective(nn.Module):
+    """The loss of a fidelity. A module, because the hint loss learns a 1x1 convolution beside the student."""
+
+    def __init__(self, study: Study, kd_loss: KDLoss, student: Output, teacher: Output | None) -> None:
+        """`student` and `teacher` are outputs for one example batch: only their shapes count."""
+        super().__init__()
+        self.study = study
+        self.terms = frozenset(kd_loss.split("+")) - {"none"}
+        self.pairs: list[tuple[int, int]] = []
+        self.regressor: nn.Module | None = None
+        if self.terms:
+            if teacher is None:
+                raise ValueError(f"the loss {kd_loss} needs a teacher's outputs")
+            self.pairs = pair([f.shape for f in student[1]], [f.shape for f in teacher[1]])
+        if "hint" in self.terms and teacher is not None:
+            # FitNets guides a middle layer (arXiv 1412.6550, section 2.2).
+            self.middle = self.pairs[len(self.pairs) // 2]
+            self.regressor = nn.Conv2d(
+                student[1][self.middle[0]].shape[1], teacher[1][self.middle[1]].shape[1], kernel_size=1
+            )
+
+    def forward(self, student: Output, teacher: Output | None, labels: Tensor) -> Tensor:
+        """The weighted sum of the terms, a scalar in fp32. `teacher` may be None where no term needs it."""
+        study, (logits, features) = self.study, student
+        if teacher is None or not self.terms:
+            return nn.functional.cross_entropy(logits.float(), labels)
+        taught_logits, taught = teacher
+        loss = ce_kd_loss(
+            logits,
+            taught_logits,
+            labels,
+            temperature=study.kd_temperature,
+            ce_weight=study.ce_weight,
+            kd_weight=study.kd_weight if "kd" in self.terms else 0.0,
+        )
+        matched = [(features[s], taught[t]) for s, t in self.pairs]
+        if "at" in self.terms:
+            for mine, theirs in matched:
+                loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
+        if "nst" in self.terms:
+            for mine, theirs in matched:
+                loss = loss + study.nst_weight * nst_loss(mine, theirs)
+        if self.regressor is not None:
+            mine, theirs = features[self.middle[0]], taught[self.middle[1]]
+            loss = loss + study.hint_weight * hint_loss(self.regressor(mine), theirs)
+        if "similarity" in self.terms:
+            loss = loss + study.similarity_weight * similarity_loss(*matched[-1])
+        return loss

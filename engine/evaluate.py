@@ -1,0 +1,289 @@
+"""The tasks of a worker: a probe, a teacher, a cohort of trials, the winner's test. The only place where an exception
+becomes a status. Tasks take and return plain JSON values, so that any engine can carry them; each holds "study",
+"run_dir" and "device" beside what its function names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engine import teacher as teachers
+from engine.config import Study, study_from_dict
+from engine.data import Data, Part, fingerprint, load, subset
+from engine.loader import eval_batches, train_batches
+from engine.networks import count_cost
+from engine.space import load_space
+from engine.train import Stopwatch, Student, accuracy, fatal, precision, prepare, status_of, train
+from engine.trial import (
+    EngineError,
+    EnvironmentUnusable,
+    Evaluation,
+    Fidelity,
+    Trial,
+    evaluation_to_json,
+    trial_from_json,
+)
+
+Json = dict[str, Any]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What stays on a worker between tasks: the study, its data, its device."""
+
+    study: Study
+    data: Data
+    device: torch.device
+    run_dir: Path
+
+
+def run_probe(task: Json) -> Json:
+    """What a driver must know of data and device before it decides anything. Raises EngineError for either."""
+    if task["device"] == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentUnusable(
+            "a GPU was given to this worker but torch cannot use it; check the driver with nvidia-smi, "
+            "or take --device cpu"
+        )
+    bench = _bench(task)
+    return {
+        "classes": list(bench.data.classes),
+        "resolution": bench.data.resolution,
+        "fingerprint": fingerprint(bench.data),
+        "images": {"train": len(bench.data.train.labels), "valid": len(bench.data.valid.labels)},
+        "device": device_name(bench.device),
+    }
+
+
+def run_trials(task: Json) -> list[Json]:
+    """Trains and scores a cohort: {"trials", "teacher" (its file), ...} -> an evaluation for each trial."""
+    cohort = [trial_from_json(trial) for trial in task["trials"]]
+    return [evaluation_to_json(evaluation) for evaluation in evaluate(_bench(task), task["teacher"], cohort)]
+
+
+def run_teacher(task: Json) -> Json:
+    """Trains `task["network"]` on the full training part and saves it at `task["path"]`, if it is not there yet.
+
+    Returns the card of the weights file. An existing file is checked against the data.
+    """
+    bench, path = _bench(task), Path(task["path"])
+    if not path.exists():
+        _train_teacher(bench, task["network"], task["pretrained"], path)
+    card = teachers.read_card(path)
+    teachers.check_fits(card, bench.data.classes)
+    return {"path": str(path), "network": card.network, "accuracy": card.accuracy, "seconds": card.seconds}
+
+
+def run_test(task: Json) -> Json:
+    """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy"}."""
+    bench = _bench(task)
+    trial = trial_from_json(task["trial"])
+    space = load_space(bench.study.space)
+    network = space.build(trial.architecture.choices, len(bench.data.classes), trial.fidelity.width)
+    network.load_state_dict(load_file(weights_path(bench.run_dir, trial)))
+    network = network.to(bench.device, memory_format=torch.channels_last)
+    return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity)}
+
+
+def weights_path(run_dir: Path, trial: Trial) -> Path:
+    return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+
+
+def evaluate(bench: Bench, teacher_file: str, trials: list[Trial]) -> list[Evaluation]:
+    """Trains the trials of one fidelity and one seed side by side and scores each on the validation part."""
+    start, watch = time.perf_counter(), Stopwatch()
+    try:
+        answers = _evaluate(bench, teacher_file, trials, watch)
+    except Exception as error:
+        answers = [_failed(trial, error) for trial in trials]
+    seconds = time.perf_counter() - start
+    images = sum(_images(bench, answer.trial.fidelity) for answer in answers if answer.ok)
+    costs = {**watch.seconds, "images_per_s": images / seconds, "peak_memory_bytes": _peak_memory(bench.device)}
+    # The cohort shares its costs: each trial carries an equal part, so that the sum over trials is what was spent.
+    shared = {name: value / len(trials) if name in watch.seconds else value for name, value in costs.items()}
+    device = device_name(bench.device)
+    return [replace(answer, seconds=seconds / len(trials), costs=shared, device=device) for answer in answers]
+
+
+def _evaluate(bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopwatch) -> list[Evaluation]:
+    fidelity, seed = trials[0].fidelity, trials[0].seed
+    if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
+        raise ValueError("the trials of a cohort share fidelity and seed: they train on the same batches")
+    with watch.phase("setup"):
+        indices, batch_size = _subset(bench, fidelity)
+        teacher = _teacher(teacher_file, bench) if fidelity.kd_loss != "none" else None
+        cohort = [_admit(bench, trial, teacher) for trial in trials]
+    students = [member for member in cohort if isinstance(member, Student)]
+    if students:
+        batches = train_batches(
+            bench.data.train,
+            indices,
+            data=bench.data,
+            batch_size=batch_size,
+            epochs=fidelity.epochs,
+            resolution=_resolution(bench, fidelity),
+            seed=seed,
+            device=str(bench.device),
+            backend=bench.study.data_backend,
+        )
+        train(students, teacher, batches, bench.study, watch)
+    with watch.phase("evaluate"):
+        return [
+            _score(bench, trial, member) if isinstance(member, Student) else member
+            for trial, member in zip(trials, cohort, strict=True)
+        ]
+
+
+def _admit(bench: Bench, trial: Trial, teacher: nn.Module | None) -> Student | Evaluation:
+    """A student ready to train, or why it cannot be had. A space that a user wrote may raise anything."""
+    try:
+        network = build_student(bench.study, trial, len(bench.data.classes))
+        size = _resolution(bench, trial.fidelity)
+        example = torch.zeros(2, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
+        return prepare(network, teacher, bench.study, trial.fidelity.kd_loss, example)
+    except Exception as error:
+        return _failed(trial, error)
+
+
+def build_student(study: Study, trial: Trial, classes: int) -> nn.Module:
+    """The network of a trial. Its weights depend on seed and architecture alone, never on what was built before."""
+    space = load_space(study.space)
+    identity = json.dumps([trial.seed, space.name, trial.architecture.choices]).encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(identity).digest()[:7], "big"))
+    return space.build(space.check(trial.architecture).choices, classes, trial.fidelity.width)
+
+
+def _score(bench: Bench, trial: Trial, member: Student) -> Evaluation:
+    """The evaluation of a student after its training; the weights of a full-fidelity one are kept."""
+    if member.status != "ok":
+        return Evaluation(trial, member.status, error=member.error)
+    try:
+        macs, params = count_cost(member.network, _resolution(bench, trial.fidelity))
+        score = _accuracy(bench, member.network, bench.data.valid, trial.fidelity)
+        if trial.fidelity == bench.study.high:
+            _keep(member.network, weights_path(bench.run_dir, trial))
+    except Exception as error:
+        return _failed(trial, error)
+    return Evaluation(trial, "ok", score, macs=macs, params=params)
+
+
+def _failed(trial: Trial, error: Exception) -> Evaluation:
+    if fatal(error):
+        os._exit(70)  # a lost CUDA context cannot be had back in this process; the fleet starts another
+    return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
+
+
+def _accuracy(bench: Bench, network: nn.Module, part: Part, fidelity: Fidelity) -> float:
+    batches = eval_batches(
+        part,
+        data=bench.data,
+        batch_size=256,
+        resolution=_resolution(bench, fidelity),
+        device=str(bench.device),
+        backend=bench.study.data_backend,
+    )
+    return accuracy(network, batches, precision(bench.study, bench.device))
+
+
+def _keep(network: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, aside)
+    aside.replace(path)
+
+
+def _subset(bench: Bench, fidelity: Fidelity) -> tuple[IntArray, int]:
+    """Indices of the training images that a fidelity sees, and the batch size: the study's, or all if fewer."""
+    indices = subset(bench.data.train.labels, fidelity.fraction, bench.study.seed)
+    return indices, min(bench.study.batch_size, len(indices))
+
+
+def _images(bench: Bench, fidelity: Fidelity) -> int:
+    indices, batch_size = _subset(bench, fidelity)
+    return fidelity.epochs * (len(indices) // batch_size) * batch_size
+
+
+def _resolution(bench: Bench, fidelity: Fidelity) -> int:
+    return fidelity.resolution or bench.data.resolution
+
+
+def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> None:
+    start, study, data = time.perf_counter(), bench.study, bench.data
+    torch.manual_seed(study.seed)
+    built = teachers.build(network, len(data.classes), data.resolution, pretrained)
+    fidelity = Fidelity("teacher", epochs=study.teacher_epochs)
+    if not pretrained:
+        indices, batch_size = _subset(bench, fidelity)
+        example = torch.zeros(2, 3, data.resolution, data.resolution, device=bench.device)
+        pupil = prepare(built, None, study, "none", example)
+        batches = train_batches(
+            data.train,
+            indices,
+            data=data,
+            batch_size=batch_size,
+            epochs=fidelity.epochs,
+            resolution=data.resolution,
+            seed=study.seed,
+            device=str(bench.device),
+            backend=study.data_backend,
+        )
+        train([pupil], None, batches, study, Stopwatch())
+        if pupil.status != "ok":
+            raise EngineError(f"the teacher's training failed: {pupil.error}; try a lower --lr")
+    built = teachers.freeze(built, bench.device)
+    card = teachers.Card(
+        network=network,
+        classes=data.classes,
+        data=data.name,
+        fingerprint=fingerprint(data),
+        resolution=data.resolution,
+        mean=data.mean,
+        std=data.std,
+        epochs=0 if pretrained else study.teacher_epochs,
+        accuracy=_accuracy(bench, built, data.valid, fidelity),
+        seconds=time.perf_counter() - start,
+    )
+    teachers.save(path, built, card)
+
+
+@lru_cache(maxsize=1)
+def _teacher(path: str, bench: Bench) -> nn.Module:
+    teachers.check_fits(teachers.read_card(Path(path)), bench.data.classes)
+    return teachers.freeze(teachers.load(Path(path)), bench.device)
+
+
+def _bench(task: Json) -> Bench:
+    return _open_bench(json.dumps(task["study"], sort_keys=True), task["run_dir"], task["device"])
+
+
+@lru_cache(maxsize=1)
+def _open_bench(study_json: str, run_dir: str, device: str) -> Bench:
+    study = study_from_dict(json.loads(study_json))
+    data = load(study.data, seed=study.seed, valid_fraction=study.valid_fraction)
+    if device == "cpu":
+        torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
+    return Bench(study, data, torch.device(device), Path(run_dir))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the device's allocator on CUDA, of the whole process (its peak so far) on CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,325 @@
+"""A search: replay the journal, propose, submit, collect, append, until nothing is left to ask; then the winner."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import config, journal, policy
+from engine.clock import drive
+from engine.config import Budget, Plan, Resources, Study
+from engine.fleet import Fleet, Layout, WorkerDied, layout, open_fleet
+from engine.journal import History, Journal
+from engine.progress import Display
+from engine.space import Candidates, SearchSpace, candidates, load_space
+from engine.trial import (
+    Architecture,
+    EngineError,
+    Evaluation,
+    NoWinner,
+    Trial,
+    UsageError,
+    evaluation_from_json,
+    trial_to_json,
+)
+from surrogate.quality import kendall_tau
+
+Json = dict[str, Any]
+FILE_SCHEMA = 1
+VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search stands on once data, teacher and space are known."""
+
+    study: Study
+    plan: Plan
+    candidates: Candidates
+    facts: Json
+    run_dir: Path
+
+    def cost(self, trial: Trial) -> float:
+        """Expected price of a trial, up to a constant: passes over the data times MACs.
+
+        It orders the virtual clock and is what policies see as seconds. Measured seconds would do that better, but
+        differ between a run and its continuation elsewhere; decisions must not.
+        """
+        fidelity = trial.fidelity
+        row = self.candidates.row(trial.architecture)
+        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
+        scale = fidelity.width * (fidelity.resolution or self.facts["resolution"]) / self.facts["resolution"]
+        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
+
+
+# A network without operations still takes time per image (loading, normalisation, the classifier).
+OVERHEAD_MACS = 1e6
+
+
+def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Json:
+    """Runs or continues the search of a run folder; returns what the command prints.
+
+    Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
+    """
+    start = time.monotonic()
+    config.check(study, budget, resources)
+    if study.method not in policy.METHODS:
+        raise UsageError(f"no method '{study.method}'; there are {', '.join(policy.METHODS)}")
+    space = load_space(study.space)
+    wanted = layout(resources)
+    run_dir = run_dir.absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Journal(run_dir / "journal.jsonl") as book:
+        # A quarter more open trials than workers: a worker that ends early finds the next one waiting.
+        slots = config.fix(run_dir, study, budget, wanted.workers + math.ceil((wanted.workers - 1) / 4))
+        show.say(f"run folder {run_dir}; {describe(wanted)}")
+        fleet = open_fleet(wanted, run_dir / "logs")
+        try:
+            ground = prepare(study, budget, space, fleet, run_dir, show)
+            write_run_file(run_dir, ground.facts)
+            history = evaluate_all(ground, budget, book, fleet, slots, show)
+            best = policy.winner(ground.candidates, visible(history, ground.cost), ground.plan)
+            if best is None:
+                raise NoWinner(_why_none(history))
+            best = next(e for e in history.answered if e.trial == best.trial)
+            return conclude(ground, history, best, fleet, time.monotonic() - start)
+        finally:
+            fleet.close()
+
+
+def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
+    """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
+    facts = probe(study, run_dir, fleet, show)
+    everything = members(space, study, facts)
+    fit = everything.where((everything.macs <= study.max_macs) & (everything.params <= study.max_params))
+    if not len(fit):
+        raise UsageError(
+            f"no architecture of {space.name} fits --max-macs {study.max_macs:g} and --max-params "
+            f"{study.max_params:g}; the smallest has {everything.macs.min():,.0f} MACs and "
+            f"{everything.params.min():,.0f} parameters"
+        )
+    show.say(
+        f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
+        f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
+    )
+    if study.low.kd_loss != "none":
+        path, pretrained = teacher_path(study, run_dir), study.teacher.startswith("torchvision:")
+        if not path.exists() and study.teacher != "auto" and not pretrained:
+            raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
+        network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
+        task = _task(study, run_dir, fleet)
+        facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
+    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
+
+
+def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
+    """Has a worker check data and device; returns what it found."""
+    facts: Json = fleet.submit("run_probe", _task(study, run_dir, fleet)).result()
+    images, classes = facts["images"], len(facts["classes"])
+    show.say(f"data {study.data}: {images['train']} train, {images['valid']} valid, {classes} classes")
+    return facts
+
+
+def members(space: SearchSpace, study: Study, facts: Json) -> Candidates:
+    """All candidates of the space, with their cost at full fidelity."""
+    resolution = study.high.resolution or facts["resolution"]
+    return candidates(space, len(facts["classes"]), study.high.width, resolution, study.seed)
+
+
+def largest(everything: Candidates) -> Architecture:
+    """The member with the most multiply-accumulates: the teacher of a run that is given none."""
+    return everything.architecture(int(everything.macs.argmax()))
+
+
+def teacher_path(study: Study, run_dir: Path) -> Path:
+    """The weights file that the study names, or the one that the run makes itself."""
+    if study.teacher.endswith(".safetensors"):
+        return Path(study.teacher).absolute()
+    return run_dir / "teacher" / "teacher.safetensors"
+
+
+def obtain_teacher(
+    network: str, pretrained: bool, path: Path, task: Json, fleet: Fleet, show: Display
+) -> Json:
+    """The weights file at `path`: checked against the data if it is there, else made; what it says of itself."""
+    show.say(f"teacher: {path if path.exists() else network}")
+    whole = {**task, "path": str(path), "network": network, "pretrained": pretrained}
+    card: Json = fleet.submit("run_teacher", whole).result()
+    show.say(f"teacher: {card['network']}, validation accuracy {card['accuracy']:.4f}, trained {card['seconds']:.0f} s")
+    return card
+
+
+def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display) -> Json:
+    """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME) if `path` is not
+    there, and checks the file against the data."""
+    space = load_space(study.space)
+    run_dir = path.absolute().parent
+    fleet = open_fleet(replace(layout(resources), workers=1), run_dir / "logs")
+    try:
+        facts = probe(study, run_dir, fleet, show)
+        if arch == "auto":
+            arch = str(largest(members(space, study, facts)))
+        network = arch if arch.startswith("torchvision:") else f"{study.space}#{space.check(Architecture.parse(arch))}"
+        return obtain_teacher(network, False, path.absolute(), _task(study, run_dir, fleet), fleet, show)
+    finally:
+        fleet.close()
+
+
+def evaluate_all(
+    ground: Ground, budget: Budget, book: Journal, fleet: Fleet, slots: int, show: Display
+) -> History:
+    """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
+    start = time.monotonic()
+    record = journal.read(book.path)
+    plan, task = ground.plan, _task(ground.study, ground.run_dir, fleet)
+    teacher = str(teacher_path(ground.study, ground.run_dir))
+    if record.answers:
+        show.say(f"continuing: {len(record.answers)} evaluations in the journal")
+    show.expect("low", plan.max_low)
+    show.expect("high", plan.max_high)
+
+    def submit(trial: Trial) -> Future[Evaluation]:
+        answer: Future[Evaluation] = Future()
+        if trial.number in record.answers:
+            show.show(record.answers[trial.number], trial.fidelity == plan.high)
+            answer.set_result(record.answers[trial.number])
+            return answer
+
+        def take(done: Future[Any]) -> None:
+            try:
+                evaluation = _answer(trial, done)
+                book.answer(evaluation)
+                show.show(evaluation, trial.fidelity == plan.high)
+                answer.set_result(evaluation)
+            except Exception as error:
+                answer.set_exception(error)
+
+        fleet.submit("run_trials", {**task, "teacher": teacher, "trials": [trial_to_json(trial)]}).add_done_callback(take)
+        return answer
+
+    def stop(history: History) -> bool:
+        full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+        last = history.answered[-budget.max_failures :]
+        if len(last) == budget.max_failures and not any(e.ok for e in last):
+            raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {_why_none(history)}")
+        return (
+            history.seconds() >= budget.gpu_hours * 3600
+            or time.monotonic() - start >= budget.wall_time * 3600
+            or max(full, default=0.0) >= budget.target_accuracy
+        )
+
+    def propose(history: History, free: int) -> list[Trial]:
+        return policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
+
+    return drive(propose, slots, submit, ground.cost, record.asked, book.ask, stop)
+
+
+def visible(history: History, cost: Callable[[Trial], float]) -> History:
+    """The history as a policy sees it: with the expected price of a trial for its seconds, see `Ground.cost`."""
+    answered = [replace(e, seconds=cost(e.trial), test_accuracy=None) for e in history.answered]
+    return History(answered, list(history.pending))
+
+
+def _answer(trial: Trial, done: Future[Any]) -> Evaluation:
+    """A worker's result as an evaluation; a task that kills its workers is one, with the status "crashed"."""
+    try:
+        return evaluation_from_json(done.result()[0])
+    except WorkerDied as error:
+        return Evaluation(trial, "crashed", error=str(error))
+
+
+def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:
+    """Scores the winner on the test part, the only time it is read, and writes result.json."""
+    task = {**_task(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
+    tested = fleet.submit("run_test", task).result()
+    ok = [e for e in history.answered if e.ok]
+    low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
+    high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
+    macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
+    result = {
+        "run_dir": str(ground.run_dir),
+        "status": "finished",
+        "winner": {
+            "architecture": str(best.trial.architecture),
+            "valid_accuracy": best.accuracy,
+            "test_accuracy": tested["test_accuracy"],
+            "macs": best.macs,
+            "params": best.params,
+        },
+        "evaluations": {
+            "low": len([e for e in ok if e.trial.fidelity in ground.plan.lows]),
+            "high": len([e for e in ok if e.trial.fidelity == ground.plan.high]),
+            "failed": len(history.answered) - len(ok),
+        },
+        "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
+        "seconds": round(seconds, 1),
+    }
+    aside = ground.run_dir / "result.tmp"
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    aside.replace(ground.run_dir / "result.json")
+    return result
+
+
+def _tau(one: dict[Any, float], other: dict[Any, float]) -> float | None:
+    """Kendall's tau over the architectures that both have; None for fewer than three."""
+    both = [key for key in other if key in one]
+    if len(both) < 3:
+        return None
+    return round(kendall_tau(np.array([one[key] for key in both]), np.array([other[key] for key in both])), 3)
+
+
+def _why_none(history: History) -> str:
+    failed = [e for e in history.answered if not e.ok]
+    if not failed:
+        return "no full-fidelity evaluation was made: raise the budget (--max-high, --gpu-hours, --wall-time)"
+    return f"the last failure: {failed[-1].trial.architecture}: {failed[-1].status}: {failed[-1].error}"
+
+
+def _task(study: Study, run_dir: Path, fleet: Fleet) -> Json:
+    return {"study": config.to_dict(study), "run_dir": str(run_dir), "device": fleet.device}
+
+
+def describe(wanted: Layout) -> str:
+    if not wanted.devices:
+        return f"{wanted.workers} CPU worker{'s' if wanted.workers > 1 else ''}"
+    return f"{wanted.workers} workers on {len(wanted.devices)} GPUs ({', '.join(wanted.devices)})"
+
+
+def write_run_file(run_dir: Path, facts: Json) -> None:
+    """run.json: which versions, machines and commands this run has seen; refuses data that have changed."""
+    path = run_dir / "run.json"
+    stored: Json = json.loads(path.read_text()) if path.exists() else {"schema": FILE_SCHEMA, "calls": []}
+    if stored["schema"] != FILE_SCHEMA:
+        raise EngineError(f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}")
+    before = stored.setdefault("fingerprint", facts["fingerprint"])
+    if before != facts["fingerprint"]:
+        raise UsageError(f"the data have changed since {run_dir} was begun; restore them, or choose another --run-dir")
+    stored["calls"].append(
+        {
+            "command": sys.argv,
+            "device": facts["device"],
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in VERSIONED},
+        }
+    )
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(stored, indent=2) + "\n")
+    aside.replace(path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
