@@ -24,6 +24,7 @@ def random(candidates: Candidates, history: History, plan: Plan, slots: int) -> 
 
 
 METHODS: dict[str, Method] = {"mfkd": mfkd, "random": random}
+ABLATIONS: dict[str, Method] = {}
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
