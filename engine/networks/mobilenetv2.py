@@ -1,4 +1,7 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) of given stages."""
+"""MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) of given stages.
+
+N batch, C channels, H W size in pixels.
+"""
 
 from __future__ import annotations
 

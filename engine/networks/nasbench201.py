@@ -1,6 +1,6 @@
 """Networks of NAS-Bench-201: layer for layer those of the benchmark, so that its table is about them.
 
-N batch, C channels, H W size in pixels; O operations of a cell, one an edge.
+N batch, C channels, H W size in pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""ShuffleNetV2 (Ma et al., ECCV 2018, arXiv 1807.11164) of given stages."""
+"""ShuffleNetV2 (Ma et al., ECCV 2018, arXiv 1807.11164) of given stages.
+
+N batch, C channels, H W size in pixels.
+"""
 
 from __future__ import annotations
 

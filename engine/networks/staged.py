@@ -43,11 +43,11 @@ def pooled_classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 def he_init(network: nn.Module) -> None:
-    """Normal weights of variance 2 / fan-in for convolutions (He et al. 2015, eq. 10).
+    """Normal weights of variance 2 / fan-out for convolutions (He et al. 2015, eq. 14), as torchvision's networks.
 
-    Fan-in, because a depthwise convolution has 9 inputs a channel while torch takes its fan-out to be 9 times all
-    channels, which would start it a hundredfold too small.
+    Torch takes all channels into the fan-out of a depthwise convolution, which therefore starts small. Fan-in,
+    which is right there, was 5 points worse in short trainings (docs/spaces.md).
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -97,7 +97,7 @@ def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:
 def _representatives() -> dict[tuple[int, ...], tuple[int, ...]]:
     cells = list(product(range(len(OPERATIONS)), repeat=len(EDGES)))
     expressions = {cell: _expression(cell) for cell in cells}
-    # A cell may hold convolutions that do not reach its output: the cheapest of its class has none to waste.
+    # Some members hold convolutions that do not reach the output: the cheapest has none to waste.
     cheapest: dict[str, tuple[int, ...]] = {}
     for cell in sorted(cells, key=_work):
         cheapest.setdefault(expressions[cell], cell)
