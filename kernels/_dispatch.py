@@ -1,0 +1,50 @@
+"""Which implementation a call takes: Triton on CUDA, the closed-form reference elsewhere."""
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+ENVIRONMENT = "KERNELS_BACKEND"  # replaces "auto" for a whole process
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in the interpreter, on CPU tensors; read before Triton's import."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """ "triton" or "reference" for tensors on this device."""
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT, "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        if not has_triton():
+            raise RuntimeError("backend='triton' needs Triton: pip install triton, or use backend='reference'")
+        if device.type != "cuda" and not interpreting():
+            raise RuntimeError(
+                f"backend='triton' needs CUDA tensors, these are on {device}: move them, use "
+                "backend='auto', or set TRITON_INTERPRET=1 before Python starts"
+            )
+        return "triton"
+    if backend == "auto" and device.type == "cuda" and has_triton():
+        return "triton"
+    return "reference"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; says once that it is not."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "Triton is not installed: the distillation losses use their PyTorch reference on every device",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False

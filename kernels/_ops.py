@@ -1,0 +1,226 @@
+"""The losses as differentiable operations: forward, what is saved, backward - for eager and compiled code.
+
+Each loss has one plain forward, one plain backward and one `setup_context`, used twice: by an
+`autograd.Function` (eager calls, a third of the custom op's overhead) and by a registered operator with a
+fake kernel, which `torch.compile(fullgraph=True)` can trace. `backend` is "triton" or "reference" by now.
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+
+from kernels import reference
+from kernels.reference import CEKDSpec
+
+
+def _implementation(loss: str, backend: str) -> Any:
+    if backend == "reference":
+        return reference
+    return importlib.import_module(f"kernels._triton.{loss}")  # not before Triton is wanted
+
+
+def _eager_or_compiled(function: Callable[..., Any], operator: Any) -> Any:
+    return operator if torch.compiler.is_compiling() else function
+
+
+# ---- cross entropy + knowledge distillation ------------------------------------------------------------
+
+
+def ce_kd_forward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    variant: str,
+    dkd_alpha: float,
+    dkd_beta: float,
+    standardize: bool,
+    reduction: str,
+    with_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.ce_kd_forward`; its spec spelled out, as an operator's schema wants it."""
+    spec = CEKDSpec(
+        temperature, ce_weight, kd_weight, label_smoothing, ignore_index,
+        variant, dkd_alpha, dkd_beta, standardize, reduction,
+    )  # fmt: skip
+    forward = _implementation("ce_kd", backend).ce_kd_forward
+    return forward(student, teacher, target, target_b, lam, spec, with_grad)
+
+
+def ce_kd_backward(grad: Tensor, upstream: Tensor, count: Tensor, reduction: str, backend: str) -> Tensor:
+    """See `reference.ce_kd_backward`."""
+    return _implementation("ce_kd", backend).ce_kd_backward(grad, upstream, count, reduction)
+
+
+def _ce_kd_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reduction, with_grad, _ = arguments[-3:]
+    dtype = reference.accumulation_dtype(student.dtype)
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=dtype)
+    grad = torch.empty_like(student) if with_grad else student.new_empty(0)
+    return loss, student.new_empty(3, dtype=dtype), grad, student.new_empty((), dtype=dtype)
+
+
+def _ce_kd_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.reduction, ctx.backend, ctx.inputs = inputs[-3], inputs[-1], len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _ce_kd_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = upstreams[0]
+    backward = _eager_or_compiled(ce_kd_backward, ce_kd_backward_op)
+    grad = None if upstream is None else backward(ctx.saved_tensors[0], upstream, ctx.saved_tensors[1],
+                                                  ctx.reduction, ctx.backend)  # fmt: skip
+    return (grad, *(None,) * (ctx.inputs - 1))
+
+
+ce_kd_op = custom_op("mfkd_kernels::ce_kd", ce_kd_forward, mutates_args=())
+ce_kd_op.register_fake(_ce_kd_fake)
+ce_kd_op.register_autograd(_ce_kd_differentiate, setup_context=_ce_kd_save)
+ce_kd_backward_op = custom_op("mfkd_kernels::ce_kd_backward", ce_kd_backward, mutates_args=())
+ce_kd_backward_op.register_fake(lambda grad, *_: torch.empty_like(grad))
+
+
+class _CEKD(torch.autograd.Function):
+    forward = staticmethod(ce_kd_forward)
+    setup_context = staticmethod(_ce_kd_save)
+    backward: Any = staticmethod(once_differentiable(_ce_kd_differentiate))
+
+
+def ce_kd(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(loss, parts), differentiable by the student's logits."""
+    loss, parts, _, _ = _eager_or_compiled(_CEKD.apply, ce_kd_op)(student, *arguments)
+    return loss, parts.detach()
+
+
+# ---- attention transfer --------------------------------------------------------------------------------
+
+
+def attention_forward(
+    student: Tensor, teacher: Tensor, p: float, mode: str, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """See `reference.attention_forward`."""
+    return _implementation("attention", backend).attention_forward(student, teacher, p, mode, eps)
+
+
+def attention_backward(student: Tensor, coef: Tensor, upstream: Tensor, p: float, backend: str) -> Tensor:
+    """See `reference.attention_backward`."""
+    return _implementation("attention", backend).attention_backward(student, coef, upstream, p)
+
+
+def _attention_fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(student.dtype)
+    height, width = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
+    coef = student.new_empty((student.shape[0], height, width), dtype=dtype)
+    return student.new_empty((), dtype=dtype), coef
+
+
+def _attention_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.p, ctx.backend = inputs[2], inputs[5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _attention_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = upstreams[0]
+    backward = _eager_or_compiled(attention_backward, attention_backward_op)
+    grad = None if upstream is None else backward(*ctx.saved_tensors, upstream, ctx.p, ctx.backend)
+    return (grad, None, None, None, None, None)
+
+
+attention_op = custom_op("mfkd_kernels::attention", attention_forward, mutates_args=())
+attention_op.register_fake(_attention_fake)
+attention_op.register_autograd(_attention_differentiate, setup_context=_attention_save)
+attention_backward_op = custom_op("mfkd_kernels::attention_backward", attention_backward, mutates_args=())
+attention_backward_op.register_fake(lambda student, *_: torch.empty_like(student))
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(attention_forward)
+    setup_context = staticmethod(_attention_save)
+    backward: Any = staticmethod(once_differentiable(_attention_differentiate))
+
+
+def attention(student: Tensor, *arguments: Any) -> Tensor:
+    """The loss of one pair of features, differentiable by the student's."""
+    return _eager_or_compiled(_Attention.apply, attention_op)(student, *arguments)[0]
+
+
+# ---- neuron selectivity transfer -----------------------------------------------------------------------
+
+
+def nst_forward(
+    student: Tensor, teacher: Tensor, method: str, teacher_term: bool, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.nst_forward`."""
+    return _implementation("nst", backend).nst_forward(student, teacher, method, teacher_term, eps)
+
+
+def nst_backward(
+    student: Tensor,
+    teacher: Tensor,
+    first: Tensor,
+    second: Tensor,
+    upstream: Tensor,
+    method: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """See `reference.nst_backward`."""
+    backward = _implementation("nst", backend).nst_backward
+    return backward(student, teacher, first, second, upstream, method, eps)
+
+
+def _nst_fake(student: Tensor, teacher: Tensor, method: str, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(student.dtype)
+    samples, s, t = student.shape[0], student.shape[1], teacher.shape[1]
+    positions = student.shape[2] * student.shape[3]
+    shapes = ((positions, positions), (s, 1)) if method == "spatial" else ((s, s), (s, t))
+    first, second = (student.new_empty((samples, *shape), dtype=dtype) for shape in shapes)
+    return student.new_empty((), dtype=dtype), first, second
+
+
+def _nst_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.method, ctx.eps, ctx.backend = inputs[2], inputs[4], inputs[5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+
+
+def _nst_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = upstreams[0]
+    backward = _eager_or_compiled(nst_backward, nst_backward_op)
+    grad = None
+    if upstream is not None:
+        grad = backward(*ctx.saved_tensors, upstream, ctx.method, ctx.eps, ctx.backend)
+    return (grad, None, None, None, None, None)
+
+
+nst_op = custom_op("mfkd_kernels::nst", nst_forward, mutates_args=())
+nst_op.register_fake(_nst_fake)
+nst_op.register_autograd(_nst_differentiate, setup_context=_nst_save)
+nst_backward_op = custom_op("mfkd_kernels::nst_backward", nst_backward, mutates_args=())
+nst_backward_op.register_fake(lambda student, *_: torch.empty_like(student))
+
+
+class _NST(torch.autograd.Function):
+    forward = staticmethod(nst_forward)
+    setup_context = staticmethod(_nst_save)
+    backward: Any = staticmethod(once_differentiable(_nst_differentiate))
+
+
+def nst(student: Tensor, *arguments: Any) -> Tensor:
+    """The loss of one pair of features, differentiable by the student's."""
+    return _eager_or_compiled(_NST.apply, nst_op)(student, *arguments)[0]

@@ -1,0 +1,351 @@
+"""The public losses: what they compute, what they accept, and what they refuse.
+
+Every loss returns a float32 scalar (float64 for float64 inputs), is differentiable by the student once,
+and expects a teacher that does not require grad. float32, bfloat16 and float16 inputs accumulate in
+float32. CUDA tensors run Triton kernels, others the closed-form reference; `backend="triton"` or
+`"reference"` forces one, the environment variable KERNELS_BACKEND replaces `"auto"`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import _dispatch, _ops, _tiles, reference
+
+Features = Tensor | Sequence[Tensor]
+
+REDUCTIONS = ("mean", "sum", "none")
+VARIANTS = ("kd", "dkd")
+MODES = ("mean", "paper", "batchmean")
+METHODS = ("auto", "spatial", "channel")
+
+
+def ce_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    ce_weight: float = 0.1,
+    kd_weight: float = 0.9,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    target_b: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    variant: str = "kd",
+    dkd_alpha: float = 1.0,
+    dkd_beta: float = 8.0,
+    standardize: bool = False,
+    reduction: str = "mean",
+    return_parts: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross entropy plus knowledge distillation, loss and gradient in one pass over the logits.
+
+        loss = ce_weight * CE(s, y) + kd_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
+
+    in nats, each a mean over the rows that are not ignored (`reduction="mean"`), a sum, or by row (N,).
+    KL is summed as sum_c p_t (d + exp(-d) - 1), d = log p_t - log p_s, every addend >= 0: relative error
+    below 1e-6 at T = 32 where the usual form keeps no digit, and exactly 0 for equal logits.
+
+    Args:
+        student_logits, teacher_logits: (N, C), floating point; the teacher's without grad.
+        target: class indices (N,), probabilities (N, C), or None for KD alone.
+        temperature: T > 0, for both sides.
+        ce_weight, kd_weight: weights of the terms; a term of weight 0 is skipped, its part reads 0.
+        label_smoothing: in [0, 1): CE against (1 - e) y + e / C.
+        ignore_index: rows with this target count in neither term (an ignored row needs no valid logits).
+        target_b, lam: mixup: CE is lam * CE(target) + (1 - lam) * CE(target_b); lam a float or (N,).
+        variant: "dkd" replaces KL by dkd_alpha * TCKD + dkd_beta * NCKD (needs class indices).
+        standardize: KD on (x - mean) / (1e-7 + std) of each row's logits; CE on the logits as they are.
+        return_parts: also return a detached tensor (3,) = (loss, ce, kd), unweighted parts.
+
+    Sources: KD: Hinton et al., 2015 (arXiv 1503.02531), section 2. DKD: Zhao et al., 2022 (arXiv
+    2203.08679), equation 7. Standardization: Sun et al., 2024 (arXiv 2403.01427), algorithm 1.
+    Same as RepDistiller's gamma * CE + alpha * KD with ce_weight = gamma, kd_weight = alpha; as
+    torchdistill's KDLoss(T, alpha) with ce_weight = alpha, kd_weight = 1 - alpha. Liger's distillation
+    losses have no T^2: kd_weight = w / T^2. attention-transfer's alpha is kd_weight.
+
+    Labels out of range raise IndexError on the CPU and give a NaN loss on CUDA, which is never asked.
+    If every row is ignored the mean is NaN, as in PyTorch, and the gradient 0.
+
+    Raises:
+        ValueError: shapes that differ, a temperature, weight, reduction or variant that cannot be.
+        TypeError: logits that are not floating point; targets of a type that is neither.
+        RuntimeError: a teacher that requires grad.
+        IndexError: a label out of range, on the CPU.
+
+    >>> loss = ce_kd_loss(student(x), teacher(x).detach(), y, temperature=4.0)  # doctest: +SKIP
+    """
+    _check_logits(student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be in [0, 1)")
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("variant", variant, VARIANTS)
+    target, target_b, share = _check_target(student_logits, target, target_b, lam)
+    if (variant == "dkd" or standardize) and student_logits.shape[1] < 2:
+        raise ValueError("variant='dkd' and standardize=True need 2 classes or more, these logits have 1")
+    if variant == "dkd" and (target is None or target.is_floating_point() or target_b is not None):
+        raise ValueError("variant='dkd' needs class indices as target and no target_b: the target class is "
+                         "what it takes apart; use variant='kd' with soft or mixed targets")  # fmt: skip
+    backend = _dispatch.resolve(backend, student_logits.device)
+    if backend == "triton" and not _tiles.has_ce_kd(student_logits, variant, standardize):
+        backend = "reference"
+    with_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    loss, parts = _ops.ce_kd(
+        student_logits, teacher_logits, target, target_b, share,
+        float(temperature), float(ce_weight), float(kd_weight), float(label_smoothing), ignore_index,
+        variant, float(dkd_alpha), float(dkd_beta), standardize, reduction, with_grad, backend,
+    )  # fmt: skip
+    return (loss, parts) if return_parts else loss
+
+
+def attention_transfer_loss(
+    student: Features,
+    teacher: Features,
+    *,
+    p: float = 2.0,
+    mode: str = "mean",
+    eps: float = 1e-12,
+    weights: Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Distance between the student's and the teacher's attention maps, no unit.
+
+        q = mean_c |F|^p,  a = q / max(||q||_2, eps) over positions,  u = a_s - a_t
+        mode="mean": sum u^2 / (N H W)   "batchmean": sum u^2 / N   "paper": sum_n ||u_n||_2 / N
+
+    Args:
+        student, teacher: (N, C, H, W), or sequences of as many; channel counts may differ. Of different
+            sizes, the larger is average-pooled to the smaller before the power (an integer ratio of equal
+            sides inside the kernel, without a copy).
+        p: the power, >= 1.
+        weights: one a pair, 1 by default; the result is the weighted sum over pairs.
+
+    Source: Zagoruyko and Komodakis, 2017 (arXiv 1612.03928), equation 2, whose loss is "paper" with
+    weight beta / 2; their code, RepDistiller and mdistiller compute "mean" with beta = 1000 a stage.
+    A map whose norm is below eps is divided by eps and gets the matching finite gradient.
+    Memory traffic, forward and backward: N H W (3 C_s + C_t) elements.
+
+    Raises:
+        ValueError: batch sizes that differ, p < 1, a mode that does not exist.
+        TypeError: features that are not floating point.
+        RuntimeError: a teacher that requires grad.
+    """
+    if not p >= 1:
+        raise ValueError(f"p is {p}; it must be 1 or above for the map to have a gradient")
+    _check_choice("mode", mode, MODES)
+
+    def one(s: Tensor, t: Tensor) -> Tensor:
+        chosen = _dispatch.resolve(backend, s.device)
+        if chosen == "triton" and not _tiles.has_attention(s, t):
+            chosen = "reference"
+        if s.shape[2:] != t.shape[2:] and not (chosen == "triton" and _tiles.pooling_ratio(s, t)):
+            s, t = pooled(s, t)
+        return _ops.attention(s, t, float(p), mode, eps, chosen)
+
+    return _over_pairs(one, student, teacher, weights)
+
+
+def nst_loss(
+    student: Features,
+    teacher: Features,
+    *,
+    method: str = "auto",
+    teacher_term: bool = True,
+    eps: float = 1e-12,
+    weights: Sequence[float] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Neuron selectivity transfer: the squared MMD with k(x, y) = (x . y)^2 between channels, no unit.
+
+        mean_ij (a_i . a_j)^2 + mean_ij (b_i . b_j)^2 - 2 mean_ij (a_i . b_j)^2,  averaged over samples,
+
+    with a_i, b_j the student's and the teacher's channels over H W, each of length 1. It equals
+    1/N sum_n || A^T A / C_s - B^T B / C_t ||_F^2, so it is computed through H W x H W Grams
+    (`method="spatial"`) or C x C Grams ("channel"), whichever multiplies less ("auto"); the
+    N x C_s x C_t x H W product of the usual code never exists.
+
+    Args:
+        student, teacher: (N, C, H, W), or sequences of as many; channel counts may differ. Of different
+            sizes, the larger is average-pooled to the smaller first, which copies it.
+        teacher_term: False leaves the teacher's constant (second) term out: same gradient, less work;
+            the loss is then not >= 0.
+        eps: the least norm a channel is divided by; a channel below it gets the matching gradient.
+        weights: one a pair, 1 by default; the result is the weighted sum over pairs.
+
+    Source: Huang and Wang, 2017 (arXiv 1707.01219), equation 8 with the polynomial kernel d = 2, c = 0.
+    RepDistiller's and mdistiller's NSTLoss with beta = 50 is ours with weight 50, summed over stages.
+
+    Raises:
+        ValueError: batch sizes that differ, a method that does not exist.
+        TypeError: features that are not floating point.
+        RuntimeError: a teacher that requires grad.
+    """
+    _check_choice("method", method, METHODS)
+
+    def one(s: Tensor, t: Tensor) -> Tensor:
+        if s.shape[2:] != t.shape[2:]:
+            s, t = pooled(s, t)
+        how = reference.nst_method(method, s, t, teacher_term)
+        chosen = _dispatch.resolve(backend, s.device)
+        if chosen == "triton" and not _tiles.has_nst(s, t, how):
+            chosen = "reference"
+        return _ops.nst(s, t, how, teacher_term, eps, chosen)
+
+    return _over_pairs(one, student, teacher, weights)
+
+
+def hint_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None) -> Tensor:
+    """mean (s - t)^2 over all elements: FitNets' hint after the regressor (`HintLoss` has one).
+
+    Args: student, teacher: of one shape, or sequences of as many; weights: one a pair, 1 by default.
+    Source: Romero et al., 2015 (arXiv 1412.6550), equation 3, whose sum over elements is a mean here and
+    in RepDistiller (beta = 100).
+
+    Raises: ValueError for shapes that differ; TypeError, RuntimeError as the other losses.
+    """
+
+    def one(s: Tensor, t: Tensor) -> Tensor:
+        if s.shape != t.shape:
+            raise ValueError(f"student has shape {tuple(s.shape)}, teacher {tuple(t.shape)}: a hint compares "
+                             "element by element; use HintLoss, which learns a regressor")  # fmt: skip
+        dtype = reference.accumulation_dtype(s.dtype)
+        return F.mse_loss(s.to(dtype), t.to(dtype))
+
+    return _over_pairs(one, student, teacher, weights)
+
+
+def similarity_loss(
+    student: Features, teacher: Features, *, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Similarity-preserving distillation: sum (G_s - G_t)^2 / N^2, G the row-normalised N x N Gram.
+
+    Args: student, teacher: (N, ...), one sample a row, other sizes may differ; or sequences of as many.
+    Source: Tung and Mori, 2019 (arXiv 1907.09682), equations 1 to 4; RepDistiller's Similarity with
+    beta = 3000 on the last stage, torchdistill's SPKDLoss with reduction="batchmean".
+
+    Raises: ValueError for batch sizes that differ; TypeError, RuntimeError as the other losses.
+    """
+
+    def gram(feature: Tensor) -> Tensor:
+        rows = feature.reshape(feature.shape[0], -1).to(reference.accumulation_dtype(feature.dtype))
+        return F.normalize(rows @ rows.mT, dim=1)
+
+    def one(s: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(s.device.type, enabled=False):
+            return (gram(s) - gram(t)).square().sum() / s.shape[0] ** 2
+
+    return _over_pairs(one, student, teacher, weights, spatial=False)
+
+
+def _over_pairs(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    student: Features,
+    teacher: Features,
+    weights: Sequence[float] | None,
+    spatial: bool = True,
+) -> Tensor:
+    students = [student] if isinstance(student, Tensor) else list(student)
+    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    if not students or len(students) != len(teachers):
+        raise ValueError(f"student has {len(students)} features, teacher {len(teachers)}: give as many, 1 or more")
+    if weights is not None and len(weights) != len(students):
+        raise ValueError(f"weights has {len(weights)} numbers for {len(students)} pairs of features")
+    terms = []
+    for s, t in zip(students, teachers, strict=True):
+        _check_features(s, t, spatial)
+        terms.append(loss(s, t))
+    if weights is not None:
+        terms = [weight * term for weight, term in zip(weights, terms, strict=True)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def pooled(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """Both features at the smaller height and width, by average pooling."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    return tuple(f if f.shape[2:] == size else F.adaptive_avg_pool2d(f, size) for f in (student, teacher))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; convert it to float32, bfloat16 or float16")
+
+
+def _check_teacher(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise RuntimeError(f"{name} requires grad, which no distillation loss gives it: detach it, or run "
+                           "the teacher under torch.no_grad()")  # fmt: skip
+
+
+def _check_features(student: Tensor, teacher: Tensor, spatial: bool) -> None:
+    for name, feature in (("student", student), ("teacher", teacher)):
+        _check_floating(name, feature)
+        if spatial and feature.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(feature.shape)}; it must be (N, C, H, W)")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"student has {student.shape[0]} samples, teacher {teacher.shape[0]}: "
+                         f"shapes {tuple(student.shape)} and {tuple(teacher.shape)}")  # fmt: skip
+    if student.device != teacher.device:
+        raise ValueError(f"student is on {student.device}, teacher on {teacher.device}: move one")
+    _check_teacher("teacher", teacher)
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        _check_floating(name, logits)
+        if logits.dim() != 2 or logits.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(logits.shape)}; it must be (N, C) with C >= 1")
+    for axis, what in ((0, "rows"), (1, "classes")):
+        if student.shape[axis] != teacher.shape[axis]:
+            raise ValueError(f"teacher_logits has {teacher.shape[axis]} {what}, student_logits "
+                             f"{student.shape[axis]}: both must be one shape (N, C)")  # fmt: skip
+    if student.device != teacher.device:
+        raise ValueError(f"student_logits is on {student.device}, teacher_logits on {teacher.device}: move one")
+    _check_teacher("teacher_logits", teacher)
+
+
+def _check_target(
+    logits: Tensor, target: Tensor | None, target_b: Tensor | None, lam: Tensor | float | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if (target_b is None) != (lam is None) or (target_b is not None and target is None):
+        raise ValueError("mixup needs target, target_b and lam: give all three, or target alone")
+    rows = logits.shape[:1]
+    for name, labels in (("target", target), ("target_b", target_b)):
+        if labels is None:
+            continue
+        soft = labels.is_floating_point()
+        if soft and target_b is not None:
+            raise ValueError("mixup mixes class indices; mix probabilities before the call and give target alone")
+        if labels.dtype == torch.bool or labels.is_complex():
+            raise TypeError(f"{name} is {labels.dtype}; give class indices (int64) or probabilities (float)")
+        wanted = logits.shape if soft else rows
+        if labels.shape != wanted:
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}; with logits of shape "
+                             f"{tuple(logits.shape)} it must be {tuple(wanted)}")  # fmt: skip
+        if labels.device != logits.device:
+            raise ValueError(f"{name} is on {labels.device}, the logits on {logits.device}: move one")
+    if target is not None and not target.is_floating_point():
+        target = target.long()
+    if lam is None or target_b is None:
+        return target, None, None
+    if not isinstance(lam, Tensor):
+        lam = torch.full(rows, float(lam), device=logits.device)
+    if lam.dim() == 0:
+        lam = lam.expand(rows)
+    if lam.shape != rows:
+        raise ValueError(f"lam has shape {tuple(lam.shape)}; give a float or one share a row {tuple(rows)}")
+    return target, target_b.long(), lam.to(torch.float32)

@@ -1,0 +1,89 @@
+"""The losses as `nn.Module`s, for code that builds its criterion once; the numbers show in `repr`."""
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels import functional
+
+
+class _Configured(nn.Module):
+    """Keeps keyword arguments and checks their names when built, not at the first batch."""
+
+    def __init__(self, loss: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        accepted = loss.__kwdefaults__
+        unknown = sorted(set(options) - set(accepted))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; "
+                            f"it has {', '.join(accepted)}")  # fmt: skip
+        self.options = {**accepted, **options}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class CEKDLoss(_Configured):
+    """`ce_kd_loss` with its keyword options fixed; target_b and lam are given by batch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(functional.ce_kd_loss, options)
+        for by_batch in ("target_b", "lam"):
+            if self.options.pop(by_batch) is not None:
+                raise TypeError(f"{by_batch} changes with the batch: give it to the call")
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        target_b: Tensor | None = None,
+        lam: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return functional.ce_kd_loss(
+            student_logits, teacher_logits, target, target_b=target_b, lam=lam, **self.options
+        )
+
+
+class AttentionTransferLoss(_Configured):
+    """`attention_transfer_loss` with its keyword options fixed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(functional.attention_transfer_loss, options)
+
+    def forward(self, student: functional.Features, teacher: functional.Features) -> Tensor:
+        return functional.attention_transfer_loss(student, teacher, **self.options)
+
+
+class NSTLoss(_Configured):
+    """`nst_loss` with its keyword options fixed."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(functional.nst_loss, options)
+
+    def forward(self, student: functional.Features, teacher: functional.Features) -> Tensor:
+        return functional.nst_loss(student, teacher, **self.options)
+
+
+class SimilarityLoss(nn.Module):
+    """`similarity_loss`."""
+
+    def forward(self, student: functional.Features, teacher: functional.Features) -> Tensor:
+        return functional.similarity_loss(student, teacher)
+
+
+class HintLoss(nn.Module):
+    """`hint_loss` after a learnt 1x1 convolution from the student's channels to the teacher's.
+
+    Give its parameters to the optimizer. A student map of another size is average-pooled or, where
+    smaller, the teacher's map is (Romero et al., 2015, arXiv 1412.6550, section 2.2).
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.regressor = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = functional.pooled(student, teacher)
+        return functional.hint_loss(self.regressor(student), teacher)
