@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def option(default: T, text: str) -> T:
     """A field with its default and the text that `--help` prints."""
-    return field(default=default, metadata={"help": text})  # type: ignore[return-value]
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, slots=True)

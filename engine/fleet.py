@@ -7,6 +7,7 @@ paid once. Each worker is pinned to one of the devices that this process may see
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -191,7 +192,7 @@ class ParslFleet:
         process = self._executor.interchange_proc
         while not self._closed.wait(1.0):
             if process is not None and process.poll() is not None:
-                reason = f"the process that feeds the workers ended with code {process.returncode}; run the command again"
+                reason = f"the process that feeds the workers ended ({process.returncode}); run the command again"
                 for future in list(self._open):
                     if not future.done():
                         future.set_exception(EnvironmentUnusable(reason))
@@ -224,21 +225,28 @@ def _executor(workers: int) -> HighThroughputExecutor:
             init_blocks=1,
             min_blocks=1,
             max_blocks=1,
-            worker_init=f"export PYTHONPATH='{root}':$PYTHONPATH OMP_NUM_THREADS=1 MKL_NUM_THREADS=1; cd '{Path.cwd()}'",
+            worker_init=(
+                f"export PYTHONPATH={shlex.quote(str(root))}:$PYTHONPATH OMP_NUM_THREADS=1 MKL_NUM_THREADS=1\n"
+                f"cd {shlex.quote(str(Path.cwd()))}"
+            ),
         ),
     )
 
 
 def call(name: str, task: Task, devices: tuple[str, ...], share: int) -> Any:
-    """What a worker does: `share` workers in a row take the same device, then runs `engine.evaluate.<name>`.
-
-    The device is set before torch is imported for the first time in this process, and stays.
-    """
-    if devices:
-        rank = int(os.environ.get("PARSL_WORKER_RANK", "0"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(rank // share) % len(devices)]
+    """What a worker does with a task: takes its device, then runs `engine.evaluate.<name>`."""
+    pin(devices, share)
     from engine import evaluate
 
     function: Callable[[Task], Any] = getattr(evaluate, name)
     return function(task)
 
+
+def pin(devices: tuple[str, ...], share: int) -> None:
+    """Makes this worker see one device only: `share` workers in a row take the same one.
+
+    It must come before the process imports torch for the first time. A worker that Parsl starts anew keeps its rank.
+    """
+    if devices:
+        rank = int(os.environ.get("PARSL_WORKER_RANK", "0"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(rank // share) % len(devices)]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.space import load_space
+from engine.train import place
 from engine.trial import Architecture, EnvironmentUnusable, UsageError
 
 TORCHVISION = "torchvision:"
@@ -122,7 +123,8 @@ def read_card(path: Path) -> Card:
         with safe_open(path, "pt") as stored:
             metadata = stored.metadata() or {}
         values: dict[str, Any] = json.loads(metadata["card"])
-        return Card(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return Card(**fields)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} is no teacher of this program ({error}); make one with: cli.py teacher --data ..."
@@ -143,7 +145,7 @@ def load(path: Path) -> nn.Module:
 
 def freeze(network: nn.Module, device: torch.device) -> nn.Module:
     """A teacher ready to be asked: on the device, channels_last, in evaluation mode, without gradients."""
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return place(network, device).eval().requires_grad_(False)
 
 
 def check_fits(card: Card, classes: tuple[str, ...]) -> None:

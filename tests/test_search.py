@@ -1,0 +1,188 @@
+"""The loop of a search, on a fleet that answers at once: what is decided, journalled, resumed and concluded."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import journal, search
+from engine.config import Budget, Resources, Study
+from engine.fleet import WorkerDied
+from engine.progress import Display
+from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+
+STUDY = Study(low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
+BUDGET = Budget(max_low=8, max_high=4)
+
+
+class Recorded:
+    """A fleet whose answers are a function of the trial; counts what it was asked."""
+
+    device = "cpu"
+
+    def __init__(self, capacity: int = 3, broken: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.capacity, self.broken = capacity, broken
+        self.trials: list[int] = []
+
+    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(self, name)(task))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        return None
+
+    def run_probe(self, task: dict[str, Any]) -> dict[str, Any]:
+        images = {"train": 80, "valid": 20}
+        classes = ["a", "b"]
+        return {"classes": classes, "resolution": 32, "fingerprint": "f", "images": images, "device": "cpu"}
+
+    def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
+        return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
+
+    def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+        answers = []
+        for data in task["trials"]:
+            trial = trial_from_json(data)
+            self.trials.append(trial.number)
+            if trial.fidelity.name in self.broken:
+                answers.append(Evaluation(trial, "oom", error="no memory"))
+                continue
+            noise = np.random.default_rng(int(trial.key, 16)).normal(0, 0.02)
+            quality = sum(trial.architecture.choices) / 24
+            answers.append(Evaluation(trial, "ok", 0.5 + 0.3 * quality + noise, seconds=2.0, macs=10, params=5))
+        return [evaluation_to_json(answer) for answer in answers]
+
+    def run_test(self, task: dict[str, Any]) -> dict[str, Any]:
+        return {"test_accuracy": 0.75}
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fleet: Recorded, study: Study = STUDY, budget: Budget = BUDGET):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(search, "open_fleet", lambda layout, logs: fleet)
+    resources = Resources(device="cpu", workers=fleet.capacity)
+    return search.search(study, budget, resources, tmp_path / "run", Display("none"))
+
+
+def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Recorded()
+    result = run(tmp_path, monkeypatch, fleet)
+    record = journal.read(tmp_path / "run" / "journal.jsonl")
+    names = [trial.fidelity.name for trial in record.asked]
+    assert names.count("low") >= 1
+    assert names.count("high") == BUDGET.max_high
+    assert result["winner"]["test_accuracy"] == 0.75
+    assert result["evaluations"] == {"low": names.count("low"), "high": 4, "failed": 0}
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    full = [e for e in record.answers.values() if e.trial.fidelity == STUDY.high]
+    assert result["winner"]["valid_accuracy"] in [e.accuracy for e in full]
+
+
+def test_cut_after_any_line_the_search_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal after a kill is a prefix of whole lines; nothing answered is asked of a worker again."""
+    whole = run(tmp_path, monkeypatch, Recorded())
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    record = journal.read(path)
+    for cut in range(len(lines)):
+        path.write_bytes(b"".join(lines[:cut]))
+        answered = set(journal.read(path).answers)
+        fleet = Recorded()
+        again = run(tmp_path, monkeypatch, fleet)
+        assert again["winner"] == whole["winner"], cut
+        assert set(fleet.trials).isdisjoint(answered)
+        assert journal.read(path).asked == record.asked
+        assert journal.read(path).answers == record.answers
+
+
+def test_a_run_continues_on_a_machine_of_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path, monkeypatch, Recorded(capacity=4))
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: len(lines) // 2]))
+    assert run(tmp_path, monkeypatch, Recorded(capacity=1))["winner"] == whole["winner"]
+
+
+def test_a_finished_run_asks_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, monkeypatch, Recorded())
+    fleet = Recorded()
+    second = run(tmp_path, monkeypatch, fleet)
+    assert fleet.trials == []
+    assert second["winner"] == first["winner"]
+
+
+def test_a_larger_budget_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, monkeypatch, Recorded())
+    result = run(tmp_path, monkeypatch, Recorded(), budget=replace(BUDGET, max_high=6))
+    assert result["evaluations"]["high"] == 6
+
+
+def test_changed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, monkeypatch, Recorded())
+    fleet = Recorded()
+    monkeypatch.setattr(fleet, "run_probe", lambda task: {**Recorded().run_probe(task), "fingerprint": "other"})
+    with pytest.raises(UsageError, match="the data have changed"):
+        run(tmp_path, monkeypatch, fleet)
+
+
+def test_failures_are_counted_and_the_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(tmp_path, monkeypatch, Recorded(broken={"low"}), budget=replace(BUDGET, max_failures=50))
+    assert result["evaluations"]["failed"] >= 1
+    assert result["evaluations"]["high"] >= 1
+
+
+def test_too_many_failures_in_a_row_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Recorded(broken={"low", "high"})
+    with pytest.raises(NoWinner, match="5 evaluations in a row failed.*no memory"):
+        run(tmp_path, monkeypatch, fleet, budget=replace(BUDGET, max_failures=5))
+
+
+def test_a_task_that_kills_its_workers_is_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Recorded()
+    answers = fleet.run_trials
+
+    def deadly(task: dict[str, Any]) -> list[dict[str, Any]]:
+        if task["trials"][0]["number"] == 2:
+            raise WorkerDied("the worker process died 3 times on this task")
+        return answers(task)
+
+    monkeypatch.setattr(fleet, "run_trials", deadly)
+    result = run(tmp_path, monkeypatch, fleet)
+    assert result["evaluations"]["failed"] == 1
+    assert journal.read(tmp_path / "run" / "journal.jsonl").answers[2].status == "crashed"
+
+
+def test_no_candidate_within_the_limits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no architecture of .* fits --max-macs 10 .* the smallest has"):
+        run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, max_macs=10.0))
+
+
+def test_only_architectures_within_the_limits_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.space import candidates, load_space
+
+    space = load_space(STUDY.space)
+    limit = 4e6
+    run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, max_macs=limit))
+    members = candidates(space, classes=2, width=1.0, resolution=32)
+    for trial in journal.read(tmp_path / "run" / "journal.jsonl").asked:
+        assert members.macs[members.row(trial.architecture)] <= limit
+
+
+def test_an_unknown_method_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no method 'magic'"):
+        run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, method="magic"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reached_target_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(tmp_path, monkeypatch, Recorded(capacity=1), budget=replace(BUDGET, target_accuracy=0.01))
+    assert result["evaluations"]["high"] == 1
