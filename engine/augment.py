@@ -28,7 +28,7 @@ def uniform(seed: int, epoch: int, indices: NDArray[np.int64], draws: int) -> ND
     state = _mix(_mix(np.uint64(seed % 2**64)) ^ np.uint64(epoch))
     each = _mix(state ^ indices.astype(np.uint64))
     words = _mix(each[:, None] ^ np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def crop_and_flip(

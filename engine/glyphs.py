@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIZE = 32  # height and width of an image, in pixels
-VERSION = 1  # part of the cache key: raise it with every change of what is drawn
+VERSION = 2  # part of the cache key: raise it with every change of what is drawn
 
 _ATLAS = 40  # side of a character's mask, in pixels; near the drawn size, so bilinear sampling does not alias
 _CHUNK = 500  # images drawn at once: bounds memory, and each chunk has its own random stream
@@ -52,51 +52,58 @@ def _atlas() -> Floats:
 
 
 def _draw(labels: Labels, atlas: Floats, rng: np.random.Generator) -> Images:
-    """One image per label: background, strokes, fragments of other characters, the character, noise."""
+    """One image per label: background, strokes, fragments of other characters, the character, noise.
+
+    `hard` (n,) scales all that disturbs an image: the clean ones give a network its start, the others its limit.
+    """
     n = len(labels)
-    back, front = _two_colours(n, rng)
+    hard = np.sqrt(rng.random(n, np.float32))
+    back, front = _two_colours(hard, rng)
     image = back[:, None, None, :] * _shading(n, rng)
     for _ in range(_STROKES):
-        image = _blend(image, _stroke(n, rng), _near(back, rng))
+        image = _blend(image, _stroke(n, rng), _near(back, hard, rng))
     for _ in range(_FRAGMENTS):
         others = (labels + rng.integers(1, len(CHARACTERS), n)) % len(CHARACTERS)
         # Far enough from the centre that the image's edge cuts it: a fragment, never a second answer.
         angle = rng.uniform(0, 2 * np.pi, n)
         far = rng.uniform(17, 21, n)
         shift = np.stack([far * np.cos(angle), far * np.sin(angle)], -1)
-        image = _blend(image, _character(others, shift, atlas, rng), _near(back, rng))
-    shift = rng.uniform(-3, 3, (n, 2))
-    image = _blend(image, _character(labels, shift, atlas, rng), front)
-    sigma = rng.uniform(0.02, 0.08, (n, 1, 1, 1)).astype(np.float32)
+        image = _blend(image, _character(others, shift, np.ones(n), atlas, rng), _near(back, hard, rng))
+    shift = (1 + 3 * hard[:, None]) * rng.uniform(-1, 1, (n, 2))
+    image = _blend(image, _character(labels, shift, hard, atlas, rng), front)
+    sigma = 0.02 + 0.08 * hard[:, None, None, None]
     image += sigma * rng.standard_normal(image.shape, np.float32)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _two_colours(n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Background and character colours (n, 3), a distance of 0.4 to 1 apart in the unit cube of RGB."""
+def _two_colours(hard: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Background and character colours (n, 3): from light on dark to any two colours 0.3 apart, light on dark still.
+
+    With either sign of contrast, small networks learn nothing from a thousand images.
+    """
+    n = len(hard)
     back = rng.random((n, 3), np.float32)
     towards = rng.random((n, 3), np.float32) - back
     towards /= np.linalg.norm(towards, axis=1, keepdims=True) + 1e-6
-    apart = rng.uniform(0.4, 1.0, (n, 1)).astype(np.float32)
-    front = back + apart * towards
+    front = back + 0.3 * towards
     # Outside the cube, go the other way on that axis: clipping would lose the contrast.
-    outside = (front < 0) | (front > 1)
-    front = np.where(outside, back - apart * towards, front).clip(0, 1)
-    # The character is the brighter of the two: with either sign, small networks learn nothing from 1,000 images.
+    front = np.where((front < 0) | (front > 1), back - 0.3 * towards, front)
     swap = (back @ _LUMA > front @ _LUMA)[:, None]
-    return np.where(swap, front, back), np.where(swap, back, front)
+    back, front = np.where(swap, front, back), np.where(swap, back, front)
+    clean = (1 - hard)[:, None]
+    return back * (1 - clean), front + clean * (1 - front)
 
 
-def _near(back: Floats, rng: np.random.Generator) -> Floats:
-    """Colours (n, 3) of clutter: half way from `back` to any colour, so clutter stands out less than the character."""
-    return back + 0.5 * (rng.random(back.shape, np.float32) - back)
+def _near(back: Floats, hard: Floats, rng: np.random.Generator) -> Floats:
+    """Colours (n, 3) of clutter: from `back`, up to 0.7 of the way to any colour."""
+    return back + 0.7 * hard[:, None] * (rng.random(back.shape, np.float32) - back)
 
 
 def _shading(n: int, rng: np.random.Generator) -> Floats:
     """A linear change of brightness (n, 32, 32, 1) across the image, 0.7 to 1.3."""
     x, y = _grid()
-    slope = rng.uniform(-0.15, 0.15, (n, 2, 1, 1)).astype(np.float32)
-    return (1 + slope[:, 0] * x / 16 + slope[:, 1] * y / 16)[..., None]
+    slope = rng.uniform(-0.15, 0.15, (n, 2, 1, 1)).astype(np.float32) / np.float32(SIZE / 2)
+    return (slope[:, 0] * x + slope[:, 1] * y + np.float32(1))[..., None]
 
 
 def _stroke(n: int, rng: np.random.Generator) -> Floats:
@@ -112,12 +119,14 @@ def _stroke(n: int, rng: np.random.Generator) -> Floats:
     return (0.5 - np.maximum(along, across)).clip(0, 1)
 
 
-def _character(which: Labels, shift: NDArray[np.float64], atlas: Floats, rng: np.random.Generator) -> Floats:
-    """Coverage (n, 32, 32) of a character per image: 18 to 26 pixels tall, turned by up to 30 degrees, sheared."""
+def _character(
+    which: Labels, shift: NDArray[np.floating], hard: NDArray[np.floating], atlas: Floats, rng: np.random.Generator
+) -> Floats:
+    """Coverage (n, 32, 32) of a character per image: 16 to 26 pixels tall, turned by up to 35 degrees, sheared."""
     n = len(which)
-    turn = np.deg2rad(rng.uniform(-30, 30, n))
-    shear = rng.uniform(-0.25, 0.25, n)
-    scale = rng.uniform(0.75, 1.08, n)
+    turn = np.deg2rad(5 + 30 * hard) * rng.uniform(-1, 1, n)
+    shear = 0.3 * hard * rng.uniform(-1, 1, n)
+    scale = 1.1 - 0.4 * hard * rng.random(n)
     stretch = rng.uniform(0.85, 1.18, n)
     cos, sin = np.cos(turn), np.sin(turn)
     # From a pixel to the mask: the inverse of scale, then shear, then turn.

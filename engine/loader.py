@@ -1,79 +1,24 @@
-"""Batches of a Part as torch tensors, from DALI, from memory on the device, or synthetic. Only here is DALI imported."""
+"""Batches of a Part as torch tensors: by DALI (imported only here), from memory on the device, or synthetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from engine import augment
+from engine.batches import Batch, Batches, to_batch
 from engine.data import Data, Part, steps_per_epoch
+from engine.resident import resident, synthetic
 from engine.trial import EngineError, EnvironmentUnusable, UsageError
 
 Backend = Literal["dali", "resident", "synthetic"]
 
 _PREFETCH = 2  # batches that DALI prepares ahead, its default
 _LISTED = 200_000  # paths handed to DALI's reader at a time: longer runs get a new list every few epochs
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`images` (N, 3, R, R), normalised, in channels_last memory: float32 on the CPU, float16 on CUDA.
-
-    `labels` (N,) int64; `indices` (N,) int64, places in the Part. Read only: the synthetic backend hands out one
-    buffer again and again.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The batches of `train_batches` or `eval_batches`: `len()` in steps, iterated as often as wanted.
-
-    Step s of an iteration is step s % steps_per_epoch of epoch first_epoch + s // steps_per_epoch.
-    """
-
-    part: Part
-    data: Data
-    batch_size: int
-    resolution: int
-    device: torch.device
-    backend: Backend
-    threads: int
-    indices: NDArray[np.int64] | None = None  # None: every image in order, as it is
-    seed: int = 0
-    first_epoch: int = 0
-    epochs: int = 1
-
-    @property
-    def steps_per_epoch(self) -> int:
-        if self.indices is None:
-            return -(-len(self.part) // self.batch_size)
-        return len(self.indices) // self.batch_size
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * (self.epochs - self.first_epoch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return _BACKENDS[self.backend](self)
-
-    def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """The epoch of a step, counted from `first_epoch`, and the places in the Part of its images (N,)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        which = slice(place * self.batch_size, (place + 1) * self.batch_size)
-        if self.indices is None:
-            return 0, np.arange(len(self.part))[which]
-        epoch += self.first_epoch
-        return epoch, self.indices[augment.permutation(self.seed, epoch, len(self.indices))[which]]
 
 
 def train_batches(
@@ -96,16 +41,23 @@ def train_batches(
     border of an eighth of the side, files a random resized crop (engine/augment.py); both a mirror where
     `data.flip` says so. Order and augmentation depend on `seed`, the epoch and the index alone, so a run that is
     resumed, and every backend, sees the same images. `resolution` is in pixels; 0 means data.resolution.
-    Raises UsageError (fewer images than a batch; a backend that cannot), EnvironmentUnusable (no DALI, no such
-    device, a file that cannot be read).
+    Raises UsageError (fewer images than a batch; a backend that cannot), EnvironmentUnusable (no such device; when
+    iterated, no DALI, or a file that became unreadable).
     """
     steps_per_epoch(len(indices), batch_size)
-    return _checked(
-        Batches(
-            part, data, batch_size, resolution or data.resolution, torch.device(device), backend, threads,
-            indices=np.asarray(indices), seed=seed, first_epoch=first_epoch, epochs=epochs,
-        )
-    )  # fmt: skip
+    return Batches(
+        part=part,
+        data=data,
+        batch_size=batch_size,
+        resolution=resolution or data.resolution,
+        device=_usable(device),
+        source=_source(backend, part),
+        threads=threads,
+        indices=np.asarray(indices, np.int64),
+        seed=seed,
+        first_epoch=first_epoch,
+        epochs=epochs,
+    )
 
 
 def eval_batches(
@@ -120,75 +72,33 @@ def eval_batches(
 ) -> Batches:
     """Each image of `part` once, in order, the last batch short; arrays whole, files by their centre.
 
-    The shorter side of a file's image becomes 8/7 of `resolution` (256 for 224), of which the centre is taken.
+    The shorter side of a file's image becomes about 8/7 of `resolution` (256 for 224), of which the centre is taken.
+    Raises as `train_batches` does.
     """
-    return _checked(
-        Batches(part, data, batch_size, resolution or data.resolution, torch.device(device), backend, threads)
+    return Batches(
+        part=part,
+        data=data,
+        batch_size=batch_size,
+        resolution=resolution or data.resolution,
+        device=_usable(device),
+        source=_source(backend, part),
+        threads=threads,
     )
 
 
-def _checked(batches: Batches) -> Batches:
-    if batches.backend not in get_args(Backend):
-        raise UsageError(f"data backend '{batches.backend}': choose one of {', '.join(get_args(Backend))}")
-    if batches.backend == "resident" and batches.part.images is None:
-        raise UsageError("the resident data backend keeps arrays on the device; image files need the backend dali")
-    if batches.device.type == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentUnusable(f"device {batches.device}: no CUDA device is visible; use --device cpu")
-    return batches
+def _source(backend: str, part: Part) -> Callable[[Batches], Iterator[Batch]]:
+    sources = {"dali": _dali, "resident": resident, "synthetic": synthetic}
+    if backend not in sources:
+        raise UsageError(f"data backend '{backend}': choose one of {', '.join(sources)}")
+    if backend == "resident" and part.images is None:
+        raise UsageError("the data backend resident keeps arrays on the device; image files need the backend dali")
+    return sources[backend]
 
 
-def _batch(images: Tensor, part: Part, rows: NDArray[np.int64]) -> Batch:
-    """HWC images to a Batch, without a copy: a permuted view of HWC memory is channels_last."""
-    device = images.device
-    labels = torch.from_numpy(part.labels[rows]).to(device, non_blocking=True)
-    return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows).to(device, non_blocking=True))
-
-
-def _synthetic(batches: Batches) -> Iterator[Batch]:
-    """Noise in place of images, made once: what is left of a step's time is the network's."""
-    shape = (batches.batch_size, batches.resolution, batches.resolution, 3)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(batches.seed))
-    noise = noise.to(batches.device, _dtype(batches.device))
-    for step in range(len(batches)):
-        _, rows = batches.at(step)
-        yield _batch(noise[: len(rows)], batches.part, rows)
-
-
-def _resident(batches: Batches) -> Iterator[Batch]:
-    """The images as bytes on the device, cropped and mirrored by one gather per batch."""
-    part, device = batches.part, batches.device
-    assert part.images is not None
-    kept = np.arange(len(part)) if batches.indices is None else batches.indices
-    slot = np.zeros(len(part), np.int64)
-    slot[kept] = np.arange(len(kept))
-    images = torch.from_numpy(part.images[kept]).to(device)
-    side = images.shape[1]
-    pad = 0 if batches.indices is None else side // 8
-    images = F.pad(images, (0, 0, pad, pad, pad, pad))
-    mean, std = (torch.tensor(s, device=device) * 255 for s in (batches.data.mean, batches.data.std))
-    across = np.arange(side)
-    for step in range(len(batches)):
-        epoch, rows = batches.at(step)
-        start, mirror = augment.crop_and_flip(batches.seed, epoch, rows, pad, pad > 0 and batches.data.flip)
-        y = start[:, :1] + across
-        x = start[:, 1:] + np.where(mirror[:, None], across[::-1], across)
-        at = (slot[rows][:, None, None], y[:, :, None], x[:, None, :])
-        pixels = images[tuple(torch.from_numpy(i).to(device, non_blocking=True) for i in at)].float()
-        pixels = _resized(pixels, batches.resolution).sub_(mean).div_(std)
-        yield _batch(pixels.to(_dtype(device)), part, rows)
-
-
-def _resized(pixels: Tensor, side: int) -> Tensor:
-    """(N, H, H, 3) to (N, side, side, 3), as DALI does it: linear, with antialiasing."""
-    if pixels.shape[1] == side:
-        return pixels
-    planes = pixels.permute(0, 3, 1, 2)
-    planes = F.interpolate(planes, (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return planes.permute(0, 2, 3, 1).contiguous()
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.float32
+def _usable(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentUnusable(f"device {device}: no CUDA device is visible; use --device cpu")
+    return torch.device(device)
 
 
 def _dali(batches: Batches) -> Iterator[Batch]:
@@ -217,7 +127,7 @@ def _run(batches: Batches, pipeline: Any, steps: range) -> Iterator[Batch]:
             raise _explained(batches, step, error) from error
         # A copy of the numbers alone: the pixels stay where DALI put them, and DALI does not write there again.
         places = np.array(rows.as_array()).reshape(-1)[: len(expected)].astype(np.int64)
-        yield _batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.part, places)
+        yield to_batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.part, places)
 
 
 def _explained(batches: Batches, step: int, error: RuntimeError) -> EngineError:
@@ -251,9 +161,9 @@ def _array_pipeline(batches: Batches) -> Any:
         return stored[rows], rows, start - pad, mirror
 
     def graph() -> tuple[Any, Any]:
-        inputs = fn.external_source(
-            source=source, num_outputs=4 if training else 2, batch_info=True, layout=["HWC", "", "", ""][: 4 if training else 2]
-        )
+        outputs = 4 if training else 2
+        layouts = ["HWC", "", "", ""][:outputs]
+        inputs = fn.external_source(source=source, num_outputs=outputs, batch_info=True, layout=layouts)
         images, mirror = inputs[0], 0
         if batches.device.type == "cuda":
             images = images.gpu()
@@ -289,7 +199,8 @@ def _file_pipeline(batches: Batches, steps: range) -> Any:
             encoded, device="mixed" if batches.device.type == "cuda" else "cpu", output_type=types.RGB
         )
         if not training:
-            images = fn.resize(images, resize_shorter=round(side * 8 / 7), antialias=True)
+            # 256 for 224; an even number of pixels more, so that the centre is the centre.
+            images = fn.resize(images, resize_shorter=side + 2 * round(side / 14), antialias=True)
             return _normalised(batches, images, 0), places
         box, mirror = fn.external_source(source=source, num_outputs=2, batch_info=True)
         start, end = _roi(fn.peek_image_shape(encoded), box)
@@ -348,10 +259,3 @@ def _import_dali() -> tuple[Any, Any]:
             "or choose the data backend resident"
         ) from error
     return fn, types
-
-
-_BACKENDS: dict[str, Callable[[Batches], Iterator[Batch]]] = {
-    "dali": _dali,
-    "resident": _resident,
-    "synthetic": _synthetic,
-}
