@@ -192,6 +192,23 @@ def test_options_stay_apart_at_any_width(bases: list[int], width: float, multipl
     assert channels[0] == rounded(bases[0] * width, multiple) >= 0.9 * bases[0] * width
 
 
+@pytest.mark.parametrize(
+    ("channels", "multiple", "expected"),
+    [(36, 8, 40), (4, 8, 8), (0.1, 4, 8), (11, 8, 16), (116, 4, 116), (29, 4, 28), (1280 * 0.25, 8, 320)],
+)
+def test_rounding(channels: float, multiple: int, expected: int) -> None:
+    """To the nearest multiple, but 11 to 16: 8 would be more than a tenth below."""
+    assert rounded(channels, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"),
+    [(16, 1.0, (16, 32, 64)), (16, 1.3, (21, 42, 84)), (16, 0.25, (8, 16, 32)), (4, 0.25, (4, 8, 16))],
+)
+def test_nasbench201_channels(channels: int, width: float, expected: tuple[int, ...]) -> None:
+    assert nasbench201.stage_channels(channels, width) == expected
+
+
 @given(st.integers(1, 300), st.sampled_from([1, 2]), st.sampled_from([1, 3, 5]))
 @few
 def test_sizes_round_up_as_convolutions_do(size: int, stride: int, kernel: int) -> None:
@@ -411,6 +428,7 @@ def test_count_cost_by_hand_and_leaves_the_network_alone() -> None:
     network.idle.eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     places = [tensor.data_ptr() for tensor in network.state_dict().values()]
+    assert count_cost(network, 1)[0] == 2 * 3 * 3 * 9 + 3 * 4  # one value a channel: only evaluation can do it
     macs, params = count_cost(network, 6)
     assert macs == 2 * 3 * 3 * 9 * 36 + 3 * 4
     assert params == (3 * 3 * 9 + 3) + 2 * 3 + (3 * 5 + 5) + (3 * 4 + 4)

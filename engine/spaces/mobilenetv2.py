@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 # (expansion, base channels, stride) of each stage.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 2), (6, 64, 2), (6, 96, 1), (6, 160, 2), (6, 320, 1))
 REPEATS = (1, 2, 3, 4)
-# The published width, and half as much again: the median stage of the 100 random networks that the authors measured
-# is 1.5 times as wide as published.
+# The published width, and half as much again: the median over the stages of the authors' 100 measured networks.
 MULTIPLIERS = (1.0, 1.5)
 STEM_CHANNELS = 32
 LAST_CHANNELS = 1280

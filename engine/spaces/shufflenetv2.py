@@ -60,9 +60,7 @@ def _build(own_width: float, choices: tuple[int, ...], classes: int, width: floa
     scale = own_width * width
     options = zip(stage_channels(scale), choices[::2], choices[1::2], strict=True)
     stages = [(channels[w], UNITS[u]) for channels, u, w in options]
-    return network(
-        rounded(STEM_CHANNELS * scale, MULTIPLE), stages, rounded(LAST_CHANNELS * scale, MULTIPLE), classes
-    )
+    return network(rounded(STEM_CHANNELS * scale, MULTIPLE), stages, rounded(LAST_CHANNELS * scale, MULTIPLE), classes)
 
 
 def _cost(
