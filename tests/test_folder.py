@@ -93,9 +93,7 @@ def test_a_very_long_list_of_bad_files_is_cut(tmp_path: Path, monkeypatch: pytes
         load(str(root), cache=tmp_path)
 
 
-def test_what_was_checked_is_not_decoded_again_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_checked_is_decoded_again_only_if_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path / "set")
     decoded: list[int] = []
     check = folder.unreadable
@@ -117,7 +115,7 @@ def test_class_folders_that_differ_or_are_empty(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     (root / "train/class9").mkdir()
     (root / "train/class9/notes.txt").touch()
-    with pytest.raises(EnvironmentUnusable, match="no JPEG or PNG file in class9.*remove the empty folders"):
+    with pytest.raises(EnvironmentUnusable, match=r"no JPEG or PNG file in class9.*remove the empty folders"):
         load(str(root), cache=tmp_path)
     picture(root / "train/class9/a.jpg")
     (root / "test/class2").rename(root / "test/classX")

@@ -196,7 +196,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Data:
     for i in range(23):
         mode, _, ending = modes[i % len(modes)].partition(".")
         size = (int(rng.integers(60, 150)), int(rng.integers(60, 150)))
-        noise = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
         paths.append(str(folder / f"{i}.{ending}"))
         noise.convert(mode).save(paths[-1], **({"quality": 95} if ending == "jpg" else {}))
     part = Part(rng.integers(0, 10, 23), None, tuple(paths))
@@ -303,7 +303,7 @@ def test_no_such_device() -> None:
 
 def test_without_dali_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(EnvironmentUnusable, match="pip install nvidia-dali-cuda130.*backend resident"):
+    with pytest.raises(EnvironmentUnusable, match=r"pip install nvidia-dali-cuda130.*backend resident"):
         next(iter(train(arrays())))
     assert len(list(train(arrays(), backend="resident"))) == 12
 
