@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import re
 import signal
 import sys
 import traceback
@@ -46,11 +47,14 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with the way out, and exits with 2."""
-        known = [option for action in self._actions for option in action.option_strings]
+        # A parser of commands, which reports what a configuration file gets wrong, knows the flags of all of them.
+        parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
+        known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
         keys = {option.lstrip("-").replace("-", "_"): option for option in known}
-        for word in message.replace("'", " ").replace(",", " ").split():
-            near = difflib.get_close_matches(word.lstrip("-").split("=")[0].replace("-", "_"), keys, n=1, cutoff=0.75)
-            if near and keys[near[0]] != word and ("nrecognized" in message or "not accept" in message):
+        refused = "nrecognized" in message or "not accept" in message or "not expected" in message
+        for word in re.findall(r"[\w.-]+", message) if refused else ():
+            near = difflib.get_close_matches(word.strip("-.").replace("-", "_"), keys, n=1, cutoff=0.75)
+            if near and keys[near[0]] != word:
                 message = f"{message}; did you mean {keys[near[0]]}?"
                 break
         print(f"{self.prog}: {message}\nSee {self.prog} --help", file=sys.stderr)
@@ -141,6 +145,8 @@ def run_teacher(values: Namespace) -> dict[str, Any]:
     from engine.progress import Display
     from engine.search import make_teacher
 
+    if values.check and not Path(values.check).is_file():
+        raise UsageError(f"no teacher file {values.check}")
     study, resources = gather(Study, values), gather(Resources, values)
     with Display(values.progress) as show:
         return make_teacher(study, values.arch, resources, Path(values.check or values.out), show)

@@ -26,7 +26,7 @@ from engine.data import Data, Part, fingerprint, load, subset
 from engine.loader import eval_batches, train_batches
 from engine.networks import count_cost
 from engine.space import load_space
-from engine.train import Stopwatch, Student, accuracy, fatal, precision, prepare, status_of, train
+from engine.train import Stopwatch, Student, accuracy, fatal, place, precision, prepare, status_of, train
 from engine.trial import (
     EngineError,
     EnvironmentUnusable,
@@ -94,7 +94,7 @@ def run_test(task: Json) -> Json:
     space = load_space(bench.study.space)
     network = space.build(trial.architecture.choices, len(bench.data.classes), trial.fidelity.width)
     network.load_state_dict(load_file(weights_path(bench.run_dir, trial)))
-    network = network.to(bench.device, memory_format=torch.channels_last)
+    network = place(network, bench.device)
     return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity)}
 
 

@@ -182,8 +182,8 @@ def evaluate_all(
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     start = time.monotonic()
     record = journal.read(book.path)
-    plan, task = ground.plan, _task(ground.study, ground.run_dir, fleet)
     teacher = str(teacher_path(ground.study, ground.run_dir))
+    plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), "teacher": teacher}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     show.expect("low", plan.max_low)
@@ -205,7 +205,7 @@ def evaluate_all(
             except Exception as error:
                 answer.set_exception(error)
 
-        fleet.submit("run_trials", {**task, "teacher": teacher, "trials": [trial_to_json(trial)]}).add_done_callback(take)
+        fleet.submit("run_trials", {**task, "trials": [trial_to_json(trial)]}).add_done_callback(take)
         return answer
 
     def stop(history: History) -> bool:

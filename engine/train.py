@@ -61,9 +61,14 @@ def autocast(images: Tensor) -> torch.autocast:
     return torch.autocast(images.device.type, dtype=images.dtype, enabled=images.dtype != torch.float32)
 
 
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, its weights in channels_last."""
+    return network.to(device).to(memory_format=torch.channels_last)
+
+
 def prepare(network: nn.Module, teacher: nn.Module | None, study: Study, kd_loss: KDLoss, example: Tensor) -> Student:
     """A network ready for training on the device of `example`, a batch of images (N, 3, R, R) like those to come."""
-    network = network.to(example.device, memory_format=torch.channels_last).eval()
+    network = place(network, example.device).eval()
     with torch.no_grad():
         taught = teacher(example) if teacher is not None else None
         objective = Objective(study, kd_loss, network(example), taught).to(example.device)

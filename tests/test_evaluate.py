@@ -1,0 +1,156 @@
+"""A worker's tasks, on tiny data: scores, statuses, weights on disk, teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from engine import evaluate, teacher
+from engine.config import Study, to_dict
+from engine.trial import Architecture, Evaluation, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
+
+SPACE = "nasbench201:channels=4,cells=1"
+LOW = Fidelity("low", Fraction(1, 2), 2, kd_loss="kd+at")
+HIGH = Fidelity("high", epochs=3)
+ARCHITECTURES = [Architecture((3, 1, 2, 0, 3, 1)), Architecture((0,) * 6), Architecture((4, 3, 3, 1, 1, 1))]
+
+Tasks = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def study(tiny_npz: Path) -> Study:
+    return Study(space=SPACE, data=str(tiny_npz), batch_size=16, low=LOW, high=HIGH, teacher_epochs=2)
+
+
+@pytest.fixture(scope="module")
+def task(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
+    """Makes tasks of a run whose teacher is trained already."""
+    run_dir = tmp_path_factory.mktemp("run")
+    path = str(run_dir / "teacher" / "teacher.safetensors")
+    base = {"run_dir": str(run_dir), "device": "cpu", "teacher": path, "path": path}
+    base |= {"network": f"{SPACE}#3-3-3-3-3-3", "pretrained": False}
+
+    def make(changed: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        settings = dataclasses.replace(study, **(changed or {}))
+        return json.loads(json.dumps({"study": to_dict(settings), **base, **more}))  # what crosses the wire is JSON
+
+    evaluate.run_teacher(make())
+    return make
+
+
+def run(make: Tasks, trials: list[Trial], changed: dict[str, Any] | None = None) -> list[Evaluation]:
+    answers = evaluate.run_trials(make(changed, trials=[trial_to_json(trial) for trial in trials]))
+    return [evaluation_from_json(answer) for answer in answers]
+
+
+def cohort(fidelity: Fidelity, seed: int = 0) -> list[Trial]:
+    return [Trial(number, architecture, fidelity, seed) for number, architecture in enumerate(ARCHITECTURES)]
+
+
+def test_a_trial_gives_a_score_and_what_it_cost(task: Tasks) -> None:
+    (answer,) = run(task, cohort(LOW)[:1])
+    assert answer.ok
+    assert 0 <= answer.accuracy <= 1
+    assert answer.macs > 0
+    assert answer.params > 0
+    assert {"setup", "data", "teacher", "train", "evaluate", "images_per_s", "peak_memory_bytes"} <= set(answer.costs)
+    phases = sum(answer.costs[name] for name in ("setup", "data", "teacher", "train", "evaluate"))
+    assert phases == pytest.approx(answer.seconds, rel=0.2)
+
+
+def test_the_score_depends_on_the_trial_and_not_on_its_mates(task: Tasks) -> None:
+    together = run(task, cohort(LOW))
+    alone = [run(task, [trial])[0] for trial in reversed(cohort(LOW))][::-1]
+    assert [a.accuracy for a in together] == [a.accuracy for a in alone]
+    assert [a.trial for a in together] == cohort(LOW)
+
+
+def test_another_seed_is_another_training_and_the_same_seed_the_same(task: Tasks) -> None:
+    def weights(trial: Trial) -> dict[str, Any]:
+        path = evaluate.weights_path(Path(task()["run_dir"]), trial)
+        path.unlink(missing_ok=True)
+        run(task, [trial])
+        return load_file(path)
+
+    zero, one = cohort(HIGH)[0], cohort(HIGH, seed=1)[0]
+    first, again, other = weights(zero), weights(zero), weights(one)
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not all(first[name].equal(other[name]) for name in first)
+
+
+def test_the_weights_of_a_full_evaluation_are_kept_and_tested(task: Tasks, study: Study) -> None:
+    trial = cohort(HIGH)[0]
+    run(task, [trial])
+    path = evaluate.weights_path(Path(task()["run_dir"]), trial)
+    assert path.exists()
+    tested = evaluate.run_test(task(trial=trial_to_json(trial)))
+    assert 0 <= tested["test_accuracy"] <= 1
+    run(task, [cohort(LOW)[1]])
+    assert not evaluate.weights_path(Path(task()["run_dir"]), cohort(LOW)[1]).exists()
+
+
+def test_a_diverged_student_is_an_evaluation(task: Tasks) -> None:
+    good, _, _ = run(task, cohort(LOW))
+    diverged = run(task, cohort(LOW), changed={"lr": 1e18})
+    assert good.ok
+    assert diverged[0].status == "diverged"
+    assert "no longer finite" in diverged[0].error
+
+
+def test_an_architecture_that_cannot_be_built_does_not_stop_the_others(task: Tasks) -> None:
+    strange = Trial(9, Architecture((9,) * 6), LOW)
+    bad, good = run(task, [strange, cohort(LOW)[0]])
+    assert (bad.status, good.status) == ("error", "ok")
+    assert "must be 0 to 4" in bad.error
+
+
+def test_a_missing_teacher_is_an_evaluation_with_its_reason(task: Tasks) -> None:
+    trials = [trial_to_json(trial) for trial in cohort(LOW)]
+    answers = evaluate.run_trials(task(trials=trials, teacher="nowhere.safetensors"))
+    assert [a["status"] for a in answers] == ["error"] * 3
+    assert "no teacher file nowhere" in answers[0]["error"]
+
+
+def test_a_small_part_is_one_batch(task: Tasks) -> None:
+    tiny = dataclasses.replace(LOW, fraction=Fraction(1, 12))
+    (answer,) = run(task, [Trial(0, ARCHITECTURES[0], tiny)])
+    assert answer.ok
+
+
+def test_width_and_resolution_are_fidelities(task: Tasks) -> None:
+    wide = dataclasses.replace(LOW, width=2.0, resolution=8)
+    (full,), (answer,) = run(task, cohort(LOW)[:1]), run(task, [Trial(0, ARCHITECTURES[0], wide)])
+    assert answer.ok
+    assert answer.params > 3 * full.params  # twice as wide
+    assert answer.macs < 1.1 * full.macs  # at a quarter of the pixels
+
+
+def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, study: Study) -> None:
+    path = Path(task()["path"])
+    before = path.stat().st_mtime_ns
+    evaluate.run_teacher(task())
+    assert path.stat().st_mtime_ns == before
+    card = teacher.read_card(path)
+    assert card.network == f"{SPACE}#3-3-3-3-3-3"
+    assert card.epochs == study.teacher_epochs
+
+
+def test_a_teacher_of_other_classes_is_refused(task: Tasks, tmp_path: Path) -> None:
+    network = teacher.build(f"{SPACE}#3-3-3-3-3-3", classes=5, resolution=16)
+    card = dataclasses.replace(teacher.read_card(Path(task()["path"])), classes=tuple("abcde"))
+    teacher.save(tmp_path / "five.safetensors", network, card)
+    with pytest.raises(UsageError, match="knows 5 classes, the data has 3"):
+        evaluate.run_teacher(task(path=str(tmp_path / "five.safetensors")))
+
+
+def test_the_probe_tells_the_driver_what_it_needs(task: Tasks) -> None:
+    facts = evaluate.run_probe(task())
+    assert (len(facts["classes"]), facts["resolution"]) == (3, 16)
+    assert facts["images"]["train"] + facts["images"]["valid"] == 120
