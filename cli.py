@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from engine.config import Budget, Resources, Study
-from engine.trial import EngineError, Fidelity
+from engine.trial import EngineError, Fidelity, UsageError
 
 DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distillation."
 
@@ -51,12 +51,10 @@ class Parser(ArgumentParser):
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
         known = [option for parser in parsers for action in parser._actions for option in action.option_strings]
         keys = {option.lstrip("-").replace("-", "_"): option for option in known}
-        refused = "nrecognized" in message or "not accept" in message or "not expected" in message
-        for word in re.findall(r"[\w.-]+", message) if refused else ():
-            near = difflib.get_close_matches(word.strip("-.").replace("-", "_"), keys, n=1, cutoff=0.75)
-            if near and keys[near[0]] != word:
+        for word in re.findall(r"(?:unrecognized arguments: --|option '|key ')([\w.-]+)", message, re.IGNORECASE):
+            near = difflib.get_close_matches(word.replace("-", "_"), keys, n=1, cutoff=0.7)
+            if near:
                 message = f"{message}; did you mean {keys[near[0]]}?"
-                break
         print(f"{self.prog}: {message}\nSee {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 

@@ -99,7 +99,8 @@ def test_a_search_prints_one_object_and_the_same_line_finds_it_done(
     assert set(result["winner"]) == {"architecture", "valid_accuracy", "test_accuracy", "macs", "params"}
     assert result["evaluations"]["high"] == 2
     assert "winner" in err
-    assert {p.name for p in tmp_path.iterdir()} >= {"config.yaml", "run.json", "journal.jsonl", "teacher", "checkpoints"}
+    kept = {"config.yaml", "run.json", "journal.jsonl", "result.json", "teacher", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} >= kept
     before = (tmp_path / "journal.jsonl").read_bytes()
     assert cli.main(small(tiny_npz, tmp_path)) == 0
     assert json.loads(capsys.readouterr().out)["winner"] == result["winner"]
