@@ -67,7 +67,13 @@ class Recorded:
         return {"test_accuracy": 0.75}
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fleet: Recorded, study: Study = STUDY, budget: Budget = BUDGET):  # type: ignore[no-untyped-def]
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fleet: Recorded,
+    study: Study = STUDY,
+    budget: Budget = BUDGET,
+) -> dict[str, Any]:
     monkeypatch.setattr(search, "open_fleet", lambda layout, logs: fleet)
     resources = Resources(device="cpu", workers=fleet.capacity)
     return search.search(study, budget, resources, tmp_path / "run", Display("none"))

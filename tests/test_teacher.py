@@ -39,7 +39,11 @@ def test_a_torchvision_network_is_tapped_at_the_last_map_of_each_size() -> None:
 
 @pytest.mark.parametrize(
     ("network", "message"),
-    [("torchvision:resnet19", "no classification model 'resnet19'"), (f"{SPACE}#3-1", "has 2 choices"), ("no#1", "no space")],
+    [
+        ("torchvision:resnet19", "no classification model 'resnet19'"),
+        (f"{SPACE}#3-1", "has 2 choices"),
+        ("no#1", "no space"),
+    ],
 )
 def test_a_network_that_does_not_exist_is_refused(network: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
