@@ -27,6 +27,7 @@ class Study:
 
     space: str = option("nasbench201:channels=8,cells=1", "search space: NAME[:option=value,...] or FILE.py:NAME")
     data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
+    resolution: int = option(0, "pixels that images are brought to; 0 is the data's own, and 224 for a folder")
     valid_fraction: float = option(0.2, "part of the training images kept for validation")
     method: str = option("mfkd", "search method")
     teacher: str = option(
@@ -106,6 +107,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
     for name, value, least in (
         ("batch-size", study.batch_size, 1),
         ("teacher-epochs", study.teacher_epochs, 1),
+        ("resolution", study.resolution, 0),
         ("max-low", budget.max_low, 0),
         ("max-high", budget.max_high, 1),
         ("max-failures", budget.max_failures, 1),
@@ -124,8 +126,8 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
     ):
         if not number > 0:
             raise UsageError(f"--{name} is {number}; it must be over 0")
-    if not 0 < study.valid_fraction < 1:
-        raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be between 0 and 1")
+    if not 0 < study.valid_fraction <= 0.5:
+        raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be over 0 and at most 0.5")
     if study.high.kd_loss != "none" and study.low.kd_loss == "none":
         raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
 

@@ -272,7 +272,9 @@ def _bench(task: Json) -> Bench:
 @lru_cache(maxsize=1)
 def _open_bench(study_json: str, run_dir: str, device: str) -> Bench:
     study = study_from_dict(json.loads(study_json))
-    data = load(study.data, seed=study.seed, valid_fraction=study.valid_fraction)
+    data = load(
+        study.data, seed=study.seed, valid_fraction=study.valid_fraction, resolution=study.resolution
+    )
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
     return Bench(study, data, torch.device(device), Path(run_dir))
