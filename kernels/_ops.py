@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from kernels import reference
+from kernels import _tiles, reference
 from kernels.reference import CEKDSpec
 
 
@@ -66,10 +66,12 @@ def ce_kd_backward(grad: Tensor, upstream: Tensor, count: Tensor, reduction: str
 
 
 def _ce_kd_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    reduction, with_grad, _ = arguments[-3:]
+    reduction, with_grad, backend = arguments[-3:]
     dtype = reference.accumulation_dtype(student.dtype)
     loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=dtype)
-    grad = torch.empty_like(student) if with_grad else student.new_empty(0)
+    grad = student.new_empty(student.shape if with_grad else 0)
+    if with_grad and backend == "triton":
+        grad = _tiles.gradient_buffer(student)
     return loss, student.new_empty(3, dtype=dtype), grad, student.new_empty((), dtype=dtype)
 
 
@@ -91,7 +93,9 @@ ce_kd_op = custom_op("mfkd_kernels::ce_kd", ce_kd_forward, mutates_args=())
 ce_kd_op.register_fake(_ce_kd_fake)
 ce_kd_op.register_autograd(_ce_kd_differentiate, setup_context=_ce_kd_save)
 ce_kd_backward_op = custom_op("mfkd_kernels::ce_kd_backward", ce_kd_backward, mutates_args=())
-ce_kd_backward_op.register_fake(lambda grad, *_: torch.empty_like(grad))
+ce_kd_backward_op.register_fake(
+    lambda grad, *_: torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=grad.device)
+)
 
 
 class _CEKD(torch.autograd.Function):

@@ -4,8 +4,10 @@ Sizes are powers of two. Each shape listed by `aot.py` is compiled offline and m
 """
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+SCALE_BLOCK = 1024  # elements a program of an elementwise launch
 TILE_CLASSES = 8192  # rows up to this stay in registers; longer ones are walked twice
 FUSED_POSITIONS = 256  # one program does a sample's attention map up to this many positions
 MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
@@ -48,3 +50,51 @@ def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
     if method == "spatial":
         return student.shape[2] * student.shape[3] <= SPATIAL_POSITIONS
     return max(student.shape[1], teacher.shape[1]) <= CHANNEL_CHANNELS
+
+
+def ce_kd_tile(rows: int, classes: int) -> dict[str, int]:
+    """Constants of the CE+KD kernel that takes `classes`; PARTIALS bounds the last program's loop."""
+    if classes > TILE_CLASSES:
+        return {"BLOCK": 2048, "PARTIALS": power_of_two(rows), "num_warps": 8}
+    block = power_of_two(classes)
+    per_program = max(1, min(1024 // block, power_of_two(rows)))
+    warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
+    programs = -(-rows // per_program)
+    return {"BLOCK": block, "ROWS": per_program, "PARTIALS": power_of_two(programs), "num_warps": warps}
+
+
+def gradient_buffer(logits: Tensor) -> Tensor:
+    """Memory for the gradient, with padded rows where the logits have them: both then move as vectors."""
+    rows, classes = logits.shape
+    stride = logits.stride(0)
+    if rows > 1 and logits.stride(1) == 1 and stride > classes and stride * logits.element_size() % 16 == 0:
+        return torch.empty_strided((rows, classes), (stride, 1), dtype=logits.dtype, device=logits.device)
+    return torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+
+
+def attention_tile(positions: int, channels: int, fused: bool) -> dict[str, int]:
+    """Positions x channels of a program: all positions when fused, else 2048 elements with long rows."""
+    if fused:
+        block = power_of_two(positions)
+        return {"BLOCK_P": block, "BLOCK_C": max(8, min(64, 4096 // block)), "num_warps": 8}
+    block_c = max(8, min(128, power_of_two(channels)))
+    return {"BLOCK_P": min(2048 // block_c, power_of_two(positions)), "BLOCK_C": block_c, "num_warps": 4}
+
+
+def finish_warps(block: int) -> int:
+    """Warps of the program that finishes a map of `block` positions in registers."""
+    return 4 if block <= 1024 else 8 if block <= 4096 else 16
+
+
+def nst_tile(method: str, positions: int, s: int, t: int, backward: bool) -> dict[str, int]:
+    """Tiles of the NST kernels; a tensor core multiplies 16 x 16 at least."""
+    if method == "spatial":
+        return {"BLOCK_P": max(16, power_of_two(positions)), "BLOCK_C": 32, "num_warps": 4}
+    block_s, block_t = max(16, power_of_two(s)), max(16, power_of_two(t))
+    wide = block_s * block_t > 64 * 64
+    return {
+        "BLOCK_S": block_s,
+        "BLOCK_T": block_t,
+        "BLOCK_P": min(max(16, power_of_two(positions)), 64 if backward else 32),
+        "num_warps": 16 if wide and not backward else 8 if wide else 4,
+    }

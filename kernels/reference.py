@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 STANDARDIZE_EPS = 1e-7  # added to the standard deviation of logits (Sun et al., 2024)
-CHUNK_ELEMENTS = 1 << 15  # float64 logits handled at once on the CPU: some buffers of 256 KB, an L2 cache
-SERIES_BELOW = 2.0**-10  # |d| under which d + exp(-d) - 1 is summed as a series
+EXTREME = 600.0  # |log p_s - log p_t| up to which its exponential is safe in float64
+CHUNK_ELEMENTS = 1 << 15  # logits handled at once on the CPU: some buffers of 256 KB in an L2 cache
 
 
 class CEKDSpec(NamedTuple):
@@ -54,38 +54,55 @@ def ce_kd_forward(
     """Loss, parts (3,) = (loss, ce, kd), gradient (N, C) before 1/count, count of rows not ignored."""
     dtype = accumulation_dtype(student_NC.dtype)
     rows, classes = student_NC.shape
-    valid = bad = None
+    kept = bad = None
     if target is not None and not target.is_floating_point():
-        valid, bad = _check_labels(target, target_b, classes, spec.ignore_index)
-        target = target.masked_fill(~valid | bad, 0)
-        target_b = None if target_b is None else target_b.masked_fill(~valid | bad, 0)
-    grad = torch.empty_like(student_NC) if with_grad else student_NC.new_empty(0)
-    terms = torch.zeros(2, rows, dtype=dtype, device=student_NC.device)
-    step = max(1, CHUNK_ELEMENTS // classes) if student_NC.device.type == "cpu" else max(rows, 1)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        a, b, share = (None if x is None else x[part] for x in (target, target_b, lam))
-        student, teacher = student_NC[part], teacher_NC[part]
-        grad_kd = grad_ce = None
-        if spec.kd_weight:
-            kd, grad_kd = _kd_rows(student, teacher, a, spec)
-            terms[1, part] = kd
-        if spec.ce_weight and a is not None:
-            ce, grad_ce = _ce_rows(student.to(dtype), a, b, share, spec.label_smoothing)
-            terms[0, part] = ce
-        if with_grad:
-            grad[part] = _weighted(grad_ce, grad_kd, spec)
-    if valid is not None and bad is not None:
-        # A row out of range is NaN on a device that must not be asked; the CPU raised above.
-        terms = terms.masked_fill(bad, torch.nan).masked_fill(~valid, 0)
-        if with_grad:
-            grad = grad.masked_fill_(bad[:, None], torch.nan).masked_fill_(~valid[:, None], 0)
-    ones = torch.ones(rows, dtype=dtype, device=student_NC.device)
-    count = (ones if valid is None else valid.to(dtype)).sum()
-    loss_N = spec.ce_weight * terms[0] + spec.kd_weight * terms[1]
-    sums = torch.stack((loss_N.sum(), terms[0].sum(), terms[1].sum()))
-    parts = sums / count if spec.reduction != "sum" else sums
-    return (loss_N if spec.reduction == "none" else parts[0].clone()), parts, grad, count
+        kept, bad = _check_labels(target, target_b, classes, spec.ignore_index)
+        if kept is not None and bad is not None:
+            target = target.masked_fill(~kept | bad, 0)
+            target_b = None if target_b is None else target_b.masked_fill(~kept | bad, 0)
+    whole = (student_NC, teacher_NC, target, target_b, lam)
+    if student_NC.device.type != "cpu" or student_NC.numel() <= CHUNK_ELEMENTS:
+        ce, kd, grad = _ce_kd_rows(*whole, spec)
+    else:
+        grad, rows_of = student_NC.new_empty(student_NC.shape), []
+        step = max(1, CHUNK_ELEMENTS // classes)
+        for start in range(0, rows, step):
+            chunk = [None if x is None else x[start : start + step] for x in whole]
+            *terms, grad[start : start + step] = _ce_kd_rows(*chunk, spec)
+            rows_of.append(terms)
+        ce, kd = (torch.cat(term) for term in zip(*rows_of, strict=True))
+    ce, kd = ce.to(dtype), kd.to(dtype)
+    if kept is not None and bad is not None:
+        # A row out of range is NaN on a device that must not be asked; the CPU raised.
+        ce, kd = (x.masked_fill(bad, torch.nan).masked_fill(~kept, 0) for x in (ce, kd))
+        grad = grad.masked_fill(bad[:, None], torch.nan).masked_fill(~kept[:, None], 0)
+    grad = grad if with_grad else grad.new_empty(0)
+    count = ce.new_full((), rows) if kept is None else kept.sum(dtype=dtype)
+    loss = spec.ce_weight * ce + spec.kd_weight * kd
+    parts = torch.stack((loss, ce, kd)).sum(1)
+    if spec.reduction != "sum":
+        parts = parts / count
+    return (loss if spec.reduction == "none" else parts[0].clone()), parts, grad, count
+
+
+def _ce_kd_rows(
+    student_NC: Tensor,
+    teacher_NC: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    lam: Tensor | None,
+    spec: CEKDSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CE and KD by row, and the weighted gradient in the student's dtype."""
+    ce = kd = torch.zeros_like(student_NC[:, 0])
+    grad_NC = None
+    if spec.kd_weight:
+        kd, grad_NC = _kd_rows(student_NC, teacher_NC, a, spec)
+    if spec.ce_weight and a is not None:
+        student = student_NC.to(accumulation_dtype(student_NC.dtype))
+        ce, grad_ce = _ce_rows(student, a, b, lam, spec.label_smoothing)
+        grad_NC = grad_ce * spec.ce_weight if grad_NC is None else grad_NC.add_(grad_ce, alpha=spec.ce_weight)
+    return ce, kd, student_NC.new_zeros(student_NC.shape) if grad_NC is None else grad_NC.to(student_NC.dtype)
 
 
 def ce_kd_backward(grad_NC: Tensor, upstream: Tensor, count: Tensor, reduction: str) -> Tensor:
@@ -94,77 +111,67 @@ def ce_kd_backward(grad_NC: Tensor, upstream: Tensor, count: Tensor, reduction: 
     return (grad_NC * (scale[:, None] if reduction == "none" else scale)).to(grad_NC.dtype)
 
 
-def _check_labels(a: Tensor, b: Tensor | None, classes: int, ignore: int) -> tuple[Tensor, Tensor]:
-    valid = a != ignore
-    bad = (a < 0) | (a >= classes)
+def _check_labels(
+    a: Tensor, b: Tensor | None, classes: int, ignore: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rows that count and rows out of range; (None, None) where the CPU sees that all are in range."""
+    if a.device.type == "cpu":
+        extremes = [x for labels in (a, b) if labels is not None and labels.numel() for x in labels.aminmax()]
+        if all(0 <= int(x) < classes for x in extremes) and not 0 <= ignore < classes:
+            return None, None
+    kept, bad = a != ignore, (a < 0) | (a >= classes)
     if b is not None:
-        valid = valid & (b != ignore)
-        bad = bad | (b < 0) | (b >= classes)
-    bad = bad & valid
+        kept, bad = kept & (b != ignore), bad | (b < 0) | (b >= classes)
+    bad = bad & kept
     if a.device.type == "cpu" and bool(bad.any()):
         row = int(bad.nonzero()[0])
+        label = int(a[row]) if b is None or not 0 <= int(a[row]) < classes else int(b[row])
         raise IndexError(
-            f"target[{row}] = {int(a[row])} is out of range for {classes} classes; "
-            f"use 0..{classes - 1}, or ignore_index={ignore} for a row to leave out"
+            f"target[{row}] is {label}, out of range for {classes} classes; use 0..{classes - 1}, "
+            f"or ignore_index ({ignore}) for a row to leave out"
         )
-    return valid, bad
-
-
-def _weighted(grad_ce: Tensor | None, grad_kd: Tensor | None, spec: CEKDSpec) -> Tensor | float:
-    if grad_kd is not None:
-        grad_kd = grad_kd.mul_(spec.kd_weight)
-    if grad_ce is None:
-        return 0.0 if grad_kd is None else grad_kd
-    grad_ce = grad_ce.mul_(spec.ce_weight)
-    return grad_ce if grad_kd is None else grad_ce.add_(grad_kd)
+    return kept, bad
 
 
 def _ce_rows(
     student_NC: Tensor, a: Tensor, b: Tensor | None, lam: Tensor | None, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    log_p = torch.log_softmax(student_NC, 1)
-    grad = log_p.exp()
+    p = torch.softmax(student_NC, 1)
+    # -log p_c = top - s_c with top = log sum exp; a softmax peaks at 1 / its sum, so no second exponential.
+    top = student_NC.amax(1, keepdim=True) - p.amax(1, keepdim=True).log_()
     if a.is_floating_point():
-        q = a.to(log_p.dtype)
+        q = a.to(p.dtype)
         if smoothing:
             q = q * (1 - smoothing) + smoothing / q.shape[1]
-        # 0 * -inf is 0 here, as everywhere in these losses: a masked class costs nothing. The gradient
+        # 0 * inf is 0 here, as everywhere in these losses: a masked class costs nothing. The gradient
         # keeps sum(q) for targets that do not sum to one.
-        loss = -torch.where(q == 0, 0.0, q * log_p).sum(1)
-        return loss, grad.mul_(q.sum(1, keepdim=True)).sub_(q)
-    pairs = [(a, None)] if b is None or lam is None else [(a, lam), (b, 1 - lam)]
-    loss = torch.zeros_like(log_p[:, 0])
-    for label, share in pairs:
-        nll = -log_p.gather(1, label[:, None])
-        weight = torch.full_like(nll, 1 - smoothing)
-        weight = weight if share is None else weight * share[:, None].to(nll.dtype)
-        loss = loss + (weight * nll).squeeze(1)
-        grad.scatter_add_(1, label[:, None], -weight)
-    if smoothing:
-        loss = loss - smoothing * log_p.mean(1)
-        grad.sub_(smoothing / log_p.shape[1])
-    return loss, grad
+        loss = (top - student_NC).mul_(q).masked_fill_(q == 0, 0).sum(1)
+        return loss, p.mul_(q.sum(1, keepdim=True)).sub_(q)
+    loss = torch.zeros_like(top) if not smoothing else (top - student_NC.mean(1, keepdim=True)).mul_(smoothing)
+    for label, share in [(a, None)] if b is None or lam is None else [(a, lam), (b, 1 - lam)]:
+        index = label[:, None]
+        weight = torch.full_like(top, 1 - smoothing)
+        if share is not None:
+            weight = weight * share[:, None].to(weight.dtype)
+        loss.addcmul_(weight, top - student_NC.gather(1, index))
+        p.scatter_add_(1, index, -weight)
+    return loss.squeeze(1), p.sub_(smoothing / p.shape[1]) if smoothing else p
 
 
 def _kd_rows(
     student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKDSpec
 ) -> tuple[Tensor, Tensor]:
-    """T^2 KL(p_t || p_s) or DKD by row, and its gradient by the student's logits.
-
-    In float64 whatever comes in: at T = 32 the teacher's and the student's log-probabilities agree to
-    many digits, and their float32 difference has few left (up to 68 % off).
-    """
-    s, t = student_NC.double(), teacher_NC.double()
+    """T^2 KL(p_t || p_s) or DKD by row, and its gradient by the student's logits."""
+    dtype = torch.float64 if spec.standardize or spec.variant == "dkd" else accumulation_dtype(student_NC.dtype)
+    s, t = student_NC.to(dtype), teacher_NC.to(dtype)
     if spec.standardize:
         s, sigma = _standardized(s)
         t, _ = _standardized(t)
-    inverse = 1.0 / spec.temperature
-    s_T, t_T = s * inverse, t * inverse
     if spec.variant == "dkd" and label is not None:
-        loss, grad = _dkd(s_T, t_T, label, spec)
+        loss, grad = _dkd(s / spec.temperature, t / spec.temperature, label, spec)
     else:
-        loss, grad = _kl(s_T, t_T)
-    loss, grad = loss * spec.temperature**2, grad.mul_(spec.temperature)
+        loss, grad = _kl(s, t, 1 / spec.temperature)
+    loss, grad = loss * spec.temperature**2, grad.mul_(spec.temperature * spec.kd_weight)
     if spec.standardize:
         # dz_i/dx_j = (delta_ij - 1/C) / (sigma + eps) - z_i z_j / ((C - 1) sigma)
         along = (grad * s).sum(1, keepdim=True) / ((s.shape[1] - 1) * sigma.clamp_min(1e-30))
@@ -177,28 +184,31 @@ def _standardized(x_NC: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NC - x_NC.mean(1, keepdim=True)) / (sigma + STANDARDIZE_EPS), sigma
 
 
-def _log_normalized(z_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax and softmax with one exponential; overwrites z_NC."""
-    z_NC.sub_(z_NC.amax(1, keepdim=True))
-    p = z_NC.exp()
-    total = p.sum(1, keepdim=True)
-    return z_NC.sub_(total.log()), p.div_(total)
+def _kl(s_NC: Tensor, t_NC: Tensor, inverse: float = 1.0) -> tuple[Tensor, Tensor]:
+    """KL(softmax(t * inverse) || softmax(s * inverse)) by row and its float64 gradient by s * inverse.
 
-
-def _kl(s_NC: Tensor, t_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(softmax t || softmax s) by row and softmax s - softmax t; overwrites both arguments.
-
-    Every addend of sum_c p_t (d + exp(-d) - 1), d = log p_t - log p_s, is >= 0: equal logits give
-    exactly 0. The field's sum_c p_t d is the same sum, since sum_c (p_s - p_t) = 0.
+    KL = sum_c p_t (exp(v) - 1 - v), v = log p_s - log p_t: every addend is >= 0, and 0 for equal logits.
+    The gradient is p_t (exp(v) - 1). Both are the field's, sum_c p_t (-v) and p_s - p_t, without their
+    cancellation at high T: v starts from s - t, exact where the two are close; the normalisers enter as
+    one ratio (a softmax peaks at 1 / its sum); exp(v) - 1 - v is taken in float64, which keeps 1e-9 of it
+    at T = 32. The kernels have float32 alone, and a series.
     """
-    log_s, p_s = _log_normalized(s_NC)
-    log_t, p_t = _log_normalized(t_NC)
-    d = log_t.sub_(log_s).masked_fill_(p_t == 0, 0)  # p_t = 0: the addend is p_s, also for d = nan
-    grad = p_s.sub_(p_t)
-    small = d.clamp(-SERIES_BELOW, SERIES_BELOW)
-    series = small * small * (0.5 - small * (1 / 6 - small * (1 / 24 - small / 120)))
-    addend = torch.where(d == small, p_t * series, torch.addcmul(grad, p_t, d))
-    return addend.sum(1), grad
+    p_s, p_t = torch.softmax(s_NC * inverse, 1), torch.softmax(t_NC * inverse, 1)
+    ratio = p_s.amax(1, keepdim=True) / p_t.amax(1, keepdim=True)
+    shift = (t_NC.amax(1, keepdim=True) - s_NC.amax(1, keepdim=True)).mul_(inverse).add_(ratio.log_())
+    v = torch.sub(s_NC, t_NC).mul_(inverse).add_(shift).double()
+    grad, p = torch.expm1(v), p_t.double()
+    kl = torch.sub(grad, v).mul_(p)
+    grad.mul_(p)
+    if v.device.type == "cpu":  # the one device whose values may be looked at for free
+        least, most = v.aminmax() if v.numel() else (0, 0)
+        if least > -EXTREME and most < EXTREME:
+            return kl.sum(1), grad
+    # exp(v) overflows, or v is infinite or nan where a class is masked: there the addend is
+    # p_s - p_t - p_t v, whose last term is 0 for p_t = 0.
+    extreme, rest = ~(v.abs() < EXTREME), (p_s - p_t).double()
+    grad = torch.where(extreme, rest, grad)
+    return torch.where(extreme, rest - (p * v).masked_fill(p == 0, 0), kl).sum(1), grad
 
 
 def _dkd(s_NC: Tensor, t_NC: Tensor, label: Tensor, spec: CEKDSpec) -> tuple[Tensor, Tensor]:
@@ -207,16 +217,15 @@ def _dkd(s_NC: Tensor, t_NC: Tensor, label: Tensor, spec: CEKDSpec) -> tuple[Ten
     The rest's share is exp(lse_rest - lse), never 1 - p_y, so a certain student costs a finite loss.
     """
     y = label[:, None]
-    log_y, log_rest = [], []
+    log_y, log_rest, others = [], [], []
     for z in (s_NC, t_NC):
+        others.append(z.scatter(1, y, -torch.inf))
         lse = z.logsumexp(1, keepdim=True)
         log_y.append(z.gather(1, y) - lse)
-        log_rest.append(z.scatter(1, y, -torch.inf).logsumexp(1, keepdim=True) - lse)
+        log_rest.append(others[-1].logsumexp(1, keepdim=True) - lse)
     tckd, grad_pair = _kl(*(torch.cat(pair, 1) for pair in zip(log_y, log_rest, strict=True)))
-    other_s = s_NC.scatter(1, y, -torch.inf)
-    share_s = torch.softmax(other_s, 1)
-    nckd, grad = _kl(other_s, t_NC.scatter(1, y, -torch.inf))
-    grad.mul_(spec.dkd_beta).addcmul_(share_s, grad_pair[:, 1:], value=spec.dkd_alpha)
+    nckd, grad = _kl(*others)
+    grad.mul_(spec.dkd_beta).addcmul_(torch.softmax(others[0], 1), grad_pair[:, 1:], value=spec.dkd_alpha)
     grad.scatter_(1, y, spec.dkd_alpha * grad_pair[:, :1])
     return spec.dkd_alpha * tckd + spec.dkd_beta * nckd, grad
 
@@ -259,10 +268,13 @@ def attention_backward(student: Tensor, coef_NHW: Tensor, upstream: Tensor, p: f
 
 
 def _power_map(feature_NFHW: Tensor, p: float) -> Tensor:
-    """mean over channels of |f|^p, (N, P), in one pass over the feature."""
-    dtype = accumulation_dtype(feature_NFHW.dtype)
-    norm = torch.linalg.vector_norm(feature_NFHW, p, dim=1, dtype=dtype)
-    return (norm if p == 1 else norm.pow(p)).div_(feature_NFHW.shape[1]).flatten(1)
+    """mean over channels of |f|^p, (N, P)."""
+    f = feature_NFHW.to(accumulation_dtype(feature_NFHW.dtype))
+    if p == 2 and f.stride(1) == 1:
+        q = torch.linalg.vector_norm(f, dim=1).square_().div_(f.shape[1])  # fast on contiguous channels only
+    else:
+        q = (f.square() if p == 2 else f.abs() if p == 1 else f.abs().pow_(p)).mean(1)
+    return q.flatten(1)
 
 
 # ---- neuron selectivity transfer -----------------------------------------------------------------------
@@ -302,7 +314,7 @@ def nst_backward(
             samples, channels, _ = f_s.shape
             a = f_s * second
             grad = torch.baddbmm(a, a, first, beta=0, alpha=4 / (samples * channels))
-            along = (a * grad).sum(2, keepdim=True) * (second < 1 / eps)
+            along = (a * grad).sum(2, keepdim=True) * (second * eps < 1 - 1e-6)
             grad = grad.addcmul_(a, along, value=-1).mul_(second * upstream)
     return grad.view(student.shape).to(student.dtype)
 

@@ -1,0 +1,440 @@
+"""Cross entropy + knowledge distillation: loss and gradient in one launch, one scaling launch backward.
+
+`tile_kernel` keeps rows of up to 8192 classes in registers; `loop_kernel` walks longer rows twice, the second
+time out of the L2 cache. The gradient is stored before 1/count and the upstream gradient, which the
+backward multiplies on the device: no host synchronisation, and float16 entries do not flush to zero.
+"""
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _tiles
+from kernels._triton.common import divergence, is_last, ordered_sum, ticket
+from kernels.reference import CEKDSpec
+
+NO_TARGET, INDEX, MIXED, SOFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+STANDARDIZE_EPS = tl.constexpr(1e-7)
+
+
+@triton.jit
+def _kl(s, t, inverse):
+    """Rows of KL(t || s), gradient, softmax and (max, sum of exp) of both sides; -inf leaves a class out."""
+    m_s, m_t = tl.max(s, 1), tl.max(t, 1)
+    e_s, e_t = tl.exp((s - m_s[:, None]) * inverse), tl.exp((t - m_t[:, None]) * inverse)
+    z_s, z_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
+    p_s, p_t = e_s / z_s[:, None], e_t / z_t[:, None]
+    shift = (m_t - m_s) * inverse + tl.log(z_t / z_s)
+    addend, grad = divergence((s - t) * inverse + shift[:, None], p_s, p_t)
+    return tl.sum(addend, 1), grad, p_s, shift
+
+
+@triton.jit
+def _log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _dkd(s, t, is_y, inverse, alpha, beta):
+    """alpha KL(target, rest) + beta KL(others), and the gradient, before T^2 and T."""
+    nckd, grad, p_others, shift = _kl(tl.where(is_y, -float("inf"), s), tl.where(is_y, -float("inf"), t), inverse)
+    s_y, t_y = tl.sum(tl.where(is_y, s, 0.0), 1), tl.sum(tl.where(is_y, t, 0.0), 1)
+    rest = tl.where(is_y, -float("inf"), t)
+    m_t = tl.max(rest, 1)
+    log_rest = m_t * inverse + tl.log(tl.sum(tl.exp((rest - m_t[:, None]) * inverse), 1))
+    # Margins target - rest; their difference is exact where the logits are close, so is then the KL.
+    margin_t = t_y * inverse - log_rest
+    gap = (s_y - t_y) * inverse + shift
+    margin_s = margin_t + gap
+    v_y = _log_sigmoid(margin_s) - _log_sigmoid(margin_t)
+    b_s, b_t = tl.exp(_log_sigmoid(margin_s)), tl.exp(_log_sigmoid(margin_t))
+    r_s, r_t = tl.exp(_log_sigmoid(-margin_s)), tl.exp(_log_sigmoid(-margin_t))
+    addend_y, grad_y = divergence(v_y, b_s, b_t)
+    addend_r, _ = divergence(v_y - gap, r_s, r_t)
+    grad = tl.where(is_y, alpha * grad_y[:, None], beta * grad - (alpha * grad_y)[:, None] * p_others)
+    return alpha * (addend_y + addend_r) + beta * nckd, grad
+
+
+@triton.jit
+def _standardized(x, m_class, C: tl.constexpr):
+    mean = tl.sum(tl.where(m_class, x, 0.0), 1) / C
+    centred = tl.where(m_class, x - mean[:, None], 0.0)
+    sigma = tl.sqrt(tl.sum(centred * centred, 1) / (C - 1))
+    return centred / (sigma + STANDARDIZE_EPS)[:, None], sigma
+
+
+@triton.jit
+def _labels(y_ptr, y_b_ptr, i_row, m_row, ignore_index, C: tl.constexpr, TARGET: tl.constexpr):
+    """Class indices a and b, rows that count, rows out of range."""
+    y = tl.load(y_ptr + i_row)
+    y_b = y
+    kept = m_row & (y != ignore_index)
+    bad = (y < 0) | (y >= C)
+    if TARGET == MIXED:
+        y_b = tl.load(y_b_ptr + i_row)
+        kept = kept & (y_b != ignore_index)
+        bad = bad | (y_b < 0) | (y_b >= C)
+    return y, y_b, kept, bad
+
+
+@triton.jit
+def _reduce(
+    ce, kd, kept,  # sums of this program
+    partial_ptr, loss_ptr, parts_ptr, count_ptr, ticket_ptr, ce_weight, kd_weight,
+    PARTIALS: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """Adds up all programs in the last of them: loss, parts (3,), count."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(partial_ptr + program, ce)
+    tl.store(partial_ptr + PARTIALS + program, kd)
+    tl.store(partial_ptr + 2 * PARTIALS + program, kept)
+    if is_last(ticket_ptr, programs):
+        ce = ordered_sum(partial_ptr, programs, PARTIALS)
+        kd = ordered_sum(partial_ptr + PARTIALS, programs, PARTIALS)
+        count = ordered_sum(partial_ptr + 2 * PARTIALS, programs, PARTIALS)
+        if MEAN:
+            ce, kd = ce / count, kd / count
+        loss = ce_weight * ce + kd_weight * kd
+        if not BY_ROW:
+            tl.store(loss_ptr, loss)
+        tl.store(parts_ptr, loss)
+        tl.store(parts_ptr + 1, ce)
+        tl.store(parts_ptr + 2, kd)
+        tl.store(count_ptr, count)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def tile_kernel(
+    s_ptr,  # [rows, C] student
+    t_ptr,  # [rows, C] teacher
+    y_ptr,  # [rows] int64, or [rows, C] probabilities
+    y_b_ptr,  # [rows] int64, mixup
+    lam_ptr,  # [rows] float32, mixup
+    grad_ptr,  # [rows, C] out
+    loss_ptr,  # [] or [rows] out
+    parts_ptr,  # [3] out
+    count_ptr,  # [] out
+    partial_ptr,  # [3, PARTIALS] scratch
+    ticket_ptr,  # [1] zero before and after
+    rows, ignore_index, temperature, ce_weight, kd_weight, smoothing, alpha, beta,
+    C: tl.constexpr, S_STRIDE: tl.constexpr, T_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr,
+    TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr, DKD: tl.constexpr,
+    STANDARDIZE: tl.constexpr, GRAD: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program, whole rows in registers; C and the strides are constants for vector loads."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_row = i_row < rows
+    i_row = tl.minimum(i_row, rows - 1)  # rows past the end repeat the last one and count for nothing
+    i_class = tl.arange(0, BLOCK)
+    m_class = (i_class < C)[None, :]
+    o_class = i_row[:, None]
+    s = tl.load(s_ptr + o_class * S_STRIDE + i_class[None, :], mask=m_class, other=-float("inf")).to(tl.float32)
+    ce, kd = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    grad = tl.zeros((ROWS, BLOCK), tl.float32)
+    kept = m_row
+    is_y = m_class & (i_class < 0)[None, :]
+    if (TARGET == INDEX) | (TARGET == MIXED):
+        y, y_b, kept, bad = _labels(y_ptr, y_b_ptr, i_row, m_row, ignore_index, C, TARGET)
+        is_y = i_class[None, :] == y[:, None]
+    if CE:
+        top = tl.max(s, 1)
+        e = tl.exp(s - top[:, None])
+        z = tl.sum(e, 1)
+        lse = top + tl.log(z)
+        if TARGET == SOFT:
+            q = tl.load(y_ptr + o_class * C + i_class[None, :], mask=m_class, other=0.0).to(tl.float32)
+            if SMOOTH:
+                q = tl.where(m_class, q * (1.0 - smoothing) + smoothing / C, 0.0)
+            ce = tl.sum(tl.where(q == 0.0, 0.0, q * (lse[:, None] - s)), 1)
+            grad = e * (tl.sum(q, 1) / z)[:, None] - q
+        else:
+            q = tl.where(is_y, 1.0, 0.0)
+            ce = lse - tl.sum(tl.where(is_y, s, 0.0), 1)
+            if TARGET == MIXED:
+                lam = tl.load(lam_ptr + i_row)
+                is_b = i_class[None, :] == y_b[:, None]
+                q = q * lam[:, None] + tl.where(is_b, 1.0 - lam[:, None], 0.0)
+                ce = lam * ce + (1.0 - lam) * (lse - tl.sum(tl.where(is_b, s, 0.0), 1))
+            if SMOOTH:
+                mean = tl.sum(tl.where(m_class, s, 0.0), 1) / C
+                ce = (1.0 - smoothing) * ce + smoothing * (lse - mean)
+                q = q * (1.0 - smoothing) + smoothing / C
+            grad = e / z[:, None] - q
+        grad = grad * ce_weight
+    if KD:
+        t = tl.load(t_ptr + o_class * T_STRIDE + i_class[None, :], mask=m_class, other=-float("inf")).to(tl.float32)
+        inverse = 1.0 / temperature
+        sigma = tl.zeros((ROWS,), tl.float32)
+        if STANDARDIZE:
+            s, sigma = _standardized(s, m_class, C)
+            t, _ = _standardized(t, m_class, C)
+            s, t = tl.where(m_class, s, -float("inf")), tl.where(m_class, t, -float("inf"))
+        if DKD:
+            kd, grad_kd = _dkd(s, t, is_y, inverse, alpha, beta)
+        else:
+            kd, grad_kd, _, _ = _kl(s, t, inverse)
+        kd, grad_kd = kd * (temperature * temperature), grad_kd * (temperature * kd_weight)
+        if STANDARDIZE:
+            s = tl.where(m_class, s, 0.0)
+            grad_kd = tl.where(m_class, grad_kd, 0.0)
+            along = tl.sum(grad_kd * s, 1) / ((C - 1) * tl.maximum(sigma, 1e-30))
+            grad_kd = (grad_kd - (tl.sum(grad_kd, 1) / C)[:, None]) / (sigma + STANDARDIZE_EPS)[:, None]
+            grad_kd = grad_kd - s * along[:, None]
+        grad += grad_kd
+    if (TARGET == INDEX) | (TARGET == MIXED):
+        ce, kd = tl.where(bad, float("nan"), ce), tl.where(bad, float("nan"), kd)
+        grad = tl.where(kept[:, None], tl.where(bad[:, None], float("nan"), grad), 0.0)
+    ce, kd = tl.where(kept, ce, 0.0), tl.where(kept, kd, 0.0)
+    if GRAD:
+        o_grad = o_class * G_STRIDE + i_class[None, :]
+        tl.store(grad_ptr + o_grad, grad.to(grad_ptr.dtype.element_ty), mask=m_class & m_row[:, None])
+    if BY_ROW:
+        tl.store(loss_ptr + i_row, ce_weight * ce + kd_weight * kd, mask=m_row)
+    _reduce(
+        tl.sum(ce, 0), tl.sum(kd, 0), tl.sum(kept.to(tl.float32), 0),
+        partial_ptr, loss_ptr, parts_ptr, count_ptr, ticket_ptr, ce_weight, kd_weight,
+        PARTIALS, MEAN, BY_ROW,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scan(
+    s_ptr, t_ptr, q_ptr, start, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
+    C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One block of the first walk: running maxima and sums of exponentials."""
+    i_class = start + tl.arange(0, BLOCK)
+    mask = (i_class < C) if TAIL else None
+    other = -float("inf") if TAIL else None
+    s = tl.load(s_ptr + i_class, mask=mask, other=other).to(tl.float32)
+    new = tl.maximum(m_s, tl.max(s, 0))
+    base = tl.where(new == -float("inf"), 0.0, new)
+    if CE:
+        z_1 = z_1 * tl.exp(m_s - base) + tl.sum(tl.exp(s - base), 0)
+        if SMOOTH:
+            sum_s += tl.sum(tl.where(i_class < C, s, 0.0), 0)
+        if TARGET == SOFT:
+            q = tl.load(q_ptr + i_class, mask=mask, other=0.0 if TAIL else None).to(tl.float32)
+            if SMOOTH:
+                q = tl.where(i_class < C, q * (1.0 - smoothing) + smoothing / C, 0.0)
+            sum_q += tl.sum(q, 0)
+            sum_qs += tl.sum(tl.where(q == 0.0, 0.0, q * s), 0)
+    if KD:
+        t = tl.load(t_ptr + i_class, mask=mask, other=other).to(tl.float32)
+        z_s = z_s * tl.exp((m_s - base) * inverse) + tl.sum(tl.exp((s - base) * inverse), 0)
+        new_t = tl.maximum(m_t, tl.max(t, 0))
+        base_t = tl.where(new_t == -float("inf"), 0.0, new_t)
+        z_t = z_t * tl.exp((m_t - base_t) * inverse) + tl.sum(tl.exp((t - base_t) * inverse), 0)
+        m_t = new_t
+    return new, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs
+
+
+@triton.jit
+def _emit(
+    s_ptr, t_ptr, q_ptr, grad_ptr, start, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, counts,
+    temperature, inverse, smoothing, ce_weight, kd_weight,
+    C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One block of the second walk: stores its gradient, returns its part of the KL."""
+    i_class = start + tl.arange(0, BLOCK)
+    mask = (i_class < C) if TAIL else None
+    other = -float("inf") if TAIL else None
+    s = tl.load(s_ptr + i_class, mask=mask, other=other).to(tl.float32)
+    grad = tl.zeros((BLOCK,), tl.float32)
+    kd = 0.0
+    if CE:
+        if TARGET == SOFT:
+            q = tl.load(q_ptr + i_class, mask=mask, other=0.0 if TAIL else None).to(tl.float32)
+        elif TARGET == MIXED:
+            q = tl.where(i_class == y, lam, 0.0) + tl.where(i_class == y_b, 1.0 - lam, 0.0)
+        else:
+            q = tl.where(i_class == y, 1.0, 0.0)
+        if SMOOTH:
+            q = q * (1.0 - smoothing) + smoothing / C
+        grad = (tl.exp(s - m_s) * (sum_q / z_1) - q) * ce_weight
+    if KD:
+        t = tl.load(t_ptr + i_class, mask=mask, other=other).to(tl.float32)
+        p_s, p_t = tl.exp((s - m_s) * inverse) / z_s, tl.exp((t - m_t) * inverse) / z_t
+        v = (s - t) * inverse + ((m_t - m_s) * inverse + tl.log(z_t / z_s))
+        addend, grad_kd = divergence(v, p_s, p_t)
+        kd = tl.sum(addend, 0)
+        grad += grad_kd * (temperature * kd_weight)
+    if GRAD:
+        grad = tl.where(counts, grad, 0.0)
+        tl.store(grad_ptr + i_class, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    return kd
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def loop_kernel(
+    s_ptr,  # [rows, C] student
+    t_ptr,  # [rows, C] teacher
+    y_ptr,  # [rows] int64, or [rows, C] probabilities
+    y_b_ptr,  # [rows] int64, mixup
+    lam_ptr,  # [rows] float32, mixup
+    grad_ptr,  # [rows, C] out
+    loss_ptr,  # [] or [rows] out
+    parts_ptr,  # [3] out
+    count_ptr,  # [] out
+    partial_ptr,  # [3, PARTIALS] scratch
+    ticket_ptr,  # [1] zero before and after
+    rows, ignore_index, temperature, ce_weight, kd_weight, smoothing,
+    C: tl.constexpr, S_STRIDE: tl.constexpr, T_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr,
+    TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
+    GRAD: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
+    BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """A row a program, in unmasked blocks and one masked tail, so that padded rows load as vectors."""
+    i_row = tl.program_id(0).to(tl.int64)
+    s_row, t_row, g_row = s_ptr + i_row * S_STRIDE, t_ptr + i_row * T_STRIDE, grad_ptr + i_row * G_STRIDE
+    q_row = y_ptr + i_row * C if TARGET == SOFT else y_ptr
+    FULL: tl.constexpr = C // BLOCK * BLOCK
+    inverse = 1.0 / temperature
+    m_s, m_t = -float("inf"), -float("inf")
+    z_1, z_s, z_t, sum_s, sum_q, sum_qs = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, FULL, BLOCK):
+        m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
+            s_row, t_row, q_row, start, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
+            C, TARGET, CE, KD, SMOOTH, BLOCK, False,
+        )  # fmt: skip
+    if FULL < C:
+        m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
+            s_row, t_row, q_row, FULL, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
+            C, TARGET, CE, KD, SMOOTH, BLOCK, True,
+        )  # fmt: skip
+    y, y_b, lam, ce = i_row * 0 - 1, i_row * 0 - 1, 1.0, 0.0
+    kept, bad = i_row >= 0, i_row < 0
+    if (TARGET == INDEX) | (TARGET == MIXED):
+        y, y_b, kept, bad = _labels(y_ptr, y_b_ptr, i_row, i_row < rows, ignore_index, C, TARGET)
+        if TARGET == MIXED:
+            lam = tl.load(lam_ptr + i_row)
+    if CE:
+        lse = m_s + tl.log(z_1)
+        if TARGET == SOFT:
+            ce = sum_q * lse - sum_qs
+        else:
+            inside = kept & (bad == 0)
+            ce = lse - tl.load(s_row + y, mask=inside, other=0.0).to(tl.float32)
+            if TARGET == MIXED:
+                ce = lam * ce + (1.0 - lam) * (lse - tl.load(s_row + y_b, mask=inside, other=0.0).to(tl.float32))
+            if SMOOTH:
+                ce = (1.0 - smoothing) * ce + smoothing * (lse - sum_s / C)
+            sum_q = 1.0
+    # A label out of range makes its row's gradient nan, as its loss.
+    w_ce, w_kd = tl.where(bad, float("nan"), ce_weight), tl.where(bad, float("nan"), kd_weight)
+    kd = 0.0
+    for start in range(0, FULL, BLOCK):
+        kd += _emit(
+            s_row, t_row, q_row, g_row, start, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, kept,
+            temperature, inverse, smoothing, w_ce, w_kd,
+            C, TARGET, CE, KD, SMOOTH, GRAD, BLOCK, False,
+        )  # fmt: skip
+    if FULL < C:
+        kd += _emit(
+            s_row, t_row, q_row, g_row, FULL, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, kept,
+            temperature, inverse, smoothing, w_ce, w_kd,
+            C, TARGET, CE, KD, SMOOTH, GRAD, BLOCK, True,
+        )  # fmt: skip
+    kd = kd * (temperature * temperature)
+    ce, kd = tl.where(bad, float("nan"), ce), tl.where(bad, float("nan"), kd)
+    ce, kd = tl.where(kept, ce, 0.0), tl.where(kept, kd, 0.0)
+    if BY_ROW:
+        tl.store(loss_ptr + i_row, ce_weight * ce + kd_weight * kd)
+    _reduce(
+        ce, kd, kept.to(tl.float32),
+        partial_ptr, loss_ptr, parts_ptr, count_ptr, ticket_ptr, ce_weight, kd_weight,
+        PARTIALS, MEAN, BY_ROW,
+    )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(
+    grad_ptr,  # [numel] as stored by the forward
+    out_ptr,  # [numel]
+    upstream_ptr,  # [] or [rows]
+    count_ptr,  # []
+    numel, upstream_stride,
+    STRIDE: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = grad * upstream / count, over the buffer with its padding."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < numel
+    if BY_ROW:
+        scale = tl.load(upstream_ptr + index // STRIDE * upstream_stride, mask=mask, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(upstream_ptr).to(tl.float32)
+    if MEAN:
+        scale = scale / tl.maximum(tl.load(count_ptr), 1.0)
+    out = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * scale
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def ce_kd_forward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    target_b: Tensor | None,
+    lam: Tensor | None,
+    spec: CEKDSpec,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.ce_kd_forward` in one launch."""
+    rows, classes = student.shape
+    grad = _tiles.gradient_buffer(student) if with_grad else student.new_empty(0)
+    by_row = spec.reduction == "none"
+    loss = student.new_empty((rows,) if by_row else (), dtype=torch.float32)
+    parts, count = loss.new_empty(3), loss.new_empty(())
+    if rows == 0:
+        nothing = 0.0 if spec.reduction == "sum" else torch.nan
+        return loss.fill_(nothing), parts.fill_(nothing), grad, count.zero_()
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    tile = _tiles.ce_kd_tile(rows, classes)
+    soft = target is not None and target.is_floating_point()
+    if target is not None:
+        target = target.contiguous()  # an expanded or strided target is small: copy it
+    mode = 0 if target is None else 3 if soft else 1 if target_b is None else 2
+    pointers = (
+        student, teacher, student if target is None else target,
+        student if target_b is None else target_b.contiguous(), student if lam is None else lam.contiguous(),
+        grad, loss, parts, count, loss.new_empty((3, tile["PARTIALS"])), ticket(student.device),
+    )  # fmt: skip
+    numbers = (rows, spec.ignore_index, spec.temperature, spec.ce_weight, spec.kd_weight, spec.label_smoothing)
+    constants = dict(
+        C=classes, S_STRIDE=_row_stride(student), T_STRIDE=_row_stride(teacher),
+        G_STRIDE=_row_stride(grad) if with_grad else classes,
+        TARGET=mode, CE=spec.ce_weight != 0 and mode != 0, KD=spec.kd_weight != 0,
+        SMOOTH=spec.label_smoothing != 0, GRAD=with_grad, MEAN=spec.reduction != "sum", BY_ROW=by_row,
+    )  # fmt: skip
+    with torch.cuda.device_of(student):
+        if classes > _tiles.TILE_CLASSES:
+            loop_kernel[(rows,)](*pointers, *numbers, **constants, **tile)
+        else:
+            variant = dict(DKD=spec.variant == "dkd", STANDARDIZE=spec.standardize)
+            grid = (triton.cdiv(rows, tile["ROWS"]),)
+            tile_kernel[grid](*pointers, *numbers, spec.dkd_alpha, spec.dkd_beta, **constants, **variant, **tile)
+    return loss, parts, grad, count
+
+
+def ce_kd_backward(grad: Tensor, upstream: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """`reference.ce_kd_backward` in one launch."""
+    out = torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=grad.device)
+    if grad.numel() == 0:
+        return out
+    by_row = reduction == "none"
+    numel = (grad.shape[0] - 1) * grad.stride(0) + grad.shape[1]
+    with torch.cuda.device_of(grad):
+        scale_kernel[(triton.cdiv(numel, _tiles.SCALE_BLOCK),)](
+            grad, out, upstream, count, numel, upstream.stride(0) if by_row else 0,
+            STRIDE=_row_stride(grad), MEAN=reduction == "mean", BY_ROW=by_row, BLOCK=_tiles.SCALE_BLOCK,
+        )  # fmt: skip
+    return out
+
+
+def _row_stride(matrix: Tensor) -> int:
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]

@@ -1,0 +1,81 @@
+"""What the kernels share: precision, one-launch reductions, and the accurate addend of a divergence."""
+# mypy: allow-untyped-defs
+# (a kernel's pointers have no Python type)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _dispatch
+
+INTERPRETING = _dispatch.interpreting()
+_TICKETS: dict[tuple[int, int], Tensor] = {}
+
+
+def ticket(device: torch.device) -> Tensor:
+    """A zeroed int32 counter for `is_last`, left at zero by every launch.
+
+    One a stream, since the kernels of a stream follow each other. A CUDA graph gets its own, zeroed by a
+    node of the graph: its replays may run beside the stream that captured it.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = index, torch.cuda.current_stream(device).cuda_stream
+    if key not in _TICKETS:
+        _TICKETS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _TICKETS[key]
+
+
+def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]:
+    """(operand type, input_precision) of a matrix product; accumulation is float32 always.
+
+    float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for
+    operands beyond float16's range: float16 then multiplies as tf32, of the same 11 bits. The interpreter
+    computes with bfloat16's raw bits (triton-lang/triton#11584), so it gets float32.
+    """
+    if INTERPRETING or dtype == torch.float32:
+        return tl.float32, "tf32x3"
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "tf32"
+    return (tl.float32, "tf32") if wide else (tl.float16, "tf32")
+
+
+@triton.jit
+def is_last(ticket_ptr, programs):
+    """Whether this program is the launch's last, to which every other's stores are visible; resets."""
+    tl.debug_barrier()  # all threads have stored their partials before the ticket is drawn
+    drawn = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    last = drawn == programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+@triton.jit
+def ordered_sum(partial_ptr, count, PARTIALS: tl.constexpr):
+    """Sum of `count` <= PARTIALS numbers in one fixed order, past the L1 cache, which may be stale."""
+    BLOCK: tl.constexpr = PARTIALS if PARTIALS < 1024 else 1024
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, PARTIALS, BLOCK):
+        i_partial = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + i_partial, mask=i_partial < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def divergence(v, p_s, p_t):
+    """p_t (exp(v) - 1 - v) and p_t (exp(v) - 1) for v = log p_s - log p_t, both without cancellation.
+
+    A series for |v| < 1/4 (its first term left out is 2e-8 of it); otherwise p_s - p_t - p_t v and
+    p_s - p_t, whose last factor counts for nothing where p_t = 0, as in a masked class.
+    """
+    f = 1.0 / 5040.0 + v * (1.0 / 40320.0)
+    f = 1.0 / 120.0 + v * (1.0 / 720.0 + v * f)
+    f = v * v * (0.5 + v * (1.0 / 6.0 + v * (1.0 / 24.0 + v * f)))
+    small = tl.abs(v) < 0.25
+    difference = p_s - p_t
+    addend = tl.where(small, p_t * f, difference - tl.where(p_t == 0.0, 0.0, p_t * v))
+    return addend, tl.where(small, p_t * (v + f), difference)
