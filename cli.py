@@ -21,6 +21,7 @@ from jsonargparse.typing import register_type
 from engine.config import Budget, Resources, Study
 from engine.trial import EngineError, Fidelity, UsageError
 
+DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distillation."
 
 
@@ -173,7 +174,19 @@ def parse(arguments: list[str] | None) -> Namespace:
     commands = parser.add_subcommands(dest="command")
     for name, (make, _) in COMMANDS.items():
         commands.add_subcommand(name, make())
-    return parser.parse_args(arguments)
+    return parser.parse_args(with_demo(sys.argv[1:] if arguments is None else arguments))
+
+
+def with_demo(arguments: list[str]) -> list[str]:
+    """A search that is not told what to search runs the demo, on whatever device it is told to."""
+    settings = {"-c", "--config", "--help", "-h"}
+    for kind in (Study, Budget):
+        settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
+    given = {word.split("=")[0].split(".")[0] for word in arguments[1:] if word.startswith("-")}
+    if arguments[:1] == ["search"] and not given & settings:
+        print(f"nothing to search given: the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
+        return ["search", "-c", str(DEMO), *arguments[1:]]
+    return arguments
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,9 +23,9 @@ def option(default: T, text: str) -> T:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What the results of a run depend on. Fixed for the life of a run folder; the defaults are the demo."""
+    """What the results of a run depend on. Fixed for the life of a run folder."""
 
-    space: str = option("nasbench201:channels=8,cells=1", "search space: NAME[:option=value,...] or FILE.py:NAME")
+    space: str = option("nasbench201", "search space: NAME[:option=value,...] or FILE.py:NAME")
     data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
     resolution: int = option(0, "pixels that images are brought to; 0 is the data's own, and 224 for a folder")
     valid_fraction: float = option(0.2, "part of the training images kept for validation")
@@ -35,11 +35,11 @@ class Study:
         "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME "
         "with torchvision's own weights",
     )
-    teacher_epochs: int = option(8, "epochs that a teacher trained by the run gets")
+    teacher_epochs: int = option(60, "epochs that a teacher trained by the run gets")
     low: Fidelity = option(
-        Fidelity("low", Fraction(1, 4), 6, kd_loss="kd+at"), "the cheap judgement that every candidate starts with"
+        Fidelity("low", Fraction(1, 9), 20, kd_loss="kd+at"), "the cheap judgement that every candidate starts with"
     )
-    high: Fidelity = option(Fidelity("high", Fraction(1), 8), "the full judgement that the winner is named by")
+    high: Fidelity = option(Fidelity("high", Fraction(1), 60), "the full judgement that the winner is named by")
     kd_temperature: float = option(4.0, "softmax temperature of the distillation term")
     ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
     kd_weight: float = option(1.0, "weight of the softmax-temperature term (times T^2)")
@@ -64,8 +64,8 @@ class Study:
 class Budget:
     """When to stop. Counted over the whole life of a run folder; the first limit reached wins; may be raised later."""
 
-    max_low: int = option(24, "low-fidelity evaluations")
-    max_high: int = option(6, "full-fidelity evaluations")
+    max_low: int = option(50, "low-fidelity evaluations")
+    max_high: int = option(20, "full-fidelity evaluations")
     gpu_hours: float = option(float("inf"), "hours of worker time, summed over the workers")
     wall_time: float = option(float("inf"), "hours of this call; a search stopped by it goes on at the next call")
     target_accuracy: float = option(1.0, "stop when a full-fidelity validation accuracy (0..1) reaches this")
@@ -93,8 +93,8 @@ class Plan:
     lows: tuple[Fidelity, ...]
     high: Fidelity
     method: str = "mfkd"
-    max_low: int = 24
-    max_high: int = 6
+    max_low: int = 50
+    max_high: int = 20
     seed: int = 0
 
 

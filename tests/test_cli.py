@@ -13,6 +13,7 @@ import yaml
 
 import cli
 from engine import journal
+from engine.config import Budget
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -128,6 +129,12 @@ def test_an_unknown_key_of_a_file_is_refused(tmp_path: Path, capsys: pytest.Capt
         cli.main(["search", "-c", str(tmp_path / "c.yaml")])
     assert stop.value.code == 2
     assert "did you mean --max-high" in capsys.readouterr().err
+
+
+def test_a_search_of_nothing_is_the_demo() -> None:
+    demo = cli.parse(["search", "--workers=2"]).search
+    assert (demo.space, demo.max_low) == ("nasbench201:channels=8,cells=1", 24)
+    assert cli.parse(["search", "--data=cifar10"]).search.max_low == Budget().max_low
 
 
 def test_every_shipped_configuration_is_understood() -> None:

@@ -18,7 +18,8 @@ from engine.fleet import WorkerDied
 from engine.progress import Display
 from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
 
-STUDY = Study(low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
+SPACE = "nasbench201:channels=8,cells=1"
+STUDY = Study(space=SPACE, low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
 BUDGET = Budget(max_low=8, max_high=4)
 
 
