@@ -220,9 +220,24 @@ def evaluate_all(
         )
 
     def propose(history: History, free: int) -> list[Trial]:
-        return policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
+        trials = policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
+        return trials if trials or history.pending else unpaired(history, plan)[:free]
 
     return drive(propose, slots, submit, ground.cost, record.asked, book.ask, stop)
+
+
+def unpaired(history: History, plan: Plan) -> list[Trial]:
+    """Low-fidelity trials of the architectures that were trained in full without one, asked when all else is done.
+
+    They decide nothing: without them nobody could say how well the low fidelity ranks what matters.
+    """
+    low = {e.trial.architecture for e in history.answered if e.trial.fidelity == plan.lows[0]}
+    full = dict.fromkeys(e.trial.architecture for e in history.answered if e.ok and e.trial.fidelity == plan.high)
+    missing = [architecture for architecture in full if architecture not in low]
+    return [
+        Trial(history.asked + place, architecture, plan.lows[0], plan.seed)
+        for place, architecture in enumerate(missing)
+    ]
 
 
 def visible(history: History, cost: Callable[[Trial], float]) -> History:

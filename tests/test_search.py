@@ -89,6 +89,9 @@ def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypa
     assert names.count("high") == BUDGET.max_high
     assert result["winner"]["test_accuracy"] == 0.75
     assert result["evaluations"] == {"low": names.count("low"), "high": 4, "failed": 0}
+    low, high = ({t.architecture for t in record.asked if t.fidelity.name == name} for name in ("low", "high"))
+    assert high <= low  # so that the cheap judgement can be compared with the full one
+    assert result["tau"]["low_vs_high"] is not None
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     full = [e for e in record.answers.values() if e.trial.fidelity == STUDY.high]
     assert result["winner"]["valid_accuracy"] in [e.accuracy for e in full]
