@@ -7,12 +7,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Contraction into fused multiply-adds, today's default, stops being Triton's in 3.10: ask for it.
+FUSION = {"enable_fp_fusion": True}
 SCALE_BLOCK = 1024  # elements a program of an elementwise launch
 TILE_CLASSES = 8192  # rows up to this stay in registers; longer ones are walked twice
 FUSED_POSITIONS = 256  # one program does a sample's attention map up to this many positions
 MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
 SPATIAL_POSITIONS = 64  # NST: H * W of one tile of the Gram difference
-CHANNEL_CHANNELS = 128  # NST: C of one tile of the channel Grams
+# NST: (student's, teacher's) channels of one tile of the channel Grams, by bytes an element.
+CHANNEL_CHANNELS = {2: (64, 128), 4: (64, 64)}
 
 
 def power_of_two(n: int) -> int:
@@ -21,10 +24,12 @@ def power_of_two(n: int) -> int:
 
 
 def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
-    """float64 and the variants with rows over TILE_CLASSES are left to the reference."""
-    return logits.element_size() < 8 and (
-        logits.shape[1] <= TILE_CLASSES or (variant == "kd" and not standardize)
-    )
+    """float64 is left to the reference, and rows too long for a variant's registers."""
+    if logits.element_size() == 8:
+        return False
+    if variant == "dkd" and standardize:
+        return logits.shape[1] <= TILE_CLASSES // 2
+    return logits.shape[1] <= TILE_CLASSES or (variant == "kd" and not standardize)
 
 
 def has_attention(student: Tensor, teacher: Tensor) -> bool:
@@ -49,18 +54,19 @@ def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
         return False
     if method == "spatial":
         return student.shape[2] * student.shape[3] <= SPATIAL_POSITIONS
-    return max(student.shape[1], teacher.shape[1]) <= CHANNEL_CHANNELS
+    most_s, most_t = CHANNEL_CHANNELS[student.element_size()]
+    return student.shape[1] <= most_s and teacher.shape[1] <= most_t
 
 
 def ce_kd_tile(rows: int, classes: int) -> dict[str, int]:
     """Constants of the CE+KD kernel that takes `classes`; PARTIALS bounds the last program's loop."""
     if classes > TILE_CLASSES:
-        return {"BLOCK": 2048, "PARTIALS": power_of_two(rows), "num_warps": 8}
+        return {"BLOCK": 1024, "PARTIALS": power_of_two(rows), "num_warps": 4, **FUSION}
     block = power_of_two(classes)
     per_program = max(1, min(1024 // block, power_of_two(rows)))
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
     programs = -(-rows // per_program)
-    return {"BLOCK": block, "ROWS": per_program, "PARTIALS": power_of_two(programs), "num_warps": warps}
+    return {"BLOCK": block, "ROWS": per_program, "PARTIALS": power_of_two(programs), "num_warps": warps, **FUSION}
 
 
 def gradient_buffer(logits: Tensor) -> Tensor:
@@ -76,9 +82,9 @@ def attention_tile(positions: int, channels: int, fused: bool) -> dict[str, int]
     """Positions x channels of a program: all positions when fused, else 2048 elements with long rows."""
     if fused:
         block = power_of_two(positions)
-        return {"BLOCK_P": block, "BLOCK_C": max(8, min(64, 4096 // block)), "num_warps": 8}
+        return {"BLOCK_P": block, "BLOCK_C": max(8, min(64, 4096 // block)), "num_warps": 8, **FUSION}
     block_c = max(8, min(128, power_of_two(channels)))
-    return {"BLOCK_P": min(2048 // block_c, power_of_two(positions)), "BLOCK_C": block_c, "num_warps": 4}
+    return {"BLOCK_P": min(2048 // block_c, power_of_two(positions)), "BLOCK_C": block_c, "num_warps": 4, **FUSION}
 
 
 def finish_warps(block: int) -> int:
@@ -86,15 +92,16 @@ def finish_warps(block: int) -> int:
     return 4 if block <= 1024 else 8 if block <= 4096 else 16
 
 
-def nst_tile(method: str, positions: int, s: int, t: int, backward: bool) -> dict[str, int]:
-    """Tiles of the NST kernels; a tensor core multiplies 16 x 16 at least."""
+def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> dict[str, int]:
+    """Tiles of the NST kernels for features (N, C, P); a tensor core multiplies 16 x 16 at least.
+
+    float32 operands are split in two halves each, which takes registers: half the positions, twice the warps.
+    """
+    positions, wide = student.shape[2], student.element_size() == 4
     if method == "spatial":
-        return {"BLOCK_P": max(16, power_of_two(positions)), "BLOCK_C": 32, "num_warps": 4}
-    block_s, block_t = max(16, power_of_two(s)), max(16, power_of_two(t))
-    wide = block_s * block_t > 64 * 64
-    return {
-        "BLOCK_S": block_s,
-        "BLOCK_T": block_t,
-        "BLOCK_P": min(max(16, power_of_two(positions)), 64 if backward else 32),
-        "num_warps": 16 if wide and not backward else 8 if wide else 4,
-    }
+        return {"BLOCK_P": max(16, power_of_two(positions)), "BLOCK_C": 32, "num_warps": 4, **FUSION}
+    block_s, block_t = (max(16, power_of_two(f.shape[1])) for f in (student, teacher))
+    most = 64 if backward and not wide else 32
+    warps = 8 if wide or block_s * block_t > 64 * 64 else 4
+    block_p = min(max(16, power_of_two(positions)), most)
+    return {"BLOCK_S": block_s, "BLOCK_T": block_t, "BLOCK_P": block_p, "num_warps": warps, **FUSION}

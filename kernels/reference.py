@@ -67,8 +67,9 @@ def ce_kd_forward(
         grad, rows_of = student_NC.new_empty(student_NC.shape), []
         step = max(1, CHUNK_ELEMENTS // classes)
         for start in range(0, rows, step):
-            chunk = [None if x is None else x[start : start + step] for x in whole]
-            *terms, grad[start : start + step] = _ce_kd_rows(*chunk, spec)
+            part = slice(start, start + step)
+            labels = [None if x is None else x[part] for x in whole[2:]]
+            *terms, grad[part] = _ce_kd_rows(student_NC[part], teacher_NC[part], *labels, spec=spec)
             rows_of.append(terms)
         ce, kd = (torch.cat(term) for term in zip(*rows_of, strict=True))
     ce, kd = ce.to(dtype), kd.to(dtype)
@@ -223,8 +224,9 @@ def _dkd(s_NC: Tensor, t_NC: Tensor, label: Tensor, spec: CEKDSpec) -> tuple[Ten
         lse = z.logsumexp(1, keepdim=True)
         log_y.append(z.gather(1, y) - lse)
         log_rest.append(others[-1].logsumexp(1, keepdim=True) - lse)
-    tckd, grad_pair = _kl(*(torch.cat(pair, 1) for pair in zip(log_y, log_rest, strict=True)))
-    nckd, grad = _kl(*others)
+    pair_s, pair_t = (torch.cat(pair, 1) for pair in zip(log_y, log_rest, strict=True))
+    tckd, grad_pair = _kl(pair_s, pair_t)
+    nckd, grad = _kl(others[0], others[1])
     grad.mul_(spec.dkd_beta).addcmul_(torch.softmax(others[0], 1), grad_pair[:, 1:], value=spec.dkd_alpha)
     grad.scatter_(1, y, spec.dkd_alpha * grad_pair[:, :1])
     return spec.dkd_alpha * tckd + spec.dkd_beta * nckd, grad

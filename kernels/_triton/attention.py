@@ -171,10 +171,7 @@ def backward_kernel(
     f = _pooled(s_ptr + sample * sample_stride, i_position, i_channel, mask, C_STRIDE, P_STRIDE, W, R)
     coef = tl.load(coef_ptr + sample * P + i_position, mask=i_position < P, other=0.0)
     coef = coef * (tl.load(upstream_ptr).to(tl.float32) * (POWER / (C * R * R)))
-    if POWER == 2.0:
-        slope = f
-    else:
-        slope = tl.where(f < 0.0, -1.0, 1.0) * _power(f, POWER - 1.0)
+    slope = f if POWER == 2.0 else tl.where(f < 0.0, -1.0, 1.0) * _power(f, POWER - 1.0)
     out = (slope * coef[:, None]).to(grad_ptr.dtype.element_ty)
     grad_ptr += sample * grad_sample_stride
     corner = i_position // W * (R * R * W) + i_position % W * R
@@ -197,7 +194,7 @@ def attention_forward(
     s, t = student.flatten(2), teacher.flatten(2)  # views where rows of a map follow each other, else copies
     ratios = student.shape[3] // width, teacher.shape[3] // width
     tail = (coef, coef.new_empty(samples), loss, ticket(student.device))
-    common = dict(P=positions, MODE=MODES[mode], PARTIALS=_tiles.power_of_two(samples))
+    common = {"P": positions, "MODE": MODES[mode], "PARTIALS": _tiles.power_of_two(samples)}
     with torch.cuda.device_of(student):
         if positions <= _tiles.FUSED_POSITIONS:
             fused_kernel[(samples,)](
@@ -217,7 +214,7 @@ def attention_forward(
             )  # fmt: skip
         block = _tiles.power_of_two(positions)
         finish_kernel[(samples,)](*maps, *tail, eps, **common, BLOCK_P=block,
-                                  num_warps=_tiles.finish_warps(block))  # fmt: skip
+                                  num_warps=_tiles.finish_warps(block), **_tiles.FUSION)  # fmt: skip
     return loss, coef
 
 

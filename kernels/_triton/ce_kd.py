@@ -405,17 +405,17 @@ def ce_kd_forward(
         grad, loss, parts, count, loss.new_empty((3, tile["PARTIALS"])), ticket(student.device),
     )  # fmt: skip
     numbers = (rows, spec.ignore_index, spec.temperature, spec.ce_weight, spec.kd_weight, spec.label_smoothing)
-    constants = dict(
-        C=classes, S_STRIDE=_row_stride(student), T_STRIDE=_row_stride(teacher),
-        G_STRIDE=_row_stride(grad) if with_grad else classes,
-        TARGET=mode, CE=spec.ce_weight != 0 and mode != 0, KD=spec.kd_weight != 0,
-        SMOOTH=spec.label_smoothing != 0, GRAD=with_grad, MEAN=spec.reduction != "sum", BY_ROW=by_row,
-    )  # fmt: skip
+    constants = {
+        "C": classes, "S_STRIDE": _row_stride(student), "T_STRIDE": _row_stride(teacher),
+        "G_STRIDE": _row_stride(grad) if with_grad else classes,
+        "TARGET": mode, "CE": spec.ce_weight != 0 and mode != 0, "KD": spec.kd_weight != 0,
+        "SMOOTH": spec.label_smoothing != 0, "GRAD": with_grad, "MEAN": spec.reduction != "sum", "BY_ROW": by_row,
+    }  # fmt: skip
     with torch.cuda.device_of(student):
         if classes > _tiles.TILE_CLASSES:
             loop_kernel[(rows,)](*pointers, *numbers, **constants, **tile)
         else:
-            variant = dict(DKD=spec.variant == "dkd", STANDARDIZE=spec.standardize)
+            variant = {"DKD": spec.variant == "dkd", "STANDARDIZE": spec.standardize}
             grid = (triton.cdiv(rows, tile["ROWS"]),)
             tile_kernel[grid](*pointers, *numbers, spec.dkd_alpha, spec.dkd_beta, **constants, **variant, **tile)
     return loss, parts, grad, count
@@ -432,6 +432,7 @@ def ce_kd_backward(grad: Tensor, upstream: Tensor, count: Tensor, reduction: str
         scale_kernel[(triton.cdiv(numel, _tiles.SCALE_BLOCK),)](
             grad, out, upstream, count, numel, upstream.stride(0) if by_row else 0,
             STRIDE=_row_stride(grad), MEAN=reduction == "mean", BY_ROW=by_row, BLOCK=_tiles.SCALE_BLOCK,
+            **_tiles.FUSION,
         )  # fmt: skip
     return out
 

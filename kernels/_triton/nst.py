@@ -2,7 +2,7 @@
 
 spatial (P = H W <= 64): a tile holds all positions of some channels, so a channel's norm comes from its
 tile and D = A^T A / S - B^T B / T accumulates in one read of both features; dA = 4 / (N S) A D.
-channel (C <= 128): Grams of the raw features accumulate in one read, the norms are their diagonals, and
+channel (C_s <= 64, C_t <= 128; 64 for float32): Grams of the raw features accumulate in one read, the norms are their diagonals, and
 the projection of the normalisation folds into the two matrices of dF = W_ss F_s + W_st F_t.
 """
 # mypy: allow-untyped-defs
@@ -225,7 +225,7 @@ def nst_forward(
     first, second = (loss.new_empty((samples, *shape)) for shape in shapes)
     if samples == 0:
         return loss.fill_(torch.nan), first, second
-    tile = _tiles.nst_tile(method, positions, s_channels, t_channels, backward=False)
+    tile = _tiles.nst_tile(method, s, t, backward=False)
     dot, precision = dot_operands(student.dtype)
     common = dict(
         P=positions, S=s_channels, S_C_STRIDE=s.stride(1), S_P_STRIDE=s.stride(2),
@@ -254,7 +254,7 @@ def nst_backward(
     if grad.data_ptr() != out.data_ptr():
         raise RuntimeError("torch.empty_like gave a student gradient whose map rows do not follow each other")
     samples, channels, positions = s.shape
-    tile = _tiles.nst_tile(method, positions, channels, t.shape[1], backward=True)
+    tile = _tiles.nst_tile(method, s, t, backward=True)
     dot, precision = dot_operands(student.dtype, wide=True)
     common = dict(P=positions, S=channels, G_C_STRIDE=grad.stride(1), G_P_STRIDE=grad.stride(2),
                   DOT=dot, PRECISION=precision, **tile)  # fmt: skip

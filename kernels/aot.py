@@ -1,0 +1,261 @@
+"""Compiles every shipped kernel variant without a GPU and reports what it costs the hardware.
+
+`python -m kernels.aot --report` runs the launch code of `kernels/_triton` on tensors without memory,
+records each launch instead of starting it, and compiles exactly that - argument types, constants,
+alignment, warps - for sm_80 and sm_90. It exits with 1 if a variant spills registers (a stack above 0) or
+asks for more shared memory than a program of that architecture can have. What it compiles lands in
+Triton's cache.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}  # bytes; 99 KB also fits consumer cards of the generation
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel and its arguments by name."""
+
+    title: str
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Usage(NamedTuple):
+    """What one compiled variant takes: registers a thread, bytes of stack and of shared memory."""
+
+    title: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.stack == 0 and self.shared <= SHARED_LIMIT[self.arch]
+
+
+def shipped_launches() -> list[Launch]:
+    """Launches of the shapes that stand for every tile of `_tiles` and every branch of the kernels."""
+    launches: list[Launch] = []
+    for title, run in _calls():
+        with _recording(title, launches):
+            run()
+    return launches
+
+
+def compile_launch(launch: Launch, arch: int) -> Usage:
+    """Compiles one launch for sm_80 or sm_90 and reads registers, stack and shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (
+            isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        ):
+            signature[parameter.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        signature[parameter.name] = _type_of(value)
+        aligned = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if aligned and not parameter.do_not_specialize:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    seconds = time.perf_counter() - start
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Usage(launch.title, launch.kernel.fn.__name__, arch, launch.options["num_warps"], registers, stack,
+                 compiled.metadata.shared, seconds)  # fmt: skip
+
+
+def _calls() -> Iterator[tuple[str, Any]]:
+    """(title, call) of forward and backward on tensors without memory."""
+    bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
+
+    def ce_kd(classes: int, dtype: torch.dtype, kind: str = "index", pad: int = 0, **changes: Any) -> Any:
+        rows = 1024
+        spec = reference.CEKDSpec(4.0, 0.1, 0.9, 0.0, -100, "kd", 1.0, 8.0, False, "mean")._replace(**changes)
+        logits = _meta((rows, classes + pad), dtype)[:, :classes]
+        target = _meta((rows, classes), fp32) if kind == "soft" else _meta((rows,), torch.int64)
+        target_b, lam = (target, _meta((rows,), fp32)) if kind == "mixed" else (None, None)
+
+        def run() -> None:
+            from kernels._triton import ce_kd as kernels
+
+            loss, _, grad, count = kernels.ce_kd_forward(
+                logits, logits, None if kind == "none" else target, target_b, lam, spec, True
+            )
+            kernels.ce_kd_backward(grad, loss, count, spec.reduction)
+
+        return run
+
+    for classes, dtype in ((10, bf16), (100, bf16), (100, fp32), (100, fp16), (1000, bf16), (4096, bf16),
+                           (8192, bf16), (8192, fp32), (21841, bf16), (21841, fp32)):  # fmt: skip
+        yield f"ce_kd C={classes} {_name(dtype)}", ce_kd(classes, dtype)
+    yield "ce_kd C=21841 stride 21848 bf16", ce_kd(21841, bf16, pad=7)
+    for classes in (100, 8192, 21841):
+        yield f"ce_kd C={classes} soft", ce_kd(classes, bf16, "soft", label_smoothing=0.1)
+        yield f"ce_kd C={classes} mixed", ce_kd(classes, bf16, "mixed", label_smoothing=0.1)
+    yield "ce_kd C=100 no target, by row", ce_kd(100, bf16, "none", reduction="none")
+    yield "ce_kd C=21841 no target, by row", ce_kd(21841, bf16, "none", reduction="none")
+    for classes in (100, 8192):
+        yield f"dkd C={classes}", ce_kd(classes, bf16, variant="dkd")
+        yield f"standardized C={classes}", ce_kd(classes, bf16, standardize=True)
+    for classes in (100, 4096):
+        yield f"dkd standardized C={classes}", ce_kd(classes, bf16, variant="dkd", standardize=True)
+
+    def attention(shape_s: tuple[int, ...], shape_t: tuple[int, ...], dtype: torch.dtype, p: float, mode: str,
+                  layout: torch.memory_format) -> Any:  # fmt: skip
+        s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
+
+        def run() -> None:
+            from kernels._triton import attention as kernels
+
+            loss, coef = kernels.attention_forward(s, t, p, mode, 1e-12)
+            kernels.attention_backward(s, coef, loss, p)
+
+        return run
+
+    last, first = torch.channels_last, torch.contiguous_format
+    for s, t, size, dtype, p, mode, layout in (
+        (24, 24, 32, bf16, 2.0, "mean", last), (24, 24, 32, fp32, 2.0, "mean", first),
+        (64, 64, 16, bf16, 2.0, "mean", last), (160, 160, 8, bf16, 2.0, "mean", last),
+        (640, 640, 4, bf16, 2.0, "mean", last), (640, 640, 4, fp32, 1.0, "paper", first),
+        (24, 256, 56, bf16, 2.0, "mean", last), (40, 512, 28, bf16, 2.0, "mean", last),
+        (160, 1024, 14, fp16, 2.5, "batchmean", first),
+        (1280, 2048, 7, bf16, 2.0, "mean", last), (16, 16, 128, fp32, 2.0, "paper", last),
+    ):  # fmt: skip
+        title = f"at {s}/{t} {size}x{size} {_name(dtype)} p={p:g} {mode} {'NHWC' if layout == last else 'NCHW'}"
+        yield title, attention((128, s, size, size), (128, t, size, size), dtype, p, mode, layout)
+    yield "at 160 14x14 / 1024 7x7 bf16", attention((128, 160, 14, 14), (128, 1024, 7, 7), bf16, 2.0, "mean", last)
+    yield "at 24 32x32 / 64 64x64 bf16", attention((128, 24, 32, 32), (128, 64, 64, 64), bf16, 2.0, "mean", last)
+
+    def nst(s: int, t: int, size: int, dtype: torch.dtype, method: str, term: bool, layout: torch.memory_format) -> Any:
+        f_s, f_t = _meta((128, s, size, size), dtype, layout), _meta((128, t, size, size), dtype, layout)
+
+        def run() -> None:
+            from kernels._triton import nst as kernels
+
+            loss, one, two = kernels.nst_forward(f_s, f_t, method, term, 1e-12)
+            kernels.nst_backward(f_s, f_t, one, two, loss, method, 1e-12)
+
+        return run
+
+    for s, t, size, dtype, method, term, layout in (
+        (24, 24, 32, bf16, "channel", True, last), (24, 24, 32, fp32, "channel", True, first),
+        (64, 64, 16, bf16, "channel", True, last), (64, 64, 16, fp32, "channel", True, last),
+        (64, 128, 16, bf16, "channel", True, last), (40, 80, 16, fp16, "channel", False, last),
+        (160, 160, 8, bf16, "spatial", True, last), (160, 160, 8, fp32, "spatial", True, first),
+        (160, 320, 8, fp16, "spatial", False, last), (640, 640, 4, bf16, "spatial", True, last),
+        (1280, 2048, 7, bf16, "spatial", True, last), (1280, 2048, 7, fp32, "spatial", True, last),
+    ):  # fmt: skip
+        title = f"nst {method} {s}/{t} {size}x{size} {_name(dtype)} {'NHWC' if layout == last else 'NCHW'}"
+        yield title, nst(s, t, size, dtype, method, term, layout)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype, layout: Any = torch.contiguous_format) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return POINTERS[dtype][1:]
+
+
+@contextlib.contextmanager
+def _recording(title: str, launches: list[Launch]) -> Iterator[None]:
+    """Inside, `kernel[grid](...)` appends to `launches` what it would have started."""
+    from triton.runtime.jit import JITFunction
+
+    start = JITFunction.run
+
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        named.update(zip(self.arg_names, arguments, strict=False))
+        options = {name: named.pop(name) for name in set(named) - set(self.arg_names)}
+        launches.append(Launch(title, self, named, {"num_warps": 4, **options}))
+
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = start
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack, from Triton's own cuobjdump."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        shown = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", str(path)], check=True,
+                               capture_output=True, text=True).stdout  # fmt: skip
+    fields = dict(word.split(":")[:2] for word in shown.split() if word.startswith(("REG:", "STACK:")))
+    return int(fields["REG"]), int(fields["STACK"])
+
+
+def report(arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
+    """Every distinct shipped variant, compiled; the same kernel at the same arguments counts once."""
+    seen: set[str] = set()
+    usages = []
+    for launch in shipped_launches():
+        shape = {k: (v.dtype if isinstance(v, Tensor) else v) for k, v in launch.arguments.items()}
+        key = f"{launch.kernel.fn.__name__} {launch.options} {sorted(shape.items(), key=str)}"
+        if key not in seen:
+            seen.add(key)
+            usages += [compile_launch(launch, arch) for arch in arches]
+    return usages
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--report", action="store_true", help="print the table (else only what does not fit)")
+    show_all = parser.parse_args().report
+    import triton
+
+    usages = report()
+    print(f"triton {triton.__version__}, torch {torch.__version__}: {len(usages)} compiled variants")
+    print(f"{'call':<44} {'kernel':<24} {'sm':>3} {'warps':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'s':>5}")
+    for u in usages:
+        if show_all or not u.fits:
+            print(f"{u.title:<44} {u.kernel:<24} {u.arch:>3} {u.warps:>5} {u.registers:>4} {u.stack:>5} "
+                  f"{u.shared:>7} {u.seconds:>5.1f}{'' if u.fits else '   DOES NOT FIT'}")  # fmt: skip
+    return 0 if all(u.fits for u in usages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
