@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -80,6 +83,37 @@ def test_wrong_uses_end_with_their_code_and_one_message(
     assert "Traceback" not in err
 
 
+def test_a_gpu_that_torch_cannot_use_is_said_before_any_training(
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-pretended")
+    arguments = [word for word in small(tiny_npz, tmp_path) if "device" not in word and "workers" not in word]
+    assert cli.main([*arguments, "--gpus=1"]) == 3
+    assert "torch cannot use it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_search_says_so_and_leaves_nothing_behind(
+    number: int, code: int, tiny_npz: Path, tmp_path: Path, mark: Callable[[], list[psutil.Process]]
+) -> None:
+    command = [sys.executable, "cli.py", *small(tiny_npz, tmp_path, workers=2), "--max-low=50", "--low.epochs=20"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(journal.read(tmp_path / "journal.jsonl").answers) >= 1 or process.poll() is not None)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    wait_for(lambda: not mark())
+    assert len(journal.read(tmp_path / "journal.jsonl").answers) >= 1
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
 def test_help_gives_every_flag_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["search", "--help"])
@@ -144,14 +178,12 @@ def test_every_shipped_configuration_is_understood() -> None:
 
 
 def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle, on two worker processes, against an unbroken run on one."""
+    """kill -9 in the middle, against an unbroken run."""
     whole = finish(small(tiny_npz, tmp_path / "whole"))
     command = small(tiny_npz, tmp_path / "killed", workers=1)
     process = subprocess.Popen([sys.executable, "cli.py", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
     path = tmp_path / "killed" / "journal.jsonl"
-    deadline = time.monotonic() + 120
-    while len(journal.read(path).answers) < 3 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
+    wait_for(lambda: len(journal.read(path).answers) >= 3 or process.poll() is not None)
     process.kill()
     process.wait()
     answered = journal.read(path).answers

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -71,45 +72,31 @@ def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Processes, of whatever parent, that inherited the mark from this one."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLEET_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return [process for process in found if process.pid != os.getpid()]
-
-
 def listening(processes: list[psutil.Process]) -> set[str]:
     connections = [c for process in processes for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections}
 
 
 def test_workers_outlive_a_killed_one_and_end_with_the_fleet(
-    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_npz: Path, tmp_path: Path, mark: Callable[[], list[psutil.Process]]
 ) -> None:
-    mark = str(tmp_path)
-    monkeypatch.setenv("FLEET_TEST", mark)
     crew = ParslFleet(Layout(2, ()), tmp_path)
     task = {"study": to_dict(Study(data=str(tiny_npz))), "run_dir": str(tmp_path), "device": "cpu"}
     try:
         first = crew.submit("run_probe", task).result(timeout=120)
         assert len(first["classes"]) == 3
-        assert listening([psutil.Process(), *marked(mark)]) == {"127.0.0.1"}
+        assert listening([psutil.Process(), *mark()]) == {"127.0.0.1"}
         # A task on a worker that dies is tried again on another.
         running = [crew.submit("run_probe", task) for _ in range(6)]
-        workers = [p for p in marked(mark) if "worker" in p.name() or "worker" in " ".join(p.cmdline())]
+        workers = [p for p in mark() if "worker" in p.name() or "worker" in " ".join(p.cmdline())]
         max(workers, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
         assert all(future.result(timeout=120) == first for future in running)
     finally:
         crew.close()
     deadline = time.monotonic() + 30
-    while marked(mark) and time.monotonic() < deadline:
+    while mark() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert marked(mark) == []
+    assert mark() == []
 
 
 def test_an_error_of_a_task_comes_back_as_itself(tmp_path: Path) -> None:
