@@ -60,16 +60,15 @@ def ce_kd_forward(
         if kept is not None and bad is not None:
             target = target.masked_fill(~kept | bad, 0)
             target_b = None if target_b is None else target_b.masked_fill(~kept | bad, 0)
-    whole = (student_NC, teacher_NC, target, target_b, lam)
     if student_NC.device.type != "cpu" or student_NC.numel() <= CHUNK_ELEMENTS:
-        ce, kd, grad = _ce_kd_rows(*whole, spec)
+        ce, kd, grad = _ce_kd_rows(student_NC, teacher_NC, target, target_b, lam, spec)
     else:
         grad, rows_of = student_NC.new_empty(student_NC.shape), []
         step = max(1, CHUNK_ELEMENTS // classes)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            labels = [None if x is None else x[part] for x in whole[2:]]
-            *terms, grad[part] = _ce_kd_rows(student_NC[part], teacher_NC[part], *labels, spec=spec)
+            a, b, share = (None if x is None else x[part] for x in (target, target_b, lam))
+            *terms, grad[part] = _ce_kd_rows(student_NC[part], teacher_NC[part], a, b, share, spec)
             rows_of.append(terms)
         ce, kd = (torch.cat(term) for term in zip(*rows_of, strict=True))
     ce, kd = ce.to(dtype), kd.to(dtype)
@@ -329,11 +328,11 @@ def _nst_spatial(f_s: Tensor, f_t: Tensor, teacher_term: bool, eps: float) -> tu
     """1/N sum_n || A^T A / S - B^T B / T ||^2 with A, B the features, each channel of length 1."""
     r_s, r_t = (1 / torch.linalg.vector_norm(f, dim=2, keepdim=True).clamp_min(eps) for f in (f_s, f_t))
     a, b = f_s * r_s, f_t * r_t
-    gram_t = torch.bmm(b.mT, b)
-    difference = torch.baddbmm(gram_t, a.mT, a, beta=-1 / b.shape[1], alpha=1 / a.shape[1])
+    gram_t = torch.bmm(b.mT, b).div_(b.shape[1])
+    difference = torch.bmm(a.mT, a).div_(a.shape[1]).sub_(gram_t)  # exactly 0 for equal features
     loss = difference.square().sum()
     if not teacher_term:
-        loss = loss - gram_t.square().sum() / b.shape[1] ** 2
+        loss = loss - gram_t.square().sum()
     return loss / a.shape[0], difference, r_s
 
 

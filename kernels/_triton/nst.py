@@ -2,8 +2,8 @@
 
 spatial (P = H W <= 64): a tile holds all positions of some channels, so a channel's norm comes from its
 tile and D = A^T A / S - B^T B / T accumulates in one read of both features; dA = 4 / (N S) A D.
-channel (C_s <= 64, C_t <= 128; 64 for float32): Grams of the raw features accumulate in one read, the norms are their diagonals, and
-the projection of the normalisation folds into the two matrices of dF = W_ss F_s + W_st F_t.
+channel (C_s <= 64, C_t <= 128, float32 64): Grams of the raw features accumulate in one read, the norms
+are their diagonals, and the projection of the normalisation folds into dF = W_ss F_s + W_st F_t.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
