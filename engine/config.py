@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -79,6 +80,7 @@ class Resources:
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto takes the GPUs there are, else the CPU cores")
     gpus: str = option("auto", "auto, a count (8), or a choice among the visible (0,2)")
     students_per_gpu: int = option(1, "worker processes that share one GPU")
+    cohort: int = option(4, "low-fidelity students trained side by side in a worker, on the same batches")
     workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
 
 
@@ -113,6 +115,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("max-failures", budget.max_failures, 1),
         ("workers", resources.workers, 0),
         ("students-per-gpu", resources.students_per_gpu, 1),
+        ("cohort", resources.cohort, 1),
     ):
         if value < least:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
@@ -157,25 +160,38 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def fix(run_dir: Path, study: Study, budget: Budget, slots: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many trials may be open at once: `total`, of which a full-fidelity one takes as many as a `cohort` has."""
+
+    total: int
+    cohort: int
+
+
+def slots(workers: int, cohort: int) -> Slots:
+    """A quarter more than the workers can do at once: one that ends early finds the next cohort waiting."""
+    return Slots((workers + math.ceil((workers - 1) / 4)) * cohort, cohort)
+
+
+def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     """Writes config.yaml into a run folder; refuses a study that differs from the one already there.
 
-    `slots` is how many trials may be open at once. Decisions depend on it, so the first call's value holds for the
-    life of the run, whatever machine continues it; it is returned.
+    Decisions depend on the slots, so the first call's hold for the life of the run, whatever machine continues it;
+    they are returned.
     """
     path = run_dir / "config.yaml"
     if path.exists():
         stored = yaml.safe_load(path.read_text())
         before, now = dict(flatten(stored["study"])), dict(flatten(to_dict(study)))
-        changed = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
+        changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
         if changed:
             raise UsageError(
                 f"{run_dir} holds a search with other settings ({'; '.join(changed)}); "
                 "repeat its settings to continue it, or choose another --run-dir"
             )
-        slots = stored["slots"]
-    content = {"study": to_dict(study), "budget": to_dict(budget), "slots": slots}
+        wanted = Slots(**stored["slots"])
+    content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
     aside = path.with_suffix(".tmp")
     aside.write_text(yaml.safe_dump(content, sort_keys=False))
     aside.replace(path)
-    return slots
+    return wanted

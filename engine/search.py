@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +16,9 @@ import numpy as np
 
 from engine import config, journal, policy
 from engine.clock import drive
-from engine.config import Budget, Plan, Resources, Study
-from engine.fleet import Fleet, Layout, WorkerDied, layout, open_fleet
+from engine.config import Budget, Plan, Resources, Slots, Study
+from engine.dispatch import Dispatch
+from engine.fleet import Fleet, Layout, layout, open_fleet
 from engine.journal import History, Journal
 from engine.progress import Display
 from engine.space import Candidates, SearchSpace, candidates, load_space
@@ -30,7 +29,6 @@ from engine.trial import (
     NoWinner,
     Trial,
     UsageError,
-    evaluation_from_json,
     trial_to_json,
 )
 from surrogate.quality import kendall_tau
@@ -81,8 +79,7 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with Journal(run_dir / "journal.jsonl") as book:
-        # A quarter more open trials than workers: a worker that ends early finds the next one waiting.
-        slots = config.fix(run_dir, study, budget, wanted.workers + math.ceil((wanted.workers - 1) / 4))
+        slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, resources.cohort))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
         fleet = open_fleet(wanted, run_dir / "logs")
         try:
@@ -177,7 +174,7 @@ def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show
 
 
 def evaluate_all(
-    ground: Ground, budget: Budget, book: Journal, fleet: Fleet, slots: int, show: Display
+    ground: Ground, budget: Budget, book: Journal, fleet: Fleet, slots: Slots, show: Display
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     start = time.monotonic()
@@ -188,25 +185,6 @@ def evaluate_all(
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     show.expect("low", plan.max_low)
     show.expect("high", plan.max_high)
-
-    def submit(trial: Trial) -> Future[Evaluation]:
-        answer: Future[Evaluation] = Future()
-        if trial.number in record.answers:
-            show.show(record.answers[trial.number], trial.fidelity == plan.high)
-            answer.set_result(record.answers[trial.number])
-            return answer
-
-        def take(done: Future[Any]) -> None:
-            try:
-                evaluation = _answer(trial, done)
-                book.answer(evaluation)
-                show.show(evaluation, trial.fidelity == plan.high)
-                answer.set_result(evaluation)
-            except Exception as error:
-                answer.set_exception(error)
-
-        fleet.submit("run_trials", {**task, "trials": [trial_to_json(trial)]}).add_done_callback(take)
-        return answer
 
     def stop(history: History) -> bool:
         full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
@@ -223,7 +201,28 @@ def evaluate_all(
         trials = policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
         return trials if trials or history.pending else unpaired(history, plan)[:free]
 
-    return drive(propose, slots, submit, ground.cost, record.asked, book.ask, stop)
+    def shares(trial: Trial) -> int:
+        return slots.cohort if trial.fidelity == plan.high else 1
+
+    def cost(trial: Trial) -> float:
+        return ground.cost(trial) * slots.cohort / shares(trial)  # a worker is shared by the cohort
+
+    def received(evaluation: Evaluation) -> None:
+        show.show(evaluation, evaluation.trial.fidelity == plan.high)
+
+    desk = Dispatch(fleet, task, book, record.answers, slots.cohort, plan.high, received)
+    return drive(
+        propose,
+        slots.total,
+        desk.submit,
+        cost,
+        record.asked,
+        book.ask,
+        stop,
+        shares,
+        at_least=slots.cohort,
+        flush=desk.flush,
+    )
 
 
 def unpaired(history: History, plan: Plan) -> list[Trial]:
@@ -244,14 +243,6 @@ def visible(history: History, cost: Callable[[Trial], float]) -> History:
     """The history as a policy sees it: with the expected price of a trial for its seconds, see `Ground.cost`."""
     answered = [replace(e, seconds=cost(e.trial), test_accuracy=None) for e in history.answered]
     return History(answered, list(history.pending))
-
-
-def _answer(trial: Trial, done: Future[Any]) -> Evaluation:
-    """A worker's result as an evaluation; a task that kills its workers is one, with the status "crashed"."""
-    try:
-        return evaluation_from_json(done.result()[0])
-    except WorkerDied as error:
-        return Evaluation(trial, "crashed", error=str(error))
 
 
 def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:

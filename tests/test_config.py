@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import config
-from engine.config import Budget, Resources, Study
+from engine.config import Budget, Resources, Slots, Study
 from engine.trial import Fidelity, UsageError
 
 STUDY = Study(low=Fidelity("low", Fraction(1, 27), 30, kd_loss="kd+at"))
@@ -19,15 +19,16 @@ def test_a_study_survives_json() -> None:
 
 
 def test_the_same_study_continues_with_the_slots_it_began_with(tmp_path: Path) -> None:
-    assert config.fix(tmp_path, STUDY, Budget(), slots=10) == 10
-    assert config.fix(tmp_path, STUDY, Budget(max_high=9), slots=2) == 10
+    first = config.fix(tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=4))
+    assert first == Slots(total=40, cohort=4)
+    assert config.fix(tmp_path, STUDY, Budget(max_high=9), config.slots(workers=1, cohort=1)) == first
 
 
 def test_another_study_in_the_same_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
-    config.fix(tmp_path, STUDY, Budget(), slots=1)
+    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
     changed = replace(STUDY, lr=0.3, low=replace(STUDY.low, epochs=5))
     with pytest.raises(UsageError, match=r"low.epochs: 30 there, 5 here; lr: 0.1 there, 0.3 here"):
-        config.fix(tmp_path, changed, Budget(), slots=1)
+        config.fix(tmp_path, changed, Budget(), Slots(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"engine", "kernels", "surrogate", "cli", "bench", "tests"}
 WORDS = {"trial", "space", "config"}
-BRAIN = {"journal", "clock", "policy", "policies", "tables", "replay", "fleet", "progress", "search"}
+BRAIN = {"journal", "clock", "policy", "policies", "tables", "replay", "fleet", "dispatch", "progress", "search"}
 HANDS = {"fleet"}  # hands tasks over: on a worker it imports the worker's tasks
 
 

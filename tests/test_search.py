@@ -161,7 +161,7 @@ def test_a_task_that_kills_its_workers_is_an_evaluation(tmp_path: Path, monkeypa
     answers = fleet.run_trials
 
     def deadly(task: dict[str, Any]) -> list[dict[str, Any]]:
-        if task["trials"][0]["number"] == 2:
+        if 2 in [trial["number"] for trial in task["trials"]]:
             raise WorkerDied("the worker process died 3 times on this task")
         return answers(task)
 
@@ -169,6 +169,24 @@ def test_a_task_that_kills_its_workers_is_an_evaluation(tmp_path: Path, monkeypa
     result = run(tmp_path, monkeypatch, fleet)
     assert result["evaluations"]["failed"] == 1
     assert journal.read(tmp_path / "run" / "journal.jsonl").answers[2].status == "crashed"
+
+
+def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Recorded()
+    sizes: dict[str, list[int]] = {"low": [], "high": []}
+    answers = fleet.run_trials
+
+    def counted(task: dict[str, Any]) -> list[dict[str, Any]]:
+        sizes[task["trials"][0]["fidelity"]["name"]].append(len(task["trials"]))
+        return answers(task)
+
+    monkeypatch.setattr(fleet, "run_trials", counted)
+    run(tmp_path, monkeypatch, fleet)
+    assert set(sizes["high"]) == {1}
+    assert sizes["low"][:2] == [4, 4]
+    assert max(sizes["low"]) == 4
 
 
 def test_no_candidate_within_the_limits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
