@@ -205,7 +205,8 @@ def run_teacher(values: Namespace) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result for people: the winner, what it took, and how well the cheap judgement ranked."""
-    best, counts, tau = result["winner"], result["evaluations"], result["tau"]
+    best, counts = result["winner"], result["evaluations"]
+    tau = {name: "unknown (under 3 pairs)" if value is None else value for name, value in result["tau"].items()}
     return (
         f"winner {best['architecture']}: valid {best['valid_accuracy']:.4f}, test {best['test_accuracy']:.4f}, "
         f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"

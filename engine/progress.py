@@ -59,9 +59,11 @@ class Display(AbstractContextManager["Display"]):
             self._best = max(self._best, evaluation.accuracy)
         rate = evaluation.costs.get("images_per_s", 0.0)
         best = f"best {self._best:.4f}" if self._best else ""
-        if phase in self._tasks:
-            self._bars.update(self._tasks[phase], advance=1, note=f"{best} {rate:,.0f} images/s")
         self._counts[phase] = self._counts.get(phase, 0) + 1
+        if phase in self._tasks:
+            bar = self._bars.tasks[self._tasks[phase]]
+            total = max(bar.total or 0, self._counts[phase])
+            self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {rate:,.0f} images/s")
         if self._style == "lines":
             result = f"{evaluation.accuracy:.4f}" if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
             self.say(
