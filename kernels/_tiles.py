@@ -61,7 +61,7 @@ def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
 def ce_kd_tile(rows: int, classes: int) -> dict[str, int]:
     """Constants of the CE+KD kernel that takes `classes`; PARTIALS bounds the last program's loop."""
     if classes > TILE_CLASSES:
-        return {"BLOCK": 1024, "PARTIALS": power_of_two(rows), "num_warps": 4, **FUSION}
+        return {"BLOCK": 4096, "PARTIALS": power_of_two(rows), "num_warps": 16, **FUSION}
     block = power_of_two(classes)
     per_program = max(1, min(1024 // block, power_of_two(rows)))
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
@@ -95,13 +95,13 @@ def finish_warps(block: int) -> int:
 def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> dict[str, int]:
     """Tiles of the NST kernels for features (N, C, P); a tensor core multiplies 16 x 16 at least.
 
-    float32 operands are split in two halves each, which takes registers: half the positions, twice the warps.
+    float32 operands are split in two halves each, which takes registers: half the positions.
     """
     positions, wide = student.shape[2], student.element_size() == 4
     if method == "spatial":
         return {"BLOCK_P": max(16, power_of_two(positions)), "BLOCK_C": 32, "num_warps": 4, **FUSION}
     block_s, block_t = (max(16, power_of_two(f.shape[1])) for f in (student, teacher))
-    most = 64 if backward and not wide else 32
+    most = (32 if wide else 64) if backward else (16 if wide else 32)
     warps = 8 if wide or block_s * block_t > 64 * 64 else 4
     block_p = min(max(16, power_of_two(positions)), most)
     return {"BLOCK_S": block_s, "BLOCK_T": block_t, "BLOCK_P": block_p, "num_warps": warps, **FUSION}

@@ -228,11 +228,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(fields["REG"]), int(fields["STACK"])
 
 
-def report(arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
-    """Every distinct shipped variant, compiled; the same kernel at the same arguments counts once."""
+def exit_code(usages: list[Usage]) -> int:
+    """0 if every variant fits."""
+    return 0 if all(usage.fits for usage in usages) else 1
+
+
+def report(loss: str = "", arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
+    """Every distinct shipped variant (of one loss), compiled; equal arguments of one kernel count once."""
     seen: set[str] = set()
     usages = []
     for launch in shipped_launches():
+        if not launch.kernel.fn.__module__.endswith(loss):
+            continue
         shape = {k: (v.dtype if isinstance(v, Tensor) else v) for k, v in launch.arguments.items()}
         key = f"{launch.kernel.fn.__name__} {launch.options} {sorted(shape.items(), key=str)}"
         if key not in seen:
@@ -244,17 +251,18 @@ def report(arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--report", action="store_true", help="print the table (else only what does not fit)")
-    show_all = parser.parse_args().report
+    parser.add_argument("--only", default="", choices=("ce_kd", "attention", "nst"), help="one loss's kernels")
+    options = parser.parse_args()
     import triton
 
-    usages = report()
+    usages = report(options.only)
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(usages)} compiled variants")
     print(f"{'call':<44} {'kernel':<24} {'sm':>3} {'warps':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'s':>5}")
     for u in usages:
-        if show_all or not u.fits:
+        if options.report or not u.fits:
             print(f"{u.title:<44} {u.kernel:<24} {u.arch:>3} {u.warps:>5} {u.registers:>4} {u.stack:>5} "
                   f"{u.shared:>7} {u.seconds:>5.1f}{'' if u.fits else '   DOES NOT FIT'}")  # fmt: skip
-    return 0 if all(u.fits for u in usages) else 1
+    return exit_code(usages)
 
 
 if __name__ == "__main__":
