@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine import checkpoint
 from engine import teacher as teachers
 from engine.config import Study, study_from_dict
 from engine.data import Data, Part, fingerprint, load, subset
@@ -102,6 +103,11 @@ def weights_path(run_dir: Path, trial: Trial) -> Path:
     return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
 
 
+def state_path(run_dir: Path, trial: Trial) -> Path:
+    """Where a full training keeps its state between epochs, until it is done."""
+    return weights_path(run_dir, trial).with_suffix(".state.pt")
+
+
 def evaluate(bench: Bench, teacher_file: str, trials: list[Trial]) -> list[Evaluation]:
     """Trains the trials of one fidelity and one seed side by side and scores each on the validation part."""
     start, watch = time.perf_counter(), Stopwatch()
@@ -126,7 +132,10 @@ def _evaluate(bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopw
         indices, batch_size = _subset(bench, fidelity)
         teacher = _teacher(teacher_file, bench) if fidelity.kd_loss != "none" else None
         cohort = [_admit(bench, trial, teacher) for trial in trials]
-    students = [member for member in cohort if isinstance(member, Student)]
+        students = [member for member in cohort if isinstance(member, Student)]
+        # Seconds of work are not worth a file; a full training, which is alone, goes on where it was killed.
+        state = state_path(bench.run_dir, trials[0]) if fidelity == bench.study.high and len(trials) == 1 else None
+        done = checkpoint.restore(state, students[0]) if state and students else 0
     if students:
         batches = train_batches(
             bench.data.train,
@@ -138,8 +147,10 @@ def _evaluate(bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopw
             seed=seed,
             device=str(bench.device),
             backend=bench.study.data_backend,
+            first_epoch=done,
         )
-        train(students, teacher, batches, bench.study, watch)
+        keep = partial(checkpoint.save, state, students[0]) if state else None
+        train(students, teacher, batches, bench.study, watch, keep)
     with watch.phase("evaluate"):
         return [
             _score(bench, trial, member) if isinstance(member, Student) else member
@@ -175,6 +186,7 @@ def _score(bench: Bench, trial: Trial, member: Student) -> Evaluation:
         score = _accuracy(bench, member.network, bench.data.valid, trial.fidelity)
         if trial.fidelity == bench.study.high:
             _keep(member.network, weights_path(bench.run_dir, trial))
+            state_path(bench.run_dir, trial).unlink(missing_ok=True)
     except Exception as error:
         return _failed(trial, error)
     return Evaluation(trial, "ok", score, macs=macs, params=params)

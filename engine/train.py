@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,7 +38,6 @@ class Stopwatch:
     """Seconds by phase. On CUDA these are host seconds: the device runs behind, only the sum is exact."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -102,13 +101,16 @@ def train(
     batches: Batches,
     study: Study,
     watch: Stopwatch,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Trains every student of the cohort on the same batches, in place.
+    """Trains every student of the cohort on the same batches, in place, from the first epoch of the batches to the
+    last; `after_epoch` is told how many epochs are done.
 
     A student whose loss is no longer finite, or that raises, leaves the cohort with its status; the others go on.
     """
-    iterator, steps, dtype = iter(batches), len(batches), precision(study, batches.device)
-    for step in range(steps):
+    iterator, dtype = iter(batches), precision(study, batches.device)
+    first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
+    for step in range(first, steps):
         with watch.phase("data"):
             batch = next(iterator)
             images = batch.images.to(dtype)
@@ -119,8 +121,12 @@ def train(
             for member in cohort:
                 if member.status == "ok":
                     _guarded_step(member, images, batch.labels, taught, rate)
-            if (step + 1) % batches.steps_per_epoch == 0:
-                _drop_diverged(cohort, step + 1)
+        if (step + 1) % batches.steps_per_epoch == 0:
+            _drop_diverged(cohort, step + 1)
+            if not any(member.status == "ok" for member in cohort):
+                return
+            if after_epoch is not None:
+                after_epoch((step + 1) // batches.steps_per_epoch)
 
 
 def _ask(teacher: nn.Module, images: Tensor) -> Output:

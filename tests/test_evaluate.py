@@ -96,6 +96,31 @@ def test_the_weights_of_a_full_evaluation_are_kept_and_tested(task: Tasks, study
     assert not evaluate.weights_path(Path(task()["run_dir"]), cohort(LOW)[1]).exists()
 
 
+def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(0, ARCHITECTURES[2], HIGH, seed=5)
+    path = evaluate.weights_path(Path(task()["run_dir"]), trial)
+    (whole,) = run(task, [trial])
+    weights = load_file(path)
+    path.unlink()
+    epochs: list[int] = []
+    save = evaluate.checkpoint.save
+
+    def die_after_two(path: Path, member: Any, done: int) -> None:
+        save(path, member, done)
+        epochs.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.checkpoint, "save", die_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, [trial])
+    (again,) = run(task, [trial])
+    assert epochs == [1, 2, 3]  # the second call trained the third epoch only
+    assert again.accuracy == whole.accuracy
+    assert all(weights[name].equal(value) for name, value in load_file(path).items())
+    assert list(path.parent.glob("*.state.pt")) == []
+
+
 def test_a_diverged_student_is_an_evaluation(task: Tasks) -> None:
     good, _, _ = run(task, cohort(LOW))
     diverged = run(task, cohort(LOW), changed={"lr": 1e18})

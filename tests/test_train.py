@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import checkpoint
 from engine.config import Study
 from engine.data import Data, load
 from engine.loader import Batches, eval_batches, train_batches
@@ -93,6 +94,37 @@ def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
     assert (good.status, exploding.status, raising.status) == ("ok", "diverged", "oom")
     assert "not enough memory" in raising.error
     assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(good), strict=True))
+
+
+@pytest.mark.parametrize("kd_loss", ["none", "hint"])
+def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
+    data: Data, tmp_path: Path, kd_loss: str
+) -> None:
+    taught = teacher()
+    whole = prepare(Net(0), taught, STUDY, kd_loss, EXAMPLE)  # type: ignore[arg-type]
+    path = tmp_path / "state.pt"
+
+    def keep(epochs: int) -> None:
+        checkpoint.save(tmp_path / f"{epochs}.pt", whole, epochs)
+
+    train([whole], taught, batches(data, epochs=3), STUDY, Stopwatch(), keep)
+    for epochs in (1, 2):
+        (tmp_path / f"{epochs}.pt").rename(path)
+        member = prepare(Net(7), taught, STUDY, kd_loss, EXAMPLE)  # type: ignore[arg-type]
+        assert checkpoint.restore(path, member) == epochs
+        train([member], taught, replace(batches(data, epochs=3), first_epoch=epochs), STUDY, Stopwatch())
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
+
+
+def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
+    before = weights(member)
+    assert checkpoint.restore(tmp_path / "none.pt", member) == 0
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    assert checkpoint.restore(tmp_path / "bad.pt", member) == 0
+    checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), 3)
+    assert checkpoint.restore(tmp_path / "wide.pt", member) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(member), strict=True))
 
 
 def test_the_teacher_stays_as_it_is(data: Data) -> None:
