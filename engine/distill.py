@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.config import Study
 from engine.trial import KDLoss
-from kernels import attention_transfer_loss, ce_kd_loss, hint_loss, nst_loss, similarity_loss
+from kernels import HintLoss, attention_transfer_loss, ce_kd_loss, nst_loss, similarity_loss
 
 # What a student or teacher returns: logits (N, classes) and stage features [(N, C_i, H_i, W_i)], coarse last.
 Output = tuple[Tensor, Sequence[Tensor]]
@@ -36,17 +36,16 @@ class Objective(nn.Module):
         self.study = study
         self.terms = frozenset(kd_loss.split("+")) - {"none"}
         self.pairs: list[tuple[int, int]] = []
-        self.regressor: nn.Module | None = None
+        self.hint: HintLoss | None = None
         if self.terms:
             if teacher is None:
                 raise ValueError(f"the loss {kd_loss} needs a teacher's outputs")
             self.pairs = pair([f.shape for f in student[1]], [f.shape for f in teacher[1]])
         if "hint" in self.terms and teacher is not None:
             # FitNets guides a middle layer (arXiv 1412.6550, section 2.2).
-            self.middle = self.pairs[len(self.pairs) // 2]
-            self.regressor = nn.Conv2d(
-                student[1][self.middle[0]].shape[1], teacher[1][self.middle[1]].shape[1], kernel_size=1
-            )
+            self.pairs = [self.pairs[len(self.pairs) // 2]]
+            ((mine, theirs),) = self.pairs
+            self.hint = HintLoss(student[1][mine].shape[1], teacher[1][theirs].shape[1])
 
     def forward(self, student: Output, teacher: Output | None, labels: Tensor) -> Tensor:
         """The weighted sum of the terms, a scalar in fp32. `teacher` may be None where no term needs it."""
@@ -62,16 +61,15 @@ class Objective(nn.Module):
             ce_weight=study.ce_weight,
             kd_weight=study.kd_weight if "kd" in self.terms else 0.0,
         )
-        matched = [(features[s], taught[t]) for s, t in self.pairs]
+        assert isinstance(loss, Tensor)  # a pair only where the parts are asked for
+        mine, theirs = [features[s] for s, _ in self.pairs], [taught[t] for _, t in self.pairs]
         if "at" in self.terms:
-            for mine, theirs in matched:
-                loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
+            loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
         if "nst" in self.terms:
-            for mine, theirs in matched:
-                loss = loss + study.nst_weight * nst_loss(mine, theirs)
-        if self.regressor is not None:
-            mine, theirs = features[self.middle[0]], taught[self.middle[1]]
-            loss = loss + study.hint_weight * hint_loss(self.regressor(mine), theirs)
+            loss = loss + study.nst_weight * nst_loss(mine, theirs)
+        if self.hint is not None:
+            # In fp32: its convolution is outside the mixed precision of the networks.
+            loss = loss + study.hint_weight * self.hint(mine[0].float(), theirs[0].float())
         if "similarity" in self.terms:
-            loss = loss + study.similarity_weight * similarity_loss(*matched[-1])
+            loss = loss + study.similarity_weight * similarity_loss(mine[-1], theirs[-1])
         return loss
