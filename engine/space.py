@@ -134,10 +134,16 @@ class Candidates:
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
         return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
 
+    @cached_property
+    def _found(self) -> dict[Architecture, int | None]:
+        return {}
+
     def row(self, architecture: Architecture) -> int | None:
-        """The row of an architecture, None where it is not among the candidates."""
-        found = np.flatnonzero((self.choices == np.asarray(architecture.choices)).all(axis=1))
-        return int(found[0]) if len(found) else None
+        """The row of an architecture, None where it is not among the candidates. Remembered: a search asks often."""
+        if architecture not in self._found:
+            rows = np.flatnonzero((self.choices == np.asarray(architecture.choices)).all(axis=1))
+            self._found[architecture] = int(rows[0]) if len(rows) else None
+        return self._found[architecture]
 
 
 # A space without a closed form for its cost is represented by this many random members.
