@@ -24,3 +24,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,report,test]'
 	touch $@
+
+# ---- kernels -------------------------------------------------------------
+# make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
+# make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
+# make gpu-check       all GPU tests and benches, one JSON in OUT; PYTHON=python3 where the GPU is
+OUT     ?= build/bench
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: bench-kernels aot gpu-check
+bench-kernels: install
+	mkdir -p $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_kernels.py -q --benchmark-only --benchmark-json=$(OUT)/raw.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.bench_kernels $(OUT)/raw.json $(OUT)
+
+aot: install
+	$(BIN)/python -m kernels.aot --report
+
+gpu-check:
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT)

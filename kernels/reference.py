@@ -9,13 +9,13 @@ Shape suffixes: N batch, C classes, F channels (S the student's, T the teacher's
 """
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 STANDARDIZE_EPS = 1e-7  # added to the standard deviation of logits (Sun et al., 2024)
-EXTREME = 600.0  # |log p_s - log p_t| up to which its exponential is safe in float64
 CHUNK_ELEMENTS = 1 << 15  # logits handled at once on the CPU: some buffers of 256 KB in an L2 cache
 
 
@@ -101,7 +101,10 @@ def _ce_kd_rows(
     if spec.ce_weight and a is not None:
         student = student_NC.to(accumulation_dtype(student_NC.dtype))
         ce, grad_ce = _ce_rows(student, a, b, lam, spec.label_smoothing)
-        grad_NC = grad_ce * spec.ce_weight if grad_NC is None else grad_NC.add_(grad_ce, alpha=spec.ce_weight)
+        if grad_NC is None:
+            grad_NC = grad_ce.mul_(spec.ce_weight)
+        else:
+            grad_NC = grad_NC.to(grad_ce.dtype).add_(grad_ce, alpha=spec.ce_weight)
     return ce, kd, student_NC.new_zeros(student_NC.shape) if grad_NC is None else grad_NC.to(student_NC.dtype)
 
 
@@ -147,14 +150,16 @@ def _ce_rows(
         # keeps sum(q) for targets that do not sum to one.
         loss = (top - student_NC).mul_(q).masked_fill_(q == 0, 0).sum(1)
         return loss, p.mul_(q.sum(1, keepdim=True)).sub_(q)
-    loss = torch.zeros_like(top) if not smoothing else (top - student_NC.mean(1, keepdim=True)).mul_(smoothing)
+    uniform = (top - student_NC.mean(1, keepdim=True)).mul_(smoothing) if smoothing else None
+    losses = [] if uniform is None else [uniform]
     for label, share in [(a, None)] if b is None or lam is None else [(a, lam), (b, 1 - lam)]:
         index = label[:, None]
         weight = torch.full_like(top, 1 - smoothing)
         if share is not None:
             weight = weight * share[:, None].to(weight.dtype)
-        loss.addcmul_(weight, top - student_NC.gather(1, index))
-        p.scatter_add_(1, index, -weight)
+        losses.append((top - student_NC.gather(1, index)).mul_(weight))
+        p.scatter_add_(1, index, weight.neg_())
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses, 1).sum(1, keepdim=True)
     return loss.squeeze(1), p.sub_(smoothing / p.shape[1]) if smoothing else p
 
 
@@ -162,15 +167,15 @@ def _kd_rows(
     student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKDSpec
 ) -> tuple[Tensor, Tensor]:
     """T^2 KL(p_t || p_s) or DKD by row, and its gradient by the student's logits."""
-    dtype = torch.float64 if spec.standardize or spec.variant == "dkd" else accumulation_dtype(student_NC.dtype)
-    s, t = student_NC.to(dtype), teacher_NC.to(dtype)
+    s, t = student_NC.double(), teacher_NC.double()
     if spec.standardize:
         s, sigma = _standardized(s)
         t, _ = _standardized(t)
+    s_T, t_T = s * (1 / spec.temperature), t * (1 / spec.temperature)
     if spec.variant == "dkd" and label is not None:
-        loss, grad = _dkd(s / spec.temperature, t / spec.temperature, label, spec)
+        loss, grad = _dkd(s_T, t_T, label, spec)
     else:
-        loss, grad = _kl(s, t, 1 / spec.temperature)
+        loss, grad = _kl(s_T, t_T)
     loss, grad = loss * spec.temperature**2, grad.mul_(spec.temperature * spec.kd_weight)
     if spec.standardize:
         # dz_i/dx_j = (delta_ij - 1/C) / (sigma + eps) - z_i z_j / ((C - 1) sigma)
@@ -184,31 +189,23 @@ def _standardized(x_NC: Tensor) -> tuple[Tensor, Tensor]:
     return (x_NC - x_NC.mean(1, keepdim=True)) / (sigma + STANDARDIZE_EPS), sigma
 
 
-def _kl(s_NC: Tensor, t_NC: Tensor, inverse: float = 1.0) -> tuple[Tensor, Tensor]:
-    """KL(softmax(t * inverse) || softmax(s * inverse)) by row and its float64 gradient by s * inverse.
+def _kl(s_NC: Tensor, t_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax t || softmax s) by row of float64 logits, and its gradient softmax s - softmax t.
 
-    KL = sum_c p_t (exp(v) - 1 - v), v = log p_s - log p_t: every addend is >= 0, and 0 for equal logits.
-    The gradient is p_t (exp(v) - 1). Both are the field's, sum_c p_t (-v) and p_s - p_t, without their
-    cancellation at high T: v starts from s - t, exact where the two are close; the normalisers enter as
-    one ratio (a softmax peaks at 1 / its sum); exp(v) - 1 - v is taken in float64, which keeps 1e-9 of it
-    at T = 32. The kernels have float32 alone, and a series.
+    sum_c p_t (t - s) - (log sum exp t - log sum exp s), whose parts cancel at high T: in float64 1e-9 of it
+    is left at T = 32, in float32 nothing is. Rounding is all that can be below 0, so it is cut off there; the
+    kernels, which have float32 alone, sum addends that are >= 0 and a series.
     """
-    p_s, p_t = torch.softmax(s_NC * inverse, 1), torch.softmax(t_NC * inverse, 1)
-    ratio = p_s.amax(1, keepdim=True) / p_t.amax(1, keepdim=True)
-    shift = (t_NC.amax(1, keepdim=True) - s_NC.amax(1, keepdim=True)).mul_(inverse).add_(ratio.log_())
-    v = torch.sub(s_NC, t_NC).mul_(inverse).add_(shift).double()
-    grad, p = torch.expm1(v), p_t.double()
-    kl = torch.sub(grad, v).mul_(p)
-    grad.mul_(p)
-    if v.device.type == "cpu":  # the one device whose values may be looked at for free
-        least, most = v.aminmax() if v.numel() else (0, 0)
-        if least > -EXTREME and most < EXTREME:
-            return kl.sum(1), grad
-    # exp(v) overflows, or v is infinite or nan where a class is masked: there the addend is
-    # p_s - p_t - p_t v, whose last term is 0 for p_t = 0.
-    extreme, rest = ~(v.abs() < EXTREME), (p_s - p_t).double()
-    grad = torch.where(extreme, rest, grad)
-    return torch.where(extreme, rest - (p * v).masked_fill(p == 0, 0), kl).sum(1), grad
+    p_s, p_t = torch.softmax(s_NC, 1), torch.softmax(t_NC, 1)
+    # A softmax peaks at 1 / (the sum of exponentials less its largest), which saves the second walk.
+    ratio = p_s.amax(1).div_(p_t.amax(1)).log_()
+    shift = t_NC.amax(1).sub_(s_NC.amax(1)).add_(ratio)
+    d = torch.sub(t_NC, s_NC)
+    kl = torch.mul(p_t, d).sum(1).sub_(shift)
+    if kl.device.type != "cpu" or not math.isfinite(kl.sum()):
+        # A masked class: p_t = 0 and costs nothing, whatever d is. Or a true infinity or nan, which stays.
+        kl = (p_t * d.masked_fill(p_t == 0, 0)).sum(1).sub_(shift)
+    return kl.clamp_min_(0), p_s.sub_(p_t)
 
 
 def _dkd(s_NC: Tensor, t_NC: Tensor, label: Tensor, spec: CEKDSpec) -> tuple[Tensor, Tensor]:

@@ -113,8 +113,9 @@ def test_ce_kd_by_size_and_target(classes: int, rows: int, kind: str) -> None:
         "hard": {"target": y},
         "none": {"temperature": 32.0, "reduction": "sum"},
         "soft": {"target": soft, "label_smoothing": 0.1},
-        "mixed": {"target": y, "target_b": labels(rows, classes), "lam": 0.3, "reduction": "none", "label_smoothing": 0.1},
-    }
+        "mixed": {"target": y, "target_b": labels(rows, classes), "lam": 0.3, "reduction": "none",
+                  "label_smoothing": 0.1},
+    }  # fmt: skip
     chosen = options[kind]
     check(lambda s, t, b: kernels.ce_kd_loss(s, t, backend=b, **chosen), draw(rows, classes),
           draw(rows, classes, seed=1), TOLERANCE)  # fmt: skip
@@ -131,7 +132,8 @@ def test_ce_kd_in_short_types(dtype: torch.dtype, classes: int) -> None:
 
 @kernel_test
 @pytest.mark.parametrize("classes", [2, 10, 1000])
-@pytest.mark.parametrize("options", [{"variant": "dkd"}, {"standardize": True}, {"variant": "dkd", "standardize": True}],
+@pytest.mark.parametrize("options", [{"variant": "dkd"}, {"standardize": True},
+                                     {"variant": "dkd", "standardize": True}],
                          ids=["dkd", "standardized", "both"])  # fmt: skip
 def test_ce_kd_variants(classes: int, options: dict[str, Any]) -> None:
     y = labels(7, classes)
