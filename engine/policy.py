@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from engine.config import Plan
 from engine.journal import History
-from engine.policies.known import ask, generator, scores, unasked
-from engine.policies.mfkd import mfkd
+from engine.policies import baselines
+from engine.policies.estimate import Use
+from engine.policies.mfkd import Rules, mfkd
+from engine.policies.recommend import winner
 from engine.space import Candidates
-from engine.trial import Evaluation, Trial, UsageError
+from engine.trial import Trial, UsageError
+from surrogate.xgb import Parts
+
+__all__ = ["ABLATIONS", "METHODS", "propose", "winner"]
 
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
 
+METHODS: dict[str, Method] = {
+    "mfkd": mfkd,
+    "mfkd-front": partial(mfkd, rules=Rules(front=True)),
+    "mfkd1": baselines.mfkd1,
+    "mfkd2": baselines.mfkd2,
+    "cokriging": baselines.cokriging,
+    "gp": baselines.gp,
+    "random": baselines.random,
+    "evolution": baselines.evolution,
+    "halving": baselines.halving,
+    "asha": baselines.asha,
+    "macs": baselines.macs_only,
+}
 
-def random(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
-    """Full fidelity, uniformly at random, without replacement."""
-    high = scores(candidates, history, plan.high)
-    free = unasked(candidates, high.asked).nonzero()[0]
-    count = min(slots, plan.max_high - high.trials, len(free))
-    rows = generator(history, plan).choice(free, size=max(count, 0), replace=False)
-    return ask(candidates, history, plan, rows, plan.high)
-
-
-METHODS: dict[str, Method] = {"mfkd": mfkd, "random": random}
-ABLATIONS: dict[str, Method] = {}
+# Our method with one part taken out, for docs/surrogate.md; `replay` takes them by name.
+ABLATIONS: dict[str, Method] = {
+    "mfkd:no-low": partial(mfkd, rules=Rules(use=Use(low=False))),
+    "mfkd:no-macs": partial(mfkd, rules=Rules(use=Use(macs=False))),
+    "mfkd:trees-only": partial(mfkd, rules=Rules(use=Use(parts=Parts(linear=False)))),
+    "mfkd:linear-only": partial(mfkd, rules=Rules(use=Use(parts=Parts(trees=False)))),
+    "mfkd:greedy": partial(mfkd, rules=Rules(beta=0.0)),
+    "mfkd:gate": partial(mfkd, rules=Rules(gate=True)),
+    "mfkd:unguided": partial(mfkd, rules=Rules(guided=False)),
+}
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
@@ -32,12 +50,7 @@ def propose(candidates: Candidates, history: History, plan: Plan, slots: int) ->
 
     Raises UsageError for an unknown method.
     """
-    if plan.method not in METHODS:
+    method = METHODS.get(plan.method) or ABLATIONS.get(plan.method)
+    if method is None:
         raise UsageError(f"no method '{plan.method}'; there are {', '.join(METHODS)}")
-    return METHODS[plan.method](candidates, history, plan, slots)
-
-
-def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
-    """The full-fidelity answer to recommend, None where none succeeded."""
-    full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
-    return max(full, key=lambda e: e.accuracy, default=None)
+    return method(candidates, history, plan, slots) if slots > 0 else []

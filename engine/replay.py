@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class Replay:
     checkpoints `at` are worker-hours: workers times simulated wall time, idle workers included, as a rented machine
     is paid. `max_low` bounds the low-fidelity runs of a search. `noise` is the standard deviation of one full run's
     accuracy around the recorded one, in points, drawn anew for each seed of a trial. `min_macs`, `max_macs` and
-    `max_params` of 0 are no constraint. With `until_best` a run ends when the architecture of best validation
+    `max_params` bound the architectures. With `until_best` a run ends when the architecture of best validation
     accuracy has been trained. `out` keeps each finished run, so that a replay that was stopped goes on.
     """
 
@@ -51,8 +50,8 @@ class Replay:
     seeds: int = 20
     max_low: int = 100
     min_macs: float = 0.0
-    max_macs: float = 0.0
-    max_params: float = 0.0
+    max_macs: float = math.inf
+    max_params: float = math.inf
     noise: float = 0.0
     until_best: bool = False
     processes: int = 0
@@ -96,8 +95,8 @@ def replay(settings: Replay) -> dict[str, Any]:
 def simulate(settings: Replay, method: str, seed: int) -> Run:
     """One search by `method` on the simulated clock."""
     table = _table(settings.table, settings.min_macs, settings.max_macs, settings.max_params)
-    full = Fidelity(FULL, epochs=10_000)
-    lows = tuple(Fidelity(name, Fraction(1, 2), epochs=1 + i) for i, name in enumerate(settings.lows))
+    full = Fidelity(FULL, epochs=EPOCHS)
+    lows = tuple(Fidelity(name, epochs=_epochs(table, name)) for name in settings.lows)
     n = len(table.candidates)
     plan = Plan(lows, full, method, min(settings.max_low, n), n, seed)
     best = int(np.nanargmax(table.valid[FULL]))
@@ -123,6 +122,14 @@ def simulate(settings: Replay, method: str, seed: int) -> Run:
     return _summary_of_run(settings, table, plan, history, best)
 
 
+# Length of the full fidelity; the low ones are as much shorter as the table says they are cheaper.
+EPOCHS = 1000
+
+
+def _epochs(table: Table, low: str) -> int:
+    return max(1, round(EPOCHS * float(np.nanmean(table.seconds[low]) / np.nanmean(table.seconds[FULL]))))
+
+
 def recorded(table: Table, trial: Trial, noise: float) -> Evaluation:
     """The answer that a table gives to a trial; an empty cell is a failed evaluation, at the mean cost if none is
     given. `noise` (points) is added to full accuracies, the same for the same question."""
@@ -140,18 +147,25 @@ def recorded(table: Table, trial: Trial, noise: float) -> Evaluation:
 
 def summarise(settings: Replay, table: Table, runs: Iterable[Run]) -> dict[str, Any]:
     """The JSON object: by method and checkpoint the mean, standard error, median and quartiles of test accuracy in
-    percent; `seconds_to_best` likewise (censored at the budget, `found` says in which part of the runs it was)."""
+    percent; `seconds_to_best` likewise, in worker-seconds (of runs that did not find it: the budget; `found` is the
+    part that did, `wall_mean` the mean in seconds of the simulated clock)."""
     methods: dict[str, Any] = {}
     for method in settings.methods:
         own = [run for run in runs if run.method == method]
         entry: dict[str, Any] = {f"{hours:g}": _spread([run.at(hours) for run in own]) for hours in settings.at}
-        budget = settings.gpu_hours * 3600
         entry["recommended"] = _spread([run.recommended for run in own])
-        entry["seconds_to_best"] = _spread([min(run.best_at, budget) for run in own], digits=0)
-        entry["seconds_to_best"]["found"] = sum(run.best_at <= budget for run in own) / len(own)
+        entry["seconds_to_best"] = _until_best(settings, own)
         entry["evaluations"] = {k: float(np.mean([getattr(run, k) for run in own])) for k in ("low", "full")}
         methods[method] = entry
     return {"table": table.name, "optimum": round(100 * float(np.nanmax(table.test)), 4), "methods": methods}
+
+
+def _until_best(settings: Replay, runs: list[Run]) -> dict[str, float]:
+    budget = settings.gpu_hours * 3600
+    entry = _spread([min(run.best_at, budget) for run in runs], digits=0)
+    entry["wall_mean"] = round(entry["mean"] / settings.workers, 1)
+    entry["found"] = sum(run.best_at <= budget for run in runs) / len(runs)
+    return entry
 
 
 def write(settings: Replay, runs: list[Run], summary: dict[str, Any]) -> None:
@@ -179,15 +193,17 @@ def _draw(path: Path, grid: Array, curves: dict[str, Array], summary: dict[str, 
         from matplotlib.figure import Figure
     except ImportError:
         return  # an extra; the CSV has the same figures
-    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for method, (low, middle, high) in curves.items():
         (line,) = axes.plot(grid, middle, label=method)
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axhline(summary["optimum"], color="black", linestyle=":", linewidth=1)
     lowest = min(float(np.quantile(low, 0.1)) for low, _, _ in curves.values())
-    axes.set(xlabel="GPU-hours", ylabel="test accuracy of the incumbent, %", title=summary["table"], ylim=(lowest, None))
+    axes.set(xlabel="GPU-hours", ylabel="test accuracy of the incumbent, %")
+    axes.set(title=summary["table"], ylim=(lowest, None))
     axes.legend(loc="lower right", fontsize="small")
-    axes.figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def _checked(settings: Replay, table: Table) -> Replay:
@@ -210,7 +226,7 @@ def _checked(settings: Replay, table: Table) -> Replay:
 def _table(path: Path, min_macs: float, max_macs: float, max_params: float) -> Table:
     table = tables.load(path)
     c = table.candidates
-    keep = (c.macs >= min_macs) & (c.macs <= (max_macs or math.inf)) & (c.params <= (max_params or math.inf))
+    keep = (c.macs >= min_macs) & (c.macs <= max_macs) & (c.params <= max_params)
     if not (keep & ~np.isnan(table.valid[FULL])).any():
         raise UsageError(
             f"no architecture of {path} meets the constraints; its MACs go from {c.macs.min():.4g} to "
@@ -272,6 +288,8 @@ def _simulate_all(settings: Replay, todo: list[tuple[str, int]]) -> Iterable[Run
         for method, seed in todo:
             yield simulate(settings, method, seed)
         return
+    # A process a core: more threads in each would only wait for each other. Read by numpy's and xgboost's libraries.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of libraries half way
     with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
         for future in as_completed([pool.submit(simulate, settings, m, s) for m, s in todo]):

@@ -64,9 +64,8 @@ def load(path: Path) -> Table:
     """
     if not path.is_file():
         raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (its columns: docs/surrogate.md)")
-    opened = gzip.open(path, "rt", newline="") if path.suffix == ".gz" else open(path, newline="")
-    with opened as lines:
-        rows = list(csv.DictReader(lines))
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     if not rows:
         raise UsageError(f"{path} has no rows")
     try:

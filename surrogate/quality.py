@@ -58,12 +58,12 @@ def kendall_tau(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
         raise ValueError(f"kendall_tau needs two sequences of one length, got {x.shape} and {y.shape}")
     n = len(x)
     order = np.lexsort((y, x))
-    x, y = x[order], np.unique(y[order], return_inverse=True)[1]
+    x, place = x[order], np.unique(y[order], return_inverse=True)[1]
     pairs = n * (n - 1) / 2
-    tied_x, tied_y = _tied_pairs(x), _tied_pairs(np.sort(y))
+    tied_x, tied_y = _tied_pairs(x), _tied_pairs(np.sort(place))
     same_x = np.flatnonzero(np.concatenate(([True], x[1:] != x[:-1]))) if n else np.zeros(0, dtype=np.intp)
-    tied_both = sum(_tied_pairs(group) for group in np.split(y, same_x[1:])) if tied_x and tied_y else 0.0
-    discordant = _inversions(y)
+    tied_both = sum(_tied_pairs(group) for group in np.split(place, same_x[1:])) if tied_x and tied_y else 0.0
+    discordant = _inversions(place)
     concordant = pairs - tied_x - tied_y + tied_both - discordant
     scale = math.sqrt((pairs - tied_x) * (pairs - tied_y))
     return (concordant - discordant) / scale if scale > 0 else 0.0
@@ -76,12 +76,11 @@ def _tied_pairs(values: npt.NDArray[np.generic]) -> float:
     return float((runs * (runs - 1) / 2).sum())
 
 
-def _inversions(values: npt.NDArray[np.int64]) -> float:
+def _inversions(values: npt.NDArray[np.intp]) -> float:
     """Pairs i < j with values[i] > values[j]: merge sort, one numpy pass per level."""
     n = len(values)
     if n < 2:
         return 0.0
-    values = values.astype(np.int64)
     count, width, span = 0, 1, int(values.max()) + 1
     while width < n:
         # Sort all blocks of 2 * width at once: the block's number is the leading digit of the key.
@@ -90,10 +89,9 @@ def _inversions(values: npt.NDArray[np.int64]) -> float:
         order = np.argsort(key, kind="stable")
         right = (order // width) % 2 == 1
         # A right element passes every left one of its block that is greater: those sorted after it.
-        left_total = np.minimum(width, n - (order // (2 * width)) * 2 * width)
         left_seen = np.cumsum(~right)
-        before = (order // (2 * width)) * width  # lefts of earlier blocks: every one of them is full
-        count += int((left_total - (left_seen - before))[right].sum())
+        before = (order // (2 * width)) * width  # lefts of earlier blocks; where there is a right, the left is full
+        count += int((width - (left_seen - before))[right].sum())
         values = values[order]
         width *= 2
     return float(count)

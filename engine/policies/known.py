@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,15 +20,20 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Answers at one fidelity. `rows` (k,) are candidates in the order of their first score, `values` (k,) the mean
-    of their accuracies, `counts` (k,) how many; `asked` are all rows put to a worker, failed and pending included,
-    and `pending` those of them that are not answered. `seconds` is the mean cost of an answer (0: none yet)."""
+    """Answers at one fidelity.
+
+    `rows` (k,) are candidates in the order of their first score, `values` (k,) the means of their accuracies,
+    `counts` (k,) of how many. `asked` are all rows put to a worker, failed and pending included, `times` how often
+    each was, and `pending` those that wait for an answer. `seconds` is the mean cost of an answer (0: none yet),
+    `trials` the number of questions.
+    """
 
     rows: Rows
     values: Array
     counts: Array
     asked: Rows
     pending: Rows
+    times: dict[int, int]
     seconds: float
     trials: int
 
@@ -50,6 +56,7 @@ def scores(candidates: Candidates, history: History, fidelity: Fidelity) -> Scor
         counts=np.array([float(len(v)) for v in sums.values()]),
         asked=np.unique(places[places >= 0]),
         pending=places[len(answered) :],
+        times=dict(Counter(places.tolist())),
         seconds=float(np.mean([e.seconds for e in answered])) if answered else 0.0,
         trials=len(answered) + len(waiting),
     )
@@ -60,10 +67,11 @@ def find_rows(candidates: Candidates, architectures: Sequence[Architecture]) -> 
     if not architectures:
         return np.zeros(0, dtype=np.int64)
     wanted = np.array([a.choices for a in architectures], dtype=np.int64)
-    factors = np.random.default_rng(0).integers(1, 2**62, size=wanted.shape[1]) | 1
+    generator = np.random.default_rng(0)
+    factors = np.array([generator.integers(1, 2**62) for _ in range(wanted.shape[1])], dtype=np.int64)
     keys = np.zeros(len(candidates), dtype=np.int64)
-    for column, factor in enumerate(factors):
-        keys += candidates.choices[:, column].astype(np.int64) * factor  # wraps: a hash
+    for column in range(wanted.shape[1]):
+        keys += candidates.choices[:, column].astype(np.int64) * factors[column]  # wraps: a hash
     hashed = (wanted * factors).sum(axis=1)
     unique = np.unique(hashed)
     hits = np.flatnonzero(np.isin(keys, unique))
