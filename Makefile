@@ -1,10 +1,11 @@
 # make search   the demo search          make check   lint, types, tests
 # make test     the tests                make install the environment alone
+# make bench    all benches, CPU sizes
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: search test check lint install
+.PHONY: search test check lint install bench
 search: install
 	$(BIN)/python cli.py search
 
@@ -16,6 +17,10 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test
+
+# Every bench in its CPU sizes: each measures a ratio against a peer in the same run.
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench/bench_*.py --benchmark-only
 
 # A stamp newer than what it was made from: a second call installs nothing.
 install: $(VENV)/.installed
