@@ -15,6 +15,7 @@ Matrix = npt.NDArray[np.float32]
 
 MEMBERS = 8
 ROUNDS = 20
+PROMISES_KEPT = 10
 CHUNK = 65_536  # rows predicted at once: bounds the memory, 2 million rows would not fit as float64
 TREES = {
     "max_depth": 3,
@@ -44,12 +45,18 @@ BOTH = Parts()
 class Surrogate:
     """A linear part, and boosted trees fitted to bootstrap samples of what it leaves over.
 
-    Where the linear part is left out it is the prior mean, known exactly.
+    `scale` calibrates all variances: how much greater the squared errors were than promised at points left out.
     """
 
     linear: Linear
     boosters: list[xgboost.Booster]
+    scale: float
     threads: int
+
+    @property
+    def noise(self) -> float:
+        """Variance of one measurement around the noiseless target."""
+        return self.scale * self.linear.noise
 
     def predict(self, trend: Matrix, x: Matrix) -> tuple[Array, Array]:
         """Mean and variance (n,) of the noiseless target at trend (n, k), x (n, d)."""
@@ -65,7 +72,7 @@ class Surrogate:
                 trees = np.stack([booster.inplace_predict(both) for booster in self.boosters])
                 mean[part] += trees.mean(axis=0)
                 variance[part] += trees.var(axis=0, ddof=1)
-        return mean, variance
+        return mean, self.scale * variance
 
 
 def fit(
@@ -86,16 +93,31 @@ def fit(
     if not parts.linear:
         line = line.without_data(prior)
     left = y - line.predict(trend, x)[0]
-    boosters = _bag(np.concatenate([trend, x], axis=1), left, seed) if parts.trees and len(y) > 1 else []
-    return Surrogate(line, boosters, threads)
+    if not parts.trees or len(y) < 2:
+        return Surrogate(line, [], _calibration(line, y, np.zeros((1, len(y)))), threads)
+    boosters, unseen = _bag(np.concatenate([trend, x], axis=1), left, seed)
+    return Surrogate(line, boosters, _calibration(line, y, unseen), threads)
 
 
-def _bag(x: Matrix, y: Array, seed: int) -> list[xgboost.Booster]:
+def _calibration(line: Linear, y: Array, trees: Array) -> float:
+    """Mean square of the errors in units of their promised size, each point left out; held to 1 as if by
+    PROMISES_KEPT more points. `trees` (members, n): corrections from members that have not seen the point, else nan."""
+    unseen = ~np.isnan(trees)
+    seen_by = np.maximum(unseen.sum(axis=0), 1)
+    correction = np.where(unseen, trees, 0.0).sum(axis=0) / seen_by
+    spread = np.where(unseen, (trees - correction) ** 2, 0.0).sum(axis=0) / seen_by
+    errors = (y - line.left_out - correction) ** 2 / (line.left_out_variance + spread)
+    return float((errors.sum() + PROMISES_KEPT) / (len(y) + PROMISES_KEPT))
+
+
+def _bag(x: Matrix, y: Array, seed: int) -> tuple[list[xgboost.Booster], Array]:
+    """The boosters, and their predictions (members, n) of the points left out of their samples, nan elsewhere."""
     rng = np.random.default_rng(seed)
-    boosters = []
+    boosters, unseen = [], np.full((MEMBERS, len(y)), np.nan)
     for member in range(MEMBERS):
         weight = np.bincount(rng.integers(len(y), size=len(y)), minlength=len(y))
         data = xgboost.DMatrix(x, y, weight=weight, nthread=1)
-        parameters = {**TREES, "seed": seed + member, "nthread": 1}
-        boosters.append(xgboost.train(parameters, data, ROUNDS))
-    return boosters
+        booster = xgboost.train({**TREES, "seed": seed + member, "nthread": 1}, data, ROUNDS)
+        unseen[member, weight == 0] = booster.inplace_predict(x)[weight == 0]
+        boosters.append(booster)
+    return boosters, unseen

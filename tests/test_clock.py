@@ -1,130 +1,148 @@
-"""The virtual clock: what is decided depends on proposals, costs and answers, not on when the answers really come."""
+"""The virtual clock: the same history whatever real workers do, and wherever a run was killed."""
 
-from __future__ import annotations
-
-import random
 import threading
-import time
 from concurrent.futures import Future
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.clock import Timeline, drive
-from engine.journal import History
+from engine.clock import drive
 from engine.trial import Architecture, Evaluation, Fidelity, Trial
 
-LOW, HIGH = Fidelity("low"), Fidelity("high")
-TOTAL = 14
+LOW, FULL = Fidelity("low", epochs=1), Fidelity("full", epochs=7)
 
 
-def propose(history: History, free: int) -> list[Trial]:
-    """Takes what it asks from the answers that it sees, and every third trial is a full one."""
-    seen = sum(hash((e.trial.number, round(e.accuracy, 6))) for e in history.answered)
-    rng = np.random.default_rng([seen % 2**32, history.asked, len(history.answered)])
-    count = min(free, TOTAL - history.asked)
-    return [
-        Trial(history.asked + i, Architecture((int(rng.integers(100)),)), HIGH if (history.asked + i) % 3 == 2 else LOW)
-        for i in range(count)
-    ]
+def cost(trial):
+    return trial.fidelity.cost() * (1 + trial.architecture.choices[0] % 5)
 
 
-def answer(trial: Trial) -> Evaluation:
-    return Evaluation(trial, "ok", accuracy=trial.architecture.choices[0] / 100)
+def answer(trial):
+    return Evaluation(trial, "ok", (trial.architecture.choices[0] * 37 % 101) / 101, seconds=cost(trial))
 
 
-def cost(trial: Trial) -> float:
-    return 1.0 + trial.architecture.choices[0] * (3 if trial.fidelity == HIGH else 1)
+def policy(total):
+    """Depends on everything in the history, its order and what is pending; waits now and then."""
+
+    def propose(history, slots):
+        if history.asked >= total or (history.pending and len(history.answered) % 4 == 3):
+            return []
+        seen = sum((i + 1) * e.accuracy for i, e in enumerate(history.answered)) + len(history.pending)
+        wanted = min(slots, total - history.asked, 1 + int(seen * 10) % 3)
+        kinds = (LOW, FULL) if history.asked % 3 else (LOW, LOW)
+        return [
+            Trial(history.asked + i, Architecture((int(seen * 1000) % 50 + i,)), kinds[i % 2]) for i in range(wanted)
+        ]
+
+    return propose
 
 
-def shares(trial: Trial) -> int:
-    return 4 if trial.fidelity == HIGH else 1
-
-
-def at_once(trial: Trial) -> Future[Evaluation]:
-    future: Future[Evaluation] = Future()
+def at_once(trial):
+    future = Future()
     future.set_result(answer(trial))
     return future
 
 
-@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
-def test_answers_may_come_in_any_order(slots: int, seed: int) -> None:
-    rng = random.Random(seed)
-    threads: list[threading.Thread] = []
+def plain(total, slots):
+    return drive(policy(total), slots, at_once, cost)
 
-    def sometime(trial: Trial) -> Future[Evaluation]:
-        future: Future[Evaluation] = Future()
-        delay = rng.random() * 0.004
 
-        def finish() -> None:
-            time.sleep(delay)
-            future.set_result(answer(trial))
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 25), st.integers(1, 6), st.randoms())
+def test_order_and_delay_of_real_answers_change_nothing(total, slots, chance):
+    want, waiting, lock = plain(total, slots), [], threading.Lock()
+    done = threading.Event()
 
-        threads.append(threading.Thread(target=finish))
-        threads[-1].start()
+    def submit(trial):
+        future = Future()
+        with lock:
+            waiting.append((trial, future))
         return future
 
-    assert drive(propose, slots, sometime, cost) == drive(propose, slots, at_once, cost)
-    for thread in threads:
-        thread.join()
+    def work():
+        while not done.is_set():
+            with lock:
+                item = waiting.pop(chance.randrange(len(waiting))) if waiting else None
+            if item:
+                item[1].set_result(answer(item[0]))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    got = drive(policy(total), slots, submit, cost)
+    done.set()
+    worker.join()
+    assert (got.answered, got.times) == (want.answered, want.times)
 
 
-@given(st.integers(1, 6), st.integers(0, TOTAL), st.booleans())
-def test_a_run_taken_up_again_is_the_run_that_was_never_broken(slots: int, cut: int, grouped: bool) -> None:
-    options = {"shares": shares, "at_least": min(4, slots)} if grouped else {}
-    asked: list[Trial] = []
-    whole = drive(propose, slots, at_once, cost, asked=asked.extend, **options)  # type: ignore[arg-type]
-    more: list[Trial] = []
-    again = drive(propose, slots, at_once, cost, recorded=asked[:cut], asked=more.extend, **options)  # type: ignore[arg-type]
-    assert again == whole
-    assert asked[:cut] + more == asked
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 25), st.integers(1, 6), st.integers(0, 25))
+def test_killed_anywhere_and_resumed_it_decides_the_same(total, slots, cut):
+    asked = []
+    want = drive(policy(total), slots, at_once, cost, asked=asked.extend)
+    recorded, later = asked[:cut], []
+    got = drive(policy(total), slots, at_once, cost, recorded=recorded, asked=later.extend)
+    assert (got.answered, got.times) == (want.answered, want.times)
+    assert recorded + later == asked
 
 
-@given(st.integers(4, 12))
-def test_trials_take_their_shares_of_the_slots(slots: int) -> None:
-    open_shares: list[int] = []
-
-    def watched(history: History, free: int) -> list[Trial]:
-        open_shares.append(sum(map(shares, history.pending)))
-        assert free >= 4 or not history.pending
-        return propose(history, free)
-
-    flushed: list[int] = []
-    history = drive(watched, slots, at_once, cost, shares=shares, at_least=4, flush=lambda: flushed.append(1))
-    assert len(history.answered) == TOTAL
-    assert max(open_shares) <= slots
-    assert len(flushed) == len(open_shares)
+def test_the_record_wins_where_the_policy_now_says_otherwise():
+    asked = []
+    drive(policy(8), 2, at_once, cost, asked=asked.extend)
+    other = [Trial(t.number, Architecture((t.architecture.choices[0] + 1,)), t.fidelity) for t in asked[:3]]
+    history = drive(policy(8), 2, at_once, cost, recorded=other)
+    by_number = {e.trial.number: e.trial for e in history.answered}
+    assert [by_number[i] for i in range(3)] == other
+    assert sorted(by_number) == list(range(len(by_number)))
 
 
-def test_one_that_needs_more_than_there_is_goes_alone() -> None:
-    history = drive(propose, 2, at_once, cost, shares=shares)
-    assert len(history.answered) == TOTAL
+def test_recorded_trials_are_all_asked_even_if_the_policy_has_no_more_to_ask():
+    asked = []
+    drive(policy(6), 2, at_once, cost, asked=asked.extend)
+    history = drive(lambda history, slots: [], 2, at_once, cost, recorded=asked)
+    assert sorted(e.trial.number for e in history.answered) == list(range(len(asked)))
 
 
-def test_what_takes_longer_is_seen_later() -> None:
-    def two(history: History, free: int) -> list[Trial]:
-        return [] if history.asked else [Trial(0, Architecture((9,)), LOW), Trial(1, Architecture((1,)), LOW)]
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 30), st.integers(1, 6))
+def test_no_more_is_pending_than_there_are_workers_and_time_never_runs_back(total, slots):
+    open_at_once = []
 
-    history = drive(two, 2, at_once, cost)
-    assert isinstance(history, Timeline)
-    assert [e.trial.number for e in history.answered] == [1, 0]
-    assert history.times == [2.0, 10.0]
+    def propose(history, free):
+        open_at_once.append(len(history.pending) + free)
+        return policy(total)(history, free)
+
+    history = drive(propose, slots, at_once, cost)
+    assert max(open_at_once) <= slots
+    assert history.times == sorted(history.times)
+    assert not history.pending
+    assert sum(map(cost, (e.trial for e in history.answered))) <= slots * history.now + 1e-9
 
 
-def test_stopped_it_asks_nothing_more_and_waits_for_what_is_open() -> None:
-    history = drive(propose, 3, at_once, cost, stop=lambda h: len(h.answered) >= 5)
-    assert history.pending == []
-    assert 5 <= len(history.answered) <= 8
+def test_one_worker_takes_the_sum_of_the_costs():
+    history = plain(12, 1)
+    assert history.now == pytest.approx(sum(cost(e.trial) for e in history.answered))
 
 
-def test_an_error_of_an_answer_comes_out() -> None:
-    def broken(trial: Trial) -> Future[Evaluation]:
-        future: Future[Evaluation] = Future()
-        future.set_exception(OSError("disk full"))
+def test_once_stopped_nothing_is_asked_and_what_runs_is_waited_for():
+    history = drive(policy(50), 3, at_once, cost, stop=lambda h: len(h.answered) >= 5)
+    assert 5 <= len(history.answered) <= 7
+    assert not history.pending
+
+
+def test_an_interrupt_leaves_the_loop():
+    def submit(trial):
+        future = at_once(trial)
+        if trial.number == 2:
+            future.result = lambda timeout=None: (_ for _ in ()).throw(KeyboardInterrupt)
         return future
 
-    with pytest.raises(OSError, match="disk full"):
-        drive(propose, 2, broken, cost)
+    with pytest.raises(KeyboardInterrupt):
+        drive(policy(10), 2, submit, cost)
+
+
+def test_ties_are_broken_by_number():
+    def propose(history, slots):
+        return [Trial(i, Architecture((0,)), LOW) for i in range(3)] if not history.asked else []
+
+    history = drive(propose, 3, at_once, lambda trial: 1.0)
+    assert [e.trial.number for e in history.answered] == [0, 1, 2]

@@ -36,8 +36,8 @@ RESIDUAL = 0.3
 PULL = 0.5
 # Scores from which a fidelity is fitted, and full results from which one may be dropped.
 ENOUGH_LOW, ENOUGH_FULL = 4, 12
-# Log-likelihood, left-one-out, by which the surrogate must be better without a low fidelity to drop it.
-DROP_EVIDENCE = 2.0
+# Part of its prior weight under which a low fidelity may be dropped.
+LITTLE_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -187,19 +187,17 @@ def _targets(values: Array, believed: Array) -> Array:
 def _useless(
     trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array, levels: int, base: Ground
 ) -> int | None:
-    """Which level's column of trend (1, 2, ...; from 0) the full results are better predicted without, if any."""
+    """The level, if any, that is given next to no weight and without which full results are predicted no worse."""
     if len(y) < ENOUGH_FULL or not levels:
         return None
-    whole = _left_out_likelihood(trend, x, y, prior, noise)
-    gains = []
-    for column in range(1, 1 + levels):
-        rest = _prior(base, levels - 1)
-        gains.append(_left_out_likelihood(np.delete(trend, column, axis=1), x, y, rest, noise) - whole)
-    best = int(np.argmax(gains))
-    return best if gains[best] > DROP_EVIDENCE else None
+    whole = fit_linear(trend, x, y, prior, noise)
+    level = int(np.argmin(whole.weights[2 : 2 + levels]))
+    if whole.weights[2 + level] > LITTLE_WEIGHT * prior.mean[1 + level]:
+        return None
+    rest = fit_linear(np.delete(trend, 1 + level, axis=1), x, y, _prior(base, levels - 1), noise)
+    return level if _left_out_likelihood(rest, y) > _left_out_likelihood(whole, y) else None
 
 
-def _left_out_likelihood(trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array) -> float:
-    fitted = fit_linear(trend, x, y, prior, noise)
+def _left_out_likelihood(fitted: Linear, y: Array) -> float:
     error = (y - fitted.left_out) ** 2 / fitted.left_out_variance + np.log(fitted.left_out_variance)
     return -0.5 * float(error.sum())

@@ -18,12 +18,12 @@ from engine.trial import Fidelity, Trial
 from surrogate.acquire import expected_hypervolume, expected_improvement, spread_out, value_of_looking
 
 # The first, spread batch of low-fidelity runs: worth so many full runs, within these bounds.
-FIRST_BATCH_COST = 1.5
+FIRST_BATCH_COST = 1.2
 FIRST_BATCH = (8, 24)
 # Low-fidelity runs whose joint value is weighed against a full run's.
 LOOK = 8
 # Standard deviations above the mean.
-BETA = 1.0
+BETA = 0.25
 # Picks are made among so many candidates of highest upper bound; variances only shrink from there.
 SHORTLIST = 512
 # Full results after which every new one refits the surrogate only at multiples of REFIT.
@@ -180,9 +180,10 @@ def _looks(state: State, known: Estimate, slots: int, rules: Rules) -> tuple[lis
     waiting = gain(looked[: len(pending)]) if len(pending) else 0.0
     more = gain(looked) - waiting
     now = _next_improvement(state, known, best)
-    # What the looks tell serves every full run that the workers begin before the next ones.
+    # What the looks tell serves every full run begun before the next ones: of the best of n alike, the surplus
+    # grows about as the root of n.
     workers = slots + len(state.history.pending)
-    rate = now * state.price / workers
+    rate = now * state.price / np.sqrt(workers)
     if state.scarce or more > rate * len(picks):
         return [int(rows[p]) for p in picks[: min(slots, state.lows_left)]], True
     return [], len(state.at_low.pending) > 0 and waiting > rate

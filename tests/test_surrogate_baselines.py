@@ -1,0 +1,36 @@
+"""Ridge and the Gaussian process against closed forms."""
+
+import numpy as np
+import pytest
+
+from surrogate.baselines import fit_gp, fit_ridge
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 12), (40, 6)], ids=["wide", "tall"])
+def test_ridge_solves_its_normal_equations(n, d):
+    rng = np.random.default_rng(0)
+    x, y, weight = rng.standard_normal((n, d)), rng.standard_normal(n), rng.integers(1, 4, n).astype(float)
+    got = fit_ridge(x, y, penalty=0.7, sample_weight=weight)
+    design = np.concatenate([np.ones((n, 1)), x], axis=1)
+    penalty = np.diag([0.0] + [0.7] * d)
+    want = np.linalg.solve(design.T @ (design * weight[:, None]) + penalty, design.T @ (weight * y))
+    np.testing.assert_allclose(got.predict(x), design @ want, atol=1e-9)
+
+
+def test_gp_interpolates_a_smooth_function_and_is_unsure_far_away():
+    x = np.linspace(0, 6, 25)[:, None]
+    process = fit_gp(x, 10 + np.sin(x[:, 0]))
+    mean, std = process.predict(np.array([[1.3], [4.1], [60.0]]))
+    np.testing.assert_allclose(mean[:2], 10 + np.sin([1.3, 4.1]), atol=0.1)
+    assert std[2] > 3 * std[0]
+
+
+def test_gp_of_a_constant_predicts_it():
+    mean, _ = fit_gp(np.arange(6.0)[:, None], np.full(6, 3.0)).predict(np.array([[2.5]]))
+    assert mean[0] == pytest.approx(3.0)
+
+
+def test_gp_of_one_point_is_possible():
+    mean, std = fit_gp(np.zeros((1, 2)), np.array([0.4])).predict(np.ones((3, 2)))
+    np.testing.assert_allclose(mean, 0.4)
+    assert (std > 0).all()

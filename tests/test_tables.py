@@ -1,0 +1,125 @@
+"""The table format and its converters, on small hand-made tables and on the published ones where they are."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import tables
+from engine.trial import EnvironmentUnusable, UsageError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SYNTHETIC = Path(__file__).parent / "data" / "synthetic_table.csv"
+
+NASBENCH = [
+    {"index": "0", "ops": "012343", "iso": "7", "params": "100", "macs": "2000", "val_e12": "30.5", "test_e12": "30"}
+    | {"val_e200": "60", "test_e200": "61", "seconds_e12": "10", "seconds_e200": "200"},
+    {"index": "1", "ops": "312343", "iso": "8", "params": "300", "macs": "5000", "val_e12": "40", "test_e12": "41"}
+    | {"val_e200": "70", "test_e200": "72.25", "seconds_e12": "12", "seconds_e200": "240"},
+    {"index": "2", "ops": "012344", "iso": "7", "params": "100", "macs": "2000", "val_e12": "31", "test_e12": "32"}
+    | {"val_e200": "61", "test_e200": "62", "seconds_e12": "10", "seconds_e200": "200"},
+]
+
+
+def write(rows, path):
+    tables.dump(rows, path)
+    return path
+
+
+def test_nasbench_rows_become_a_table_in_which_identical_cells_are_one(tmp_path):
+    table = tables.load(write(NASBENCH, tmp_path / "cells.csv"))
+    assert len(table.candidates) == 2  # rows 0 and 2 are one network: the first stands for both
+    assert table.lows == ("e12",)
+    np.testing.assert_allclose(table.valid["full"], [0.60, 0.70])
+    np.testing.assert_allclose(table.valid["e12"], [0.305, 0.40])
+    np.testing.assert_allclose(table.test, [0.61, 0.7225])
+    np.testing.assert_allclose(table.seconds["e12"], [10, 12])
+    np.testing.assert_allclose(table.candidates.macs, [2000, 5000])
+    assert (table.candidates.choices[0] != table.candidates.choices[1]).sum() == 1
+
+
+def test_the_own_format_survives_a_round_trip_compressed_or_not(tmp_path):
+    plain = tables.load(write(tables.convert(NASBENCH), tmp_path / "a.csv"))
+    packed = tables.load(write(tables.convert(NASBENCH), tmp_path / "b.csv.gz"))
+    np.testing.assert_array_equal(plain.candidates.features, packed.candidates.features)
+    np.testing.assert_array_equal(plain.valid["e12"], packed.valid["e12"])
+    assert (tmp_path / "b.csv.gz").read_bytes() == gzip.compress((tmp_path / "a.csv").read_bytes(), mtime=0)
+
+
+def test_mfkd_rows_become_one_architecture_with_a_fidelity_per_loss_and_part(tmp_path):
+    blocks = "1,16,{},1;6,32,1,2;6,64,4,2;6,128,4,2;6,184,2,1;6,320,1,2;6,440,2,1;0,{},2,0"
+    rows = []
+    for arch, (repeats, last) in enumerate([(1, 400), (4, 536), (2, 400)]):
+        for kd, divisor, valid in (("attention", 27, 0.1), ("nokd", 1, 0.6)):
+            rows.append(
+                {"arch": str(arch), "encoding": blocks.format(repeats, last), "kd": kd, "train_divisor": str(divisor)}
+                | {"valid_acc": str(valid + arch / 100), "test_acc": "0.65", "seconds": "100"}
+            )
+    table = tables.load(write(rows, tmp_path / "authors.csv"))
+    assert table.lows == ("attention/27",)
+    np.testing.assert_allclose(table.valid["full"], [0.6, 0.61, 0.62])
+    # Two numbers vary, both ordered: 3 and 2 options, scaled to 0..1.
+    np.testing.assert_allclose(table.candidates.features, [[0, 0], [1, 1], [0.5, 0]])
+    assert table.candidates.macs[0] < table.candidates.macs[2] < table.candidates.macs[1]
+
+
+def test_cost_of_mobilenetv2_is_that_of_its_layers():
+    blocks = [[1, 16, 2, 1], [6, 24, 1, 2], [0, 40, 2, 0]]
+    macs, params = tables.mobilenetv2_cost(blocks, classes=10, resolution=8)
+    layers = [
+        (64 * 27 * 32, 27 * 32 + 64),
+        (64 * 32 * 9, 32 * 9 + 64), (64 * 32 * 16, 32 * 16 + 32),
+        (64 * 16 * 9, 16 * 9 + 32), (64 * 16 * 16, 16 * 16 + 32),
+        (64 * 16 * 96, 16 * 96 + 192), (16 * 96 * 9, 96 * 9 + 192), (16 * 96 * 24, 96 * 24 + 48),
+        (16 * 24 * 40, 24 * 40 + 80), (40 * 10, 40 * 10 + 10),
+    ]  # fmt: skip
+    assert (macs, params) == tuple(map(sum, zip(*layers, strict=True)))
+
+
+def test_empty_cells_are_failed_evaluations(tmp_path):
+    rows = tables.convert(NASBENCH)
+    rows[1] = rows[1] | {"valid:e12": ""}
+    table = tables.load(write(rows, tmp_path / "t.csv"))
+    np.testing.assert_array_equal(np.isnan(table.valid["e12"]), [False, True])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"valid:full": "60"}, "not within 0..1"),
+        ({"valid:full": "good"}, "could not convert"),
+    ],
+)
+def test_what_is_no_table_is_refused_with_the_reason(tmp_path, change, message):
+    rows = tables.convert(NASBENCH)
+    rows[0] = rows[0] | change
+    with pytest.raises(UsageError, match=message):
+        tables.load(write(rows, tmp_path / "t.csv"))
+
+
+def test_unknown_columns_missing_files_and_empty_ones_are_errors_that_name_the_file(tmp_path):
+    with pytest.raises(UsageError, match=r"t\.csv is no table of results: columns a, b are of no known format"):
+        tables.load(write([{"a": "1", "b": "2"}], tmp_path / "t.csv"))
+    with pytest.raises(EnvironmentUnusable, match=r"no table .*none\.csv"):
+        tables.load(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("a,b\n")
+    with pytest.raises(UsageError, match="has no rows"):
+        tables.load(tmp_path / "empty.csv")
+
+
+def test_the_shipped_table_is_what_its_docstring_says():
+    table = tables.load(SYNTHETIC)
+    assert len(table.candidates) == 192
+    assert table.lows == ("low",)
+    assert table.candidates.features.shape[1] > 6
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here: published tables not tested")
+def test_the_published_tables_have_their_published_figures():
+    cells = tables.load(SHARED / "nasbench201_cifar100.csv.gz")
+    assert len(cells.candidates) == 6466
+    assert cells.test.max() == pytest.approx(0.735133)
+    authors = tables.load(SHARED / "mfkd_mobilenetv2_cifar100.csv.gz")
+    assert len(authors.candidates) == 100
+    assert len(authors.lows) == 30
