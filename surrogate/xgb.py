@@ -26,6 +26,7 @@ TREES = {
     "tree_method": "hist",
     "max_bin": 64,
     "base_score": 0.0,
+    "nthread": 1,  # on a machine that others use, more threads only wait for each other: slower even on millions
     "verbosity": 0,
 }
 
@@ -51,7 +52,6 @@ class Surrogate:
     linear: Linear
     boosters: list[xgboost.Booster]
     scale: float
-    threads: int
 
     @property
     def noise(self) -> float:
@@ -60,9 +60,6 @@ class Surrogate:
 
     def predict(self, trend: Matrix, x: Matrix) -> tuple[Array, Array]:
         """Mean and variance (n,) of the noiseless target at trend (n, k), x (n, d)."""
-        # Threads pay on millions of rows; on thousands they wait for each other on a busy machine.
-        for booster in self.boosters:
-            booster.set_param({"nthread": self.threads if len(x) > CHUNK else 1})
         mean, variance = np.empty(len(x)), np.empty(len(x))
         for start in range(0, len(x), CHUNK):
             part = slice(start, start + CHUNK)
@@ -83,7 +80,6 @@ def fit(
     seed: int,
     noise: Array | None = None,
     parts: Parts = BOTH,
-    threads: int = 1,
 ) -> Surrogate:
     """Fits y (n,), of about unit variance, on trend (n, k) and standardised features x (n, d).
 
@@ -94,9 +90,9 @@ def fit(
         line = line.without_data(prior)
     left = y - line.predict(trend, x)[0]
     if not parts.trees or len(y) < 2:
-        return Surrogate(line, [], _calibration(line, y, np.zeros((1, len(y)))), threads)
+        return Surrogate(line, [], _calibration(line, y, np.zeros((1, len(y)))))
     boosters, unseen = _bag(np.concatenate([trend, x], axis=1), left, seed)
-    return Surrogate(line, boosters, _calibration(line, y, unseen), threads)
+    return Surrogate(line, boosters, _calibration(line, y, unseen))
 
 
 def _calibration(line: Linear, y: Array, trees: Array) -> float:
@@ -117,7 +113,7 @@ def _bag(x: Matrix, y: Array, seed: int) -> tuple[list[xgboost.Booster], Array]:
     for member in range(MEMBERS):
         weight = np.bincount(rng.integers(len(y), size=len(y)), minlength=len(y))
         data = xgboost.DMatrix(x, y, weight=weight, nthread=1)
-        booster = xgboost.train({**TREES, "seed": seed + member, "nthread": 1}, data, ROUNDS)
+        booster = xgboost.train({**TREES, "seed": seed + member}, data, ROUNDS)
         unseen[member, weight == 0] = booster.inplace_predict(x)[weight == 0]
         boosters.append(booster)
     return boosters, unseen

@@ -50,11 +50,11 @@ def test_same_seed_same_answer_another_seed_another():
     assert not np.array_equal(first[0], other[0])
 
 
-def test_chunks_and_threads_do_not_change_the_answer(monkeypatch):
+def test_chunks_do_not_change_the_answer(monkeypatch):
     trend, x, _, y = problem(200, 6)
     whole = xgb.fit(trend, x, y, PRIOR, seed=0).predict(trend, x)
     monkeypatch.setattr(xgb, "CHUNK", 37)
-    pieces = xgb.fit(trend, x, y, PRIOR, seed=0, threads=2).predict(trend, x)
+    pieces = xgb.fit(trend, x, y, PRIOR, seed=0).predict(trend, x)
     np.testing.assert_allclose(pieces, whole, atol=1e-9)
 
 

@@ -6,7 +6,6 @@ Everything is in normal scores: 0 is the middle of the candidates, 1 a standard 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -100,11 +99,6 @@ class Same:
         return isinstance(other, Same) and other.value is self.value
 
 
-def threads() -> int:
-    """Threads that fits and predictions use: OMP_NUM_THREADS, else the cores this process may run on."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-
-
 @lru_cache(maxsize=1)
 def ground(same: Same) -> Ground:
     """Features of the candidates: their encoding, log MACs and log parameters, standardised; constants go."""
@@ -127,7 +121,7 @@ def _level(same: Same, rows: bytes, values: bytes, seed: int, use: Use) -> Level
     base, at, y = ground(same), np.frombuffer(rows, dtype=np.int64), normal_scores(np.frombuffer(values))
     macs = base.macs if use.macs else np.zeros_like(base.macs)
     prior = Prior(np.array([base.weight * MACS_ON_LOW[0]]), np.array([MACS_ON_LOW[1]]))
-    model = xgb.fit(macs[at], base.x[at], y, prior, seed, parts=use.parts, threads=threads())
+    model = xgb.fit(macs[at], base.x[at], y, prior, seed, parts=use.parts)
     mean, variance = model.predict(macs, base.x)
     own = (1 - PULL) * model.linear.noise
     variance += own
@@ -162,7 +156,7 @@ def estimate(candidates: Candidates, lows: Sequence[Scores], high: Scores, seed:
         dropped.append([i for i in levels if i not in dropped][worst])
         log.info("low fidelity %d carries no signal beyond MACs after %d full results: dropped", dropped[-1], len(y))
     parts = xgb.Parts(use.parts.linear, use.parts.trees and len(y) >= ENOUGH_LOW)
-    model = xgb.fit(trend[high.rows], base.x[high.rows], y, prior, seed, 1 / high.counts, parts, threads())
+    model = xgb.fit(trend[high.rows], base.x[high.rows], y, prior, seed, 1 / high.counts, parts)
     mean, variance = model.predict(trend, base.x)
     slopes = [float(s) for s in model.linear.weights[2 : 2 + len(kept)]]
     for slope, one in zip(slopes, kept, strict=True):
