@@ -10,7 +10,7 @@ search: install
 	$(BIN)/python cli.py search
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 2 tests
 
 lint: install
 	$(BIN)/ruff check .

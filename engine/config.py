@@ -69,7 +69,7 @@ class Budget:
     max_high: int = option(20, "full-fidelity evaluations")
     gpu_hours: float = option(float("inf"), "hours of worker time, summed over the workers")
     wall_time: float = option(float("inf"), "hours of this call; a search stopped by it goes on at the next call")
-    target_accuracy: float = option(1.0, "stop when a full-fidelity validation accuracy (0..1) reaches this")
+    target_accuracy: float = option(float("inf"), "stop when a full-fidelity validation accuracy (0..1) reaches this")
     max_failures: int = option(10, "stop with exit code 4 after so many failed evaluations in a row")
 
 

@@ -6,9 +6,11 @@ paid once. Each worker is pinned to one of the devices that this process may see
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from parsl.executors import HighThroughputExecutor
 
 Task = dict[str, Any]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_RETRIES = 2  # a trial that kills its worker three times has done so by itself
 
 
@@ -235,6 +238,7 @@ def _executor(workers: int) -> HighThroughputExecutor:
 
 def call(name: str, task: Task, devices: tuple[str, ...], share: int) -> Any:
     """What a worker does with a task: takes its device, then runs `engine.evaluate.<name>`."""
+    die_with_parent()
     pin(devices, share)
     from engine import evaluate
 
@@ -250,3 +254,10 @@ def pin(devices: tuple[str, ...], share: int) -> None:
     if devices:
         rank = int(os.environ.get("PARSL_WORKER_RANK", "0"))
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[(rank // share) % len(devices)]
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this worker when the process that started it dies. Parsl's workers look whether that still
+    exists, and take one that was killed but not yet reaped for alive. Linux only, as this engine is."""
+    if "PARSL_WORKER_RANK" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -88,8 +88,9 @@ def test_workers_outlive_a_killed_one_and_end_with_the_fleet(
         assert listening([psutil.Process(), *mark()]) == {"127.0.0.1"}
         # A task on a worker that dies is tried again on another.
         running = [crew.submit("run_probe", task) for _ in range(6)]
-        workers = [p for p in mark() if "worker" in p.name() or "worker" in " ".join(p.cmdline())]
-        max(workers, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
+        # The largest of the spawned processes is the worker that has loaded torch and the data.
+        spawned = [p for p in mark() if "spawn_main" in " ".join(p.cmdline())]
+        max(spawned, key=lambda p: p.memory_info().rss).send_signal(signal.SIGKILL)
         assert all(future.result(timeout=120) == first for future in running)
     finally:
         crew.close()
