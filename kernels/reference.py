@@ -9,6 +9,8 @@ Shape suffixes: N batch, C classes, F channels (S the student's, T the teacher's
 """
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -16,7 +18,11 @@ import torch
 from torch import Tensor
 
 STANDARDIZE_EPS = 1e-7  # added to the standard deviation of logits (Sun et al., 2024)
+PLAIN_ELEMENTS = 1 << 16  # as below, where fewer operations are in float64
 CHUNK_ELEMENTS = 1 << 15  # logits handled at once on the CPU: some buffers of 256 KB in an L2 cache
+LEAST_SUM = 1e-6  # of exponentials of a row
+LOG2_E = math.log2(math.e)
+LEAST_SHORT = 1e-30  # a float32 probability below may have lost digits to underflow
 
 
 class CEKDSpec(NamedTuple):
@@ -61,14 +67,15 @@ def ce_kd_forward(
             target = target.masked_fill(~kept | bad, 0)
             target_b = None if target_b is None else target_b.masked_fill(~kept | bad, 0)
     # Terms by row, and the gradient in the accumulation type: KD writes it, CE adds to it.
-    ce = kd = student_NC.new_zeros(rows, dtype=dtype)
     grad = student_NC.new_empty(student_NC.shape, dtype=dtype)
+    ce = kd = None
     if spec.kd_weight:
         kd = _kd(student_NC, teacher_NC, target, spec, grad).to(dtype)
     else:
         grad.zero_()
     if spec.ce_weight and target is not None:
         ce = _ce(student_NC, target, target_b, lam, spec, grad)
+    ce, kd = (grad.new_zeros(rows) if x is None else x for x in (ce, kd))
     grad = grad.to(student_NC.dtype)
     if kept is not None and bad is not None:
         # A row out of range is NaN on a device that must not be asked; the CPU raised.
@@ -76,10 +83,10 @@ def ce_kd_forward(
         grad = grad.masked_fill(bad[:, None], torch.nan).masked_fill(~kept[:, None], 0)
     grad = grad if with_grad else grad.new_empty(0)
     count = ce.new_full((), rows) if kept is None else kept.sum(dtype=dtype)
-    loss = spec.ce_weight * ce + spec.kd_weight * kd
+    loss = torch.mul(ce, spec.ce_weight).add_(kd, alpha=spec.kd_weight)
     parts = torch.stack((loss, ce, kd)).sum(1)
     if spec.reduction != "sum":
-        parts = parts / count
+        parts.div_(count)
     return (loss if spec.reduction == "none" else parts[0].clone()), parts, grad, count
 
 
@@ -87,6 +94,80 @@ def ce_kd_backward(grad_NC: Tensor, upstream: Tensor, count: Tensor, reduction: 
     """The student's gradient: the stored one times the upstream gradient, over the count for "mean"."""
     scale = upstream / count.clamp_min(1) if reduction == "mean" else upstream
     return (grad_NC * (scale[:, None] if reduction == "none" else scale)).to(grad_NC.dtype)
+
+
+def ce_kd_plain(
+    student_NC: Tensor, teacher_NC: Tensor, target: Tensor | None, spec: CEKDSpec
+) -> tuple[Tensor, tuple[float, float, float], Tensor, float] | None:
+    """Loss, parts and gradient (and what to multiply it by) on a CPU, or None where `ce_kd_forward` is needed.
+
+    For the usual call: class indices, float32 or shorter, both terms, plain KL, a mean or a sum.
+    """
+    rows, classes = student_NC.shape
+    if spec.variant != "kd" or spec.standardize or spec.label_smoothing or spec.reduction == "none" or not rows:
+        return None
+    if not (spec.ce_weight and spec.kd_weight) or target is None or target.is_floating_point():
+        return None
+    if 0 <= spec.ignore_index < classes or student_NC.dtype == torch.float64 or student_NC.device.type != "cpu":
+        return None
+    share = 1 / rows if spec.reduction == "mean" else 1.0
+    index, grad = target.unsqueeze(1), torch.empty(rows, classes, dtype=torch.float32, device="cpu")
+    step = max(1, PLAIN_ELEMENTS // classes)
+    ce = kd = 0.0
+    for start in range(0, rows, step):
+        s, t, y, g = student_NC, teacher_NC, index, grad
+        if step < rows:
+            s, t, y, g = (x[start : start + step] for x in (s, t, y, g))
+        sums = _plain_rows(s, t, y, g, spec)
+        if sums is None:
+            return None
+        ce, kd = ce + sums[0], kd + sums[1]
+    ce, kd = ce * share, max(kd, 0.0) * share * spec.temperature**2
+    loss = spec.ce_weight * ce + spec.kd_weight * kd
+    scale = spec.temperature * spec.kd_weight * share
+    return torch.scalar_tensor(loss, dtype=torch.float32), (loss, ce, kd), grad.to(student_NC.dtype), scale
+
+
+def _plain_rows(
+    s_NC: Tensor, t_NC: Tensor, index_N1: Tensor, grad_NC: Tensor, spec: CEKDSpec
+) -> tuple[float, float] | None:
+    """Sums over rows of CE and of KL; writes the gradient over T kd_weight. None where this way is not exact.
+
+    With d = (t - s) / T, p_t = p_s exp(d) / Z and KL = sum_c p_t d - log Z. A float32 p_s is a distribution as
+    good as the true one, 1e-7 away; only d and exp(d) must be exact, as most digits of the sum cancel.
+    Powers of 2, as PyTorch computes them in half the time of an exponential.
+    """
+    s = s_NC.float()
+    unit = LOG2_E / spec.temperature
+    p = torch.mul(s, _pair(LOG2_E, unit)).exp2_()
+    z = p.sum(2, keepdim=True)
+    p.div_(z)
+    # Underflow, overflow, a masked class or nan; where both hold no exponential is below 1e-36.
+    if not (float(p.amin()) > LEAST_SHORT and float(z.amin()) > LEAST_SUM):
+        return None
+    p_ce, p_kd = p.unbind()
+    try:
+        ce = p_ce.gather(1, index_N1).log_().sum()
+    except RuntimeError:  # a label out of range or to be ignored
+        return None
+    p_s = p_kd.double()
+    d = t_NC.to(torch.float64, copy=True).sub_(s).mul_(unit)
+    p_t = torch.exp2(d).mul_(p_s)
+    z_t = p_t.sum(1, keepdim=True)
+    ratio = p_s.sum(1, keepdim=True).div_(z_t)
+    # The gradient is this over the sum of p_s, which is 1 to float32's last digit.
+    grad_NC.copy_(p_s.addcmul_(p_t, ratio, value=-1))
+    kl = float(d.mul_(p_t).sum(1, keepdim=True).div_(z_t).add_(ratio.log2_()).sum()) / LOG2_E
+    if not math.isfinite(kl):  # exp(d) overflows, or a class of the teacher is masked
+        return None
+    weight = spec.ce_weight / (spec.temperature * spec.kd_weight)
+    grad_NC.add_(p_ce, alpha=weight).scatter_(1, index_N1, -weight, reduce="add")
+    return -float(ce), kl
+
+
+@functools.lru_cache(maxsize=16)
+def _pair(first: float, second: float) -> Tensor:
+    return torch.tensor((first, second), dtype=torch.float32, device="cpu").view(2, 1, 1)
 
 
 def _check_labels(
@@ -111,11 +192,10 @@ def _check_labels(
     return kept, bad
 
 
-def _chunks(matrix: Tensor) -> list[slice]:
+def _chunk_rows(matrix: Tensor) -> int:
     """Rows that stay in a CPU's cache while a dozen operations pass over them; all of them elsewhere."""
     rows, columns = matrix.shape
-    step = max(1, CHUNK_ELEMENTS // columns) if matrix.device.type == "cpu" else max(rows, 1)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return max(1, CHUNK_ELEMENTS // columns) if matrix.device.type == "cpu" else max(rows, 1)
 
 
 def _ce(
@@ -126,29 +206,39 @@ def _ce(
     smoothing, classes = spec.label_smoothing, student_NC.shape[1]
     if q is not None and smoothing:
         q = q * (1 - smoothing) + smoothing / classes
-    peak = grad_NC.new_empty(student_NC.shape[0])
-    for part in _chunks(student_NC):
-        p = torch.softmax(student_NC[part], 1, dtype=grad_NC.dtype)
-        torch.amax(p, 1, out=peak[part])
-        if q is not None:
-            p.mul_(q[part].sum(1, keepdim=True))  # for targets that do not sum to one
-        grad_NC[part].add_(p, alpha=spec.ce_weight)
-    # -log p_c = top - s_c with top = log sum exp; a softmax peaks at 1 / its sum, so no second exponential.
-    top = student_NC.amax(1).to(peak.dtype).sub_(peak.log_())
+    step, tops = _chunk_rows(student_NC), []
+    total = itertools.repeat(None) if q is None else q.sum(1, keepdim=True).split(step)
+    for s, grad, share in zip(student_NC.split(step), grad_NC.split(step), total, strict=False):
+        p = torch.softmax(s, 1, dtype=grad.dtype)
+        # -log p_c = top - s_c with top = log sum exp; a softmax peaks at 1 / its sum: no second exponential.
+        tops.append(s.amax(1).to(grad.dtype).sub_(p.amax(1).log_()))
+        if share is not None:
+            p.mul_(share)  # for targets that do not sum to one
+        grad.add_(p, alpha=spec.ce_weight)
+    top = _joined(tops)
     if q is not None:
         # 0 * inf is 0 here, as everywhere in these losses: a masked class costs nothing.
         grad_NC.sub_(q, alpha=spec.ce_weight)
         return (top[:, None] - student_NC).mul_(q).masked_fill_(q == 0, 0).sum(1)
-    losses = []
-    for label, share in [(a, None)] if b is None or lam is None else [(a, lam), (b, 1 - lam)]:
-        index = label[:, None]
-        weight = torch.full_like(top, 1 - smoothing) if share is None else share.to(top.dtype) * (1 - smoothing)
-        losses.append((top - student_NC.gather(1, index).squeeze(1)).mul_(weight))
-        grad_NC.scatter_add_(1, index, weight.mul_(-spec.ce_weight)[:, None])
+    index, certain = a.unsqueeze(1), 1 - smoothing
+    loss = top - student_NC.gather(1, index).squeeze(1)
+    if b is None or lam is None:
+        grad_NC.scatter_(1, index, -spec.ce_weight * certain, reduce="add")
+    else:
+        index_b, share = b.unsqueeze(1), lam.to(top.dtype)
+        loss.lerp_(top - student_NC.gather(1, index_b).squeeze(1), 1 - share)
+        weight = (-spec.ce_weight * certain * share).unsqueeze(1)
+        grad_NC.scatter_add_(1, index, weight)
+        grad_NC.scatter_add_(1, index_b, (-spec.ce_weight * certain) - weight)
     if smoothing:
-        losses.append((top - student_NC.mean(1, dtype=top.dtype)).mul_(smoothing))
+        loss.mul_(certain).add_(top - student_NC.mean(1, dtype=top.dtype), alpha=smoothing)
         grad_NC.sub_(spec.ce_weight * smoothing / classes)
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+    return loss
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """By row, from chunks of rows; an empty batch is one chunk."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _kd(student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKDSpec, grad_NC: Tensor) -> Tensor:
@@ -157,10 +247,12 @@ def _kd(student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKD
     In float64 whatever comes in: at T = 32 the two sides' log-probabilities agree in most digits, and their
     float32 difference keeps few (up to 68 % off).
     """
-    rows = [_kd_rows(student_NC[part], teacher_NC[part], None if label is None else label[part], spec, grad_NC[part])
-            for part in _chunks(student_NC)]  # fmt: skip
-    loss = rows[0] if len(rows) == 1 else torch.cat(rows) if rows else grad_NC.new_empty(0)
-    return loss.mul_(spec.temperature**2)
+    step, rows = _chunk_rows(student_NC), []
+    labels = itertools.repeat(None) if label is None else label.split(step)
+    chunks = (x.split(step) for x in (student_NC, teacher_NC, grad_NC))
+    for s, t, grad, y in zip(*chunks, labels, strict=False):
+        rows.append(_kd_rows(s, t, y, spec, grad))
+    return _joined(rows).mul_(spec.temperature**2)
 
 
 def _kd_rows(

@@ -249,6 +249,15 @@ def test_gradient_may_be_taken_twice_and_scaled() -> None:
         assert kernels.ce_kd_loss(s, t) == loss
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+def test_a_second_derivative_is_refused(dtype: torch.dtype) -> None:
+    s, t = draw(4, 6, dtype=dtype).requires_grad_(), draw(4, 6, seed=1, dtype=dtype)
+    loss = kernels.ce_kd_loss(s, t, labels(4, 6))
+    (gradient,) = torch.autograd.grad(loss, s, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
 # ---- accuracy --------------------------------------------------------------------------------------------
 
 
@@ -269,6 +278,42 @@ def test_kl_stays_accurate_in_float32(apart: float, temperature: float) -> None:
     assert abs(ours.item() / truth - 1) <= 1e-6
     if temperature == 32 and apart == 0.01:
         assert abs(repdistiller_kd(s, t, 32.0).item() / truth - 1) > 1e-3  # what the usual form keeps
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("change", "short"),
+    [
+        (lambda s, t, y: None, True),
+        (lambda s, t, y: s.add_(6) + t.sub_(8), True),
+        (lambda s, t, y: t.mul_(40), True),
+        (lambda s, t, y: s.mul_(30), False),  # the student's probabilities underflow
+        (lambda s, t, y: s.add_(200), False),  # its exponentials overflow
+        (lambda s, t, y: s.sub_(30), False),  # all of them are small
+        (lambda s, t, y: (s[:, 3].fill_(-torch.inf), t[:, 3].fill_(-torch.inf)), False),
+        (lambda s, t, y: t[:, 3].fill_(-torch.inf), False),
+        (lambda s, t, y: t[2, 3].fill_(5e4), False),
+        (lambda s, t, y: y[4].fill_(-100), False),
+    ],
+    ids=["plain", "shifted", "certain teacher", "underflow", "overflow", "small", "masked", "teacher masks", "far",
+         "ignored"],
+)  # fmt: skip
+def test_the_short_way_is_the_long_way(change: Any, short: bool, dtype: torch.dtype, reduction: str) -> None:
+    y = labels(40, 20) % 3
+    s, t = (draw(40, 20, seed=i, dtype=dtype, scale=2) for i in (0, 1))
+    change(s, t, y)
+    spec = kernels.reference.CEKDSpec(3.0, 0.2, 0.8, 0.0, -100, "kd", 1.0, 8.0, False, reduction)
+    assert (kernels.reference.ce_kd_plain(s, t, y, spec) is not None) == short
+
+    def loss(x: Tensor) -> Tensor:
+        options: dict[str, Any] = {"temperature": 3.0, "ce_weight": 0.2, "kd_weight": 0.8, "reduction": reduction}
+        return kernels.ce_kd_loss(x, t.to(x.dtype), y, **options)
+
+    value, gradient = with_gradient(loss, s)
+    wanted, wanted_gradient = with_gradient(loss, s.double())
+    torch.testing.assert_close(value, wanted, rtol=1e-6, atol=0)
+    assert (gradient - wanted_gradient).abs().max() <= TOLERANCE[dtype] * wanted_gradient.abs().max()
 
 
 def test_equal_logits_and_features_cost_exactly_nothing() -> None:
