@@ -61,7 +61,6 @@ class Objective(nn.Module):
             ce_weight=study.ce_weight,
             kd_weight=study.kd_weight if "kd" in self.terms else 0.0,
         )
-        assert isinstance(loss, Tensor)  # a pair only where the parts are asked for
         mine, theirs = [features[s] for s, _ in self.pairs], [taught[t] for _, t in self.pairs]
         if "at" in self.terms:
             loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
