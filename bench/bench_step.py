@@ -1,0 +1,77 @@
+"""What a distillation term costs a whole training step: teacher forward, student forward, loss, backward, SGD.
+
+    pytest bench/bench_step.py --benchmark-json=step.json
+
+Each term is timed against the softmax-temperature term alone (`peer`), in turns in the same run, on synthetic batches.
+`extra_info`: ratio (times as fast as the peer; 0.95 is 5 % slower), images_per_s. CPU sizes, and those of CUDA where
+there is a device.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import Study
+from engine.data import Data, Part
+from engine.loader import Batches, train_batches
+from engine.space import load_space
+from engine.train import Stopwatch, Student, place, prepare, train
+from engine.trial import KDLoss
+
+ROUNDS, CLASSES, RESOLUTION = 5, 100, 32
+CUDA = pytest.param("cuda", 128, 40, 16, marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device")], id="cuda-128")  # fmt: skip
+SIZES = [pytest.param("cpu", 32, 6, 8, id="cpu-32"), CUDA]
+
+
+def batches(device: str, batch_size: int, steps: int) -> Batches:
+    labels = np.arange(batch_size * steps) % CLASSES
+    part = Part(labels, np.zeros((len(labels), RESOLUTION, RESOLUTION, 3), np.uint8), None)
+    data = Data(
+        "synthetic", part, part, part, tuple(map(str, range(CLASSES))), (0.5,) * 3, (0.25,) * 3, RESOLUTION, False
+    )
+    return train_batches(
+        part, np.arange(len(labels)), data=data, batch_size=batch_size, epochs=1, resolution=RESOLUTION, seed=0,
+        device=device, backend="synthetic",
+    )  # fmt: skip
+
+
+def seconds(member: Student, teacher: torch.nn.Module, feed: Batches, study: Study) -> float:
+    if feed.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    train([member], teacher, feed, study, Stopwatch())
+    if feed.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("kd_loss", ["at", "nst", "kd+at", "kd+nst"])
+@pytest.mark.parametrize(("device", "batch_size", "steps", "channels"), SIZES)
+def test_step(benchmark: Any, device: str, batch_size: int, steps: int, channels: int, kd_loss: KDLoss) -> None:
+    study = Study(batch_size=batch_size, lr=0.01)
+    space = load_space(f"nasbench201:channels={channels},cells=2")
+    feed = batches(device, batch_size, steps)
+    torch.manual_seed(0)
+    teacher = place(space.build((3,) * 6, CLASSES, 2.0), feed.device).eval().requires_grad_(False)
+    example = torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=feed.device)
+    ours, peer = (
+        prepare(space.build((3, 1, 2, 4, 3, 1), CLASSES, 1.0), teacher, study, loss, example)
+        for loss in (kd_loss, "kd")  # type: ignore[arg-type]
+    )
+    for member in (ours, peer):
+        seconds(member, teacher, feed, study)  # warm-up: compilation of the kernels, cuDNN's choice, allocation
+    times = [(seconds(ours, teacher, feed, study), seconds(peer, teacher, feed, study)) for _ in range(ROUNDS)]
+    assert ours.status == peer.status == "ok", (ours.error, peer.error)
+    benchmark.extra_info |= {
+        "peer": "kd",
+        "ratio": round(median(theirs / mine for mine, theirs in times), 3),
+        "images_per_s": round(batch_size * steps / median(mine for mine, _ in times)),
+    }
+    benchmark.pedantic(seconds, args=(ours, teacher, feed, study), rounds=1)
