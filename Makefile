@@ -21,6 +21,7 @@ check: lint test
 # Every bench in its CPU sizes: each measures a ratio against a peer in the same run.
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench/bench_*.py --benchmark-only
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/bench_surrogate.py
 
 # A stamp newer than what it was made from: a second call installs nothing.
 install: $(VENV)/.installed
