@@ -191,7 +191,12 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
             )
         wanted = Slots(**stored["slots"])
     content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
-    aside = path.with_suffix(".tmp")
-    aside.write_text(yaml.safe_dump(content, sort_keys=False))
-    aside.replace(path)
+    write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and moves it into place: a reader never sees half of it."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(path)

@@ -271,9 +271,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
         "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
         "seconds": round(seconds, 1),
     }
-    aside = ground.run_dir / "result.tmp"
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    aside.replace(ground.run_dir / "result.json")
+    config.write_whole(ground.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -319,9 +317,7 @@ def write_run_file(run_dir: Path, facts: Json) -> None:
             "versions": {name: _version(name) for name in VERSIONED},
         }
     )
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(stored, indent=2) + "\n")
-    aside.replace(path)
+    config.write_whole(path, json.dumps(stored, indent=2) + "\n")
 
 
 def _version(name: str) -> str | None:

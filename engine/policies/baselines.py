@@ -88,15 +88,25 @@ def gp(candidates: Candidates, history: History, plan: Plan, slots: int) -> list
     return _take(candidates, history, plan, high, slots, _gp_bound(candidates, high.rows, high.values))
 
 
+def _low_batch(
+    candidates: Candidates, history: History, plan: Plan, low: Scores, slots: int
+) -> list[Trial] | None:
+    """Random low-fidelity runs, then the wait for them, then None; full runs at random where none gave a score."""
+    wanted = _low_runs(candidates, plan)
+    if low.trials < wanted:
+        return _random_low(candidates, history, plan, low, min(slots, wanted - low.trials))
+    if len(low.pending):
+        return []
+    return None if len(low) else random(candidates, history, plan, slots)
+
+
 def mfkd1(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
     """The paper's first algorithm: random low-fidelity runs, a Gaussian process of them, full runs down the order of
     its mean."""
     low, high = scores(candidates, history, plan.lows[0]), scores(candidates, history, plan.high)
-    wanted = _low_runs(candidates, plan)
-    if low.trials < wanted:
-        return _random_low(candidates, history, plan, low, min(slots, wanted - low.trials))
-    if len(low.pending) or not len(low):
-        return [] if len(low.pending) else random(candidates, history, plan, slots)
+    first = _low_batch(candidates, history, plan, low, slots)
+    if first is not None:
+        return first
     mean, _ = fit_gp(_features(candidates)[low.rows], low.values).predict(_features(candidates))
     return _take(candidates, history, plan, high, slots, mean)
 
@@ -124,11 +134,9 @@ def cokriging(candidates: Candidates, history: History, plan: Plan, slots: int) 
     """Co-kriging (Kennedy and O'Hagan 2000): a Gaussian process of the low scores, scaled, plus one of what is left
     of the full results; upper confidence bound."""
     low, high = scores(candidates, history, plan.lows[0]), scores(candidates, history, plan.high)
-    wanted = _low_runs(candidates, plan)
-    if low.trials < wanted:
-        return _random_low(candidates, history, plan, low, min(slots, wanted - low.trials))
-    if len(low.pending) or not len(low):
-        return [] if len(low.pending) else random(candidates, history, plan, slots)
+    first = _low_batch(candidates, history, plan, low, slots)
+    if first is not None:
+        return first
     x = _features(candidates)
     mean, std = fit_gp(x[low.rows], low.values).predict(x)
     if len(high) < 4:
