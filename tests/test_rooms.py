@@ -11,8 +11,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"engine", "kernels", "surrogate", "cli", "bench", "tests"}
+COMMANDS = ROOT / "engine" / "commands"
 WORDS = {"trial", "space", "config"}
-BRAIN = {"journal", "clock", "policy", "policies", "tables", "replay", "fleet", "dispatch", "progress", "search"}
+BRAIN = {
+    "clock",
+    "commands",
+    "dispatch",
+    "fleet",
+    "journal",
+    "policies",
+    "policy",
+    "progress",
+    "replay",
+    "search",
+    "tables",
+}
 HANDS = {"fleet"}  # hands tasks over: on a worker it imports the worker's tasks
 
 
@@ -80,7 +93,7 @@ def test_an_engine_of_others_has_one_door(package: str, home: str) -> None:
 
 
 def test_the_brain_starts_without_torch() -> None:
-    modules = sorted(BRAIN | WORDS | {"spaces"})
+    modules = sorted(BRAIN | WORDS | {"spaces"} | {f"commands.{path.stem}" for path in COMMANDS.glob("[!_]*.py")})
     code = (
         "import importlib, sys\n"
         f"for name in {modules}: importlib.import_module('engine.' + name)\n"

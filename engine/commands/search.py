@@ -1,0 +1,61 @@
+"""`search`: start or continue a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
+from engine.config import Budget, Resources, Study
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    made = command_parser("Start or continue a search: the same command line continues it.")
+    add_options(made, Study)
+    add_options(made, Budget)
+    add_options(made, Resources)
+    add_run_options(made)
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.progress import Display
+    from engine.search import search
+
+    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
+    with Display(values.progress) as show:
+        result = search(study, budget, resources, run_folder(values), show)
+        show.say(summary(result))
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result for people: the winner, what it took, and how well the cheap judgement ranked."""
+    best, counts = result["winner"], result["evaluations"]
+    tau = {name: "unknown (under 3 pairs)" if value is None else value for name, value in result["tau"].items()}
+    return (
+        f"winner {best['architecture']}: valid {best['valid_accuracy']:.4f}, test {best['test_accuracy']:.4f}, "
+        f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"
+        f"            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
+        f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
+        f"MACs alone {tau['macs_vs_high']}"
+    )
+
+
+def with_defaults(arguments: list[str]) -> list[str]:
+    """A search that is not told what to search runs the demo, on whatever device it is told to."""
+    settings = {"-c", "--config", "--help", "-h"}
+    for kind in (Study, Budget):
+        settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
+    given = {word.split("=")[0].split(".")[0] for word in arguments if word.startswith("-")}
+    if given & settings:
+        return arguments
+    print(f"nothing to search given: the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
+    return ["-c", str(DEMO), *arguments]
