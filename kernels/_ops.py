@@ -43,6 +43,23 @@ def _function(forward: Callable[..., Any], save: Callable[..., None], differenti
     return type(forward.__name__, (torch.autograd.Function,), members)
 
 
+def _register(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> tuple[Any, Any]:
+    """The operators of a loss and of its gradient, which looks like the student, as `torch.compile` traces them."""
+    operator = custom_op(f"mfkd_kernels::{name}", forward, mutates_args=())
+    operator.register_fake(fake)
+    operator.register_autograd(differentiate, setup_context=save)
+    gradient = custom_op(f"mfkd_kernels::{name}_backward", backward, mutates_args=())
+    gradient.register_fake(lambda student, *_: torch.empty_like(student))
+    return operator, gradient
+
+
 # ---- cross entropy + knowledge distillation ------------------------------------------------------------
 
 
@@ -192,13 +209,9 @@ def _attention_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tenso
     return (grad, None, None, None, None, None)
 
 
-attention_op = custom_op("mfkd_kernels::attention", attention_forward, mutates_args=())
-attention_op.register_fake(_attention_fake)
-attention_op.register_autograd(_attention_differentiate, setup_context=_attention_save)
-attention_backward_op = custom_op("mfkd_kernels::attention_backward", attention_backward, mutates_args=())
-attention_backward_op.register_fake(lambda student, *_: torch.empty_like(student))
-
-
+attention_op, attention_backward_op = _register(
+    "attention", attention_forward, attention_backward, _attention_fake, _attention_save, _attention_differentiate
+)
 _Attention = _function(attention_forward, _attention_save, _attention_differentiate)
 
 
@@ -256,13 +269,9 @@ def _nst_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | No
     return (grad, None, None, None, None, None)
 
 
-nst_op = custom_op("mfkd_kernels::nst", nst_forward, mutates_args=())
-nst_op.register_fake(_nst_fake)
-nst_op.register_autograd(_nst_differentiate, setup_context=_nst_save)
-nst_backward_op = custom_op("mfkd_kernels::nst_backward", nst_backward, mutates_args=())
-nst_backward_op.register_fake(lambda student, *_: torch.empty_like(student))
-
-
+nst_op, nst_backward_op = _register(
+    "nst", nst_forward, nst_backward, _nst_fake, _nst_save, _nst_differentiate
+)
 _NST = _function(nst_forward, _nst_save, _nst_differentiate)
 
 
