@@ -11,6 +11,7 @@ import resource
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> 
     torch.manual_seed(study.seed)
     built = teachers.build(network, len(data.classes), data.resolution, pretrained)
     fidelity = Fidelity("teacher", epochs=study.teacher_epochs)
+    losses: tuple[float, ...] = ()
     if not pretrained:
         indices, batch_size = _subset(bench, fidelity)
         example = torch.zeros(2, 3, data.resolution, data.resolution, device=bench.device)
@@ -252,7 +254,9 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> 
             device=str(bench.device),
             backend=study.data_backend,
         )
-        train([pupil], None, batches, study, Stopwatch())
+        totals = [0.0]
+        train([pupil], None, batches, study, Stopwatch(), lambda _: totals.append(pupil.loss_sum.item()))
+        losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
         if pupil.status != "ok":
             raise EngineError(f"the teacher's training failed: {pupil.error}; try a lower --lr")
     built = teachers.freeze(built, bench.device)
@@ -267,6 +271,7 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> 
         epochs=0 if pretrained else study.teacher_epochs,
         accuracy=_accuracy(bench, built, data.valid, fidelity),
         seconds=time.perf_counter() - start,
+        losses=losses,
     )
     teachers.save(path, built, card)
 

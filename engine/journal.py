@@ -46,10 +46,12 @@ class History:
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal holds: every trial asked, by number, and the answers that came, by trial number."""
+    """What a journal holds: every trial asked, by number, and the answers that came, by trial number, as they arrived;
+    `known[i]` of these were there when `asked[i]` was."""
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
+    known: list[int]
 
 
 class Journal:
@@ -117,8 +119,9 @@ def read(path: Path) -> Record:
     """
     asked: list[Trial] = []
     answers: dict[int, Evaluation] = {}
+    known: list[int] = []
     if not path.exists():
-        return Record(asked, answers)
+        return Record(asked, answers, known)
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -127,6 +130,7 @@ def read(path: Path) -> Record:
                 entry = json.loads(line)
                 if "asked" in entry:
                     asked.append(trial_from_json(entry["asked"]))
+                    known.append(len(answers))
                 elif "answered" in entry:
                     evaluation = evaluation_from_json(entry["answered"])
                     answers.setdefault(evaluation.trial.number, evaluation)
@@ -139,4 +143,4 @@ def read(path: Path) -> Record:
                 raise EngineError(
                     f"{path}, line {number}: not a line that this program wrote ({error}); restore the file from a copy"
                 ) from error
-    return Record(asked, answers)
+    return Record(asked, answers, known)

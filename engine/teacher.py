@@ -25,7 +25,8 @@ class Card:
     """What a weights file says of itself.
 
     `network` is what `build` takes: SPACE#ARCHITECTURE or torchvision:NAME. `accuracy` is on the validation part,
-    0..1; `mean` and `std` are the normalisation that the network was trained with.
+    0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are the means over each
+    epoch of its training; () where the weights were made elsewhere.
     """
 
     network: str
@@ -38,6 +39,7 @@ class Card:
     epochs: int
     accuracy: float
     seconds: float
+    losses: tuple[float, ...] = ()
 
 
 class Tapped(nn.Module):

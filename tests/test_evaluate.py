@@ -165,6 +165,8 @@ def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, study: Study
     card = teacher.read_card(path)
     assert card.network == f"{SPACE}#3-3-3-3-3-3"
     assert card.epochs == study.teacher_epochs
+    assert len(card.losses) == study.teacher_epochs
+    assert 0 < card.losses[-1] < card.losses[0]  # means of an epoch, falling
 
 
 def test_a_teacher_of_other_classes_is_refused(task: Tasks, tmp_path: Path) -> None:
