@@ -37,6 +37,12 @@ class NoWinner(EngineError):
     exit_code = 4
 
 
+class Drained(EngineError):
+    """The search was told to stop and has; the same command continues it."""
+
+    exit_code = 75
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """A point of a search space: one option index per choice."""
@@ -107,9 +113,10 @@ class Evaluation:
     """A measurement: the trial, how it ended, accuracy in 0..1 on the validation part, and what it cost.
 
     `seconds` is the wall time of the whole evaluation on its worker; `costs` splits it (train, teacher, data,
-    evaluate, setup; seconds) and holds images_per_s and peak_memory_bytes. `test_accuracy` is known in tables of
-    recorded results only: a search reads the test part once, for its winner. No policy looks at it. `error` says
-    why a status is not "ok".
+    evaluate, setup; seconds) and holds images_per_s and peak_memory_bytes. `worker` names where it was made and
+    `started` when that began (seconds since 1970; 0: not known); a cohort begins at once and shares its seconds.
+    `test_accuracy` is known in tables of recorded results only: a search reads the test part once, for its winner.
+    No policy looks at it. `error` says why a status is not "ok".
     """
 
     trial: Trial
@@ -121,6 +128,8 @@ class Evaluation:
     macs: int = 0
     params: int = 0
     device: str = ""
+    worker: str = ""
+    started: float = 0.0
     error: str = ""
 
     @property
