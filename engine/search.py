@@ -71,10 +71,7 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
     Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
     """
     start = time.monotonic()
-    config.check(study, budget, resources)
-    if study.method not in policy.METHODS:
-        raise UsageError(f"no method '{study.method}'; there are {', '.join(policy.METHODS)}")
-    space = load_space(study.space)
+    space = checked(study, budget, resources)
     wanted = layout(resources)
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -93,6 +90,14 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
             return conclude(ground, history, best, fleet, time.monotonic() - start)
         finally:
             fleet.close()
+
+
+def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
+    """The space of a configuration that can work; UsageError for one that cannot, before anything is started."""
+    config.check(study, budget, resources)
+    if study.method not in policy.METHODS:
+        raise UsageError(f"no method '{study.method}'; there are {', '.join(policy.METHODS)}")
+    return load_space(study.space)
 
 
 def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
