@@ -64,6 +64,8 @@ def run_probe(task: Json) -> Json:
     return {
         "classes": list(bench.data.classes),
         "resolution": bench.data.resolution,
+        "mean": list(bench.data.mean),
+        "std": list(bench.data.std),
         "fingerprint": fingerprint(bench.data),
         "images": {"train": len(bench.data.train.labels), "valid": len(bench.data.valid.labels)},
         "device": device_name(bench.device),

@@ -314,7 +314,7 @@ def write_run_file(run_dir: Path, facts: Json) -> None:
     before = stored.setdefault("fingerprint", facts["fingerprint"])
     if before != facts["fingerprint"]:
         raise UsageError(f"the data have changed since {run_dir} was begun; restore them, or choose another --run-dir")
-    stored["data"] = {name: facts[name] for name in ("classes", "resolution", "images")}
+    stored["data"] = {name: facts[name] for name in ("classes", "resolution", "mean", "std", "images")}
     stored["calls"].append(
         {
             "command": sys.argv,
