@@ -9,12 +9,15 @@ import logging
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from jsonargparse import Namespace
+from engine import __version__
+from engine.trial import EngineError, EnvironmentUnusable
 
-from engine.trial import EngineError
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distillation."
 # Each is a module of engine/commands; only the one that is called is imported.
@@ -22,23 +25,33 @@ COMMANDS = {
     "search": "start or continue a search; without options, a demo of minutes",
     "teacher": "train a teacher, or check one",
     "replay": "run search methods on a table of recorded results",
+    "status": "one screen about a run, while it runs or after it",
+    "trials": "the evaluations of a run: list, filter, sort, CSV",
+    "explain": "why an architecture of a run was trained in full, or was not",
+    "config": "the resolved configuration of a search, and where each value came from",
+    "doctor": "what this machine has and lacks: versions, devices, kernel, loader and file-system tests",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code (docs/design.md lists them)."""
     signal.signal(signal.SIGTERM, _terminate)
+    verbose = False
     try:
         command, values = parse(sys.argv[1:] if arguments is None else arguments)
+        verbose = values.get("verbose", False)
+        if verbose:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         result = command.run(values)
     except EngineError as error:
+        if verbose:
+            traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     except Exception as error:
-        logging.getLogger(__name__).debug("internal error", exc_info=True)
         traceback.print_exc()
         print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -55,24 +68,38 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
     if name in ("-h", "--help"):
         print(overview())
         raise SystemExit(0)
+    if name == "--version":
+        print(f"mfkd {__version__}")
+        raise SystemExit(0)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         _refuse(f"no command '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
-    command = importlib.import_module(f"engine.commands.{name}")
+    try:
+        command = importlib.import_module(f"engine.commands.{name}")
+    except ModuleNotFoundError as error:
+        raise EnvironmentUnusable(
+            f"the package {error.name} is not installed for {sys.executable}; "
+            "run: make install; . .venv/bin/activate"
+        ) from error
     parser = command.parser()
-    parser.prog = f"cli.py {name}"
+    parser.prog = f"{program()} {name}"
     return command, parser.parse_args(command.with_defaults(rest) if hasattr(command, "with_defaults") else rest)
 
 
 def overview() -> str:
     """What `--help` prints: the commands, a line each."""
     lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    head = f"usage: cli.py COMMAND [options]\n\n{DESCRIPTION}\n\ncommands:"
-    return "\n".join([head, *lines, "\ncli.py COMMAND --help lists the options of a command"])
+    head = f"usage: {program()} COMMAND [options]\n\n{DESCRIPTION}\n\ncommands:"
+    return "\n".join([head, *lines, f"\n{program()} COMMAND --help is the manual of a command; --version"])
+
+
+def program() -> str:
+    """What the user typed: `mfkd` where it is installed, `cli.py` in a checkout; the same program."""
+    return "mfkd" if Path(sys.argv[0]).name == "mfkd" else "cli.py"
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"cli.py: {message}\nSee cli.py --help", file=sys.stderr)
+    print(f"{program()}: {message}\nSee {program()} --help", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
 from engine.trial import Fidelity
@@ -33,6 +35,30 @@ FIDELITY_HELP = {
     "resolution": "pixels; 0 is the data's own",
     "kd_loss": "distillation terms beside the cross entropy",
 }
+
+
+METAVARS: dict[Any, str] = {int: "N", float: "X", Fraction: "P/Q"}
+
+
+class Manual(DefaultHelpFormatter):
+    """Help as text and default; the types are seen from the text, the default, or the choices."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        silent = any(action.default is none for none in (None, "", argparse.SUPPRESS))
+        if silent or not action.option_strings or action.nargs == 0:
+            return text
+        return f"{text} (default: {'no limit' if action.default == math.inf else '%(default)s'})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = action.type or getattr(action, "_typehint", None)
+        return METAVARS[kind] if kind in METAVARS else super()._get_default_metavar_for_optional(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Descriptions and examples keep their lines."""
+        return "\n".join(indent + line for line in text.splitlines())
 
 
 class Parser(ArgumentParser):
@@ -81,9 +107,16 @@ def gather(kind: Callable[..., Any], values: Namespace) -> Any:
     return kind(**arguments)
 
 
-def command_parser(description: str) -> ArgumentParser:
-    """The parser of a command: flags in full, and `-c` for a YAML file of them."""
-    parser = Parser(usage="%(prog)s [options]", allow_abbrev=False, description=description)
+def command_parser(description: str, examples: str = "") -> ArgumentParser:
+    """The parser of a command: flags in full, and `-c` for a YAML file of them. `examples` are lines of arguments."""
+    parser = Parser(
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+        description=description,
+        epilog="\n".join(["examples:", *(f"  %(prog)s {line}" for line in examples.splitlines())] if examples else []),
+        formatter_class=Manual,
+        print_config=None,  # `config` does that
+    )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of flags; later ones win")
     return parser
 
@@ -95,8 +128,29 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True) -> None:
         group.add_argument("--name", type=str, default="search", help="name of the run: its folder is runs/NAME")
         group.add_argument("--run-dir", type=str | None, default=None, help="run folder, instead of runs/NAME")
     group.add_argument(
-        "--progress", type=Literal["auto", "bar", "lines", "none"], default="auto", help="what is shown on stderr"
+        "--progress",
+        type=Literal["auto", "bar", "lines", "none"],
+        default="auto",
+        help="what is shown on stderr; auto is bars on a terminal and lines elsewhere",
     )
+    group.add_argument(
+        "-q",
+        "--quiet",
+        dest="progress",
+        action="store_const",
+        const="none",
+        default="auto",
+        help="nothing on stderr but errors: --progress none",
+    )
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="also show what libraries log, and where an error came from"
+    )
+
+
+def add_run_argument(parser: ArgumentParser) -> None:
+    """The run that a command looks into, as its first word."""
+    parser.usage = "%(prog)s RUN [options]"
+    parser.add_argument("run", metavar="RUN", type=str, help="run folder, or a name under runs/")
 
 
 def run_folder(values: Namespace) -> Path:

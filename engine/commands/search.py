@@ -12,12 +12,17 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
 from engine.config import Budget, Resources, Study
 
+EXAMPLES = """\
+--data photos/ --space mobilenetv2 --name photos
+--data photos/ --space mobilenetv2 --name photos --gpus 8     the same run, continued on eight GPUs
+-c configs/cifar100-mobilenetv2.yaml --max-macs 60e6          the paper's setting, small networks only
+-c my.yaml --dry-run                                          what it would cost here"""
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser("Start or continue a search: the same command line continues it.")
+    made = command_parser("Start or continue a search: the same command line continues it.", EXAMPLES)
     add_options(made, Study)
     add_options(made, Budget)
     add_options(made, Resources)

@@ -1,0 +1,138 @@
+"""Self-tests of what a worker stands on: the kernels and the loader. `python -m engine.selftest NAME DEVICE`.
+
+`doctor` runs each in a process of its own, since a library that is broken may end the process. The last line of stdout
+is what was found; a traceback on stderr and an exit code say that something is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from engine.batches import Batch
+from engine.data import Data, Part, load
+from engine.loader import Backend, eval_batches, train_batches
+from kernels import attention_transfer_loss, ce_kd_loss, nst_loss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+TOLERANCE = 1e-4  # relative, of float32 losses and of gradients against their largest entry
+
+
+def kernels(device: str) -> str:
+    """The losses against their textbook formulas, and the Triton kernels against the losses' reference."""
+    torch.manual_seed(0)
+    labels = torch.randint(10, (8,), device=device)
+
+    def ce_kd(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+        return ce_kd_loss(student, teacher, labels, temperature=4.0, ce_weight=1.0, kd_weight=1.0, backend=backend)
+
+    def textbook_ce_kd(student: Tensor, teacher: Tensor) -> Tensor:
+        soft = F.kl_div(F.log_softmax(student / 4, 1), F.softmax(teacher / 4, 1), reduction="batchmean")
+        return F.cross_entropy(student, labels) + 16 * soft
+
+    cases: list[tuple[str, tuple[int, ...], Callable[..., Tensor], Loss]] = [
+        ("ce_kd", (8, 10), ce_kd, textbook_ce_kd),
+        ("attention", (2, 6, 8, 8), attention_transfer_loss, _textbook_attention),
+        ("nst", (2, 6, 8, 8), nst_loss, _textbook_nst),
+    ]
+    compiled = device != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    for name, shape, loss, textbook in cases:
+        student, teacher = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        reference = _with_gradient(partial(loss, backend="reference"), student, teacher)
+        _compare(f"{name}: reference against the textbook", reference, _with_gradient(textbook, student, teacher))
+        if compiled:
+            kernel = _with_gradient(partial(loss, backend="triton"), student, teacher)
+            _compare(f"{name}: Triton against the reference", kernel, reference)
+    how = "not run" if not compiled else "interpreted" if device == "cpu" else "compiled"
+    return f"{', '.join(case[0] for case in cases)}: reference agrees with the textbook; Triton kernels {how}"
+
+
+def loader(device: str) -> str:
+    """DALI's batches of arrays against the resident backend's, and of JPEG files against their colours."""
+    data = load("glyphs:144")
+    backends: tuple[Backend, Backend] = ("dali", "resident")
+    ours, other = (_first_batch(data, device, backend).images.float() for backend in backends)
+    error = (ours - other).abs().max().item()
+    if error > (1e-4 if device == "cpu" else 1e-2):
+        raise RuntimeError(f"DALI's pixels differ from the resident backend's by {error:.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = tuple(str(Path(folder) / f"{level}.jpg") for level in (50, 200))
+        for file, level in zip(files, (50, 200), strict=True):
+            Image.new("RGB", (40, 30), (level, level, level)).save(file)
+        part = Part(np.arange(2), None, files)
+        plain = replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        batch = next(iter(eval_batches(part, data=plain, batch_size=2, resolution=16, device=device)))
+        levels = [round(255 * image.float().mean().item()) for image in batch.images]
+    if any(abs(level - true) > 2 for level, true in zip(levels, (50, 200), strict=True)):
+        raise RuntimeError(f"JPEG files of the grey levels 50 and 200 were read as {levels}")
+    return "arrays and JPEG files come out right; the cache can be written"
+
+
+def device(name: str) -> str:
+    """What torch makes of a GPU."""
+    torch.ones(8, device=name).sum().item()  # the driver is asked for work, not for its name alone
+    major, minor = torch.cuda.get_device_capability(name)
+    memory = torch.cuda.get_device_properties(name).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(name)}, {memory:.0f} GiB, compute capability {major}.{minor}"
+
+
+TESTS = {"device": device, "kernels": kernels, "loader": loader}
+
+
+def _first_batch(data: Data, device: str, backend: Backend) -> Batch:
+    batches = train_batches(
+        data.train,
+        np.arange(len(data.train)),
+        data=data,
+        batch_size=16,
+        epochs=1,
+        resolution=data.resolution,
+        seed=0,
+        device=device,
+        backend=backend,
+    )
+    return next(iter(batches))
+
+
+def _textbook_attention(student: Tensor, teacher: Tensor) -> Tensor:
+    maps = [F.normalize(feature.square().mean(1).flatten(1)) for feature in (student, teacher)]
+    return (maps[0] - maps[1]).square().mean()
+
+
+def _textbook_nst(student: Tensor, teacher: Tensor) -> Tensor:
+    a, b = (F.normalize(feature.flatten(2), dim=2) for feature in (student, teacher))
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.mT).square().mean((1, 2))
+
+    return (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)).mean()
+
+
+def _with_gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf, teacher)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+def _compare(what: str, got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    for name, one, other in zip(("loss", "gradient"), got, wanted, strict=True):
+        error = ((one - other).abs().max() / other.abs().max()).item()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"{what}: the {name} is off by {error:.1e} of its size")
+
+
+if __name__ == "__main__":
+    test, where = sys.argv[1:]
+    print(TESTS[test](where))

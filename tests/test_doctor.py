@@ -1,0 +1,71 @@
+"""`doctor` says what works here, and ends with 3 where something does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+import cli
+from engine import doctor
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_here_everything_needed_works_and_json_says_the_same(
+    no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--json", f"--run-dir={tmp_path / 'runs'}"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    status = {finding["name"]: finding["status"] for finding in report["findings"]}
+    assert report["ok"]
+    assert {status[name] for name in ("packages", "kernel self-test", "DALI self-test", "free space")} == {"ok"}
+    assert "interpreted" in next(f["detail"] for f in report["findings"] if f["name"] == "kernel self-test")
+    assert not (tmp_path / "runs").exists(), "looking must leave nothing behind"
+
+
+def test_a_device_that_is_not_there_is_broken_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-pretended")
+    assert cli.main(["doctor", f"--run-dir={tmp_path}"]) == 3
+    out, err = capsys.readouterr()
+    assert "BROKEN" in out
+    assert "torch on GPU GPU-pretended" in err
+    assert "--device cpu" in " ".join(out.split())
+
+
+def test_gpus_and_their_slices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended nvidia-smi, with the output of an H100 that is cut in two."""
+    said = "GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a)\n"
+    said += "  MIG 3g.40gb     Device  1: (UUID: MIG-b)\n"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nif [ $1 = -L ]; then printf '{said}'; else echo 'NVIDIA H100, 81559 MiB, 580.1'; fi\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = doctor._driver(("MIG-a", "MIG-b"))
+    assert found.status == "ok"
+    for fact in ("NVIDIA H100", "580.1", "MIG 3g.40gb MIG-a", "MIG-b", "2 visible"):
+        assert fact in found.detail
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18\n")
+    found = doctor._driver(("0",))
+    assert (found.status, "version mismatch" in found.detail) == ("broken", True)
+
+
+def test_a_folder_that_cannot_be_written_is_broken(tmp_path: Path) -> None:
+    (found,) = doctor._folder(Path("/proc/runs"))
+    assert found.status == "broken"
+    assert "--run-dir" in found.remedy
+
+
+def test_a_package_that_is_too_old_or_missing_is_named() -> None:
+    assert doctor._package("numpy>=2.0")[1] == ""
+    assert "is needed" in doctor._package("numpy>=99.5")[1]
+    assert doctor._package("no-such-package>=1")[1] == "no-such-package is missing"
