@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.train import Student
+from engine.student import Student
+from engine.weights import aside
 
 
 def save(path: Path, member: Student, epochs: int) -> None:
     """Writes what `member` is after `epochs` epochs, aside first, so that a crash leaves the last state or this one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "epochs": epochs,
         "network": member.network.state_dict(),
         "objective": member.objective.state_dict(),
         "optimiser": member.optimiser.state_dict(),
         "loss_sum": member.loss_sum,
+        "average": member.average,
     }
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(state, aside)
-    aside.replace(path)
+    with aside(path) as partial:
+        torch.save(state, partial)
 
 
 def restore(path: Path, member: Student) -> int:
@@ -39,13 +38,16 @@ def restore(path: Path, member: Student) -> int:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         state = {}
     # All is compared before anything is loaded: a student that is half of another would be worse than a fresh one.
-    if not (_fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))):
+    fits = _fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))
+    if not fits or (state.get("average") is None) != (member.average is None):
         path.unlink()
         return 0
     member.network.load_state_dict(state["network"])
     member.objective.load_state_dict(state["objective"])
     member.optimiser.load_state_dict(state["optimiser"])
     member.loss_sum.copy_(state["loss_sum"])
+    for mine, stored in zip(member.average or [], state.get("average") or [], strict=True):
+        mine.copy_(stored)
     return int(state["epochs"])
 
 

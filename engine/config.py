@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,6 +16,7 @@ import yaml
 from engine.trial import Fidelity, UsageError, fidelity_from_json, fidelity_to_json
 
 T = TypeVar("T")
+Execution = Literal["auto", "graph", "eager"]
 
 
 def option(default: T, text: str) -> T:
@@ -52,6 +54,9 @@ class Study:
     lr: float = option(0.1, "peak learning rate of SGD; cosine decay to 0")
     momentum: float = option(0.9, "Nesterov momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay of SGD")
+    ema_decay: float = option(
+        0.0, "decay of the running average of the weights that full-fidelity evaluations score and keep; 0 is none"
+    )
     amp_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "precision of the forward pass; auto is bfloat16 on CUDA and float32 on CPU"
     )
@@ -79,8 +84,18 @@ class Resources:
 
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto takes the GPUs there are, else the CPU cores")
     gpus: str = option("auto", "auto, a count (8), or a choice among the visible (0,2)")
-    students_per_gpu: int = option(1, "worker processes that share one GPU")
-    cohort: int = option(4, "low-fidelity students trained side by side in a worker, on the same batches")
+    students_per_gpu: str = option(
+        "auto",
+        "low-fidelity students trained side by side in a worker process, on the same batches; auto is 8 on a GPU, as "
+        "far as its memory goes, and 4 on a CPU core",
+    )
+    execution: Execution = option(
+        "auto", "how students' steps run on a GPU: as CUDA graphs, eagerly, or (auto) as graphs where they can and pay"
+    )
+    teacher_cache: str = option(
+        "2GiB", "memory per worker for what the teacher said of a batch, for later students that see it; 0 is none"
+    )
+    compile: bool = option(False, "torch.compile the networks of full-fidelity evaluations")
     workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
 
 
@@ -114,8 +129,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("max-high", budget.max_high, 1),
         ("max-failures", budget.max_failures, 1),
         ("workers", resources.workers, 0),
-        ("students-per-gpu", resources.students_per_gpu, 1),
-        ("cohort", resources.cohort, 1),
+        ("students-per-gpu", side_by_side(resources, gpu=False), 1),
     ):
         if value < least:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
@@ -129,10 +143,38 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
     ):
         if not number > 0:
             raise UsageError(f"--{name} is {number}; it must be over 0")
+    if not 0 <= study.ema_decay < 1:
+        raise UsageError(f"--ema-decay is {study.ema_decay}; it must be at least 0 and below 1, like 0.999")
+    if resources.execution == "graph" and resources.device == "cpu":
+        raise UsageError("--execution graph needs a GPU; leave it out, or leave out --device cpu")
+    parse_bytes("teacher-cache", resources.teacher_cache)
     if not 0 < study.valid_fraction <= 0.5:
         raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be over 0 and at most 0.5")
     if study.high.kd_loss != "none" and study.low.kd_loss == "none":
         raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
+
+
+def side_by_side(resources: Resources, gpu: bool) -> int:
+    """How many low-fidelity students share a worker's batches and its teacher; UsageError for what is no number.
+
+    Where memory does not hold so many, the worker takes fewer at a time: that changes no score.
+    """
+    if resources.students_per_gpu == "auto":
+        return 8 if gpu else 4
+    try:
+        return int(resources.students_per_gpu)
+    except ValueError:
+        raise UsageError(f"--students-per-gpu is '{resources.students_per_gpu}'; give auto or a number") from None
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """Bytes of a size like 2GiB, 500MB or 0; UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--{flag} is '{text}'; give a size like 2GiB or 500MB, 0 for none")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper()) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def to_dict(config: Study | Budget | Resources) -> dict[str, Any]:
@@ -182,7 +224,9 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     path = run_dir / "config.yaml"
     if path.exists():
         stored = yaml.safe_load(path.read_text())
-        before, now = dict(flatten(stored["study"])), dict(flatten(to_dict(study)))
+        # A setting that an older version did not have is at its default.
+        before = {**dict(flatten(to_dict(Study()))), **dict(flatten(stored["study"]))}
+        now = dict(flatten(to_dict(study)))
         changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
         if changed:
             raise UsageError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from kernels import HintLoss, attention_transfer_loss, ce_kd_loss, nst_loss, sim
 
 # What a student or teacher returns: logits (N, classes) and stage features [(N, C_i, H_i, W_i)], coarse last.
 Output = tuple[Tensor, Sequence[Tensor]]
+# What a loss reads of a teacher's stage: (its index, whether the attention map is all that is read).
+Tap = tuple[int, bool]
+# What students learn from: the teacher's logits, and by tap its features.
+Lesson = tuple[Tensor, Mapping[Tap, Tensor]]
 
 
 def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[tuple[int, int]]:
@@ -27,8 +31,25 @@ def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[t
     return sorted(shared) or [(len(student) - 1, len(teacher) - 1)]
 
 
+def lesson(teacher: Output, taps: Collection[Tap]) -> Lesson:
+    """What the losses read of a teacher's output: a feature (N, C, H, W), or its attention map (N, 1, H, W) in fp32.
+
+    The map is sqrt(mean over channels of F^2), which has the attention of F. It is taken once for a cohort instead of
+    once per student, and is what makes lessons small enough to keep.
+    """
+    logits, features = teacher
+    return logits, {tap: _attention(features[tap[0]]) if tap[1] else features[tap[0]] for tap in sorted(taps)}
+
+
+def _attention(feature: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(feature, dim=1, keepdim=True, dtype=torch.float32) / feature.shape[1] ** 0.5
+
+
 class Objective(nn.Module):
-    """The loss of a fidelity. A module, because the hint loss learns a 1x1 convolution beside the student."""
+    """The loss of a fidelity. A module, because the hint loss learns a 1x1 convolution beside the student.
+
+    `taps` says what `forward` reads of the teacher's stages.
+    """
 
     def __init__(self, study: Study, kd_loss: KDLoss, student: Output, teacher: Output | None) -> None:
         """`student` and `teacher` are outputs for one example batch: only their shapes count."""
@@ -36,6 +57,7 @@ class Objective(nn.Module):
         self.study = study
         self.terms = frozenset(kd_loss.split("+")) - {"none"}
         self.pairs: list[tuple[int, int]] = []
+        self.taps: list[Tap] = []
         self.hint: HintLoss | None = None
         if self.terms:
             if teacher is None:
@@ -46,8 +68,16 @@ class Objective(nn.Module):
             self.pairs = [self.pairs[len(self.pairs) // 2]]
             ((mine, theirs),) = self.pairs
             self.hint = HintLoss(student[1][mine].shape[1], teacher[1][theirs].shape[1])
+        if self.terms <= {"kd"} or teacher is None:
+            self.pairs = []
+        elif "similarity" in self.terms:
+            self.pairs = self.pairs[-1:]
+        for mine, theirs in self.pairs:
+            # Maps of different sizes are pooled before the attention is taken: the loss needs the features.
+            alike = teacher is not None and student[1][mine].shape[2:] == teacher[1][theirs].shape[2:]
+            self.taps.append((theirs, "at" in self.terms and alike))
 
-    def forward(self, student: Output, teacher: Output | None, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: Lesson | None, labels: Tensor) -> Tensor:
         """The weighted sum of the terms, a scalar in fp32. `teacher` may be None where no term needs it."""
         study, (logits, features) = self.study, student
         if teacher is None or not self.terms:
@@ -61,7 +91,7 @@ class Objective(nn.Module):
             ce_weight=study.ce_weight,
             kd_weight=study.kd_weight if "kd" in self.terms else 0.0,
         )
-        mine, theirs = [features[s] for s, _ in self.pairs], [taught[t] for _, t in self.pairs]
+        mine, theirs = [features[s] for s, _ in self.pairs], [taught[tap] for tap in self.taps]
         if "at" in self.terms:
             loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
         if "nst" in self.terms:

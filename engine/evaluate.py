@@ -9,7 +9,8 @@ import json
 import os
 import resource
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,17 +19,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from engine import checkpoint
 from engine import teacher as teachers
-from engine.config import Study, study_from_dict
+from engine.config import Resources, Study, parse_bytes, side_by_side, study_from_dict
 from engine.data import Data, Part, fingerprint, load, subset
-from engine.loader import eval_batches, train_batches
+from engine.loader import Batches, eval_batches, train_batches
 from engine.networks import count_cost
 from engine.space import load_space
-from engine.train import Stopwatch, Student, accuracy, fatal, place, precision, prepare, status_of, train
+from engine.student import Student, fatal, place, precision, prepare, status_of
+from engine.taught import Teacher
+from engine.train import Stopwatch, accuracies, accuracy, train
 from engine.trial import (
     EngineError,
     EnvironmentUnusable,
@@ -38,19 +41,23 @@ from engine.trial import (
     evaluation_to_json,
     trial_from_json,
 )
+from engine.weights import save_weights
 
 Json = dict[str, Any]
 IntArray = npt.NDArray[np.int64]
+DEFAULT = Resources()
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What stays on a worker between tasks: the study, its data, its device."""
+    """What stays on a worker between tasks: the study, its data, its device, and what it has learnt of its memory:
+    how many students of a fidelity it holds at once, where a cohort was too large."""
 
     study: Study
     data: Data
     device: torch.device
     run_dir: Path
+    room: dict[Fidelity, int] = field(default_factory=dict)
 
 
 def run_probe(task: Json) -> Json:
@@ -73,9 +80,10 @@ def run_probe(task: Json) -> Json:
 
 
 def run_trials(task: Json) -> list[Json]:
-    """Trains and scores a cohort: {"trials", "teacher" (its file), ...} -> an evaluation for each trial."""
+    """Trains and scores a cohort: {"trials", "teacher" (its file), "resources" (or the defaults), ...} -> an evaluation
+    for each trial."""
     cohort = [trial_from_json(trial) for trial in task["trials"]]
-    return [evaluation_to_json(evaluation) for evaluation in evaluate(_bench(task), task["teacher"], cohort)]
+    return [evaluation_to_json(one) for one in evaluate(_bench(task), task["teacher"], cohort, _resources(task))]
 
 
 def run_teacher(task: Json) -> Json:
@@ -85,7 +93,7 @@ def run_teacher(task: Json) -> Json:
     """
     bench, path = _bench(task), Path(task["path"])
     if not path.exists():
-        _train_teacher(bench, task["network"], task["pretrained"], path)
+        _train_teacher(bench, task["network"], task["pretrained"], path, _resources(task))
     card = teachers.read_card(path)
     teachers.check_fits(card, bench.data.classes)
     return {"path": str(path), "network": card.network, "accuracy": card.accuracy, "seconds": card.seconds}
@@ -111,13 +119,14 @@ def state_path(run_dir: Path, trial: Trial) -> Path:
     return weights_path(run_dir, trial).with_suffix(".state.pt")
 
 
-def evaluate(bench: Bench, teacher_file: str, trials: list[Trial]) -> list[Evaluation]:
+def evaluate(
+    bench: Bench, teacher_file: str, trials: list[Trial], resources: Resources = DEFAULT
+) -> list[Evaluation]:
     """Trains the trials of one fidelity and one seed side by side and scores each on the validation part."""
     start, watch = time.perf_counter(), Stopwatch()
-    try:
-        answers = _evaluate(bench, teacher_file, trials, watch)
-    except Exception as error:
-        answers = [_failed(trial, error) for trial in trials]
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    answers = _in_rounds(bench, trials, resources, lambda group: _attempt(bench, teacher_file, group, watch, resources))
     seconds = time.perf_counter() - start
     images = sum(_images(bench, answer.trial.fidelity) for answer in answers if answer.ok)
     costs = {**watch.seconds, "images_per_s": images / seconds, "peak_memory_bytes": _peak_memory(bench.device)}
@@ -127,14 +136,53 @@ def evaluate(bench: Bench, teacher_file: str, trials: list[Trial]) -> list[Evalu
     return [replace(answer, seconds=seconds / len(trials), costs=shared, device=device) for answer in answers]
 
 
-def _evaluate(bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopwatch) -> list[Evaluation]:
+def _in_rounds(
+    bench: Bench, trials: list[Trial], resources: Resources, attempt: Callable[[list[Trial]], list[Evaluation]]
+) -> list[Evaluation]:
+    """The answers to all trials, as many at a time as memory holds.
+
+    Who runs out of memory beside others is tried again, in groups of as many as did not: a trial is "oom" only where
+    it is so alone. What was learnt is kept for the cohorts to come. Scores do not depend on it.
+    """
+    fidelity, waiting = trials[0].fidelity, list(trials)
+    limit = min(side_by_side(resources, bench.device.type == "cuda"), bench.room.get(fidelity, len(trials)))
+    answers: dict[int, Evaluation] = {}
+    out: set[int] = set()
+    while waiting:
+        group, waiting = waiting[:limit], waiting[limit:]
+        got = attempt(group)
+        again = [answer.trial for answer in got if answer.status == "oom"] if len(group) > 1 else []
+        answers |= {answer.trial.number: answer for answer in got if answer.trial not in again}
+        if again:
+            limit = (len(group) - len(again)) or len(group) // 2
+            out |= {trial.number for trial in again}
+            waiting = [*again, *waiting]
+        elif any(answer.ok and answer.trial.number in out for answer in got):
+            bench.room[fidelity] = limit
+    return [answers[trial.number] for trial in trials]
+
+
+def _attempt(
+    bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopwatch, resources: Resources
+) -> list[Evaluation]:
+    try:
+        return _evaluate(bench, teacher_file, trials, watch, resources)
+    except Exception as error:
+        return [_failed(trial, error) for trial in trials]
+
+
+def _evaluate(
+    bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopwatch, resources: Resources
+) -> list[Evaluation]:
     fidelity, seed = trials[0].fidelity, trials[0].seed
     if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
         raise ValueError("the trials of a cohort share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
         indices, batch_size = _subset(bench, fidelity)
         teacher = _teacher(teacher_file, bench) if fidelity.kd_loss != "none" else None
-        cohort = [_admit(bench, trial, teacher) for trial in trials]
+        if teacher is not None:
+            teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
+        cohort = [_admit(bench, trial, teacher, resources) for trial in trials]
         students = [member for member in cohort if isinstance(member, Student)]
         # Seconds of work are not worth a file; a full training, which is alone, goes on where it was killed.
         state = state_path(bench.run_dir, trials[0]) if fidelity == bench.study.high and len(trials) == 1 else None
@@ -153,21 +201,33 @@ def _evaluate(bench: Bench, teacher_file: str, trials: list[Trial], watch: Stopw
             first_epoch=done,
         )
         keep = partial(checkpoint.save, state, students[0]) if state else None
-        train(students, teacher, batches, bench.study, watch, keep)
+        train(students, teacher, batches, bench.study, watch, keep, resources.execution)
     with watch.phase("evaluate"):
+        trained = [member for member in students if member.status == "ok"]
+        scores = dict(zip(map(id, trained), _scores(bench, [m.network for m in trained], fidelity), strict=True))
         return [
-            _score(bench, trial, member) if isinstance(member, Student) else member
+            _answer(bench, trial, member, scores.get(id(member), 0.0)) if isinstance(member, Student) else member
             for trial, member in zip(trials, cohort, strict=True)
         ]
 
 
-def _admit(bench: Bench, trial: Trial, teacher: nn.Module | None) -> Student | Evaluation:
+def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resources) -> Student | Evaluation:
     """A student ready to train, or why it cannot be had. A space that a user wrote may raise anything."""
     try:
         network = build_student(bench.study, trial, len(bench.data.classes))
         size = _resolution(bench, trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
-        return prepare(network, teacher, bench.study, trial.fidelity.kd_loss, example)
+        full = trial.fidelity == bench.study.high
+        return prepare(
+            network,
+            teacher.network if teacher is not None else None,
+            bench.study,
+            trial.fidelity.kd_loss,
+            example,
+            seed=_key(bench.study, trial),
+            average=full and bench.study.ema_decay > 0,
+            compiled=full and resources.compile,
+        )
     except Exception as error:
         return _failed(trial, error)
 
@@ -175,24 +235,30 @@ def _admit(bench: Bench, trial: Trial, teacher: nn.Module | None) -> Student | E
 def build_student(study: Study, trial: Trial, classes: int) -> nn.Module:
     """The network of a trial. Its weights depend on seed and architecture alone, never on what was built before."""
     space = load_space(study.space)
-    identity = json.dumps([trial.seed, space.name, trial.architecture.choices]).encode()
-    torch.manual_seed(int.from_bytes(hashlib.sha256(identity).digest()[:7], "big"))
+    torch.manual_seed(_key(study, trial))
     return space.build(space.check(trial.architecture).choices, classes, trial.fidelity.width)
 
 
-def _score(bench: Bench, trial: Trial, member: Student) -> Evaluation:
+def _key(study: Study, trial: Trial) -> int:
+    """What a student's random numbers depend on: seed, space and architecture."""
+    identity = json.dumps([trial.seed, load_space(study.space).name, trial.architecture.choices]).encode()
+    return int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
+
+
+def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exception) -> Evaluation:
     """The evaluation of a student after its training; the weights of a full-fidelity one are kept."""
     if member.status != "ok":
-        return Evaluation(trial, member.status, error=member.error)
+        return Evaluation(trial, member.status, error=member.error, execution=member.execution)
     try:
+        if isinstance(score, Exception):
+            raise score
         macs, params = count_cost(member.network, _resolution(bench, trial.fidelity))
-        score = _accuracy(bench, member.network, bench.data.valid, trial.fidelity)
         if trial.fidelity == bench.study.high:
-            _keep(member.network, weights_path(bench.run_dir, trial))
+            save_weights(weights_path(bench.run_dir, trial), member.network)
             state_path(bench.run_dir, trial).unlink(missing_ok=True)
     except Exception as error:
         return _failed(trial, error)
-    return Evaluation(trial, "ok", score, macs=macs, params=params)
+    return Evaluation(trial, "ok", score, macs=macs, params=params, execution=member.execution)
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:
@@ -202,7 +268,16 @@ def _failed(trial: Trial, error: Exception) -> Evaluation:
 
 
 def _accuracy(bench: Bench, network: nn.Module, part: Part, fidelity: Fidelity) -> float:
-    batches = eval_batches(
+    return accuracy(network, _views(bench, part, fidelity), precision(bench.study, bench.device))
+
+
+def _scores(bench: Bench, networks: list[nn.Module], fidelity: Fidelity) -> list[float | Exception]:
+    """Validation accuracies of a cohort, on one pass over the images."""
+    return accuracies(networks, _views(bench, bench.data.valid, fidelity), precision(bench.study, bench.device))
+
+
+def _views(bench: Bench, part: Part, fidelity: Fidelity) -> Batches:
+    return eval_batches(
         part,
         data=bench.data,
         batch_size=256,
@@ -210,14 +285,6 @@ def _accuracy(bench: Bench, network: nn.Module, part: Part, fidelity: Fidelity) 
         device=str(bench.device),
         backend=bench.study.data_backend,
     )
-    return accuracy(network, batches, precision(bench.study, bench.device))
-
-
-def _keep(network: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}, aside)
-    aside.replace(path)
 
 
 def _subset(bench: Bench, fidelity: Fidelity) -> tuple[IntArray, int]:
@@ -235,7 +302,7 @@ def _resolution(bench: Bench, fidelity: Fidelity) -> int:
     return fidelity.resolution or bench.data.resolution
 
 
-def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> None:
+def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, resources: Resources) -> None:
     start, study, data = time.perf_counter(), bench.study, bench.data
     torch.manual_seed(study.seed)
     built = teachers.build(network, len(data.classes), data.resolution, pretrained)
@@ -257,7 +324,10 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> 
             backend=study.data_backend,
         )
         totals = [0.0]
-        train([pupil], None, batches, study, Stopwatch(), lambda _: totals.append(pupil.loss_sum.item()))
+        train(
+            [pupil], None, batches, study, Stopwatch(), lambda _: totals.append(pupil.loss_sum.item()),
+            resources.execution,
+        )  # fmt: skip
         losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
         if pupil.status != "ok":
             raise EngineError(f"the teacher's training failed: {pupil.error}; try a lower --lr")
@@ -279,9 +349,14 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path) -> 
 
 
 @lru_cache(maxsize=1)
-def _teacher(path: str, bench: Bench) -> nn.Module:
+def _teacher(path: str, bench: Bench) -> Teacher:
+    """The teacher of a file, with what it has said of this worker's batches."""
     teachers.check_fits(teachers.read_card(Path(path)), bench.data.classes)
-    return teachers.freeze(teachers.load(Path(path)), bench.device)
+    return Teacher(teachers.freeze(teachers.load(Path(path)), bench.device))
+
+
+def _resources(task: Json) -> Resources:
+    return Resources(**task.get("resources", {}))
 
 
 def _bench(task: Json) -> Bench:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.space import load_space
-from engine.train import place
+from engine.student import place
 from engine.trial import Architecture, EnvironmentUnusable, UsageError
+from engine.weights import save_weights
 
 TORCHVISION = "torchvision:"
 
@@ -110,11 +110,7 @@ def build(network: str, classes: int, resolution: int, pretrained: bool = False)
 
 def save(path: Path, network: nn.Module, card: Card) -> None:
     """Writes weights and card as one safetensors file, aside first, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    aside = path.with_suffix(".tmp")
-    save_file(weights, aside, metadata={"card": json.dumps(dataclasses.asdict(card))})
-    aside.replace(path)
+    save_weights(path, network, {"card": json.dumps(dataclasses.asdict(card))})
 
 
 def read_card(path: Path) -> Card:

@@ -116,7 +116,8 @@ class Evaluation:
     evaluate, setup; seconds) and holds images_per_s and peak_memory_bytes. `worker` names where it was made and
     `started` when that began (seconds since 1970; 0: not known); a cohort begins at once and shares its seconds.
     `test_accuracy` is known in tables of recorded results only: a search reads the test part once, for its winner.
-    No policy looks at it. `error` says why a status is not "ok".
+    No policy looks at it. `error` says why a status is not "ok", `execution` how its steps ran: "graph", or "eager"
+    with the reason.
     """
 
     trial: Trial
@@ -131,6 +132,7 @@ class Evaluation:
     worker: str = ""
     started: float = 0.0
     error: str = ""
+    execution: str = ""
 
     @property
     def ok(self) -> bool:

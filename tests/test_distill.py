@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import Study
-from engine.distill import Objective, pair
+from engine.distill import Objective, lesson, pair
 
 STUDY = Study(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
 
@@ -41,7 +41,7 @@ def test_stages_pair_by_size(student: list[int], teacher: list[int], pairs: list
 def test_every_loss_teaches_the_student(kd_loss: str) -> None:
     mine = (MINE[0].clone().requires_grad_(), [f.clone().requires_grad_() for f in MINE[1]])
     objective = Objective(STUDY, kd_loss, mine, THEIRS)  # type: ignore[arg-type]
-    loss = objective(mine, THEIRS, LABELS)
+    loss = objective(mine, lesson(THEIRS, objective.taps), LABELS)
     loss.backward()
     assert loss.shape == ()
     assert torch.isfinite(loss)
@@ -52,7 +52,8 @@ def test_every_loss_teaches_the_student(kd_loss: str) -> None:
 
 def test_the_weights_weigh_the_terms() -> None:
     def loss(study: Study, kd_loss: str) -> torch.Tensor:
-        return Objective(study, kd_loss, MINE, THEIRS)(MINE, THEIRS, LABELS)  # type: ignore[arg-type]
+        objective = Objective(study, kd_loss, MINE, THEIRS)  # type: ignore[arg-type]
+        return objective(MINE, lesson(THEIRS, objective.taps), LABELS)
 
     entropy = torch.nn.functional.cross_entropy(MINE[0], LABELS)
     t = STUDY.kd_temperature

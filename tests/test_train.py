@@ -12,7 +12,9 @@ from engine import checkpoint
 from engine.config import Study
 from engine.data import Data, load
 from engine.loader import Batches, eval_batches, train_batches
-from engine.train import Stopwatch, Student, accuracy, learning_rate, prepare, status_of, train
+from engine.student import Student, prepare, status_of
+from engine.taught import Teacher
+from engine.train import Stopwatch, accuracy, learning_rate, train
 
 STUDY = Study(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
@@ -65,7 +67,7 @@ def teacher() -> nn.Module:
 def trained(data: Data, networks: list[nn.Module], kd_loss: str = "kd+at", epochs: int = 2) -> list[Student]:
     taught = teacher() if kd_loss != "none" else None
     cohort = [prepare(network, taught, STUDY, kd_loss, EXAMPLE) for network in networks]  # type: ignore[arg-type]
-    train(cohort, taught, batches(data, epochs), STUDY, Stopwatch())
+    train(cohort, taught and Teacher(taught), batches(data, epochs), STUDY, Stopwatch())
     return cohort
 
 
@@ -107,12 +109,12 @@ def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
     def keep(epochs: int) -> None:
         checkpoint.save(tmp_path / f"{epochs}.pt", whole, epochs)
 
-    train([whole], taught, batches(data, epochs=3), STUDY, Stopwatch(), keep)
+    train([whole], Teacher(taught), batches(data, epochs=3), STUDY, Stopwatch(), keep)
     for epochs in (1, 2):
         (tmp_path / f"{epochs}.pt").rename(path)
         member = prepare(Net(7), taught, STUDY, kd_loss, EXAMPLE)  # type: ignore[arg-type]
         assert checkpoint.restore(path, member) == epochs
-        train([member], taught, replace(batches(data, epochs=3), first_epoch=epochs), STUDY, Stopwatch())
+        train([member], Teacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), STUDY, Stopwatch())
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
 
 
@@ -130,7 +132,7 @@ def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
 def test_the_teacher_stays_as_it_is(data: Data) -> None:
     taught = teacher()
     before = [value.clone() for value in taught.state_dict().values()]
-    train([prepare(Net(0), taught, STUDY, "kd+at", EXAMPLE)], taught, batches(data), STUDY, Stopwatch())
+    train([prepare(Net(0), taught, STUDY, "kd+at", EXAMPLE)], Teacher(taught), batches(data), STUDY, Stopwatch())
     assert all(torch.equal(a, b) for a, b in zip(before, taught.state_dict().values(), strict=True))
 
 
