@@ -1,0 +1,156 @@
+"""`explain`: what is known of one architecture of a run, and why it was trained in full or was not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_run_argument, command_parser
+
+if TYPE_CHECKING:
+    from engine.hindsight import Hindsight, Opinion
+    from engine.trial import Architecture, Evaluation
+
+
+SURROGATE_METHODS = ("mfkd", "mfkd-front")
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    made = command_parser(
+        "Every score that an architecture got, what the surrogate said of it, and why it was trained in full or not."
+    )
+    add_run_argument(made)
+    made.usage = "%(prog)s RUN ARCHITECTURE [options]"
+    made.add_argument("architecture", metavar="ARCHITECTURE", type=str, help="option indices joined by '-': 3-0-2")
+    made.add_argument("--json", action="store_true", help="one JSON object instead of the text")
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any] | None:
+    from engine.hindsight import look_back
+    from engine.runs import open_run, with_answers
+    from engine.trial import Architecture
+
+    past = look_back(with_answers(open_run(values.run)))
+    found = explain(past, past.space.check(Architecture.parse(values.architecture)))
+    if values.json:
+        return found
+    print(text(found))
+    return None
+
+
+def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
+    """All that is known of an architecture, as plain values."""
+    from engine.runs import row
+
+    run, plan = past.run, past.run.plan
+    scores = [e for e in run.answers if e.trial.architecture == architecture]
+    asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
+    then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number) if asked else None
+    now = past.opinion(architecture)
+    choices = zip(past.space.choices, architecture.choices, strict=True)
+    return {
+        "architecture": str(architecture),
+        "choices": [f"{choice.name} = {choice.options[option]}" for choice, option in choices],
+        "evaluations": [row(e) | {"place": place(past, e)} for e in scores],
+        "said_when_asked": then and asdict(then),
+        "said_at_the_end": now and asdict(now) | {"had_seen_its_full_score": any(_full(past, e) for e in scores)},
+        "why": why(past, architecture, asked is not None, then, now, scores),
+    }
+
+
+def place(past: Hindsight, evaluation: Evaluation) -> str | None:
+    """Where a score stands among those of its fidelity; None for a failure."""
+    if not evaluation.ok:
+        return None
+    rivals = past.run.at(evaluation.trial.fidelity)
+    return f"{1 + sum(e.accuracy > evaluation.accuracy for e in rivals)} of {len(rivals)}"
+
+
+def why(
+    past: Hindsight,
+    architecture: Architecture,
+    asked: bool,
+    then: Opinion | None,
+    now: Opinion | None,
+    scores: list[Evaluation],
+) -> list[str]:
+    """Why it was trained in full, or was not, in sentences."""
+    plan, study = past.run.plan, past.run.study
+    reasons = []
+    if study.method.split(":")[0] not in SURROGATE_METHODS:
+        reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")
+    if asked:
+        if then is not None:
+            reasons.append(
+                f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
+                f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
+            )
+            if then.rank > 1:
+                reasons.append(
+                    "Better ones were passed over because full trainings under way count as if measured, so that "
+                    "workers do not train twins, or because the search saw fewer answers than the journal had by then."
+                )
+        return reasons
+    if now is None:
+        return [*reasons, absence(past, architecture)]
+    if any(not e.ok for e in scores):
+        reasons.append("Its evaluation failed, and a failed one is not asked for again.")
+    if not scores:
+        reasons.append("It was never evaluated: other candidates promised more per second.")
+    used = sum(t.fidelity == plan.high for t in past.run.record.asked)
+    reasons.append(
+        f"It was not trained in full: at the end its upper bound is {ordinal(now.rank)} of the {now.among:,} "
+        f"candidates not asked for in full, and {used} full trainings of at most {plan.max_high} have been asked for."
+    )
+    return reasons
+
+
+def absence(past: Hindsight, architecture: Architecture) -> str:
+    """Why an architecture is no candidate."""
+    same = past.space.canonical(architecture.choices) if past.space.canonical else architecture.choices
+    if same != architecture.choices:
+        twin = "-".join(map(str, same))
+        return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
+    study = past.run.study
+    if study.max_macs < float("inf") or study.max_params < float("inf"):
+        return (
+            "It was never proposed: it does not fit the limits of the search "
+            f"(--max-macs {study.max_macs:g}, --max-params {study.max_params:g})."
+        )
+    return (
+        f"It is not among the {len(past.candidates):,} candidates looked at, of {past.everything:,}: a random part "
+        "of a space of many, and a random pool of one without a closed form for the cost."
+    )
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th."""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return f"{number:,}{ending}"
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [found["architecture"], *(f"  {choice}" for choice in found["choices"]), ""]
+    for one in found["evaluations"]:
+        score = f"{one['accuracy']:.4f} ({one['place']})" if one["accuracy"] is not None else one["status"]
+        judged = f"trial {one['number']}: {one['fidelity']} fidelity, seed {one['seed']}"
+        lines.append(f"{judged}: {score}  {one['error']}".rstrip())
+    lines += ["not evaluated"] * (not found["evaluations"])
+    for key, when in (("said_when_asked", "when asked for"), ("said_at_the_end", "at the end")):
+        said = found[key]
+        if said:
+            seen = ", fitted to its own full score too" if said.get("had_seen_its_full_score") else ""
+            lines.append(
+                f"surrogate {when}: {said['mean']:+.2f} +- {said['std']:.2f} normal scores, "
+                f"{ordinal(said['rank'])} of {said['among']:,} ({said['low']} low and {said['full']} full scores{seen})"
+            )
+    return "\n".join([*lines, "", *found["why"]])
+
+
+def _full(past: Hindsight, evaluation: Evaluation) -> bool:
+    return evaluation.ok and evaluation.trial.fidelity == past.run.plan.high

@@ -1,0 +1,139 @@
+"""`status`: one screen about a run, while it runs or after it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_run_argument, command_parser
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from engine.runs import Run
+
+EVERY_S = 2.0
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    made = command_parser("One screen about a run: how far it is, its best so far, what failed. Works while it runs.")
+    add_run_argument(made)
+    made.add_argument("--json", action="store_true", help="one JSON object instead of the screen")
+    made.add_argument("--watch", action="store_true", help="show it again every 2 s until the search ends, or Ctrl-C")
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any] | None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from engine.runs import open_run
+
+    state = summary(open_run(values.run))
+    if values.json and not values.watch:
+        return state
+    console = Console(highlight=False)
+    if not values.watch:
+        console.print(screen(state))
+        return None
+    with Live(screen(state), console=console, auto_refresh=False) as live:
+        while state["state"] == "running":
+            time.sleep(EVERY_S)
+            state = summary(open_run(values.run))
+            live.update(screen(state), refresh=True)
+    return state if values.json else None
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The state of a run as plain values: state (running, finished, stopped), evaluations by fidelity and by status,
+    best, seconds of workers, seconds since the journal was last written to."""
+    path = run.folder / "journal.jsonl"
+    best, plan = run.best, run.plan
+    fidelities = {"low": (plan.lows, plan.max_low), "high": ((plan.high,), plan.max_high)}
+    return {
+        "run_dir": str(run.folder),
+        "state": "running" if written_to(path.stat().st_ino) else "finished" if run.result else "stopped",
+        "space": run.study.space,
+        "data": run.study.data,
+        "method": run.study.method,
+        "evaluations": {
+            name: {
+                "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),
+                "failed": sum(not e.ok and e.trial.fidelity in kinds for e in run.answers),
+                "pending": sum(trial.fidelity in kinds for trial in run.pending),
+                "limit": limit,
+            }
+            for name, (kinds, limit) in fidelities.items()
+        },
+        "statuses": dict(Counter(e.status for e in run.answers)),
+        "best": best
+        and {
+            "architecture": str(best.trial.architecture),
+            "valid_accuracy": best.accuracy,
+            "macs": best.macs,
+            "params": best.params,
+        },
+        "winner": run.result and run.result["winner"],
+        "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
+        "idle_seconds": round(max(0.0, time.time() - path.stat().st_mtime), 1),
+        "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if not e.ok), None),
+    }
+
+
+def written_to(inode: int) -> bool:
+    """Whether a process of this machine holds a lock on a file: a search holds one on its journal.
+
+    Taking the lock would tell too, but a search that began at that moment would take us for another one.
+    """
+    try:
+        locks = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split()[-3].rsplit(":", 1)[-1] == str(inode) for line in locks if "FLOCK" in line)
+
+
+def screen(state: dict[str, Any]) -> Group:
+    """The state for people."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    idle = f", last written to {duration(state['idle_seconds'])} ago"
+    facts.add_row("run", f"{os.path.relpath(state['run_dir'])}  {state['state']}{idle}")
+    facts.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
+    counts = Table.grid(padding=(0, 2))
+    for name, label in (("low", "low fidelity"), ("high", "full")):
+        part = state["evaluations"][name]
+        done = part["ok"] + part["failed"]
+        more = [f"{part[kind]} {kind}" for kind in ("pending", "failed") if part[kind]]
+        text = f"{done} of at most {part['limit']}" + (f" ({', '.join(more)})" if more else "")
+        counts.add_row(label, ProgressBar(max(part["limit"], 1), done, width=30), text)
+    rest = Table.grid(padding=(0, 2))
+    best, winner = state["best"], state["winner"]
+    if best:
+        test = f", test {winner['test_accuracy']:.4f}" if winner else ""
+        cost = f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters"
+        rest.add_row(
+            "winner" if winner else "best so far",
+            f"{best['architecture']}  valid {best['valid_accuracy']:.4f}{test}, {cost}",
+        )
+    rest.add_row("workers", f"{duration(state['worker_seconds'])} of work")
+    if state["last_failure"]:
+        rest.add_row("last failure", state["last_failure"][:200])
+    return Group(facts, counts, rest)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 12 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
