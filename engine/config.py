@@ -188,6 +188,11 @@ def to_dict(config: Study | Budget | Resources) -> dict[str, Any]:
     return values
 
 
+def for_fidelity(study: Study, fidelity: Fidelity) -> Study:
+    """The study with the loss weights that the fidelity brings of its own."""
+    return dataclasses.replace(study, **dict(fidelity.weights)) if fidelity.weights else study
+
+
 def study_from_dict(values: dict[str, Any]) -> Study:
     fidelities = {key: fidelity_from_json({"name": key, **values[key]}) for key in ("low", "high")}
     return Study(**{**values, **fidelities})

@@ -24,7 +24,7 @@ from torch import nn
 
 from engine import checkpoint
 from engine import teacher as teachers
-from engine.config import Resources, Study, parse_bytes, side_by_side, study_from_dict
+from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
 from engine.data import Data, Part, fingerprint, load, subset
 from engine.loader import Batches, eval_batches, train_batches
 from engine.networks import count_cost
@@ -221,7 +221,7 @@ def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resou
         return prepare(
             network,
             teacher.network if teacher is not None else None,
-            bench.study,
+            for_fidelity(bench.study, trial.fidelity),
             trial.fidelity.kd_loss,
             example,
             seed=_key(bench.study, trial),

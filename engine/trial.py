@@ -13,6 +13,18 @@ KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similari
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout"]
 
 
+# Settings of the loss that a fidelity may bring of its own.
+LOSS_WEIGHTS = (
+    "kd_temperature",
+    "ce_weight",
+    "kd_weight",
+    "at_weight",
+    "nst_weight",
+    "hint_weight",
+    "similarity_weight",
+)
+
+
 class EngineError(Exception):
     """An error that a user can act on: its text says what to do, `exit_code` is what the command returns."""
 
@@ -67,7 +79,8 @@ class Fidelity:
     """How thoroughly an architecture is judged.
 
     `fraction` of the training images, for `epochs` passes, at a `width` multiplier and a `resolution` in pixels
-    (0: the data's own), with the distillation terms named by `kd_loss`.
+    (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are (name, value) pairs of
+    LOSS_WEIGHTS that replace the study's.
     """
 
     name: str
@@ -76,6 +89,7 @@ class Fidelity:
     width: float = 1.0
     resolution: int = 0
     kd_loss: KDLoss = "none"
+    weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
@@ -86,6 +100,9 @@ class Fidelity:
             raise UsageError(f"{self.name}.width is {self.width}; it must be over 0")
         if self.resolution < 0:
             raise UsageError(f"{self.name}.resolution is {self.resolution}; it is in pixels, 0 for the data's own")
+        for name, _ in self.weights:
+            if name not in LOSS_WEIGHTS:
+                raise UsageError(f"{self.name} has no weight '{name}'; there are {', '.join(LOSS_WEIGHTS)}")
 
     def cost(self) -> float:
         """Passes over the full training set that it takes: what its price is proportional to, all else equal."""
@@ -140,11 +157,13 @@ class Evaluation:
 
 
 def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
-    return {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction)}
+    values = {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction), "weights": dict(fidelity.weights)}
+    return values if fidelity.weights else {key: value for key, value in values.items() if key != "weights"}
 
 
 def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
-    return Fidelity(**{**data, "fraction": Fraction(data["fraction"])})
+    weights = tuple(sorted(data.get("weights", {}).items()))
+    return Fidelity(**{**data, "fraction": Fraction(data["fraction"]), "weights": weights})
 
 
 def trial_to_json(trial: Trial) -> dict[str, Any]:
