@@ -190,7 +190,8 @@ def to_dict(config: Study | Budget | Resources) -> dict[str, Any]:
 
 def for_fidelity(study: Study, fidelity: Fidelity) -> Study:
     """The study with the loss weights that the fidelity brings of its own."""
-    return dataclasses.replace(study, **dict(fidelity.weights)) if fidelity.weights else study
+    own: dict[str, Any] = dict(fidelity.weights)
+    return dataclasses.replace(study, **own) if own else study
 
 
 def study_from_dict(values: dict[str, Any]) -> Study:

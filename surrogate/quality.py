@@ -104,6 +104,33 @@ def partial_tau(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> flo
     return (ab - ag * bg) / scale if scale > 1e-12 else 0.0
 
 
+def kendall_taus(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
+    """Kendall's tau-b of each row of `a` and `b` (D, n) -> (D,), by all pairs: for many short sequences."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    taus = [_taus_by_pairs(x[i : i + 256], y[i : i + 256]) for i in range(0, len(x), 256)]  # bounds the memory
+    return np.concatenate(taus) if taus else np.zeros(0)
+
+
+def _taus_by_pairs(x: Array, y: Array) -> Array:
+    i, j = np.triu_indices(x.shape[1], 1)
+    one, two = np.sign(x[:, i] - x[:, j]), np.sign(y[:, i] - y[:, j])
+    scale = np.sqrt((one * one).sum(axis=1) * (two * two).sum(axis=1))
+    return np.asarray((one * two).sum(axis=1) / np.where(scale > 0, scale, 1.0))
+
+
+def partial_taus(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> Array:
+    """`partial_tau` of each row of `a`, `b` and `given` (D, n) -> (D,)."""
+    ab, ag, bg = kendall_taus(a, b), kendall_taus(a, given), kendall_taus(b, given)
+    scale = np.sqrt(np.maximum(0.0, (1 - ag * ag) * (1 - bg * bg)))
+    return np.asarray(np.where(scale > 1e-6, (ab - ag * bg) / np.where(scale > 1e-6, scale, 1.0), 0.0))
+
+
+def expected_maximum(n: npt.ArrayLike) -> Array:
+    """Expected greatest of n standard normals, to 0.02 (Blom 1958); 0 for one or fewer."""
+    count = np.maximum(np.asarray(n, dtype=np.float64), 1.0)
+    return normal_quantile((count - 0.375) / (count + 0.25))
+
+
 def bootstrap_interval(
     statistic: Callable[..., float], *samples: npt.ArrayLike, level: float = 0.9, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:

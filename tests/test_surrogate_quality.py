@@ -89,3 +89,17 @@ def test_coverage_of_true_and_of_overconfident_intervals():
     zero, one = np.zeros(20_000), np.ones(20_000)
     assert quality.coverage(truth, zero, one, 0.9) == pytest.approx(0.9, abs=0.01)
     assert quality.coverage(truth, zero, one / 2, 0.9) == pytest.approx(0.589, abs=0.01)
+
+
+def test_taus_of_many_short_sequences_are_those_of_each():
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(0, 6, (3, 300, 9)).astype(float)
+    assert quality.kendall_taus(a, b) == pytest.approx([quality.kendall_tau(x, y) for x, y in zip(a, b, strict=True)])
+    expected = [quality.partial_tau(x, y, z) for x, y, z in zip(a, b, c, strict=True)]
+    assert quality.partial_taus(a, b, c) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 5, 30, 200], ids=lambda n: f"n={n}")
+def test_expected_maximum_is_that_of_draws(n):
+    draws = np.random.default_rng(1).standard_normal((20_000, n)).max(axis=1)
+    assert float(quality.expected_maximum(n)) == pytest.approx(draws.mean(), abs=0.03)
