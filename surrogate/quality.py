@@ -126,7 +126,7 @@ def partial_taus(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> Ar
 
 
 def expected_maximum(n: npt.ArrayLike) -> Array:
-    """Expected greatest of n standard normals, to 0.02 (Blom 1958); 0 for one or fewer."""
+    """Expected greatest of n standard normals, to 0.03 (Blom 1958); 0 for one or fewer."""
     count = np.maximum(np.asarray(n, dtype=np.float64), 1.0)
     return normal_quantile((count - 0.375) / (count + 0.25))
 

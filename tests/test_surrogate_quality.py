@@ -102,4 +102,4 @@ def test_taus_of_many_short_sequences_are_those_of_each():
 @pytest.mark.parametrize("n", [2, 5, 30, 200], ids=lambda n: f"n={n}")
 def test_expected_maximum_is_that_of_draws(n):
     draws = np.random.default_rng(1).standard_normal((20_000, n)).max(axis=1)
-    assert float(quality.expected_maximum(n)) == pytest.approx(draws.mean(), abs=0.03)
+    assert float(quality.expected_maximum(n)) == pytest.approx(draws.mean(), abs=0.04)
