@@ -24,6 +24,11 @@ def option(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
 
 
+def of_a_job(default: T, text: str) -> T:
+    """An option of what runs as a job of a cluster: the workers of a search, or (`submit`) the search itself."""
+    return field(default=default, metadata={"help": text, "of_a_job": True})
+
+
 @dataclass(frozen=True, slots=True)
 class Study:
     """What the results of a run depend on. Fixed for the life of a run folder."""
@@ -97,6 +102,22 @@ class Resources:
     )
     compile: bool = option(False, "torch.compile the networks of full-fidelity evaluations")
     workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
+    executor: Literal["local", "slurm", "pbs", "lsf", "kubernetes"] = option(
+        "local", "what starts the workers: this machine (or all of the Slurm allocation it is in), or jobs of a cluster"
+    )
+    min_nodes: int = of_a_job(1, "jobs of one node each that are kept while there is nothing for them to do")
+    max_nodes: int = of_a_job(1, "jobs of one node each, at most; --gpus and --workers count for each node")
+    partition: str = of_a_job("", "partition (Slurm), queue (PBS, LSF) or namespace (Kubernetes)")
+    account: str = of_a_job("", "account or project that the jobs are charged to")
+    qos: str = of_a_job("", "quality of service (Slurm)")
+    time: str = of_a_job("", "time limit of a job: HH:MM:SS")
+    cpus: int = of_a_job(0, "cores of each node; 0 is the whole node, which only Slurm can be asked for")
+    memory_gb: int = of_a_job(0, "memory of each node; 0 is what the scheduler gives")
+    job_options: str = of_a_job("", "more options of sbatch, qsub or bsub, as one writes them: '--constraint=h100'")
+    worker_init: str = of_a_job("", "shell command that comes first in a job: 'module load cuda'")
+    image: str = of_a_job("", "container image that holds this package (Kubernetes)")
+    claim: str = of_a_job("", "volume claim for data and runs, and where it is mounted (Kubernetes): work:/work")
+    address: str = option("", "address of this machine that the nodes reach; by default, that of its name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +169,31 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
     if resources.execution == "graph" and resources.device == "cpu":
         raise UsageError("--execution graph needs a GPU; leave it out, or leave out --device cpu")
     parse_bytes("teacher-cache", resources.teacher_cache)
+    check_jobs(resources)
     if not 0 < study.valid_fraction <= 0.5:
         raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be over 0 and at most 0.5")
     if study.high.kd_loss != "none" and study.low.kd_loss == "none":
         raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
+
+
+def check_jobs(resources: Resources) -> None:
+    """Raises UsageError for options of a cluster's jobs that cannot work."""
+    for name in ("cpus", "memory_gb", "min_nodes"):
+        if getattr(resources, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(resources, name)}; it must be at least 0")
+    if not max(1, resources.min_nodes) <= resources.max_nodes:
+        raise UsageError(f"--max-nodes is {resources.max_nodes}; it must be at least 1, and at least --min-nodes")
+    if resources.time:
+        walltime_s(resources.time)
+
+
+def walltime_s(text: str) -> int:
+    """Seconds of a time limit HH:MM:SS; UsageError for other forms, which schedulers read differently."""
+    parts = text.split(":")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts) or not int("".join(parts)):
+        raise UsageError(f"--time is '{text}'; write HH:MM:SS, like 24:00:00")
+    hours, minutes, seconds = map(int, parts)
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def side_by_side(resources: Resources, gpu: bool) -> int:
