@@ -68,6 +68,15 @@ class Study:
     data_backend: Literal["dali", "resident", "synthetic"] = option("dali", "what feeds the training")
     max_macs: float = option(float("inf"), "propose only architectures with at most so many multiply-accumulates")
     max_params: float = option(float("inf"), "propose only architectures with at most so many parameters")
+    max_latency_ms: float = option(
+        float("inf"), "propose only architectures whose forward pass takes at most so many milliseconds on this device"
+    )
+    latency_batch: int = option(1, "images in the forward pass that --max-latency-ms is about")
+    objectives: Literal["accuracy", "accuracy,macs"] = option(
+        "accuracy", "what to look for: the most accurate network, or the front of accuracy against multiply-accumulates"
+    )
+    only: str = option("", "ARCHITECTUREs that may be proposed, joined by commas; empty is the whole space")
+    initial_weights: str = option("", "FILE of weights that full trainings start from (of one network: see --only)")
     seed: int = option(0, "seed of everything: data split, subsets, weights, order, augmentation, surrogate")
 
 
@@ -137,7 +146,8 @@ class Plan:
 
 
 def plan(study: Study, budget: Budget) -> Plan:
-    return Plan((study.low,), study.high, study.method, budget.max_low, budget.max_high, study.seed)
+    method = study.method if study.objectives == "accuracy" else "mfkd-front"
+    return Plan((study.low,), study.high, method, budget.max_low, budget.max_high, study.seed)
 
 
 def check(study: Study, budget: Budget, resources: Resources) -> None:
@@ -146,6 +156,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("batch-size", study.batch_size, 1),
         ("teacher-epochs", study.teacher_epochs, 1),
         ("resolution", study.resolution, 0),
+        ("latency-batch", study.latency_batch, 1),
         ("max-low", budget.max_low, 0),
         ("max-high", budget.max_high, 1),
         ("max-failures", budget.max_failures, 1),
@@ -161,9 +172,14 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("wall-time", budget.wall_time),
         ("max-macs", study.max_macs),
         ("max-params", study.max_params),
+        ("max-latency-ms", study.max_latency_ms),
     ):
         if not number > 0:
             raise UsageError(f"--{name} is {number}; it must be over 0")
+    if study.objectives != "accuracy" and study.method not in ("mfkd", "mfkd-front"):
+        raise UsageError(f"--objectives {study.objectives} is for --method mfkd; {study.method} has no front")
+    if study.initial_weights and (not study.only or "," in study.only):
+        raise UsageError("--initial-weights fit one architecture: name it with --only")
     if not 0 <= study.ema_decay < 1:
         raise UsageError(f"--ema-decay is {study.ema_decay}; it must be at least 0 and below 1, like 0.999")
     if resources.execution == "graph" and resources.device == "cpu":

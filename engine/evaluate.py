@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from engine import checkpoint
@@ -38,10 +37,11 @@ from engine.trial import (
     Evaluation,
     Fidelity,
     Trial,
+    UsageError,
     evaluation_to_json,
     trial_from_json,
 )
-from engine.weights import save_weights
+from engine.weights import load_weights, save_weights
 
 Json = dict[str, Any]
 IntArray = npt.NDArray[np.int64]
@@ -100,14 +100,38 @@ def run_teacher(task: Json) -> Json:
 
 
 def run_test(task: Json) -> Json:
-    """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy"}."""
+    """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy", "weights"}."""
     bench = _bench(task)
     trial = trial_from_json(task["trial"])
     space = load_space(bench.study.space)
     network = space.build(trial.architecture.choices, len(bench.data.classes), trial.fidelity.width)
-    network.load_state_dict(load_file(weights_path(bench.run_dir, trial)))
+    stored = weights_path(bench.run_dir, trial)
+    load_weights(stored, network)
     network = place(network, bench.device)
-    return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity)}
+    return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity), "weights": str(stored)}
+
+
+def run_score(task: Json) -> Json:
+    """Accuracy of the weights in a file on `task["part"]` (valid or test) of the data, which may be another data set
+    than they were trained on: {"trial", "weights", "part", "trained_on" (classes, mean and std), ...}.
+
+    Raises UsageError where the classes are not those, in the same order.
+    """
+    bench, trial, known = _bench(task), trial_from_json(task["trial"]), task["trained_on"]
+    if known:
+        if tuple(known["classes"]) != bench.data.classes:
+            raise UsageError(
+                f"{bench.study.data} has the classes {', '.join(bench.data.classes)}, the network was trained on "
+                f"{', '.join(known['classes'])}; they must be the same, in the same order"
+            )
+        bench = replace(bench, data=replace(bench.data, mean=tuple(known["mean"]), std=tuple(known["std"])))
+    network = load_space(bench.study.space).build(
+        trial.architecture.choices, len(bench.data.classes), trial.fidelity.width
+    )
+    load_weights(Path(task["weights"]), network)
+    part = getattr(bench.data, task["part"])
+    score = _accuracy(bench, place(network, bench.device), part, trial.fidelity)
+    return {"accuracy": score, "images": len(part), "device": device_name(bench.device)}
 
 
 def weights_path(run_dir: Path, trial: Trial) -> Path:
@@ -218,6 +242,8 @@ def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resou
         size = _resolution(bench, trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
         full = trial.fidelity == bench.study.high
+        if full and bench.study.initial_weights:
+            load_weights(Path(bench.study.initial_weights), network)
         return prepare(
             network,
             teacher.network if teacher is not None else None,

@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,8 +103,11 @@ def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
 def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
     """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
     facts = probe(study, run_dir, fleet, show)
-    everything = members(space, study, facts)
-    fit = everything.where((everything.macs <= study.max_macs) & (everything.params <= study.max_params))
+    only = [space.check(Architecture.parse(word.strip())) for word in study.only.split(",") if word.strip()]
+    taught = study.teacher == "auto" and study.low.kd_loss != "none"  # by the largest of all
+    everything = members(space, study, facts, () if taught else only)
+    named = members(space, study, facts, only) if only else everything
+    fit = named.where((named.macs <= study.max_macs) & (named.params <= study.max_params))
     if not len(fit):
         raise UsageError(
             f"no architecture of {space.name} fits --max-macs {study.max_macs:g} and --max-params "
@@ -133,10 +136,10 @@ def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
     return facts
 
 
-def members(space: SearchSpace, study: Study, facts: Json) -> Candidates:
-    """All candidates of the space, with their cost at full fidelity."""
+def members(space: SearchSpace, study: Study, facts: Json, only: Sequence[Architecture] = ()) -> Candidates:
+    """All candidates of the space, or those of `only`, with their cost at full fidelity."""
     resolution = study.high.resolution or facts["resolution"]
-    return candidates(space, len(facts["classes"]), study.high.width, resolution, study.seed)
+    return candidates(space, len(facts["classes"]), study.high.width, resolution, study.seed, only)
 
 
 def largest(everything: Candidates) -> Architecture:
@@ -204,7 +207,7 @@ def evaluate_all(
 
     def propose(history: History, free: int) -> list[Trial]:
         trials = policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
-        return trials if trials or history.pending else unpaired(history, plan)[:free]
+        return trials if trials or history.pending or not plan.max_low else unpaired(history, plan)[:free]
 
     def shares(trial: Trial) -> int:
         return slots.cohort if trial.fidelity == plan.high else 1
@@ -267,6 +270,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
             "test_accuracy": tested["test_accuracy"],
             "macs": best.macs,
             "params": best.params,
+            "weights": tested["weights"],
         },
         "evaluations": {
             "low": len([e for e in ok if e.trial.fidelity in ground.plan.lows]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,8 +150,16 @@ class Candidates:
 POOL_WITHOUT_COST = 512
 
 
-def candidates(space: SearchSpace, classes: int, width: float, resolution: int, seed: int = 0) -> Candidates:
-    """All members of a space, one of each class of identical networks, with their MACs and parameters.
+def candidates(
+    space: SearchSpace,
+    classes: int,
+    width: float,
+    resolution: int,
+    seed: int = 0,
+    only: Sequence[Architecture] = (),
+) -> Candidates:
+    """All members of a space, one of each class of identical networks, with their MACs and parameters; those of
+    `only`, if it names any.
 
     Without a closed form for the cost the candidates are `POOL_WITHOUT_COST` random members, each built once on
     the meta device to count its operations.
@@ -161,14 +169,14 @@ def candidates(space: SearchSpace, classes: int, width: float, resolution: int, 
 
         from engine.networks import count_cost
 
-        pool = sorted({a.choices for a in space.sample(POOL_WITHOUT_COST, seed)})
+        pool = sorted({a.choices for a in only or space.sample(POOL_WITHOUT_COST, seed)})
         choices = np.array(pool, dtype=np.int8)
         with device("meta"):
             counted = [count_cost(space.build(row, classes, width), resolution) for row in pool]
         macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
     else:
-        choices = space.all()
-        if space.canonical is not None:
+        choices = np.array([a.choices for a in only], dtype=np.int8) if only else space.all()
+        if space.canonical is not None and not only:
             keep = np.array([space.canonical(tuple(row)) == tuple(row) for row in choices.tolist()])
             choices = choices[keep]
         macs, params = space.cost(choices, classes, width, resolution)

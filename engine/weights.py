@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from engine.trial import UsageError
 
 
 @contextlib.contextmanager
@@ -28,3 +33,18 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     with aside(path) as partial:
         save_file(weights, partial, metadata=metadata)
+
+
+def load_weights(path: Path, network: nn.Module) -> None:
+    """Puts the weights of a file, safetensors or a state dict that torch saved, into a network of the same shape.
+
+    Nothing but tensors is read. Raises UsageError where the file is missing, is neither, or is for another network.
+    """
+    if not path.is_file():
+        raise UsageError(f"no file of weights {path}")
+    try:
+        stored = torch.load(path, "cpu", weights_only=True) if path.suffix in (".pt", ".pth") else load_file(path)
+        network.load_state_dict(stored)
+    except (SafetensorError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{path} does not hold weights of this network: {reason}") from error
