@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.fleet import Fleet, WorkerDied
+from engine.fleet import Fleet
 from engine.journal import Journal
+from engine.supervisor import WorkerDied
 from engine.trial import Evaluation, Fidelity, Trial, evaluation_from_json, trial_to_json
 
 Open = tuple[Trial, "Future[Evaluation]"]

@@ -1,38 +1,41 @@
-"""Where trials run: the one seam to the distributed engine (Parsl), or this process where one worker is enough.
+"""Where trials run: the one seam to the distributed engine (Parsl), or one worker beside this process.
 
-Parsl's HighThroughputExecutor keeps workers alive between tasks: process start, CUDA context, DALI and the data are
-paid once. Each worker is pinned to one of the devices that this process may see. Ports are on loopback, encrypted.
+Parsl's HighThroughputExecutor carries tasks to supervisors (engine/supervisor.py), each of which keeps one worker
+process: process start, CUDA context, DALI and the data are paid once. Channels are on loopback, or encrypted and
+authenticated; engine/providers.py says where workers run.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engine import orders, processes, providers
 from engine.config import Resources
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.devices import Layout
+from engine.supervisor import Post, Supervisor, Task, call, result_of
+from engine.trial import EnvironmentUnusable
 
 if TYPE_CHECKING:
     from parsl.executors import HighThroughputExecutor
+    from parsl.executors.status_handling import BlockProviderExecutor
+    from parsl.jobs.states import JobStatus
 
-Task = dict[str, Any]
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MAX_RETRIES = 2  # a trial that kills its worker three times has done so by itself
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LOSSES = 5  # of the machine or supervisor under a task, before the task is given up
+COMMAND_S = 5.0  # for an answer of the process between this one and the workers
+MAX_MISSING = 3  # pools in a row that never reported
 
 
-class WorkerDied(Exception):
-    """A task's worker process died, `MAX_RETRIES` retries included."""
+class FleetLost(EnvironmentUnusable):
+    """The workers, or the way to them, are gone."""
 
 
 class Fleet(Protocol):
@@ -42,7 +45,15 @@ class Fleet(Protocol):
     device: str
 
     def submit(self, name: str, task: Task) -> Future[Any]:
-        """Runs `engine.evaluate.<name>(task)` on a worker."""
+        """Runs `engine.evaluate.<name>(task)` on a worker.
+
+        The future raises what the task raised, where that is an EngineError, else TaskFailed; WorkerDied, TimedOut or
+        Drained where the task has not come to its end; FleetLost where no worker could be had.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Starts nothing more: tasks that have not begun, and those that keep their state, end with Drained."""
         ...
 
     def close(self) -> None:
@@ -50,115 +61,71 @@ class Fleet(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which workers to have: `workers` processes on `devices` (tokens of CUDA_VISIBLE_DEVICES; none for CPU)."""
-
-    workers: int
-    devices: tuple[str, ...]
-
-
-def visible_devices() -> tuple[str, ...]:
-    """The GPUs that this process may use, as opaque tokens: numbers, UUIDs or MIG names.
-
-    CUDA_VISIBLE_DEVICES where it is set (a scheduler sets it), else all that nvidia-smi lists.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        tokens = [token.strip() for token in visible.split(",")]
-        # CUDA itself stops at the first entry that it does not know; -1 is the usual way to say "none".
-        stop = next((i for i, token in enumerate(tokens) if token in ("", "-1")), len(tokens))
-        return tuple(tokens[:stop])
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return tuple(str(i) for i, line in enumerate(li for li in listed.stdout.splitlines() if li.startswith("GPU ")))
-
-
-def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:
-    """The devices that --gpus means: auto (all), a count, or positions among the visible ones joined by commas."""
-    if asked == "auto":
-        return visible
+def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.evaluate") -> Fleet:
+    """The fleet for a layout; tasks are the functions of `module`. Raises EnvironmentUnusable where it cannot be."""
     try:
-        numbers = [int(part) for part in asked.split(",")]
-    except ValueError:
-        raise UsageError(f"--gpus {asked}: write auto, a count (8), or positions among the visible (0,2)") from None
-    if "," not in asked:
-        count = numbers[0]
-        if count < 0:
-            raise UsageError(f"--gpus {asked}: a count cannot be negative")
-        if count > len(visible):
-            raise UsageError(
-                f"--gpus {asked}: {count} asked for, {len(visible)} visible; ask for at most {len(visible)}"
-                + ("" if visible else ", or take --device cpu")
-            )
-        return visible[:count]
-    if len(set(numbers)) != len(numbers) or any(not 0 <= number < len(visible) for number in numbers):
-        raise UsageError(
-            f"--gpus {asked}: choose different positions from 0 to {len(visible) - 1} ({len(visible)} visible)"
-        )
-    return tuple(visible[number] for number in numbers)
+        logs.mkdir(parents=True, exist_ok=True)
+        folder = orders.give(logs)
+    except OSError as error:
+        raise EnvironmentUnusable(f"{logs} cannot be written: {error}; free space, or choose --run-dir") from error
+    post = Post(str(logs), str(folder), wanted.device, wanted.devices, wanted.share, module)
+    if wanted.workers == 1 and wanted.nodes == 1 and providers.local(resources):
+        return Single(post)
+    return ParslFleet(resources, wanted, post)
 
 
-def layout(resources: Resources) -> Layout:
-    """Workers and devices for the resources asked for; UsageError where they are not there."""
-    devices = () if resources.device == "cpu" else choose_devices(resources.gpus, visible_devices())
-    if resources.device == "cpu" and resources.gpus not in ("auto", "0"):
-        raise UsageError(f"--device cpu and --gpus {resources.gpus} contradict each other; give one of them")
-    if devices:
-        return Layout(len(devices) * resources.students_per_gpu, devices)
-    if resources.device == "cuda":
-        raise EnvironmentUnusable("--device cuda: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    return Layout(resources.workers or len(os.sched_getaffinity(0)), ())
-
-
-def open_fleet(wanted: Layout, logs: Path) -> Fleet:
-    """The fleet for a layout: this process for a single CPU worker, else Parsl's workers."""
-    if not wanted.devices and wanted.workers == 1:
-        return InlineFleet()
-    return ParslFleet(wanted, logs)
-
-
-class InlineFleet:
-    """One CPU worker: this process itself. `submit` returns when the task is done."""
+class Single:
+    """One worker on this machine, without an engine between."""
 
     capacity = 1
-    device = "cpu"
+
+    def __init__(self, post: Post) -> None:
+        self.device = post.device
+        self._orders = Path(post.orders)
+        self._supervisor = Supervisor(post)
+        # The worker is bound to the thread that starts it: this one, which lives as long as the fleet.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fleet")
 
     def submit(self, name: str, task: Task) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(call(name, task, (), 1))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return self._thread.submit(lambda: result_of(self._supervisor.run(name, task)))
+
+    def drain(self) -> None:
+        orders.drain(self._orders)
 
     def close(self) -> None:
-        return None
+        orders.close(self._orders)  # what has not begun ends with Drained
+        last = self._thread.submit(self._supervisor.close)
+        while not last.done():
+            self._supervisor.kill()
+            wait([last], timeout=0.2)
+        self._thread.shutdown()
 
 
 class ParslFleet:
-    """Long-lived worker processes on this machine."""
+    """Long-lived workers, a pool of them on each machine."""
 
-    def __init__(self, wanted: Layout, logs: Path) -> None:
+    def __init__(self, resources: Resources, wanted: Layout, post: Post) -> None:
         from parsl.concurrent import ParslPoolExecutor
         from parsl.config import Config
 
-        self.capacity = wanted.workers
-        self.device = "cuda" if wanted.devices else "cpu"
-        self._devices, self._share = wanted.devices, max(1, wanted.workers // max(1, len(wanted.devices)))
+        self.capacity, self.device = wanted.workers, post.device
+        self._post, self._orders = post, Path(post.orders)
         # Parsl starts its helpers by name: they lie beside this interpreter, whether its environment is active or not.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._executor = _executor(wanted.workers)
+        self._executor = _executor(resources, wanted, self._orders)
         config = Config(
             executors=[self._executor],
-            run_dir=str(logs.absolute()),
+            run_dir=str(Path(post.logs).absolute()),
             strategy="simple",
             strategy_period=0.5,  # the default of 5 s is what a first worker would wait for
             initialize_logging=False,
             usage_tracking=0,
         )
         self._pool = ParslPoolExecutor(config=config)
+        interchange = self._executor.interchange_proc
+        interchange.terminate = interchange.kill  # what Parsl ends it with; it is deaf to TERM, see _executor
+        commands = self._executor.command_client
+        commands.run = partial(commands.run, timeout_s=COMMAND_S)  # else it waits for ever where that is gone
         self._open: set[Future[Any]] = set()
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="fleet-watch", daemon=True).start()
@@ -166,98 +133,102 @@ class ParslFleet:
     def submit(self, name: str, task: Task) -> Future[Any]:
         future: Future[Any] = Future()
         self._open.add(future)
-        self._try(future, name, task, MAX_RETRIES)
+        self._try(future, name, task, 0)
         return future
 
-    def _try(self, future: Future[Any], name: str, task: Task, retries: int) -> None:
-        attempt = self._pool.submit(call, name, task, self._devices, self._share)
-        attempt.add_done_callback(lambda done: self._settle(future, done, name, task, retries))
+    def _try(self, future: Future[Any], name: str, task: Task, losses: int) -> None:
+        attempt = self._pool.submit(call, name, task, self._post)
+        attempt.add_done_callback(lambda done: self._settle(future, done, name, task, losses))
 
-    def _settle(self, future: Future[Any], done: Future[Any], name: str, task: Task, retries: int) -> None:
+    def _settle(self, future: Future[Any], done: Future[Any], name: str, task: Task, losses: int) -> None:
+        from parsl.executors.errors import BadStateException
         from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
 
-        error = done.exception()
-        if isinstance(error, WorkerLost | ManagerLost) and not self._closed.is_set():
-            if retries:
-                self._try(future, name, task, retries - 1)
-                return
-            error = WorkerDied(f"the worker process died {MAX_RETRIES + 1} times on this task: {error}")
-        self._open.discard(future)
         if future.done():
             return  # the watch has given it up already
+        result, error = None, None  # type: Any, Exception | None
+        try:
+            result = result_of(done.result())
+        except (ManagerLost, WorkerLost) as lost:
+            if losses < MAX_LOSSES and not self._closed.is_set():
+                self._try(future, name, task, losses + 1)
+                return
+            error = FleetLost(f"the workers of this task were lost {losses + 1} times: {lost}")
+        except BadStateException as bad:
+            error = FleetLost(str(bad))
+        except Exception as raised:
+            error = raised
+        self._open.discard(future)
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(done.result())
+            future.set_result(result)
 
     def _watch(self) -> None:
         """Parsl does not notice that its interchange process has died, and would wait for ever."""
         process = self._executor.interchange_proc
         while not self._closed.wait(1.0):
-            if process is not None and process.poll() is not None:
+            if process.poll() is not None:
                 reason = f"the process that feeds the workers ended ({process.returncode}); run the command again"
                 for future in list(self._open):
                     if not future.done():
-                        future.set_exception(EnvironmentUnusable(reason))
+                        future.set_exception(FleetLost(reason))
                 return
 
+    def drain(self) -> None:
+        orders.drain(self._orders)
+
     def close(self) -> None:
+        from parsl.executors.high_throughput.errors import CommandClientBadError, CommandClientTimeoutError
+
         self._closed.set()
-        self._pool.shutdown(wait=False)
+        orders.close(self._orders)
+        try:
+            self._pool.shutdown(wait=False)
+        except (CommandClientTimeoutError, CommandClientBadError):  # gone: nobody to ask which workers there are
+            self._executor.provider.cancel(list(self._executor.blocks_to_job_id.values()))
 
 
-def _executor(workers: int) -> HighThroughputExecutor:
+def _executor(resources: Resources, wanted: Layout, folder: Path) -> HighThroughputExecutor:
     from parsl.executors import HighThroughputExecutor
-    from parsl.providers import LocalProvider
+    from parsl.executors.high_throughput.executor import DEFAULT_LAUNCH_CMD
 
-    root = Path(__file__).resolve().parent.parent
-    # When this process dies, however, the interchange dies with it, and the workers some seconds later.
+    deaf = f"trap '' {' '.join(number.name.removeprefix('SIG') for number in processes.DRAINING)}"
+    setup = (
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH PATH={shlex.quote(os.environ['PATH'])}\n"
+        f"cd {shlex.quote(str(Path.cwd()))}\n{deaf}"
+    )
+    site = providers.provider(resources, wanted, setup)
+    # When this process dies, however, the interchange dies with it, and the workers some seconds later. A signal to
+    # the whole job is the driver's to answer.
     dies_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     return HighThroughputExecutor(
         label="workers",
-        address="127.0.0.1",
+        address=site.address,
         encrypted=True,
-        interchange_launch_cmd=[*dies_with_us, "interchange.py"],
+        interchange_launch_cmd=["sh", "-c", f'{deaf}; exec "$@"', "sh", *dies_with_us, "interchange.py"],
+        launch_cmd=f"{shlex.quote(sys.executable)} -m engine.pool {shlex.quote(str(folder))} {DEFAULT_LAUNCH_CMD}",
         # CPU counts must not cap the workers: one of a GPU, or of a pretended one, needs next to no core.
         cores_per_worker=1e-6,
-        max_workers_per_node=workers,
+        max_workers_per_node=wanted.workers // wanted.nodes,
         heartbeat_period=2,
         heartbeat_threshold=10,
-        block_error_handler=False,
-        provider=LocalProvider(
-            init_blocks=1,
-            min_blocks=1,
-            max_blocks=1,
-            worker_init=(
-                f"export PYTHONPATH={shlex.quote(str(root))}:$PYTHONPATH OMP_NUM_THREADS=1 MKL_NUM_THREADS=1\n"
-                f"cd {shlex.quote(str(Path.cwd()))}"
-            ),
-        ),
+        block_error_handler=_give_up_where_none_comes,
+        provider=site.provider,
     )
 
 
-def call(name: str, task: Task, devices: tuple[str, ...], share: int) -> Any:
-    """What a worker does with a task: takes its device, then runs `engine.evaluate.<name>`."""
-    die_with_parent()
-    pin(devices, share)
-    from engine import evaluate
+def _give_up_where_none_comes(executor: BlockProviderExecutor, status: dict[str, JobStatus]) -> None:
+    """Fails all tasks when the last pools have ended without a word: the next would not do better.
 
-    function: Callable[[Task], Any] = getattr(evaluate, name)
-    return function(task)
-
-
-def pin(devices: tuple[str, ...], share: int) -> None:
-    """Makes this worker see one device only: `share` workers in a row take the same one.
-
-    It must come before the process imports torch for the first time. A worker that Parsl starts anew keeps its rank.
+    Pools that have worked and are gone (walltime, preemption) are started again by Parsl, any number of times.
     """
-    if devices:
-        rank = int(os.environ.get("PARSL_WORKER_RANK", "0"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(rank // share) % len(devices)]
+    from parsl.executors.errors import BadStateException
+    from parsl.jobs.states import JobState
 
-
-def die_with_parent() -> None:
-    """Has the kernel kill this worker when the process that started it dies. Parsl's workers look whether that still
-    exists, and take one that was killed but not yet reaped for alive. Linux only, as this engine is."""
-    if "PARSL_WORKER_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ended = [job for job in status.values() if job.terminal and job.state != JobState.SCALED_IN]
+    last = ended[-MAX_MISSING:]
+    if len(last) == MAX_MISSING and all(job.state == JobState.MISSING for job in last):
+        words = last[-1].stderr_summary or last[-1].message or "they left no message"
+        text = f"{MAX_MISSING} pools of workers in a row ended before they reported: {words}"
+        executor.set_bad_state_and_fail_all(BadStateException(executor, Exception(text)))

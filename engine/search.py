@@ -17,8 +17,9 @@ import numpy as np
 from engine import config, journal, policy
 from engine.clock import drive
 from engine.config import Budget, Plan, Resources, Slots, Study
+from engine.devices import describe, layout
 from engine.dispatch import Dispatch
-from engine.fleet import Fleet, Layout, layout, open_fleet
+from engine.fleet import Fleet, open_fleet
 from engine.journal import History, Journal
 from engine.progress import Display
 from engine.space import Candidates, SearchSpace, candidates, load_space
@@ -76,13 +77,14 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
     run_dir = run_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with Journal(run_dir / "journal.jsonl") as book:
-        slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, resources.cohort))
+        side = config.side_by_side(resources, gpu=wanted.device == "cuda")
+        slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
-        fleet = open_fleet(wanted, run_dir / "logs")
+        fleet = open_fleet(resources, wanted, run_dir / "logs")
         try:
             ground = prepare(study, budget, space, fleet, run_dir, show)
             write_run_file(run_dir, ground.facts)
-            history = evaluate_all(ground, budget, book, fleet, slots, show)
+            history = evaluate_all(ground, budget, resources, book, fleet, slots, show)
             best = policy.winner(ground.candidates, visible(history, ground.cost), ground.plan)
             if best is None:
                 raise NoWinner(_why_none(history))
@@ -103,6 +105,19 @@ def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
 def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
     """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
     facts = probe(study, run_dir, fleet, show)
+    everything, fit = fitting(space, study, facts, show)
+    if study.low.kd_loss != "none":
+        path, pretrained = teacher_path(study, run_dir), study.teacher.startswith("torchvision:")
+        if not path.exists() and study.teacher != "auto" and not pretrained:
+            raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
+        network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
+        task = _task(study, run_dir, fleet)
+        facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
+    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
+
+
+def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tuple[Candidates, Candidates]:
+    """All members of the space, and those that meet the constraints: the candidates."""
     only = [space.check(Architecture.parse(word.strip())) for word in study.only.split(",") if word.strip()]
     taught = study.teacher == "auto" and study.low.kd_loss != "none"  # by the largest of all
     everything = members(space, study, facts, () if taught else only)
@@ -118,14 +133,7 @@ def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_
         f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
         f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
     )
-    if study.low.kd_loss != "none":
-        path, pretrained = teacher_path(study, run_dir), study.teacher.startswith("torchvision:")
-        if not path.exists() and study.teacher != "auto" and not pretrained:
-            raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
-        network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
-        task = _task(study, run_dir, fleet)
-        facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
-    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
+    return everything, fit
 
 
 def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
@@ -170,7 +178,7 @@ def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show
     there, and checks the file against the data."""
     space = load_space(study.space)
     run_dir = path.absolute().parent
-    fleet = open_fleet(replace(layout(resources), workers=1), run_dir / "logs")
+    fleet = open_fleet(resources, replace(layout(resources), workers=1, nodes=1), run_dir / "logs")
     try:
         facts = probe(study, run_dir, fleet, show)
         if arch == "auto":
@@ -182,13 +190,14 @@ def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show
 
 
 def evaluate_all(
-    ground: Ground, budget: Budget, book: Journal, fleet: Fleet, slots: Slots, show: Display
+    ground: Ground, budget: Budget, resources: Resources, book: Journal, fleet: Fleet, slots: Slots, show: Display
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     start = time.monotonic()
     record = journal.read(book.path)
     teacher = str(teacher_path(ground.study, ground.run_dir))
-    plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), "teacher": teacher}
+    how = {"teacher": teacher, "resources": config.to_dict(resources)}
+    plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), **how}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     show.expect("low", plan.max_low)
@@ -301,12 +310,6 @@ def _why_none(history: History) -> str:
 
 def _task(study: Study, run_dir: Path, fleet: Fleet) -> Json:
     return {"study": config.to_dict(study), "run_dir": str(run_dir), "device": fleet.device}
-
-
-def describe(wanted: Layout) -> str:
-    if not wanted.devices:
-        return f"{wanted.workers} CPU worker{'s' if wanted.workers > 1 else ''}"
-    return f"{wanted.workers} workers on {len(wanted.devices)} GPUs ({', '.join(wanted.devices)})"
 
 
 def write_run_file(run_dir: Path, facts: Json) -> None:

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from engine import fleet
-from engine.config import Resources, Study, to_dict
-from engine.fleet import Layout, ParslFleet, choose_devices, layout, visible_devices
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.config import Resources
+from engine.devices import Layout, choose_devices, layout, visible_devices
+from engine.fleet import Fleet, FleetLost, open_fleet
+from engine.supervisor import Post, TaskFailed, TimedOut, WorkerDied
+from engine.trial import Drained, EnvironmentUnusable, UsageError
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_gpus_that_are_not_there_are_refused(asked: str, message: str) -> None:
 
 def test_without_gpus_there_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert layout(Resources()) == Layout(len(os.sched_getaffinity(0)), ())
-    assert layout(Resources(workers=3)) == Layout(3, ())
+    assert layout(Resources()) == Layout(len(os.sched_getaffinity(0)))
+    assert layout(Resources(workers=3)) == Layout(3)
     with pytest.raises(EnvironmentUnusable, match="no GPU is visible"):
         layout(Resources(device="cuda"))
     with pytest.raises(UsageError, match="contradict"):
@@ -62,14 +64,12 @@ def test_without_gpus_there_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) 
 def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a worker does with its rank: two workers on each of four devices, whatever their names are."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-a,GPU-b")
-    wanted = layout(Resources(gpus="4", students_per_gpu=2))
-    assert wanted == Layout(8, ("4", "5", "GPU-a", "GPU-b"))
-    seen = []
-    for rank in range(8):
-        monkeypatch.setenv("PARSL_WORKER_RANK", str(rank))
-        fleet.pin(wanted.devices, 2)
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert seen == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
+    assert layout(Resources(gpus="4")) == Layout(4, ("4", "5", "GPU-a", "GPU-b"), "cuda")
+    wanted = Layout(8, ("4", "5", "GPU-a", "GPU-b"), "cuda", share=2)
+    for devices in (wanted.devices, ()):  # without names from the driver, what the worker's machine shows
+        post = Post("", "", wanted.device, devices, wanted.share)
+        assert [post.token(rank) for rank in range(8)] == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
+    assert Post("", "").token(0) is None
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
@@ -77,31 +77,126 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     return {c.laddr.ip.removeprefix("::ffff:") for c in connections}
 
 
-def test_workers_outlive_a_killed_one_and_end_with_the_fleet(
-    tiny_npz: Path, tmp_path: Path, mark: Callable[[], list[psutil.Process]]
-) -> None:
-    crew = ParslFleet(Layout(2, ()), tmp_path)
-    task = {"study": to_dict(Study(data=str(tiny_npz))), "run_dir": str(tmp_path), "device": "cpu"}
+@pytest.fixture(params=[1, 3], ids=["one", "parsl"])
+def crew(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+    """Workers that need no torch: alone, and three of Parsl's."""
+    made = open_fleet(Resources(device="cpu"), Layout(request.param), tmp_path / "logs", module="tests.light")
+    yield made
+    made.close()
+
+
+def test_results_and_errors_of_tasks_come_back_as_they_are(crew: Fleet) -> None:
+    seen = crew.submit("report", {}).result(60)
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["MFKD_WORKER"].startswith(f"{socket.gethostname()}/0/")
+    with pytest.raises(UsageError, match="^this cannot be done$"):
+        crew.submit("refuse", {}).result(60)
+    with pytest.raises(TaskFailed, match="ZeroDivisionError: a mistake of ours"):
+        crew.submit("fail", {}).result(60)
+    assert crew.submit("report", {}).result(60)
+
+
+def test_a_worker_that_dies_or_hangs_is_said_with_its_last_words(crew: Fleet) -> None:
+    with pytest.raises(WorkerDied, match=r"exit code 70.*\n.*my last words"):
+        crew.submit("leave", {}).result(60)
+    with pytest.raises(WorkerDied, match=r"SIGSEGV.*\n(.*\n)*.*string_at"):
+        crew.submit("crash", {}).result(60)
+    with pytest.raises(TimedOut, match=r"within 1 s.*\n(.*\n)*.*in hang"):
+        crew.submit("hang", {"timeout_s": 1}).result(60)
+    assert crew.submit("report", {}).result(60)
+
+
+def test_after_a_drain_what_runs_ends_and_nothing_begins(crew: Fleet) -> None:
+    crew.submit("report", {}).result(60)
+    tasks = [crew.submit("report", {"seconds": 1.0}) for _ in range(3 * crew.capacity)]
+    time.sleep(0.5)  # the first has begun; others may be about to
+    crew.drain()
+    ended = [type(task.exception(60)) for task in tasks]
+    assert set(ended) == {type(None), Drained}
+    with pytest.raises(Drained):
+        crew.submit("report", {}).result(60)
+
+
+def test_each_worker_sees_its_device(tmp_path: Path) -> None:
+    wanted = Layout(4, ("GPU-a", "7"), "cuda", share=2)
+    crew = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
     try:
-        first = crew.submit("run_probe", task).result(timeout=120)
-        assert len(first["classes"]) == 3
-        assert listening([psutil.Process(), *mark()]) == {"127.0.0.1"}
-        # A task on a worker that dies is tried again on another.
-        running = [crew.submit("run_probe", task) for _ in range(6)]
-        # The largest of the spawned processes is the worker that has loaded torch and the data.
-        spawned = [p for p in mark() if "spawn_main" in " ".join(p.cmdline())]
-        max(spawned, key=lambda p: p.memory_info().rss).send_signal(signal.SIGKILL)
-        assert all(future.result(timeout=120) == first for future in running)
+        seen = {}
+        running = [crew.submit("report", {"seconds": 0.5}) for _ in range(8)]
+        for answer in [future.result(60) for future in running]:
+            seen[answer["pid"]] = answer["CUDA_VISIBLE_DEVICES"]
+        assert sorted(seen.values()) == ["7", "7", "GPU-a", "GPU-a"]
     finally:
         crew.close()
-    deadline = time.monotonic() + 30
-    while mark() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert mark() == []
 
 
-def test_an_error_of_a_task_comes_back_as_itself(tmp_path: Path) -> None:
-    crew = fleet.open_fleet(Layout(1, ()), tmp_path)
-    task = {"study": to_dict(Study(data=str(tmp_path / "none.npz"))), "run_dir": str(tmp_path), "device": "cpu"}
-    with pytest.raises((UsageError, EnvironmentUnusable), match="none.npz"):
-        crew.submit("run_probe", task).result()
+def interchange() -> psutil.Process:
+    """Parsl's process between this one and the workers; its title hides the mark."""
+    (found,) = [p for p in psutil.Process().children(recursive=True) if "interchange" in " ".join(p.cmdline())]
+    return found
+
+
+def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    return [process for process in mark() if "engine.worker" in process.cmdline()]
+
+
+def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
+    """Busy and idle ones, by SIGKILL."""
+    crew = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    try:
+        first = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        assert len({future.result(60)["pid"] for future in first}) == 3
+        assert listening([psutil.Process(), interchange(), *mark()]) == {"127.0.0.1"}
+        assert listening([interchange()]) == {"127.0.0.1"}
+        for process in workers(mark):  # idle
+            process.kill()
+        running = {crew.submit("report", {"seconds": 2.0}) for _ in range(3)}
+        until(lambda: len(workers(mark)) == 3)
+        workers(mark)[0].kill()  # busy
+        died = [future for future in running if isinstance(future.exception(60), WorkerDied)]
+        assert len(died) == 1
+        assert crew.submit("report", {}).result(60)
+    finally:
+        crew.close()
+    until(lambda: mark() == [])
+
+
+def test_a_pool_that_has_lost_a_process_is_replaced(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
+    """A supervisor that is killed while it waits for a task takes the lock of its pool's queue with it."""
+    crew = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    try:
+        first = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        supervisors = {future.result(60)["supervisor"] for future in first}
+        for process in supervisors:
+            os.kill(process, signal.SIGKILL)
+        again = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        assert supervisors.isdisjoint({future.result(120)["supervisor"] for future in again})
+    finally:
+        crew.close()
+    until(lambda: mark() == [])
+
+
+def test_without_the_process_between_tasks_fail(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
+    crew = open_fleet(Resources(device="cpu"), Layout(2), tmp_path, module="tests.light")
+    try:
+        crew.submit("report", {}).result(60)
+        waiting = crew.submit("hang", {})
+        interchange().kill()
+        with pytest.raises(FleetLost, match="run the command again"):
+            waiting.result(60)
+    finally:
+        crew.close()
+    until(lambda: mark() == [])
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file in its place")
+    with pytest.raises(EnvironmentUnusable, match="cannot be written.*choose --run-dir"):
+        open_fleet(Resources(device="cpu"), Layout(1), tmp_path / "logs")

@@ -14,8 +14,8 @@ import pytest
 
 from engine import journal, search
 from engine.config import Budget, Resources, Study
-from engine.fleet import WorkerDied
 from engine.progress import Display
+from engine.supervisor import WorkerDied
 from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
 
 SPACE = "nasbench201:channels=8,cells=1"
@@ -46,7 +46,8 @@ class Recorded:
     def run_probe(self, task: dict[str, Any]) -> dict[str, Any]:
         images = {"train": 80, "valid": 20}
         classes = ["a", "b"]
-        return {"classes": classes, "resolution": 32, "fingerprint": "f", "images": images, "device": "cpu"}
+        scale = {"mean": [0.5] * 3, "std": [0.2] * 3}
+        return {"classes": classes, "resolution": 32, "fingerprint": "f", "images": images, "device": "cpu", **scale}
 
     def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
         return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
@@ -75,7 +76,7 @@ def run(
     study: Study = STUDY,
     budget: Budget = BUDGET,
 ) -> dict[str, Any]:
-    monkeypatch.setattr(search, "open_fleet", lambda layout, logs: fleet)
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: fleet)
     resources = Resources(device="cpu", workers=fleet.capacity)
     return search.search(study, budget, resources, tmp_path / "run", Display("none"))
 

@@ -1,0 +1,90 @@
+"""Which devices there are, and which workers to put on them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from engine.config import Resources
+from engine.trial import EnvironmentUnusable, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which workers to have: `workers` in all, the same number on each of `nodes` machines.
+
+    Those of a machine are put to its `devices`, tokens of CUDA_VISIBLE_DEVICES, `share` of them to each. Empty for
+    CPU workers (`device` "cpu"), and for GPUs of machines that cannot be looked at from here: workers there take what
+    their machine shows them.
+    """
+
+    workers: int
+    devices: tuple[str, ...] = ()
+    device: str = "cpu"
+    share: int = 1
+    nodes: int = 1
+
+
+def visible_devices() -> tuple[str, ...]:
+    """The GPUs that this process may use, as opaque tokens: numbers, UUIDs or MIG names.
+
+    CUDA_VISIBLE_DEVICES where it is set (a scheduler sets it), else all that nvidia-smi lists.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        tokens = [token.strip() for token in visible.split(",")]
+        # CUDA itself stops at the first entry that it does not know; -1 is the usual way to say "none".
+        stop = next((i for i, token in enumerate(tokens) if token in ("", "-1")), len(tokens))
+        return tuple(tokens[:stop])
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return tuple(str(i) for i, line in enumerate(li for li in listed.stdout.splitlines() if li.startswith("GPU ")))
+
+
+def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:
+    """The devices that --gpus means: auto (all), a count, or positions among the visible ones joined by commas."""
+    if asked == "auto":
+        return visible
+    try:
+        numbers = [int(part) for part in asked.split(",")]
+    except ValueError:
+        raise UsageError(f"--gpus {asked}: write auto, a count (8), or positions among the visible (0,2)") from None
+    if "," not in asked:
+        count = numbers[0]
+        if count < 0:
+            raise UsageError(f"--gpus {asked}: a count cannot be negative")
+        if count > len(visible):
+            raise UsageError(
+                f"--gpus {asked}: {count} asked for, {len(visible)} visible; ask for at most {len(visible)}"
+                + ("" if visible else ", or take --device cpu")
+            )
+        return visible[:count]
+    if len(set(numbers)) != len(numbers) or any(not 0 <= number < len(visible) for number in numbers):
+        raise UsageError(
+            f"--gpus {asked}: choose different positions from 0 to {len(visible) - 1} ({len(visible)} visible)"
+        )
+    return tuple(visible[number] for number in numbers)
+
+
+def layout(resources: Resources) -> Layout:
+    """Workers and devices for the resources asked for; UsageError where they are not there."""
+    devices = () if resources.device == "cpu" else choose_devices(resources.gpus, visible_devices())
+    if resources.device == "cpu" and resources.gpus not in ("auto", "0"):
+        raise UsageError(f"--device cpu and --gpus {resources.gpus} contradict each other; give one of them")
+    if devices:
+        return Layout(len(devices), devices, "cuda")
+    if resources.device == "cuda":
+        raise EnvironmentUnusable("--device cuda: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return Layout(resources.workers or len(os.sched_getaffinity(0)))
+
+
+def describe(wanted: Layout) -> str:
+    """Workers and devices for people."""
+    kind = "CPU " if wanted.device == "cpu" else ""
+    text = f"{wanted.workers} {kind}worker{'s' if wanted.workers > 1 else ''}"
+    if wanted.devices:
+        text += f" on {len(wanted.devices)} GPU{'s' if len(wanted.devices) > 1 else ''} ({', '.join(wanted.devices)})"
+    return text + (f" on {wanted.nodes} machines" if wanted.nodes > 1 else "")
