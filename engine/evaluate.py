@@ -100,7 +100,8 @@ def run_teacher(task: Json) -> Json:
 
 
 def run_test(task: Json) -> Json:
-    """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy", "weights"}."""
+    """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy",
+    "weights" (their file)}."""
     bench = _bench(task)
     trial = trial_from_json(task["trial"])
     space = load_space(bench.study.space)
