@@ -17,7 +17,7 @@ from engine.config import Budget, Resources, Study, write_whole
 from engine.trial import EnvironmentUnusable
 
 with_defaults = search.with_defaults
-OWN = ("config", "yaml", "json")  # flags that a search has not
+OWN = ("config", "yaml", "json", "dry_run")  # say nothing of the search itself
 
 
 def parser() -> ArgumentParser:

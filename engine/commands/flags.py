@@ -121,8 +121,8 @@ def command_parser(description: str, examples: str = "") -> ArgumentParser:
     return parser
 
 
-def add_run_options(parser: ArgumentParser, run_dir: bool = True) -> None:
-    """Where the run folder is, and what is shown."""
+def add_run_options(parser: ArgumentParser, run_dir: bool = True) -> Any:
+    """Where the run folder is, and what is shown; returns the group of these flags."""
     group = parser.add_argument_group("This call")
     if run_dir:
         group.add_argument("--name", type=str, default="search", help="name of the run: its folder is runs/NAME")
@@ -145,6 +145,7 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True) -> None:
     group.add_argument(
         "-v", "--verbose", action="store_true", help="also show what libraries log, and where an error came from"
     )
+    return group
 
 
 def add_run_argument(parser: ArgumentParser) -> None:

@@ -26,16 +26,22 @@ def parser() -> ArgumentParser:
     add_options(made, Study)
     add_options(made, Budget)
     add_options(made, Resources)
-    add_run_options(made)
+    group = add_run_options(made)
+    group.add_argument(
+        "--dry-run", action="store_true", help="start nothing: time a few steps here and print what it would cost"
+    )
     return made
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.plan import plan_search
     from engine.progress import Display
     from engine.search import search
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
     with Display(values.progress) as show:
+        if values.dry_run:
+            return plan_search(study, budget, resources, run_folder(values), show)
         result = search(study, budget, resources, run_folder(values), show)
         show.say(summary(result))
     return result
