@@ -40,6 +40,7 @@ from engine.trial import (
     UsageError,
     evaluation_to_json,
     trial_from_json,
+    weights_path,
 )
 from engine.weights import load_weights, save_weights
 
@@ -133,10 +134,6 @@ def run_score(task: Json) -> Json:
     part = getattr(bench.data, task["part"])
     score = _accuracy(bench, place(network, bench.device), part, trial.fidelity)
     return {"accuracy": score, "images": len(part), "device": device_name(bench.device)}
-
-
-def weights_path(run_dir: Path, trial: Trial) -> Path:
-    return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
 
 
 def state_path(run_dir: Path, trial: Trial) -> Path:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
@@ -182,6 +183,11 @@ def trial_from_json(data: dict[str, Any]) -> Trial:
         fidelity=fidelity_from_json(data["fidelity"]),
         seed=data["seed"],
     )
+
+
+def weights_path(run_dir: Path, trial: Trial) -> Path:
+    """Where a run folder keeps the weights of a full-fidelity trial."""
+    return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
+from engine.config import Resources
 from engine.trial import Fidelity
 
 
@@ -152,6 +153,11 @@ def add_run_argument(parser: ArgumentParser) -> None:
     """The run that a command looks into, as its first word."""
     parser.usage = "%(prog)s RUN [options]"
     parser.add_argument("run", metavar="RUN", type=str, help="run folder, or a name under runs/")
+
+
+def add_device_option(parser: ArgumentParser) -> None:
+    """The device, for commands that need one worker only."""
+    add_options(parser, Resources, skip=tuple(f.name for f in dataclasses.fields(Resources) if f.name != "device"))
 
 
 def run_folder(values: Namespace) -> Path:
