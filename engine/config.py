@@ -66,6 +66,7 @@ class Study:
         "auto", "precision of the forward pass; auto is bfloat16 on CUDA and float32 on CPU"
     )
     data_backend: Literal["dali", "resident", "synthetic"] = option("dali", "what feeds the training")
+    min_macs: float = option(0.0, "propose only architectures with at least so many multiply-accumulates")
     max_macs: float = option(float("inf"), "propose only architectures with at most so many multiply-accumulates")
     max_params: float = option(float("inf"), "propose only architectures with at most so many parameters")
     max_latency_ms: float = option(
@@ -77,6 +78,9 @@ class Study:
     )
     only: str = option("", "ARCHITECTUREs that may be proposed, joined by commas; empty is the whole space")
     initial_weights: str = option("", "FILE of weights that full trainings start from (of one network: see --only)")
+    pilot: str = option(
+        "", "run folder of the fidelity command whose results this search begins with; auto makes that study first"
+    )
     seed: int = option(0, "seed of everything: data split, subsets, weights, order, augmentation, surrogate")
 
 
@@ -201,6 +205,18 @@ def check_jobs(resources: Resources) -> None:
         raise UsageError(f"--max-nodes is {resources.max_nodes}; it must be at least 1, and at least --min-nodes")
     if resources.time:
         walltime_s(resources.time)
+
+
+def gpus_of_a_node(resources: Resources) -> int:
+    """How many GPUs a cluster's job has on each node; UsageError where that is not said."""
+    if resources.device == "cpu":
+        return 0
+    if not resources.gpus.isdecimal():
+        raise UsageError(
+            f"--gpus {resources.gpus}: the nodes of a cluster cannot be seen from here; say how many GPUs each of them "
+            "shall have (--gpus 8), or --device cpu"
+        )
+    return int(resources.gpus)
 
 
 def walltime_s(text: str) -> int:

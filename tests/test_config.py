@@ -51,3 +51,39 @@ def test_every_setting_has_a_help_text() -> None:
     for kind in (Study, Budget, Resources):
         for name, item in kind.__dataclass_fields__.items():
             assert len(item.metadata["help"]) > 5, name
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("12", 12), ("2GiB", 2**31), ("1.5 MB", 1_500_000), ("3kib", 3072), ("7B", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert config.parse_bytes("teacher-cache", text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 Gigs", "-1", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--teacher-cache is .*; give a size like 2GiB"):
+        config.check(Study(), Budget(), Resources(teacher_cache=text))
+
+
+def test_students_side_by_side_are_a_number_or_auto() -> None:
+    assert config.side_by_side(Resources(), gpu=True) == 8
+    assert config.side_by_side(Resources(), gpu=False) == 4
+    assert config.side_by_side(Resources(students_per_gpu="3"), gpu=True) == 3
+    for wrong in ("many", "0"):
+        with pytest.raises(UsageError, match="--students-per-gpu"):
+            config.check(Study(), Budget(), Resources(students_per_gpu=wrong))
+
+
+def test_graphs_are_for_gpus() -> None:
+    with pytest.raises(UsageError, match="--execution graph needs a GPU"):
+        config.check(Study(), Budget(), Resources(device="cpu", execution="graph"))
+
+
+def test_a_run_of_an_older_version_has_the_defaults_of_what_it_did_not_know(tmp_path: Path) -> None:
+    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "ema_decay" not in line))
+    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
+    with pytest.raises(UsageError, match=r"ema_decay: 0.0 there, 0.9 here"):
+        config.fix(tmp_path, replace(STUDY, ema_decay=0.9), Budget(), Slots(1, 1))

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -119,6 +120,89 @@ def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch:
     assert again.accuracy == whole.accuracy
     assert all(weights[name].equal(value) for name, value in load_file(path).items())
     assert list(path.parent.glob("*.state.pt")) == []
+
+
+CROWDED = '''
+import sys
+from torch import nn
+from engine.networks import Staged, pooled_classifier
+from engine.space import Choice, SearchSpace
+
+ALIVE = sys.__dict__.setdefault("alive_in_a_test", [])  # the file is read anew for each network
+
+class Net(Staged):
+    """Of these, memory holds as many in training as `ROOM` says; the largest it never holds."""
+
+    ROOM = 2
+
+    def forward(self, images):
+        if self.training:
+            ALIVE.append(id(self)) if id(self) not in ALIVE else None
+            if ALIVE.index(id(self)) >= self.ROOM or self.large:
+                raise MemoryError("not enough memory")
+        elif id(self) in ALIVE:
+            ALIVE.clear()
+        return super().forward(images)
+
+def build(choices, classes, width):
+    net = Net(nn.Conv2d(3, 4, 3, 2, 1), [nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU())],
+              nn.Sequential(*pooled_classifier(4, classes)))
+    net.large = choices[0] == 5
+    return net
+
+space = SearchSpace("crowded", (Choice("size", (1, 2, 3, 4, 5, 6)),), build)
+'''
+
+
+def test_a_cohort_that_memory_does_not_hold_is_split_and_only_who_never_fits_is_oom(
+    task: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "crowded.py"
+    file.write_text(CROWDED)
+    fidelity = dataclasses.replace(LOW, kd_loss="none")
+    trials = [Trial(number, Architecture((number,)), fidelity) for number in (0, 1, 2, 3, 4)]
+    changed = {"space": f"{file}:space", "low": fidelity}
+    sizes: list[int] = []
+    attempt = evaluate._attempt
+    monkeypatch.setattr(evaluate, "_attempt", lambda *a: (sizes.append(len(a[2])), attempt(*a))[1])
+    answers = run(task, trials, changed)
+    assert [answer.status for answer in answers] == ["ok"] * 5
+    assert sizes == [4, 2, 1]
+    sizes.clear()
+    alone = run(task, [*trials[:1], Trial(5, Architecture((5,)), fidelity), trials[2]], changed)
+    assert [answer.status for answer in alone] == ["ok", "oom", "ok"]
+    assert sizes[0] == 2  # what was learnt holds for the next cohort
+    assert [a.accuracy for a in alone if a.ok] == [answers[0].accuracy, answers[2].accuracy]
+
+
+def test_an_answer_says_how_its_steps_ran(task: Tasks) -> None:
+    (answer,) = run(task, cohort(LOW)[:1])
+    assert answer.execution == "eager"
+
+
+def test_a_budget_for_the_teacher_changes_no_score(task: Tasks) -> None:
+    """Neither does how many students share a worker."""
+
+    def scores(**resources: Any) -> list[float]:
+        trials = [trial_to_json(trial) for trial in cohort(LOW)]
+        return [answer["accuracy"] for answer in evaluate.run_trials(task(trials=trials, resources=resources))]
+
+    without = scores(teacher_cache="0")
+    assert scores(teacher_cache="1MB") == without  # some of the steps
+    assert scores(teacher_cache="1GiB") == without
+    assert scores(teacher_cache="1GiB", students_per_gpu="1") == without
+
+
+def test_memory_stays_flat(task: Tasks) -> None:
+    """A worker lives as long as its search: 50 evaluations take no more than the first ones did."""
+
+    def grown_to(count: int) -> int:
+        for number in range(count):
+            run(task, [Trial(0, ARCHITECTURES[number % 3], LOW, seed=number % 2)])
+        return psutil.Process().memory_info().rss
+
+    settled = grown_to(10)
+    assert grown_to(50) <= 1.03 * settled
 
 
 def test_a_diverged_student_is_an_evaluation(task: Tasks) -> None:

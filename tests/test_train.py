@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from engine.loader import Batches, eval_batches, train_batches
 from engine.student import Student, prepare, status_of
 from engine.taught import Teacher
 from engine.train import Stopwatch, accuracy, learning_rate, train
+from engine.trial import KDLoss
 
 STUDY = Study(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
@@ -33,6 +35,14 @@ class Net(nn.Module):
         first = self.one(images).relu()
         second = self.norm(self.two(first)).relu()
         return self.head(second.flatten(1)), [first, second]
+
+
+class Dropping(Net):
+    """Draws random numbers in training."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, features = super().forward(nn.functional.dropout(images, 0.2, self.training))
+        return logits, features
 
 
 class Exploding(Net):
@@ -90,6 +100,69 @@ def test_a_student_of_a_cohort_is_the_student_alone_bit_for_bit(data: Data, kd_l
         assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(member), strict=True))
 
 
+def test_with_and_without_what_was_kept_of_the_teacher_a_student_is_the_same_bit_for_bit(data: Data) -> None:
+    def cohort(shared: Teacher) -> list[Tensor]:
+        cohort = [prepare(Net(seed), shared.network, STUDY, "kd+at", EXAMPLE) for seed in (0, 1)]
+        train(cohort, shared, batches(data), STUDY, Stopwatch())
+        return [value for member in cohort for value in weights(member)]
+
+    without, keeping = cohort(Teacher(teacher())), Teacher(teacher(), budget=10**9)
+    first, second = cohort(keeping), cohort(keeping)
+    assert len(keeping.kept) == len(batches(data))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(without, first, second, strict=True))
+
+
+def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Data) -> None:
+    def two(members: list[Student]) -> list[list[Tensor]]:
+        train(members, None, batches(data), STUDY, Stopwatch())
+        return [weights(member) for member in members]
+
+    def student(number: int) -> Student:
+        return prepare(Dropping(number), None, STUDY, "none", EXAMPLE, seed=number)
+
+    together = two([student(0), student(1)])
+    torch.rand(3)
+    assert all(torch.equal(a, b) for a, b in zip(together[1], two([student(1)])[0], strict=True))
+    other = prepare(Dropping(1), None, STUDY, "none", EXAMPLE, seed=2)
+    assert not all(torch.equal(a, b) for a, b in zip(together[1], two([other])[0], strict=True))
+
+
+def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
+    study = replace(STUDY, amp_dtype="bfloat16")
+    taught = Teacher(teacher())
+    member = prepare(Net(0), taught.network, study, "kd+at", EXAMPLE)
+    seen: list[torch.dtype] = []
+    member.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    train([member], taught, batches(data, epochs=12), study, Stopwatch())
+    valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
+    assert accuracy(member.network, valid, torch.bfloat16) > 0.9
+    assert set(seen) == {torch.bfloat16}
+    assert member.network.head.weight.dtype == torch.float32
+
+
+def test_the_running_average_is_scored_and_kept(data: Data) -> None:
+    study = replace(STUDY, ema_decay=0.9)
+    plain, averaged = (prepare(Net(0), None, study, "none", EXAMPLE, average=kept) for kept in (False, True))
+    for member in (plain, averaged):
+        train([member], None, batches(data), study, Stopwatch())
+    assert averaged.average is not None
+    assert plain.loss_sum == averaged.loss_sum  # the training itself is the same
+    assert not torch.equal(plain.network.head.weight, averaged.network.head.weight)
+    assert any(torch.equal(averaged.network.head.weight, value) for value in averaged.average)
+
+
+def test_a_compiled_student_learns_and_keeps_its_names(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced and differentiated as by default; the default's half minute of C++ compilation is left out.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, compiled = (prepare(Net(0), None, STUDY, "none", EXAMPLE, compiled=made) for made in (False, True))
+    for member in (plain, compiled):
+        train([member], None, batches(data), STUDY, Stopwatch())
+    assert compiled.status == "ok", compiled.error
+    assert compiled.forward is not compiled.network
+    assert list(compiled.network.state_dict()) == list(plain.network.state_dict())
+    assert compiled.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
+
+
 def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
     good, exploding, raising = trained(data, [Net(0), Exploding(1), Raising(2)])
     (alone,) = trained(data, [Net(0)])
@@ -98,23 +171,25 @@ def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(good), strict=True))
 
 
-@pytest.mark.parametrize("kd_loss", ["none", "hint"])
+@pytest.mark.parametrize(
+    ("kd_loss", "network", "average"), [("none", Net, False), ("hint", Net, False), ("none", Dropping, True)]
+)
 def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
-    data: Data, tmp_path: Path, kd_loss: str
+    data: Data, tmp_path: Path, kd_loss: KDLoss, network: type[Net], average: bool
 ) -> None:
-    taught = teacher()
-    whole = prepare(Net(0), taught, STUDY, kd_loss, EXAMPLE)  # type: ignore[arg-type]
+    taught, study = teacher(), replace(STUDY, ema_decay=0.9)
+    whole = prepare(network(0), taught, study, kd_loss, EXAMPLE, average=average)
     path = tmp_path / "state.pt"
 
     def keep(epochs: int) -> None:
         checkpoint.save(tmp_path / f"{epochs}.pt", whole, epochs)
 
-    train([whole], Teacher(taught), batches(data, epochs=3), STUDY, Stopwatch(), keep)
-    for epochs in (1, 2):
+    train([whole], Teacher(taught), batches(data, epochs=3), study, Stopwatch(), keep)
+    for epochs in (1, 2, 3):
         (tmp_path / f"{epochs}.pt").rename(path)
-        member = prepare(Net(7), taught, STUDY, kd_loss, EXAMPLE)  # type: ignore[arg-type]
+        member = prepare(network(7), taught, study, kd_loss, EXAMPLE, average=average)
         assert checkpoint.restore(path, member) == epochs
-        train([member], Teacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), STUDY, Stopwatch())
+        train([member], Teacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), study, Stopwatch())
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
 
 

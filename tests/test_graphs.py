@@ -1,0 +1,265 @@
+"""Students side by side on a GPU: what is decided and put back, on any machine; the rest where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.config import Study
+from engine.data import Data, Part
+from engine.graphs import has_room, reason_for_eager, without_trace
+from engine.loader import Batches, train_batches
+from engine.student import Inputs, Student, prepare, take_step
+from engine.taught import Teacher
+from engine.train import Stopwatch, train
+
+STUDY = Study(batch_size=16, lr=0.05)
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int, drop: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.norm, self.head, self.drop = nn.BatchNorm2d(8), nn.Linear(128, 3), nn.Dropout(drop)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = self.one(images).relu()
+        second = self.norm(self.two(first)).relu()
+        return self.head(self.drop(second.flatten(1))), [first, second]
+
+
+class Asking(Net):
+    """Asks the device for a number in every forward pass, which no graph can record."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if images.mean().item() > 1e9:
+            raise AssertionError
+        return super().forward(images)
+
+
+def inputs(device: str = "cpu", seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(16, 3, 16, 16, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+    return Inputs(images, (torch.arange(16) % 3).to(device), None, 0.05)
+
+
+def ready(seed: int = 0, device: str = "cpu", teacher: nn.Module | None = None, network: nn.Module | None = None,
+          kd_loss: str = "none") -> Student:  # fmt: skip
+    example = torch.zeros(2, 3, 16, 16, device=device)
+    return prepare(network or Net(seed), teacher, STUDY, kd_loss, example)  # type: ignore[arg-type]
+
+
+def state(member: Student) -> list[Tensor]:
+    return [tensor.clone() for tensor in member.state()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("before", [0, 2], ids=["fresh", "resumed"])
+def test_steps_that_are_put_back_leave_no_trace(before: int) -> None:
+    """Warm-up advances weights, momentum and the statistics of BatchNorm: the training after it must not know."""
+    tried, plain = ready(), ready()
+    for member in (tried, plain):
+        for step in range(before):
+            take_step(member, inputs(seed=step))
+    where = [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
+    without_trace(tried, lambda: [take_step(tried, inputs(seed=9)) for _ in range(3)] and None)
+    assert where == [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
+    for member in (tried, plain):
+        for step in range(3):
+            take_step(member, inputs(seed=step))
+    assert equal(state(tried), state(plain))
+
+
+def test_steps_that_raise_are_put_back_too() -> None:
+    member = ready()
+    before = state(member)
+
+    def half() -> None:
+        take_step(member, inputs())
+        raise RuntimeError("no more memory")
+
+    with pytest.raises(RuntimeError, match="no more memory"):
+        without_trace(member, half)
+    assert equal(before, state(member)[: len(before)])
+
+
+@pytest.mark.parametrize(
+    ("execution", "device", "steps", "reason"),
+    [
+        ("auto", "cpu", 1000, "no CUDA device"),
+        ("graph", "cpu", 1000, "no CUDA device"),
+        ("eager", "cuda", 1000, "asked for"),
+        ("auto", "cuda", 19, "19 steps do not pay"),
+        ("auto", "cuda", 20, ""),
+        ("graph", "cuda", 1, ""),
+    ],
+)
+def test_a_graph_is_made_where_it_can_be_and_pays(execution: str, device: str, steps: int, reason: str) -> None:
+    said = reason_for_eager(execution, torch.device(device), steps)  # type: ignore[arg-type]
+    assert said.startswith(reason)
+    assert bool(said) == bool(reason)
+
+
+def test_a_student_is_let_in_where_the_largest_so_far_would_fit() -> None:
+    assert has_room(0, [])
+    assert has_room(1100, [1000, 10])
+    assert not has_room(1099, [10, 1000])
+
+
+def test_held_inputs_stay_where_they_are() -> None:
+    first, second = inputs(seed=0), inputs(seed=1)
+    first.taught = (torch.randn(16, 3), {(1, True): torch.randn(16, 1, 4, 4)})
+    second.taught, second.rate = (torch.randn(16, 3), {(1, True): torch.randn(16, 1, 4, 4)}), 0.25
+    held = first.held()
+    assert held.taught is not None
+    tensors = [held.images, held.labels, held.taught[0], held.taught[1][1, True]]
+    where = [tensor.data_ptr() for tensor in tensors]
+    held.take(second)
+    assert where == [tensor.data_ptr() for tensor in tensors]
+    assert equal(tensors, [second.images, second.labels, second.taught[0], second.taught[1][1, True]])
+    assert held.rate == torch.tensor(0.25)
+    assert held.images.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- on a device ---------------------------------------------------------------------------------------
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def batches(epochs: int = 4) -> Batches:
+    rng = np.random.default_rng(0)
+    labels = np.arange(160) % 3
+    images = rng.integers(0, 120, (160, 16, 16, 3), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[5 * label : 5 * label + 4] += 120
+    part = Part(labels, images, None)
+    data = Data("bars", part, part, part, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 16, False)
+    return train_batches(part, np.arange(160), data=data, batch_size=16, epochs=epochs, resolution=16, seed=0,
+                         device="cuda", backend="resident")  # fmt: skip
+
+
+def trained(networks: list[nn.Module], execution: str, kd_loss: str = "kd+at", budget: int = 0) -> list[Student]:
+    torch.manual_seed(99)
+    taught = Net(99).cuda().to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    cohort = [ready(device="cuda", teacher=taught, network=network, kd_loss=kd_loss) for network in networks]
+    teacher = Teacher(taught, budget)
+    train(cohort, teacher, batches(), STUDY, Stopwatch(), execution=execution)  # type: ignore[arg-type]
+    torch.cuda.synchronize()
+    return cohort
+
+
+def weights(member: Student) -> Tensor:
+    return torch.cat([value.float().flatten() for value in member.network.state_dict().values()])
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("kd_loss", ["kd", "kd+at", "kd+nst", "hint", "similarity"])
+def test_a_graph_trains_like_eager_steps(kd_loss: str) -> None:
+    graphed, eager = (trained([Net(i) for i in range(4)], how, kd_loss) for how in ("graph", "eager"))
+    assert [member.execution for member in graphed] == ["graph"] * 4, graphed[0].error
+    assert [member.execution for member in eager] == ["eager: asked for"] * 4
+    for one, other in zip(graphed, eager, strict=True):
+        assert one.status == other.status == "ok", (one.error, other.error)
+        torch.testing.assert_close(weights(one), weights(other), rtol=0.05, atol=0.02)
+        assert one.loss_sum.item() == pytest.approx(other.loss_sum.item(), rel=0.02)
+
+
+@pytest.mark.gpu
+@CUDA
+def test_a_graph_reads_the_learning_rate_of_each_step() -> None:
+    """Baked in, the rate of the first step would hold to the end."""
+    (member,) = trained([Net(0)], "graph")
+    rate = member.optimiser.param_groups[0]["lr"]
+    assert isinstance(rate, Tensor)
+    assert rate.item() < 0.01
+
+
+@pytest.mark.gpu
+@CUDA
+def test_who_cannot_be_captured_is_trained_eagerly_beside_the_others() -> None:
+    asking, good, dropping = trained([Asking(0), Net(1), Net(2, drop=0.5)], "auto")
+    assert (asking.status, good.status, dropping.status) == ("ok", "ok", "ok"), asking.error
+    assert asking.execution.startswith("eager: ")
+    assert asking.execution != "eager: "
+    assert good.execution == "graph"
+    assert dropping.execution == "eager: its layers draw random numbers"
+    (strict, other) = trained([Asking(0), Net(1)], "graph")
+    assert (strict.status, other.status) == ("error", "ok")
+    torch.testing.assert_close(weights(good), weights(other), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@CUDA
+def test_a_cohort_on_streams_gives_what_each_gives_alone() -> None:
+    together = trained([Net(i) for i in range(4)], "graph")
+    for seed, member in enumerate(together):
+        (alone,) = trained([Net(seed)], "graph")
+        torch.testing.assert_close(weights(member), weights(alone), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("budget", [10**8, 64 * 2**30], ids=["device", "host"])
+def test_a_kept_lesson_teaches_the_same_on_a_device(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if budget > 10**9:
+        monkeypatch.setattr("engine.taught.DEVICE_SHARE", 1e-9)
+    torch.manual_seed(99)
+    taught = Net(99).cuda().eval().requires_grad_(False)
+    teacher = Teacher(taught, budget)
+    images = torch.randn(16, 3, 16, 16, device="cuda")
+    course = teacher.course(batches(), {(0, True), (1, False)})
+    first, again = course(0, images), course(0, torch.zeros_like(images))
+    assert teacher.bytes > 0
+    kept = next(iter(teacher.kept.values()))
+    assert kept[0].device.type == ("cpu" if budget > 10**9 else "cuda")
+    assert torch.equal(first[0], again[0])
+    assert all(torch.equal(first[1][tap], again[1][tap]) for tap in first[1])
+
+
+@pytest.mark.gpu
+@CUDA
+def test_memory_is_given_back() -> None:
+    trained([Net(i) for i in range(4)], "graph")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(5):
+        trained([Net(i) for i in range(4)], "graph")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= 1.03 * before
+
+
+@pytest.mark.gpu
+@CUDA
+def test_who_finds_no_room_is_left_for_another_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([10**9, 10**9 - 10**6, 10**5, 10**5])
+    monkeypatch.setattr("engine.graphs._free_memory", lambda device: next(free))
+    first, second = trained([Net(0), Net(1)], "graph")
+    assert (first.status, second.status) == ("ok", "oom")
+    assert "100,000 bytes free beside 1 students" in second.error
+
+
+def test_the_average_of_a_cohort_is_each_ones_own() -> None:
+    """A running average is moved after the step, by a weight that grows to the decay."""
+    from engine.student import adopt_average, update_average
+
+    member = replace(ready(), average=None)
+    member.average = [v.clone() for v in member.network.state_dict().values() if v.is_floating_point()]
+    start = member.average[0].clone()
+    take_step(member, inputs())
+    live = next(iter(member.network.state_dict().values())).clone()
+    update_average(member, 0, 0.999)
+    torch.testing.assert_close(member.average[0], start + 0.9 * (live - start))
+    update_average(member, 10**6, 0.75)
+    torch.testing.assert_close(member.average[0], start + (0.9 + 0.1 * 0.25) * (live - start))
+    adopt_average(member)
+    assert torch.equal(next(iter(member.network.state_dict().values())), member.average[0])

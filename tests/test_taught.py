@@ -1,0 +1,117 @@
+"""What the teacher said is kept: the same lessons, fewer questions, no more bytes than allowed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.config import Study
+from engine.data import Data, load
+from engine.distill import Objective, lesson
+from engine.loader import Batches, train_batches
+from engine.taught import Teacher
+
+TAPS = {(0, True), (1, False)}
+
+
+class Counted(nn.Module):
+    """A teacher that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1), nn.Linear(6, 3)
+        self.asked = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        self.asked += 1
+        first = self.one(images).relu()
+        second = self.two(first)
+        return self.head(second.mean((2, 3))), [first, second]
+
+
+@pytest.fixture
+def batches(tiny_npz: Path) -> Batches:
+    data: Data = load(str(tiny_npz))
+    indices = np.arange(64)
+    return train_batches(
+        data.train, indices, data=data, batch_size=16, epochs=2, resolution=16, seed=0, backend="resident"
+    )
+
+
+def lessons(teacher: Teacher, batches: Batches, taps: set[tuple[int, bool]] = TAPS) -> list[list[Tensor]]:
+    course = teacher.course(batches, taps)
+    first = batches.first_epoch * batches.steps_per_epoch
+    answers = [course(step, batch.images) for step, batch in enumerate(batches, first)]
+    return [[logits, *features.values()] for logits, features in answers]
+
+
+def same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_second_cohort_hears_the_same_without_asking(batches: Batches) -> None:
+    network = Counted()
+    teacher = Teacher(network, budget=10**9)
+    fresh = lessons(Teacher(Counted()), batches)
+    assert same(lessons(teacher, batches), fresh)
+    assert network.asked == 8
+    assert same(lessons(teacher, batches), fresh)
+    assert network.asked == 8
+    assert teacher.bytes == sum(tensor.nbytes for answer in fresh for tensor in answer)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"batch_size": 32}, {"resolution": 8}, {"indices": np.arange(1, 65)}], ids=str
+)
+def test_other_batches_are_other_questions(batches: Batches, changed: dict[str, object]) -> None:
+    network = Counted()
+    teacher = Teacher(network, budget=10**9)
+    lessons(teacher, batches)
+    network.asked = 0
+    other = replace(batches, **changed)  # type: ignore[arg-type]
+    lessons(teacher, other)
+    assert network.asked == len(other)
+
+
+def test_a_resumed_training_asks_for_the_same_steps(batches: Batches) -> None:
+    network = Counted()
+    teacher = Teacher(network, budget=10**9)
+    whole = lessons(teacher, batches)
+    assert same(lessons(teacher, replace(batches, first_epoch=1)), whole[4:])
+    assert network.asked == 8
+
+
+def test_beyond_the_budget_what_came_first_is_kept(batches: Batches) -> None:
+    """A search asks for the same steps again and again: who keeps the latest has none of them when asked."""
+    network = Counted()
+    one = sum(tensor.nbytes for tensor in lessons(Teacher(Counted()), batches)[0])
+    teacher = Teacher(network, budget=5 * one)
+    fresh = lessons(teacher, batches)
+    assert teacher.bytes == 5 * one
+    network.asked = 0
+    assert same(lessons(teacher, batches), fresh)
+    assert network.asked == 3
+
+
+def test_a_budget_of_nothing_keeps_nothing(batches: Batches) -> None:
+    teacher = Teacher(Counted())
+    lessons(teacher, batches)
+    assert teacher.kept == {}
+
+
+def test_an_attention_map_teaches_what_the_features_teach() -> None:
+    torch.manual_seed(0)
+    student = (torch.randn(4, 3), [torch.randn(4, 8, 8, 8)])
+    teacher = (torch.randn(4, 3), [torch.randn(4, 16, 8, 8)])
+    objective = Objective(Study(), "at", student, teacher)
+    assert objective.taps == [(0, True)]
+    by_map = objective(student, lesson(teacher, objective.taps), torch.tensor([0, 1, 2, 0]))
+    objective.taps = [(0, False)]
+    by_features = objective(student, lesson(teacher, objective.taps), torch.tensor([0, 1, 2, 0]))
+    torch.testing.assert_close(by_map, by_features, rtol=1e-5, atol=0)
