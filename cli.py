@@ -28,6 +28,9 @@ COMMANDS = {
     "status": "one screen about a run, while it runs or after it",
     "trials": "the evaluations of a run: list, filter, sort, CSV",
     "explain": "why an architecture of a run was trained in full, or was not",
+    "export": "the winner as safetensors, model.py, ONNX, torch.export, each checked, with a model card",
+    "train": "one architecture in full, by the code that a search uses",
+    "eval": "the accuracy of weights on the validation or test part, or on another data set",
     "config": "the resolved configuration of a search, and where each value came from",
     "doctor": "what this machine has and lacks: versions, devices, kernel, loader and file-system tests",
 }

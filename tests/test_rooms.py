@@ -31,6 +31,7 @@ BRAIN = {
     "providers",
     "replay",
     "search",
+    "single",
     "submit",
     "supervisor",
     "tables",
