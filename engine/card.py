@@ -58,7 +58,7 @@ def model_card(report: Json, task: Json) -> str:
         ("parameters", f"{report['params']:,}"),
         ("data", f"`{facts['data']}`: {facts['images']['train']:,} images trained on, {len(classes)} classes"),
         ("training", facts["training"]),
-        ("teacher", facts["teacher"]),
+        ("teacher", facts["taught"]),
     ]
     latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
     forms = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
@@ -89,11 +89,16 @@ def model_card(report: Json, task: Json) -> str:
             "\n## Classes\n",
             ", ".join(classes),
             "\n## Provenance\n",
-            f"- command: `{facts['command']}`",
-            f"- versions: {', '.join(f'{name} {value}' for name, value in facts['versions'].items())}",
-            f"- run: `{facts['run']}`\n",
+            f"- run: `{facts['run']}`",
+            f"- its command: `{facts['command']}`",
+            f"- trained with: {_named(facts['trained_with'])}, on {facts['trained_on']}",
+            f"- exported with: {_named(facts['versions'])}\n",
         ]
     )
+
+
+def _named(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def _percent(accuracy: float | None) -> str:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import platform
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from engine import teacher as teachers
 from engine.card import model_card
-from engine.evaluate import device_name, weights_path
+from engine.evaluate import device_name
 from engine.latency import least_median, measure
 from engine.networks import count_cost
 from engine.space import SearchSpace, load_space
 from engine.standalone import Imported, NotSelfContained, call_of, closure_of
-from engine.trial import Architecture, EngineError, EnvironmentUnusable, UsageError, trial_from_json
-from engine.weights import save_weights
+from engine.trial import Architecture, EngineError, EnvironmentUnusable, UsageError, trial_from_json, weights_path
+from engine.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -91,23 +93,23 @@ class Logits(nn.Module):
 def run_export(task: Json) -> Json:
     """Writes the weights of `task["trial"]` in every form into the folder `task["out"]`, and checks each.
 
-    The folder is written aside and replaces an older one. Returns what the command prints. Raises UsageError where
-    there are no weights or torch cannot export the network, EngineError where a form gives other logits.
+    `task` holds the space, classes, resolution, mean and std beside it, the run's teacher, and `card`, what the run
+    knows for the model card. The folder is written aside and replaces an older one. Returns what the command prints.
+    Raises UsageError where there are no weights or torch cannot export the network, EngineError where a form gives
+    other logits.
     """
     torch.set_num_threads(1)
     trial, out = trial_from_json(task["trial"]), Path(task["out"])
     stored = weights_path(Path(task["run_dir"]), trial)
-    if not stored.is_file():
-        raise UsageError(f"the weights of {trial.architecture} are not in {stored.parent}; train it: cli.py train")
     space = load_space(task["space"])
     network = space.build(trial.architecture.choices, len(task["classes"]), trial.fidelity.width)
-    network.load_state_dict(load_file(stored))
+    load_weights(stored, network)
     aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         report = write_forms(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, aside)
-        (aside / "README.md").write_text(model_card(report, task))
+        (aside / "README.md").write_text(model_card(report, {**task, "card": {**task["card"], **_provenance(task)}}))
         shutil.rmtree(out, ignore_errors=True)
         aside.replace(out)
     finally:
@@ -248,6 +250,24 @@ def latencies(model: nn.Module, session: InferenceSession, resolution: int, devi
         taken[f"torch, batch {batch}"] = measure(model, resolution, batch, device)
         taken[f"onnxruntime, batch {batch}"] = least_median(run, torch.device("cpu"))
     return {name: round(ms, 3) for name, ms in taken.items()}
+
+
+def _provenance(task: Json) -> Json:
+    """What only the machine that exports knows: itself, its versions, and the teacher's card."""
+    name, teacher = "a teacher whose file is gone", Path(task["teacher"])
+    if teacher.is_file():
+        card = teachers.read_card(teacher)
+        name = f"`{card.network}`, validation accuracy {100 * card.accuracy:.2f} %"
+    device = device_name(torch.device(task["device"]))
+    processor = next((li.split(":")[1].strip() for li in _cpuinfo() if li.startswith("model name")), platform.machine())
+    machine = f"one thread of {processor}" + ("" if device == "cpu" else f" (onnxruntime) and {device} (torch)")
+    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")}
+    return {"taught": task["card"]["taught"].replace("TEACHER", name), "machine": machine, "versions": versions}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _import(path: Path) -> Any:

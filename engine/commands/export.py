@@ -1,0 +1,42 @@
+"""`export`: the winner of a run, or another of its architectures, as files that need nothing of this program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_device_option, add_run_argument, add_run_options, command_parser, gather
+from engine.config import Resources
+
+EXAMPLES = """\
+photos                                     the winner of runs/photos, into runs/photos/export/ARCHITECTURE
+runs/photos --arch 3-1-0-2-4-3 --out phone/"""
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    text = (
+        "Write trained weights as safetensors, a model.py that needs torch alone, ONNX and torch.export files, and a "
+        "model card; each form is checked to give the logits of the checkpoint."
+    )
+    made = command_parser(text, EXAMPLES)
+    add_run_argument(made)
+    made.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE to export; the winner by default")
+    made.add_argument("--out", type=str | None, default=None, help="folder, instead of RUN/export/ARCHITECTURE")
+    add_device_option(made)
+    add_run_options(made, run_dir=False)
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.progress import Display
+    from engine.runs import open_run
+    from engine.single import chosen, export
+
+    found = open_run(values.run)
+    evaluation = chosen(found, values.arch)
+    out = Path(values.out) if values.out else found.folder / "export" / str(evaluation.trial.architecture)
+    with Display(values.progress) as show:
+        return export(found, evaluation, out, gather(Resources, values), show)

@@ -1,0 +1,95 @@
+"""`train`: one architecture in full, by the code that a search uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_options, add_run_options, command_parser, gather
+from engine.config import Resources, Study
+from engine.trial import Fidelity, UsageError, weights_path
+
+if TYPE_CHECKING:
+    from engine.runs import Run
+
+EXAMPLES = """\
+photos --epochs 300 --out runs/photos-long                 the winner of runs/photos, from scratch, for longer
+photos --weights run --epochs 20 --lr 0.01 --out runs/tuned    from the weights that the run kept
+photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other     distilled from the teacher of the run
+--space nasbench201 --arch 3-1-0-2-4-3 --data photos/ --epochs 100 --out runs/plain"""
+# What is about choosing among architectures, or has a flag of its own here.
+LEFT_OUT = (
+    *("method", "objectives", "only", "low", "high", "initial_weights"),
+    *("max_macs", "max_params", "max_latency_ms", "latency_batch"),
+)
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    text = (
+        "Train one architecture in full and score it on the test part. RUN gives the settings, flags change them; the "
+        "same command line continues a training that was stopped. The folder it writes is a run like any other."
+    )
+    made = command_parser(text, EXAMPLES)
+    made.usage = "%(prog)s [RUN] [options]"
+    hints, high = get_type_hints(Fidelity), Study().high
+    made.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or a name under runs/")
+    made.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
+    made.add_argument("--out", type=str, default="runs/train", help="folder to write")
+    made.add_argument("--epochs", type=int, default=high.epochs, help="passes over the training images")
+    made.add_argument("--kd-loss", type=hints["kd_loss"], default=high.kd_loss, help="distillation terms of the loss")
+    made.add_argument(
+        "--weights", type=str | None, default=None, help="start from this FILE of weights, or `run`: those of RUN"
+    )
+    add_options(made, Study, skip=LEFT_OUT)
+    add_options(made, Resources, skip=("students_per_gpu",))
+    add_run_options(made, run_dir=False)
+    return made
+
+
+def with_defaults(arguments: list[str]) -> list[str]:
+    """The settings of RUN, if it comes first, before the flags that change them."""
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    from engine.runs import open_run
+
+    found = open_run(arguments[0])
+    study = found.study
+    own = found.folder / "teacher" / "teacher.safetensors"
+    settings: dict[str, Any] = {f.name: getattr(study, f.name) for f in dataclasses.fields(Study)}
+    settings |= {"epochs": study.high.epochs, "kd_loss": study.high.kd_loss}
+    if study.teacher == "auto" and own.is_file():
+        settings["teacher"] = own
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name not in LEFT_OUT]
+    return [arguments[0], *flags, *arguments[1:]]
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.progress import Display
+    from engine.runs import open_run
+    from engine.single import chosen, train
+
+    found = open_run(values.run) if values.run else None
+    base = found.study if found else Study()
+    given = {f.name: values[f.name] for f in dataclasses.fields(Study) if f.name not in LEFT_OUT}
+    high = dataclasses.replace(base.high, epochs=values.epochs, kd_loss=values.kd_loss)
+    architecture = values.arch or (str(chosen(found, None).trial.architecture) if found else "")
+    if not architecture:
+        raise UsageError("say which architecture: --arch 3-1-0-2-4-3, or a RUN, whose winner it is then")
+    weights = _weights(values.weights, found, architecture)
+    study = dataclasses.replace(base, **given, high=high, initial_weights=weights)
+    with Display(values.progress) as show:
+        return train(study, architecture, gather(Resources, values), Path(values.out), show)
+
+
+def _weights(asked: str | None, found: Run | None, architecture: str) -> str:
+    from engine.single import chosen
+
+    if asked != "run":
+        return str(Path(asked).absolute()) if asked else ""
+    if found is None:
+        raise UsageError("--weights run: say which RUN, as the first word")
+    return str(weights_path(found.folder, chosen(found, architecture).trial))
