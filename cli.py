@@ -23,6 +23,7 @@ DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distilla
 # Each is a module of engine/commands; only the one that is called is imported.
 COMMANDS = {
     "search": "start or continue a search; without options, a demo of minutes",
+    "submit": "write the batch script of a search, for Slurm, PBS, LSF or Kubernetes, and hand it in",
     "teacher": "train a teacher, or check one",
     "replay": "run search methods on a table of recorded results",
     "status": "one screen about a run, while it runs or after it",

@@ -1,0 +1,113 @@
+"""`submit`: a search as a batch job that continues itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands import search
+from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
+from engine.config import Budget, Resources, Study, write_whole
+from engine.trial import EnvironmentUnusable, UsageError
+
+EXAMPLES = """\
+slurm --gpus 8 --time 24:00:00 --partition gpu --data photos/ --name photos          write runs/photos/slurm.sh
+slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --name photos --go           and hand it in
+kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
+# What only a driver outside of the job has a use for.
+OUTSIDE = ("executor", "min_nodes", "max_nodes", "address")
+FILES = {"slurm": "slurm.sh", "pbs": "pbs.sh", "lsf": "lsf.sh", "kubernetes": "kubernetes.yaml"}
+HAND_IN = {
+    "slurm": ("sbatch", "--parsable"),
+    "pbs": ("qsub",),
+    "lsf": ("bsub",),
+    "kubernetes": ("kubectl", "create", "-o", "name", "-f"),
+}
+with_defaults = search.with_defaults
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command: those of a search, and how the job is made."""
+    made = command_parser(
+        "Write the batch script, or the manifest, of a job that runs a search and goes back into the queue until the\n"
+        "search is finished. Flags are those of `search`, and what the job is to have.",
+        EXAMPLES,
+    )
+    made.add_argument("scheduler", type=Literal["slurm", "pbs", "lsf", "kubernetes"], help="what the job is for")
+    add_options(made, Study)
+    add_options(made, Budget)
+    add_options(made, Resources, skip=OUTSIDE)
+    group = add_run_options(made)
+    group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one needs Slurm")
+    group.add_argument("--requeues", type=int, default=20, help="times that the job goes back into the queue")
+    group.add_argument(
+        "--script", type=str | None, default=None, help="FILE to write, instead of one in the run folder"
+    )
+    group.add_argument("--go", action="store_true", help="hand it in")
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.search import checked
+    from engine.submit import Job, render
+
+    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
+    checked(study, budget, resources)
+    for name, least in (("nodes", 1), ("requeues", 0)):
+        if values[name] < least:
+            raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
+    folder = run_folder(values).absolute()
+    script = Path(values.script).absolute() if values.script else folder / FILES[values.scheduler]
+    inside = values.scheduler == "kubernetes"  # of an image, where this interpreter is not
+    job = Job(
+        words=tuple(words(values)),
+        program=("mfkd",) if inside else (sys.executable, str(Path(search.__file__).resolve().parents[2] / "cli.py")),
+        folder=str(Path.cwd()),
+        name=folder.name,
+        script=str(script),
+        output=str(folder),
+        resources=resources,
+        nodes=values.nodes,
+        requeues=values.requeues,
+    )
+    text = render(values.scheduler, job)
+    try:
+        for made in (folder, script.parent):
+            made.mkdir(parents=True, exist_ok=True)
+        write_whole(script, text)
+    except OSError as error:
+        raise EnvironmentUnusable(f"{error.filename} cannot be written: {error.strerror}") from error
+    result = {"scheduler": values.scheduler, "script": str(script)}
+    return {**result, "job": hand_in(values.scheduler, script)} if values.go else result
+
+
+def words(values: Namespace) -> list[str]:
+    """The search's command line without what is the job's: whatever is not the default, wherever it came from."""
+    defaults = parser().get_defaults()
+    own = [item.name for kind in (Study, Budget, Resources) for item in dataclasses.fields(kind)]
+    job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("of_a_job")}
+    given = []
+    for key, value in values.items():
+        name = key.split(".")[0]
+        if name in {*own, "name", "run_dir"} - job and value != defaults.get(key):
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            given.append(f"--{key.replace('_', '-')}={text}")
+    return ["search", *given, "--progress=lines"]
+
+
+def hand_in(scheduler: str, script: Path) -> str:
+    """What the scheduler calls the job that it was given."""
+    command = [*HAND_IN[scheduler], *([] if scheduler == "lsf" else [str(script)])]
+    try:
+        with open(script) as text:
+            done = subprocess.run(command, stdin=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise EnvironmentUnusable(f"no {command[0]} here: hand {script} in on a machine of the cluster") from None
+    if done.returncode:
+        raise EnvironmentUnusable(f"{command[0]} refused {script}: {done.stderr.strip()}")
+    return done.stdout.strip()
