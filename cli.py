@@ -25,7 +25,9 @@ COMMANDS = {
     "search": "start or continue a search; without options, a demo of minutes",
     "submit": "write the batch script of a search, for Slurm, PBS, LSF or Kubernetes, and hand it in",
     "teacher": "train a teacher, or check one",
+    "fidelity": "which cheap judgement to search with: a study on your own data and space",
     "replay": "run search methods on a table of recorded results",
+    "report": "one HTML page and one CSV file about a run",
     "status": "one screen about a run, while it runs or after it",
     "trials": "the evaluations of a run: list, filter, sort, CSV",
     "explain": "why an architecture of a run was trained in full, or was not",
@@ -69,7 +71,7 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
     if not arguments:
         _refuse("no command given")
     name, *rest = arguments
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(overview())
         raise SystemExit(0)
     if name == "--version":

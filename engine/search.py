@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine import config, journal, policy
+from engine.adopt import adopt
 from engine.clock import drive
 from engine.config import Budget, Plan, Resources, Slots, Study
 from engine.devices import describe, layout
@@ -72,6 +73,34 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
     Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
     """
     start = time.monotonic()
+
+    def end(ground: Ground, history: History, fleet: Fleet) -> Json:
+        best = policy.winner(ground.candidates, visible(history, ground.cost), ground.plan)
+        if best is None:
+            raise NoWinner(_why_none(history))
+        best = next(e for e in history.answered if e.trial == best.trial)
+        return conclude(ground, history, best, fleet, time.monotonic() - start)
+
+    return run(study, budget, resources, run_dir, show, config.plan(study, budget), propose, end)
+
+
+def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """What the plan's method asks next; in the end, what the report lacks."""
+    trials = policy.propose(candidates, history, plan, slots)
+    return trials if trials or history.pending or not plan.max_low else unpaired(history, plan)[:slots]
+
+
+def run(
+    study: Study,
+    budget: Budget,
+    resources: Resources,
+    run_dir: Path,
+    show: Display,
+    plan: Plan,
+    method: policy.Method,
+    end: Callable[[Ground, History, Fleet], Json],
+) -> Json:
+    """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
     space = checked(study, budget, resources)
     wanted = layout(resources)
     run_dir = run_dir.absolute()
@@ -82,14 +111,12 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
         show.say(f"run folder {run_dir}; {describe(wanted)}")
         fleet = open_fleet(resources, wanted, run_dir / "logs")
         try:
-            ground = prepare(study, budget, space, fleet, run_dir, show)
+            ground = replace(prepare(study, budget, space, fleet, run_dir, show), plan=plan)
             write_run_file(run_dir, ground.facts)
-            history = evaluate_all(ground, budget, resources, book, fleet, slots, show)
-            best = policy.winner(ground.candidates, visible(history, ground.cost), ground.plan)
-            if best is None:
-                raise NoWinner(_why_none(history))
-            best = next(e for e in history.answered if e.trial == best.trial)
-            return conclude(ground, history, best, fleet, time.monotonic() - start)
+            if study.pilot:
+                adopt(Path(study.pilot), study, run_dir, book, show)
+            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method)
+            return end(ground, history, fleet)
         finally:
             fleet.close()
 
@@ -122,12 +149,13 @@ def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tup
     taught = study.teacher == "auto" and study.low.kd_loss != "none"  # by the largest of all
     everything = members(space, study, facts, () if taught else only)
     named = members(space, study, facts, only) if only else everything
-    fit = named.where((named.macs <= study.max_macs) & (named.params <= study.max_params))
+    inside = (named.macs >= study.min_macs) & (named.macs <= study.max_macs) & (named.params <= study.max_params)
+    fit = named.where(inside)
     if not len(fit):
         raise UsageError(
             f"no architecture of {space.name} fits --max-macs {study.max_macs:g} and --max-params "
-            f"{study.max_params:g}; the smallest has {everything.macs.min():,.0f} MACs and "
-            f"{everything.params.min():,.0f} parameters"
+            f"{study.max_params:g} with --min-macs {study.min_macs:g}; the smallest has "
+            f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
         )
     show.say(
         f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
@@ -190,7 +218,14 @@ def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show
 
 
 def evaluate_all(
-    ground: Ground, budget: Budget, resources: Resources, book: Journal, fleet: Fleet, slots: Slots, show: Display
+    ground: Ground,
+    budget: Budget,
+    resources: Resources,
+    book: Journal,
+    fleet: Fleet,
+    slots: Slots,
+    show: Display,
+    method: policy.Method,
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     start = time.monotonic()
@@ -200,8 +235,9 @@ def evaluate_all(
     plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), **how}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
-    show.expect("low", plan.max_low)
-    show.expect("high", plan.max_high)
+    for low in plan.lows:
+        show.expect(low.name, plan.max_low)
+    show.expect(plan.high.name, plan.max_high)
 
     def stop(history: History) -> bool:
         full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
@@ -214,9 +250,8 @@ def evaluate_all(
             or max(full, default=0.0) >= budget.target_accuracy
         )
 
-    def propose(history: History, free: int) -> list[Trial]:
-        trials = policy.propose(ground.candidates, visible(history, ground.cost), plan, free)
-        return trials if trials or history.pending or not plan.max_low else unpaired(history, plan)[:free]
+    def ask(history: History, free: int) -> list[Trial]:
+        return method(ground.candidates, visible(history, ground.cost), plan, free)
 
     def shares(trial: Trial) -> int:
         return slots.cohort if trial.fidelity == plan.high else 1
@@ -229,7 +264,7 @@ def evaluate_all(
 
     desk = Dispatch(fleet, task, book, record.answers, slots.cohort, plan.high, received)
     return drive(
-        propose,
+        ask,
         slots.total,
         desk.submit,
         cost,

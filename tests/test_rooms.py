@@ -14,14 +14,17 @@ OURS = {"engine", "kernels", "surrogate", "cli", "bench", "tests"}
 COMMANDS = ROOT / "engine" / "commands"
 WORDS = {"trial", "space", "config", "orders"}
 BRAIN = {
+    "adopt",
     "clock",
     "commands",
     "devices",
     "dispatch",
     "doctor",
+    "findings",
     "fleet",
     "jobs",
     "journal",
+    "pilot",
     "plan",
     "policies",
     "policy",

@@ -1,0 +1,58 @@
+"""`fidelity`: which cheap judgement to search with, on the user's own data and space."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
+from engine.config import Budget, Resources, Study
+
+HELP = {
+    "architectures": "how many are judged, spread over the order by multiply-accumulates; may be raised later",
+    "repeats": "full trainings of each, with different seeds",
+    "low_repeats": "trainings of each at each low fidelity, with different seeds",
+    "drop": "stop asking a low fidelity once one that costs no more is clearly better",
+}
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    from engine.pilot import DEFAULT_LOWS
+    from engine.policies.pilot import Pilot
+
+    made = command_parser(
+        "Judge some architectures in full and at several low fidelities, and recommend one of these for a search. "
+        "The same command line continues a study."
+    )
+    group = made.add_argument_group("What is compared")
+    group.add_argument(
+        "--lows",
+        type=str,
+        nargs="+",
+        default=list(DEFAULT_LOWS),
+        help="low fidelities, each LOSS@FRACTIONxEPOCHS[:name=value,...] with width, resolution or loss weights, "
+        "like kd+at@1/27x30:width=0.5",
+    )
+    for item in dataclasses.fields(Pilot):
+        if item.name in HELP:
+            flag = f"--{item.name.replace('_', '-')}"
+            group.add_argument(flag, type=type(item.default), default=item.default, help=HELP[item.name])
+    add_options(made, Study, skip=("low", "method", "pilot", "objectives"))
+    add_options(made, Budget, skip=("max_low", "max_high", "target_accuracy"))
+    add_options(made, Resources)
+    add_run_options(made)
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.pilot import parse_fidelity, study_fidelities
+    from engine.policies.pilot import Pilot
+    from engine.progress import Display
+
+    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
+    plan = Pilot(tuple(map(parse_fidelity, values.lows)), *(values[name] for name in HELP))
+    with Display(values.progress) as show:
+        return study_fidelities(study, plan, budget, resources, run_folder(values), show)
