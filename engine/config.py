@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from engine.trial import Fidelity, UsageError, fidelity_from_json, fidelity_to_json
+from engine.trial import EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
 
 T = TypeVar("T")
+DATA_MADE = ("glyphs", "cifar10", "cifar100")  # data that are made or fetched; all other names are paths
 Execution = Literal["auto", "graph", "eager"]
 
 
@@ -114,7 +115,7 @@ class Resources:
         "2GiB", "memory per worker for what the teacher said of a batch, for later students that see it; 0 is none"
     )
     compile: bool = option(False, "torch.compile the networks of full-fidelity evaluations")
-    workers: int = option(0, "CPU worker processes, one thread each; 0 is one per core")
+    workers: int = option(0, "worker processes of each machine; 0 is one for each GPU, else one for each CPU core")
     executor: Literal["local", "slurm", "pbs", "lsf", "kubernetes"] = option(
         "local", "what starts the workers: this machine (or all of the Slurm allocation it is in), or jobs of a cluster"
     )
@@ -161,6 +162,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("teacher-epochs", study.teacher_epochs, 1),
         ("resolution", study.resolution, 0),
         ("latency-batch", study.latency_batch, 1),
+        ("seed", study.seed, 0),
         ("max-low", budget.max_low, 0),
         ("max-high", budget.max_high, 1),
         ("max-failures", budget.max_failures, 1),
@@ -174,6 +176,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("lr", study.lr),
         ("gpu-hours", budget.gpu_hours),
         ("wall-time", budget.wall_time),
+        ("target-accuracy", budget.target_accuracy),
         ("max-macs", study.max_macs),
         ("max-params", study.max_params),
         ("max-latency-ms", study.max_latency_ms),
@@ -184,6 +187,13 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         raise UsageError(f"--objectives {study.objectives} is for --method mfkd; {study.method} has no front")
     if study.initial_weights and (not study.only or "," in study.only):
         raise UsageError("--initial-weights fit one architecture: name it with --only")
+    for name in (*(item.name for item in dataclasses.fields(Study) if item.name.endswith("_weight")), "weight_decay"):
+        if not 0 <= getattr(study, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(study, name)}; it must be at least 0")
+    if not 0 <= study.momentum < 1:
+        raise UsageError(f"--momentum is {study.momentum}; it must be at least 0 and below 1")
+    if 1 < budget.target_accuracy < math.inf:
+        raise UsageError(f"--target-accuracy is {budget.target_accuracy}; it is a share: write 0.95 for 95 %")
     if not 0 <= study.ema_decay < 1:
         raise UsageError(f"--ema-decay is {study.ema_decay}; it must be at least 0 and below 1, like 0.999")
     if resources.execution == "graph" and resources.device == "cpu":
@@ -194,6 +204,15 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         raise UsageError(f"--valid-fraction is {study.valid_fraction}; it must be over 0 and at most 0.5")
     if study.high.kd_loss != "none" and study.low.kd_loss == "none":
         raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
+
+
+def check_data(study: Study) -> None:
+    """Raises EnvironmentUnusable where --data names a path that is not there: known before a worker has started."""
+    made = study.data.partition(":")[0] in DATA_MADE
+    if not made and not Path(study.data).expanduser().exists():
+        raise EnvironmentUnusable(
+            f"--data {study.data}: no such file or folder; give a folder of images, a .npz file, {', '.join(DATA_MADE)}"
+        )
 
 
 def check_jobs(resources: Resources) -> None:
@@ -317,6 +336,12 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
     write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted
+
+
+def begun(run_dir: Path) -> bool:
+    """Whether a run folder holds what took work: a teacher, or a trial in its journal."""
+    book = run_dir / "journal.jsonl"
+    return (run_dir / "teacher").exists() or (book.exists() and book.read_bytes().count(b"\n") > 1)
 
 
 def write_whole(path: Path, text: str) -> None:

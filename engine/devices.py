@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from engine.config import Resources
+from engine.config import Resources, gpus_of_a_node
 from engine.trial import EnvironmentUnusable, UsageError
 
 
@@ -62,6 +62,8 @@ def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:
                 + ("" if visible else ", or take --device cpu")
             )
         return visible[:count]
+    if not visible:
+        raise UsageError(f"--gpus {asked}: no GPU is visible; check nvidia-smi, or take --device cpu")
     if len(set(numbers)) != len(numbers) or any(not 0 <= number < len(visible) for number in numbers):
         raise UsageError(
             f"--gpus {asked}: choose different positions from 0 to {len(visible) - 1} ({len(visible)} visible)"
@@ -69,16 +71,48 @@ def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(visible[number] for number in numbers)
 
 
+def allocated_nodes() -> int:
+    """Machines of the Slurm job that this process is part of, where it can start something on them; else 1."""
+    count = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    inside = count.isdecimal() and "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    return int(count) if inside else 1
+
+
 def layout(resources: Resources) -> Layout:
     """Workers and devices for the resources asked for; UsageError where they are not there."""
-    devices = () if resources.device == "cpu" else choose_devices(resources.gpus, visible_devices())
     if resources.device == "cpu" and resources.gpus not in ("auto", "0"):
         raise UsageError(f"--device cpu and --gpus {resources.gpus} contradict each other; give one of them")
+    if resources.executor != "local":
+        return _elsewhere(resources)
+    nodes = allocated_nodes()
+    devices = () if resources.device == "cpu" else choose_devices(resources.gpus, visible_devices())
+    if nodes > 1 and "," in resources.gpus:
+        raise UsageError(f"--gpus {resources.gpus}: on {nodes} nodes give a count, which holds for each of them")
     if devices:
-        return Layout(len(devices), devices, "cuda")
+        share = _share(resources, len(devices))
+        return Layout(len(devices) * share * nodes, devices if nodes == 1 else (), "cuda", share, nodes)
     if resources.device == "cuda":
         raise EnvironmentUnusable("--device cuda: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES")
-    return Layout(resources.workers or len(os.sched_getaffinity(0)))
+    return Layout((resources.workers or len(os.sched_getaffinity(0))) * nodes, nodes=nodes)
+
+
+def _elsewhere(resources: Resources) -> Layout:
+    """On jobs of a cluster, whose machines take what they were given."""
+    nodes, gpus = resources.max_nodes, gpus_of_a_node(resources)
+    if gpus:
+        share = _share(resources, gpus)
+        return Layout(gpus * share * nodes, (), "cuda", share, nodes)
+    if not resources.workers:
+        raise UsageError(f"--executor {resources.executor} without GPUs: say how many --workers a node shall have")
+    return Layout(resources.workers * nodes, nodes=nodes)
+
+
+def _share(resources: Resources, gpus: int) -> int:
+    """How many workers a GPU has."""
+    share, rest = divmod(resources.workers or gpus, gpus)
+    if rest or not share:
+        raise UsageError(f"--workers {resources.workers} on {gpus} GPUs: give a multiple, or leave it out")
+    return share
 
 
 def describe(wanted: Layout) -> str:

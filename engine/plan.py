@@ -58,6 +58,7 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
     Raises EngineError as a search does, and NoWinner where a timed training fails.
     """
     space, wanted = checked(study, budget, resources), layout(resources)
+    config.check_data(study)
     if not providers.local(resources):
         raise UsageError("--dry-run times steps on this machine; leave --executor out, or call it inside a job")
     with tempfile.TemporaryDirectory(prefix="mfkd-plan-") as scratch:

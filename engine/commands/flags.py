@@ -13,10 +13,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
 from engine.config import Resources
+from engine.config import flatten
 from engine.trial import Fidelity
 
 
@@ -25,6 +27,8 @@ def _fraction(text: str) -> Fraction:
         return Fraction(text)
     except ZeroDivisionError:
         raise ValueError(f"{text} divides by zero") from None
+    except ValueError:
+        raise ValueError(f"'{text}' is no fraction; write 1/27 or 0.1") from None
 
 
 register_type(Fraction, serializer=str, deserializer=_fraction)
@@ -63,18 +67,73 @@ class Manual(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """An argument parser that names the nearest flag when it refuses one."""
+    """An argument parser whose refusals are one sentence, with the nearest flag or the way to write it."""
+
+    reading = ""  # the YAML file that is being read
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message with the way out, and exits with 2."""
+        text = plain(message) + self._way_out(message)
+        file = f"{self.reading}: " if self.reading else ""
+        print(f"{self.prog}: {file}{text}\nSee {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _way_out(self, message: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         keys = {option.lstrip("-").replace("-", "_"): option for option in known}
         for word in re.findall(r"(?:unrecognized arguments: --|option '|key ')([\w.-]+)", message, re.IGNORECASE):
-            near = difflib.get_close_matches(word.replace("-", "_"), keys, n=1, cutoff=0.7)
+            key = word.replace("-", "_")
+            near = [name for name in keys if name.startswith(f"{key}.")]
+            near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
             if near:
-                message = f"{message}; did you mean {keys[near[0]]}?"
-        print(f"{self.prog}: {message}\nSee {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+                return f"; did you mean {' or '.join(name if self.reading else keys[name] for name in near)}?"
+        if re.search(r"unrecognized arguments: [^-]", message):
+            return "; a value follows its flag, like --data FOLDER"
+        return ""
+
+
+def plain(message: str) -> str:
+    """A refusal of the parser's in words: flags for keys, kinds of values for types."""
+    text = " ".join(message.split())
+    text = re.sub(r'Parser key "([\w.]+)":', lambda found: f"--{found[1].replace('_', '-')}:", text)
+    text = re.sub(r"Not of type \w+: |--config: ", "", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"value out of {found[1]}", text)
+    for kind, word in (("float", "number"), ("int", "whole number"), ("bool", "true or false")):
+        text = text.replace(f"<class '{kind}'>", word)
+    return text
+
+
+class ConfigFile(ActionConfigFile):
+    """`-c`: says which file is wrong, and where."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        parser.reading = f"-c {values}"
+        try:
+            if Path(values).is_file():
+                check_sections(yaml.safe_load(Path(values).read_text()), parser)
+            super().__call__(parser, cfg, values, option_string)
+        except yaml.YAMLError as error:
+            parser.error(f"not YAML: {error}")
+        except (UnicodeDecodeError, OSError) as error:
+            parser.error(f"cannot be read as text: {error}")
+        parser.reading = ""
+
+
+def check_sections(content: Any, parser: ArgumentParser) -> None:
+    """Ends with the parser's error where a YAML file is no mapping of flags, or gives a section like `low` a value."""
+    if not isinstance(content, dict):
+        parser.error("holds no flags; write one a line, like max_low: 50")
+    if {"study", "budget"} <= content.keys():
+        parser.error("is the record of a run; for -c, write a file with: cli.py config ... --yaml FILE")
+    known = [action.dest for action in parser._actions]
+    for key, value in content.items():
+        parts = [name for name in known if name.startswith(f"{key}.")]
+        if parts and not isinstance(value, dict):
+            names = ", ".join(part.removeprefix(f"{key}.") for part in parts)
+            parser.error(f"{key} is a section; write {names} below it, indented")
+    for key, _ in flatten(content):
+        if key not in known:
+            parser.error(f"Option '{key}' is not accepted")
 
 
 def add_options(parser: ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
@@ -118,7 +177,7 @@ def command_parser(description: str, examples: str = "") -> ArgumentParser:
         formatter_class=Manual,
         print_config=None,  # `config` does that
     )
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of flags; later ones win")
+    parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file of flags; later ones win")
     return parser
 
 
