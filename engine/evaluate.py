@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from engine import checkpoint
+from engine import checkpoint, orders
 from engine import teacher as teachers
 from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
 from engine.data import Data, Part, fingerprint, load, subset
@@ -32,6 +32,7 @@ from engine.student import Student, fatal, place, precision, prepare, status_of
 from engine.taught import Teacher
 from engine.train import Stopwatch, accuracies, accuracy, train
 from engine.trial import (
+    Drained,
     EngineError,
     EnvironmentUnusable,
     Evaluation,
@@ -47,18 +48,21 @@ from engine.weights import load_weights, save_weights
 Json = dict[str, Any]
 IntArray = npt.NDArray[np.int64]
 DEFAULT = Resources()
+# Python's words, and those of torch and safetensors, which raise errors of their own.
+UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "StreamWriter failed writing")
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
     """What stays on a worker between tasks: the study, its data, its device, and what it has learnt of its memory:
-    how many students of a fidelity it holds at once, where a cohort was too large."""
+    how many students of a fidelity it holds at once, where a cohort was too large. `orders` are its driver's."""
 
     study: Study
     data: Data
     device: torch.device
     run_dir: Path
     room: dict[Fidelity, int] = field(default_factory=dict)
+    orders: Path | None = None
 
 
 def run_probe(task: Json) -> Json:
@@ -145,7 +149,7 @@ def evaluate(
     bench: Bench, teacher_file: str, trials: list[Trial], resources: Resources = DEFAULT
 ) -> list[Evaluation]:
     """Trains the trials of one fidelity and one seed side by side and scores each on the validation part."""
-    start, watch = time.perf_counter(), Stopwatch()
+    started, start, watch = time.time(), time.perf_counter(), Stopwatch()
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     answers = _in_rounds(bench, trials, resources, lambda group: _attempt(bench, teacher_file, group, watch, resources))
@@ -155,7 +159,12 @@ def evaluate(
     # The cohort shares its costs: each trial carries an equal part, so that the sum over trials is what was spent.
     shared = {name: value / len(trials) if name in watch.seconds else value for name, value in costs.items()}
     device = device_name(bench.device)
-    return [replace(answer, seconds=seconds / len(trials), costs=shared, device=device) for answer in answers]
+    worker = os.environ.get("MFKD_WORKER", "")
+    each = seconds / len(trials)
+    return [
+        replace(answer, seconds=each, costs=shared, device=device, worker=worker, started=started)
+        for answer in answers
+    ]
 
 
 def _in_rounds(
@@ -189,6 +198,8 @@ def _attempt(
 ) -> list[Evaluation]:
     try:
         return _evaluate(bench, teacher_file, trials, watch, resources)
+    except (Drained, EnvironmentUnusable):
+        raise
     except Exception as error:
         return [_failed(trial, error) for trial in trials]
 
@@ -222,7 +233,7 @@ def _evaluate(
             backend=bench.study.data_backend,
             first_epoch=done,
         )
-        keep = partial(checkpoint.save, state, students[0]) if state else None
+        keep = partial(_epoch_done, bench, state, students[0], fidelity.epochs) if state else None
         train(students, teacher, batches, bench.study, watch, keep, resources.execution)
     with watch.phase("evaluate"):
         trained = [member for member in students if member.status == "ok"]
@@ -231,6 +242,13 @@ def _evaluate(
             _answer(bench, trial, member, scores.get(id(member), 0.0)) if isinstance(member, Student) else member
             for trial, member in zip(trials, cohort, strict=True)
         ]
+
+
+def _epoch_done(bench: Bench, state: Path, member: Student, epochs: int, done: int) -> None:
+    """Keeps the state of a full training; raises Drained where the driver wants no more than that now."""
+    checkpoint.save(state, member, done)
+    if done < epochs and bench.orders is not None and not orders.working(bench.orders):
+        raise Drained(f"stopped after epoch {done} of {epochs}; the same command continues")
 
 
 def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resources) -> Student | Evaluation:
@@ -288,6 +306,8 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
 def _failed(trial: Trial, error: Exception) -> Evaluation:
     if fatal(error):
         os._exit(70)  # a lost CUDA context cannot be had back in this process; the fleet starts another
+    if any(words in str(error) for words in UNWRITABLE):
+        raise EnvironmentUnusable(f"the run folder cannot be written: {error}; free space and repeat the command")
     return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
 
 
@@ -384,18 +404,19 @@ def _resources(task: Json) -> Resources:
 
 
 def _bench(task: Json) -> Bench:
-    return _open_bench(json.dumps(task["study"], sort_keys=True), task["run_dir"], task["device"])
+    study = json.dumps(task["study"], sort_keys=True)
+    return _open_bench(study, task["run_dir"], task["device"], task.get("orders"))
 
 
 @lru_cache(maxsize=1)
-def _open_bench(study_json: str, run_dir: str, device: str) -> Bench:
+def _open_bench(study_json: str, run_dir: str, device: str, folder: str | None) -> Bench:
     study = study_from_dict(json.loads(study_json))
     data = load(
         study.data, seed=study.seed, valid_fraction=study.valid_fraction, resolution=study.resolution
     )
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
-    return Bench(study, data, torch.device(device), Path(run_dir))
+    return Bench(study, data, torch.device(device), Path(run_dir), orders=Path(folder) if folder else None)
 
 
 def device_name(device: torch.device) -> str:
