@@ -215,6 +215,7 @@ def _executor(resources: Resources, wanted: Layout, folder: Path) -> HighThrough
         heartbeat_threshold=10,
         block_error_handler=_give_up_where_none_comes,
         provider=site.provider,
+        drain_period=site.drain_s,
     )
 
 
