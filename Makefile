@@ -1,16 +1,24 @@
 # make search   the demo search          make check   lint, types, tests
 # make test     the tests                make install the environment alone
-# make bench    all benches, CPU sizes
+# make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm of their own; root, Debian
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: search test check lint install bench
+.PHONY: search test test-slurm check lint install bench
 search: install
 	$(BIN)/python cli.py search
 
 test: install
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 tests --ignore=tests/slurm
+
+# The tests start munge, slurmctld and two slurmd on loopback. RUNLEVEL=1: installing shall start no service.
+test-slurm: install
+	@command -v munged slurmctld slurmd > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	&& apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	apt-get install -y -qq --no-install-recommends munge slurm-wlm > /dev/null; } \
+	|| echo "no packages munge and slurm-wlm here, and no way to install them: the tests will be skipped"
+	$(BIN)/python -m pytest tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ Task = dict[str, Any]
 def report(task: Task) -> Task:
     """Who does this, after `seconds`."""
     time.sleep(task.get("seconds", 0))
-    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MFKD_WORKER")
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MFKD_WORKER", "SLURMD_NODENAME")
     return {"pid": os.getpid(), "supervisor": os.getppid(), **{name: os.environ.get(name) for name in names}}
 
 
@@ -27,6 +27,16 @@ def once(task: Task) -> Task:
         return report(task)
     mark.touch()
     return globals()[task["first"]](task)  # type: ignore[no-any-return]
+
+
+def meet(task: Task) -> Task:
+    """`report` when `task["count"]` workers are at it at the same time, or after two minutes."""
+    here = Path(task["folder"])
+    (here / f"{os.environ['MFKD_WORKER']}-{os.getpid()}".replace("/", "-")).touch()
+    deadline = time.monotonic() + 120
+    while len(list(here.iterdir())) < task["count"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return report(task)
 
 
 def leave(task: Task) -> None:
