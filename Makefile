@@ -14,7 +14,7 @@ test: install
 
 # The tests start munge, slurmctld and two slurmd on loopback. RUNLEVEL=1: installing shall start no service.
 test-slurm: install
-	@command -v munged slurmctld slurmd > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	@which munged slurmctld slurmd srun > /dev/null || { [ "$$(id -u)" = 0 ] && which apt-get > /dev/null \
 	&& apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
 	apt-get install -y -qq --no-install-recommends munge slurm-wlm > /dev/null; } \
 	|| echo "no packages munge and slurm-wlm here, and no way to install them: the tests will be skipped"
