@@ -46,7 +46,8 @@ def score(
         task = {"study": config.to_dict(study), "run_dir": str(folder), "device": fleet.device, "part": part}
         given = {"trial": trial_to_json(trial), "weights": str(weights.absolute()), "trained_on": trained_on}
         found = fleet.submit("run_score", {**task, **given}).result()
-    show.say(f"{trial.architecture} on the {part} part of {study.data}: {found['accuracy']:.4f} of {found['images']}")
+    where = f"the {part} part of {study.data}, {found['images']} images"
+    show.say(f"{trial.architecture} on {where}: accuracy {found['accuracy']:.4f}")
     return {"architecture": str(trial.architecture), "data": study.data, "part": part, **found}
 
 

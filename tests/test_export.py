@@ -1,0 +1,178 @@
+"""Exported forms give the checkpoint's logits, in a process that has none of our code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from engine import export
+from engine.space import load_space
+from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError, trial_to_json, weights_path
+from engine.weights import save_weights
+
+SPACES = {
+    "nasbench201:channels=4,cells=1": "4-3-2-1-3-0",
+    "mobilenetv2:width=0.1": "0-1-1-0-0-1-0-0-0-0-0-0-0-1",
+    "shufflenetv2:width=0.1": "0-0-0-1-0-2",
+    "examples/my_space.py:SPACE": "1-0-0-0-1-1-0-0-2",
+}
+CLASSES = ["a", "b", "c", "d", 'e "quoted"']
+
+
+def task_of(run: Path, spec: str, architecture: str) -> dict[str, Any]:
+    """An export of a network whose running statistics have seen some images."""
+    space, trial = load_space(spec), Trial(0, Architecture.parse(architecture), Fidelity("high"))
+    torch.manual_seed(0)
+    network = space.build(trial.architecture.choices, len(CLASSES), 1.0)
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.randn(8, 3, 16, 16))
+    save_weights(weights_path(run, trial), network)
+    return {
+        "run_dir": str(run),
+        "device": "cpu",
+        "trial": trial_to_json(trial),
+        "space": spec,
+        "teacher": str(run / "none"),
+        "out": str(run / "out"),
+        "classes": CLASSES,
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+        "resolution": 16,
+        "card": {
+            "title": f"{spec} {architecture}",
+            "data": "photos",
+            "images": {"train": 5000, "valid": 1000},
+            "valid_accuracy": 0.9125,
+            "test_accuracy": None,
+            "training": "60 epochs",
+            "taught": "none",
+            "cropping": "Whole images.",
+            "run": "photos",
+            "command": "cli.py search",
+            "trained_with": {"torch": "2.15.0"},
+            "trained_on": "cpu",
+        },
+    }
+
+
+def logits(run: Path, task: dict[str, Any], images: torch.Tensor) -> torch.Tensor:
+    trial = task["trial"]
+    network = load_space(task["space"]).build(tuple(trial["architecture"]), len(CLASSES), 1.0)
+    stored = next((run / "checkpoints").rglob("*.safetensors"))
+    export.load_weights(stored, network)
+    with torch.no_grad():
+        answer: torch.Tensor = network.eval()(images)[0]
+    return answer
+
+
+ALONE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import ARCHITECTURE, CLASSES, Model, load, preprocess
+pixels = torch.load("pixels.pt", weights_only=True)
+torch.save(load()(preprocess(pixels)).detach(), "logits.pt")
+Model()(preprocess(pixels)).sum().backward()  # can be trained further
+assert not {"engine", "safetensors", "torchvision"} & set(sys.modules), sys.modules.keys()
+"""
+
+
+@pytest.mark.parametrize("spec", SPACES)
+def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> None:
+    task = task_of(tmp_path, spec, SPACES[spec])
+    report = export.run_export(task)
+    out = Path(report["folder"])
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "model.onnx", "model.pt2", "model.py", "weights.safetensors",
+    }  # fmt: skip
+    assert set(report["differences"]) == {"model.py", "model.pt2", "model.onnx"}
+    assert max(report["differences"].values()) <= 1e-4
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(task[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    images = (pixels / 255 - mean) / std
+    truth = logits(tmp_path, task, images)
+    assert truth.std() > 1e-3  # not the same for everything
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts == {name: task[name] for name in ("classes", "resolution", "mean", "std")}
+    for batch in (1, 4):
+        (found,) = session.run(["logits"], {"images": images[:batch].numpy()})
+        np.testing.assert_allclose(found, truth[:batch], atol=1e-4)
+    if spec != "mobilenetv2:width=0.1":  # a process takes seconds; the text is made in the same way
+        torch.save(pixels, tmp_path / "pixels.pt")
+        subprocess.run([sys.executable, "-I", "-c", ALONE, str(out)], check=True, cwd=tmp_path)
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), truth, atol=1e-5, rtol=0)
+
+
+def test_the_card_says_what_the_network_is(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "nasbench201:channels=4,cells=1", "4-3-2-1-3-0")
+    older = tmp_path / "out" / "of-another-run"
+    older.mkdir(parents=True)
+    report = export.run_export(task)
+    assert not older.exists()
+    card = (Path(report["folder"]) / "README.md").read_text()
+    for text in ("91.25 %", "not measured", "5,000 images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}"):
+        assert text in card, text
+
+
+def test_a_form_with_other_logits_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(tmp_path, "nasbench201:channels=4,cells=1", "4-3-2-1-3-0")
+
+    def wrong(program: Any, task: Any, path: Path) -> Any:
+        network = load_space(task["space"]).build((1,) * 6, len(CLASSES), 1.0)
+        return real(export.exported(export.Logits(network).eval(), task["resolution"]), task, path)
+
+    real = export.to_onnx
+    monkeypatch.setattr(export, "to_onnx", wrong)
+    with pytest.raises(EngineError, match=r"model.onnx differs from the checkpoint of 4-3-2-1-3-0 by"):
+        export.run_export(task)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+OWN = """
+import numpy as np
+from engine.space import Choice, SearchSpace
+
+def build(choices, classes, width):
+    from torch import nn
+    from engine.networks import Staged, conv_bn, pooled_classifier
+    channels = int(np.array([8, 16])[choices[0]])
+    return {network}
+
+SPACE = SearchSpace("own", (Choice("channels", (8, 16)),), build)
+"""
+
+
+def test_a_space_that_needs_more_than_torch_has_the_other_forms_and_the_reason(tmp_path: Path) -> None:
+    network = "Staged(nn.Identity(), [conv_bn(3, channels, 3, 2)], pooled_classifier(channels, classes))"
+    (tmp_path / "own.py").write_text(OWN.format(network=network))
+    task = task_of(tmp_path, f"{tmp_path / 'own.py'}:SPACE", "1")
+    report = export.run_export(task)
+    assert report["no_model_py"] == "own.py imports numpy"
+    assert not (Path(report["folder"]) / "model.py").exists()
+    assert set(report["differences"]) == {"model.pt2", "model.onnx"}
+    assert "no `model.py`: own.py imports numpy" in (Path(report["folder"]) / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "nasbench201:channels=4,cells=1", "4-3-2-1-3-0")
+    with pytest.raises(UsageError, match="does not hold weights of this network"):
+        export.run_export({**task, "space": "nasbench201:channels=8,cells=1"})
+
+    class Branching(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+    with pytest.raises(UsageError, match="torch.export cannot trace this network"):
+        export.exported(Branching(), 16)  # type: ignore[arg-type]
