@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,3 +61,99 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[p
         return [process for process in found if process.pid != os.getpid()]
 
     return marked
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as `search` leaves it, made by its own loop and policy; the answers are a formula, one failed."""
+    from concurrent.futures import Future
+
+    from safetensors.numpy import save_file
+
+    from engine import config, policy, search
+    from engine.clock import drive
+    from engine.config import Budget, Slots, Study
+    from engine.journal import History, Journal
+    from engine.trial import Evaluation, Fidelity, Trial
+
+    study = Study(
+        space="nasbench201:channels=4,cells=1",
+        low=Fidelity("low", epochs=2, kd_loss="kd"),
+        high=Fidelity("high", epochs=20),
+    )
+    budget = Budget(max_low=14, max_high=9)
+    data = {"classes": list("abcde"), "resolution": 16, "images": {"train": 80, "valid": 20}}
+    data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu"}
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    folder.mkdir()
+    config.fix(folder, study, budget, Slots(2, 1))
+    search.write_run_file(folder, data)
+    candidates, plan = search.members(search.load_space(study.space), study, data), config.plan(study, budget)
+
+    def answer(trial: Trial) -> Evaluation:
+        luck = np.random.default_rng(int(trial.key, 16)).normal(0, 0.01)
+        quality = sum(option in (2, 3) for option in trial.architecture.choices) / 6
+        row = candidates.row(trial.architecture)
+        seconds = 100.0 if trial.fidelity == plan.high else 10.0
+        return Evaluation(
+            trial,
+            "ok",
+            (0.7 if trial.fidelity == plan.high else 0.5) + 0.2 * quality + luck,
+            seconds=seconds,
+            costs={"train": 0.7 * seconds, "teacher": 0.2 * seconds, "data": 0.05 * seconds, "images_per_s": 100.0},
+            macs=int(candidates.macs[row]),
+            params=int(candidates.params[row]),
+            device="cpu",
+            worker=f"worker {trial.number % 2}",
+            started=1.7e9 + 50.0 * trial.number,
+        )
+
+    with Journal(folder / "journal.jsonl") as book:
+
+        def submit(trial: Trial) -> Future[Evaluation]:
+            evaluation = answer(trial)
+            if trial.number == 3:
+                evaluation = Evaluation(trial, "oom", seconds=5.0, error="no memory left </script>", started=1.7e9)
+            book.answer(evaluation)
+            future: Future[Evaluation] = Future()
+            future.set_result(evaluation)
+            return future
+
+        def propose(seen: History, free: int) -> list[Trial]:
+            trials = policy.propose(candidates, seen, plan, free)
+            return trials if trials or seen.pending else search.unpaired(seen, plan)[:free]
+
+        history = drive(
+            propose,
+            2,
+            submit,
+            lambda trial: trial.fidelity.cost(),
+            asked=book.ask,
+        )
+    best = policy.winner(candidates, history, plan)
+    assert best is not None
+    ok = [e for e in history.answered if e.ok]
+    result = {
+        "run_dir": str(folder),
+        "status": "finished",
+        "winner": {
+            "architecture": str(best.trial.architecture),
+            "valid_accuracy": best.accuracy,
+            "test_accuracy": 0.8765,
+            "macs": best.macs,
+            "params": best.params,
+        },
+        "evaluations": {
+            "low": sum(e.trial.fidelity == study.low for e in ok),
+            "high": sum(e.trial.fidelity == study.high for e in ok),
+            "failed": 1,
+        },
+        "tau": {"low_vs_high": None, "macs_vs_high": None},
+        "seconds": 1000.0,
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    card = {"network": f"{study.space}#3-3-3-3-3-3", "accuracy": 0.9, "seconds": 60.0, "losses": [1.6, 1.1, 0.8]}
+    (folder / "teacher").mkdir()
+    weights = {"w": np.zeros(1, np.float32)}
+    save_file(weights, folder / "teacher" / "teacher.safetensors", {"card": json.dumps(card)})
+    return folder

@@ -1,0 +1,53 @@
+"""Writes the report of a run: report/index.html and report/trials.csv."""
+
+from __future__ import annotations
+
+from engine import config
+from engine.hindsight import look_back
+from engine.report import charts, predictions
+from engine.report.chart import Chart, Json
+from engine.report.page import page
+from engine.report.timeline import timeline
+from engine.runs import Run, as_csv, row
+from engine.trial import EnvironmentUnusable
+
+
+def write(run: Run) -> Json:
+    """Writes both files and returns where they are, and which charts there was too little data for."""
+    library = plotly()
+    drawn = make(run)
+    folder = run.folder / "report"
+    folder.mkdir(exist_ok=True)
+    config.write_whole(folder / "index.html", page(run, drawn, library))
+    config.write_whole(folder / "trials.csv", as_csv(map(row, run.answers)))
+    return {
+        "run_dir": str(run.folder),
+        "report": str(folder / "index.html"),
+        "trials": str(folder / "trials.csv"),
+        "charts": [chart.name for chart in drawn if chart.data],
+        "left_out": {chart.name: chart.help for chart in drawn if not chart.data},
+    }
+
+
+def make(run: Run) -> list[Chart]:
+    """The charts in the order of the page."""
+    past = look_back(run)
+    return [
+        charts.incumbent(run),
+        charts.low_against_full(run),
+        charts.pareto(run),
+        *predictions.predicted(past, past.foretold()),
+        timeline(run),
+        charts.cost_by_phase(run),
+        charts.teacher(run),
+    ]
+
+
+def plotly() -> str:
+    """The source of plotly.js, from the copy that its Python package has."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise EnvironmentUnusable("the report needs plotly: pip install 'mfkd[report]'") from None
+    source: str = get_plotlyjs()
+    return source

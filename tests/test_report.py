@@ -1,0 +1,159 @@
+"""The report: what its charts say of a run, and that the page holds all it needs. test_report_browser.py opens it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly import graph_objects
+
+import cli
+from engine import runs
+from engine.hindsight import look_back
+from engine.report import charts, predictions
+from engine.report.drawing import draw
+from engine.report.timeline import spans_of, timeline
+from engine.space import load_space
+from engine.trial import Architecture
+
+CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "timeline", "cost", "teacher"]
+
+
+@pytest.fixture
+def copy(finished_run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main(["report", str(folder)]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_page_has_every_chart_and_needs_nothing_else(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = reported(copy, capsys)
+    assert found["charts"] == CHARTS
+    assert found["left_out"] == {}
+    page = (copy / "report" / "index.html").read_text()
+    ours = page[: page.index("plotly.js v")] + page[page.rindex("<script>") :]
+    assert re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours) == []
+    assert "@import" not in ours
+    assert "87.65 %" in page  # the winner's test accuracy
+    drawn = json.loads(page.split('id="charts">')[1].split("</script>")[0])
+    for chart in drawn:
+        graph_objects.Figure(data=chart["data"], layout=chart["layout"])  # raises for what plotly does not know
+
+
+def test_the_csv_holds_every_evaluation(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reported(copy, capsys)
+    rows = list(csv.DictReader((copy / "report" / "trials.csv").open()))
+    answers = runs.open_run(str(copy)).answers
+    assert [(int(r["number"]), r["architecture"]) for r in rows] == [
+        (e.trial.number, str(e.trial.architecture)) for e in answers
+    ]
+
+
+def test_text_of_a_failure_cannot_become_part_of_the_page(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reported(copy, capsys)
+    page = (copy / "report" / "index.html").read_text()
+    assert "no memory left </script>" not in page
+    assert r"no memory left \u003c/script>" in page
+
+
+def test_a_run_that_has_just_begun_has_a_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer, no result, no teacher: what cannot be drawn yet is said."""
+    lines = (copy / "journal.jsonl").read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if "answered" in line)
+    (copy / "journal.jsonl").write_text("".join(lines[: first + 1]))
+    shutil.rmtree(copy / "teacher")
+    found = reported(copy, capsys)
+    assert found["charts"] == ["timeline", "cost"]
+    assert "No full-fidelity evaluation" in found["left_out"]["incumbent"]
+    assert "Only 0 architectures have both scores" in found["left_out"]["low-full"]
+    assert "not where the search had it" in found["left_out"]["teacher"]
+
+
+def test_an_empty_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "journal.jsonl").write_text('{"journal":1}\n')
+    assert cli.main(["report", str(copy)]) == 2
+    assert "nothing has been measured" in capsys.readouterr().err
+
+
+def test_the_curve_of_the_best_rises_with_the_cost(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    step, full, low = charts.incumbent(run).data
+    assert step["y"] == sorted(step["y"])
+    assert step["y"][-1] == max(full["y"])
+    spent = sum(e.seconds for e in run.answers) + 60.0  # the teacher's training
+    assert step["x"][-1] == pytest.approx(spent / 60)
+    assert len(low["x"]) == len(run.at(run.plan.lows[0]))
+
+
+def test_rank_correlations_come_with_their_intervals(finished_run: Path) -> None:
+    chart = charts.low_against_full(runs.open_run(str(finished_run)))
+    number = r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]"
+    assert re.search(f"Kendall's tau {number} over \\d+ architectures; with MACs held fixed {number};", chart.help)
+
+
+def test_the_front_is_what_no_other_beats_in_both() -> None:
+    x, y = [3.0, 1.0, 2.0, 4.0, 2.0, 5.0], [5.0, 1.0, 4.0, 4.5, 3.0, 6.0]
+    assert charts.front(x, y) == [1, 2, 0, 5]
+
+
+def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    past = look_back(run)
+    said = past.foretold()
+    scatter, calibration = predictions.predicted(past, said)
+    dots = scatter.data[1]
+    assert dots["x"] == [opinion.mean for opinion in said.values()]
+    measured = charts.means(run.at(run.plan.high))
+    order = [measured[t.architecture] for t in run.record.asked if t.number in said]
+    assert sorted(range(len(order)), key=order.__getitem__) == sorted(range(len(order)), key=dots["y"].__getitem__)
+    assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
+
+
+def test_a_cohort_is_one_bar_and_pauses_between_calls_are_cut(finished_run: Path) -> None:
+    some = runs.open_run(str(finished_run)).at(runs.open_run(str(finished_run)).plan.high)[:4]
+    mates = [replace(e, worker="a", started=1000.0, seconds=10.0) for e in some[:2]]
+    next_day = [replace(some[2], worker="a", started=90_000.0, seconds=5.0)]
+    beside = [replace(some[3], worker="b", started=1015.0, seconds=5.0)]
+    spans, pauses = spans_of([*mates, *next_day, *beside])
+    assert pauses == 1
+    assert [(s.worker, s.start, s.seconds, len(s.members)) for s in spans] == [
+        ("a", 0.0, 20.0, 2),
+        ("b", 15.0, 5.0, 1),
+        ("a", 20.0, 5.0, 1),
+    ]
+
+
+def test_evaluations_without_times_have_no_timeline(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    untimed = {n: replace(e, started=0.0) for n, e in run.record.answers.items()}
+    chart = timeline(replace(run, record=replace(run.record, answers=untimed)))
+    assert not chart.data
+    assert "do not say when" in chart.help
+
+
+@pytest.mark.parametrize(
+    ("space", "architecture", "shows"),
+    [
+        ("nasbench201", "3-0-1-4-2-3", ["conv 3x3", "skip connect", "avg pool 3x3", "2&lt;-0: none"]),
+        ("mobilenetv2", "3-0-0-0-0-0-0-0-0-0-0-0-0-1", ["stage1: 4 blocks of 16 channels", "stage7: 1 blocks of 480"]),
+        ("shufflenetv2", "0-0-0-0-0-0", ["stage1: ", "stage3: "]),
+        ("examples/my_space.py:SPACE", "2-1-0-0-0-3-1-0-2", ["depth", '<span class="pill taken">5</span>']),
+    ],
+)
+def test_an_architecture_of_any_space_is_drawn(space: str, architecture: str, shows: list[str]) -> None:
+    root = Path(__file__).resolve().parent.parent
+    spec = f"{root}/{space}" if space.endswith("SPACE") else space
+    drawing = draw(load_space(spec), Architecture.parse(architecture))
+    for text in shows:
+        assert text in drawing

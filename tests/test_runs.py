@@ -1,0 +1,210 @@
+"""Looking into a run: its folder read, `status`, `trials`, `explain`, and what the surrogate said when."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import cli
+from engine import runs
+from engine.hindsight import look_back
+from engine.journal import Journal
+from engine.trial import EngineError, UsageError
+
+
+@pytest.fixture
+def copy(finished_run: Path, tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def command(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints on stdout."""
+    assert cli.main(line.split()) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_is_found_by_its_folder_and_by_its_name(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(finished_run)
+    monkeypatch.chdir(tmp_path)
+    assert runs.find("mine").samefile(runs.find(str(finished_run)))
+    with pytest.raises(UsageError, match=r"'nine' is no run.*runs/ has mine"):
+        runs.find("nine")
+
+
+def test_a_run_of_another_version_is_refused(copy: Path) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("momentum:", "momentums:"))
+    with pytest.raises(EngineError, match=r"written by another version.*momentums"):
+        runs.open_run(str(copy))
+
+
+def test_nothing_measured_yet_is_said(copy: Path) -> None:
+    (copy / "journal.jsonl").write_text('{"journal":1}\n')
+    run = runs.open_run(str(copy))
+    with pytest.raises(UsageError, match="nothing has been measured"):
+        runs.with_answers(run)
+    assert run.best is None
+
+
+def test_a_result_that_the_search_went_on_from_is_not_shown_as_the_winner(copy: Path) -> None:
+    assert runs.open_run(str(copy)).result is not None
+    lines = (copy / "journal.jsonl").read_text().splitlines(keepends=True)
+    again = json.loads(lines[-1])
+    again["answered"]["trial"]["number"] = 999
+    (copy / "journal.jsonl").write_text("".join(lines) + json.dumps(again) + "\n")
+    run = runs.open_run(str(copy))
+    assert run.result is None
+    assert run.best is not None
+    assert run.best.accuracy == max(e.accuracy for e in run.at(run.plan.high))
+
+
+def test_status_says_what_state_a_run_is_in(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = json.loads(command(f"status {copy} --json", capsys))
+    assert state["state"] == "finished"
+    assert state["evaluations"]["high"]["ok"] == state["evaluations"]["high"]["limit"] == 9
+    assert state["evaluations"]["low"]["failed"] == 1
+    assert state["winner"]["test_accuracy"] == 0.8765
+    with Journal(copy / "journal.jsonl"):  # as a search holds it
+        assert json.loads(command(f"status {copy} --json", capsys))["state"] == "running"
+    (copy / "result.json").unlink()
+    screen = command(f"status {copy}", capsys)
+    assert "stopped" in screen
+    assert "best so far" in screen
+    assert "oom: no memory left" in screen
+
+
+def test_status_watches_until_the_search_ends(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "finished" in command(f"status {copy} --watch", capsys)
+
+
+def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert json.loads(command(f"status {copy} --json", capsys))["evaluations"]["low"]["pending"] == 1
+    assert "pending" in command(f"trials {copy}", capsys)
+
+
+def test_trials_are_filtered_sorted_and_cut(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(options: str) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = json.loads(command(f"trials {finished_run} --json {options}", capsys))["trials"]
+        return rows
+
+    everything = listed("")
+    high = listed("--fidelity high --sort accuracy")
+    accuracies = [one["accuracy"] for one in high]
+    assert accuracies == sorted(accuracies, reverse=True)  # type: ignore[type-var]
+    assert {one["fidelity"] for one in high} == {"high"}
+    assert [one["number"] for one in listed("--status failed")] == [3]
+    assert listed("--status oom") == listed("--status failed")
+    assert len(listed("--status ok")) == len(everything) - 1
+    assert listed("--limit 2 --sort macs") == sorted(
+        (one for one in everything if one["macs"] is not None), key=lambda one: one["macs"]  # type: ignore[arg-type, return-value]
+    )[:2]
+    some = str(everything[0]["architecture"])
+    assert {one["architecture"] for one in listed(f"--arch {some[:-2]}*")} >= {some}
+
+
+def test_trials_as_csv_hold_every_column(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = list(csv.DictReader(io.StringIO(command(f"trials {finished_run} --csv", capsys))))
+    run = runs.open_run(str(finished_run))
+    assert [float(row["accuracy"] or 0) for row in rows] == [e.accuracy for e in run.answers]
+    assert rows[3]["error"] == "no memory left </script>"
+    assert {"macs", "params", "seconds", "train_seconds", "images_per_s", "worker", "started"} <= set(rows[0])
+
+
+def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
+    """Outcomes that were not known when a trial was asked do not change what is said to have been predicted."""
+    before = look_back(runs.open_run(str(copy))).foretold()
+    run = runs.open_run(str(copy))
+    known = dict(zip((trial.number for trial in run.record.asked), run.record.known, strict=True))
+    middle = list(before)[len(before) // 2]
+    seen, lines = 0, []
+    for line in (copy / "journal.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "answered" in entry:
+            seen += 1
+            if seen > known[middle] and entry["answered"]["trial"]["fidelity"]["name"] == "high":
+                entry["answered"]["accuracy"] = 1 - entry["answered"]["accuracy"]
+        lines.append(json.dumps(entry))
+    (copy / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    after = look_back(runs.open_run(str(copy))).foretold()
+    early = [number for number in before if known[number] <= known[middle]]
+    assert early[-1] == middle
+    assert [after[number] for number in early] == [before[number] for number in early]
+    assert after != before
+
+
+def test_the_first_full_runs_were_the_best_by_the_surrogate(finished_run: Path) -> None:
+    said = look_back(runs.open_run(str(finished_run))).foretold()
+    first = said[min(said)]
+    assert first.full == 0
+    assert first.rank <= 3
+    assert first.among == 6466  # the networks of the space that differ
+
+
+def explained(run: Path, architecture: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    found: dict[str, object] = json.loads(command(f"explain {run} {architecture} --json", capsys))
+    return found
+
+
+def test_explain_says_why_an_architecture_was_trained_in_full(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = runs.open_run(str(finished_run)).best
+    assert best is not None
+    found = explained(finished_run, str(best.trial.architecture), capsys)
+    assert best.accuracy in [one["accuracy"] for one in found["evaluations"]]  # type: ignore[attr-defined]
+    assert "It was asked for in full: its upper bound was then" in found["why"][0]  # type: ignore[index]
+    assert found["said_at_the_end"]["had_seen_its_full_score"]  # type: ignore[index]
+    assert found["said_when_asked"]["full"] < found["said_at_the_end"]["full"]  # type: ignore[index]
+    text = command(f"explain {finished_run} {best.trial.architecture}", capsys)
+    assert "surrogate when asked for" in text
+    assert "1<-0 = nor_conv" in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("0-0-0-1-0-0", "It was never evaluated"),
+        ("1-3-3-2-3-3", "it is the same network as 3-3-1-2-1-3"),
+    ],
+)
+def test_explain_says_why_an_architecture_was_not_trained_in_full(
+    finished_run: Path, architecture: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = explained(finished_run, architecture, capsys)
+    assert found["evaluations"] == []
+    assert reason in " ".join(found["why"])  # type: ignore[arg-type]
+
+
+def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.open_run(str(copy))
+    failed = next(e.trial.architecture for e in run.answers if not e.ok)
+    why = " ".join(explained(copy, str(failed), capsys)["why"])  # type: ignore[arg-type]
+    assert "a failed one is not asked for again" in why or "asked for in full" in why
+
+
+def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    past = look_back(runs.open_run(str(copy)))
+    asked = {trial.architecture for trial in past.run.record.asked}
+    other = next(a for a in map(past.candidates.architecture, range(len(past.candidates))) if a not in asked)
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("max_params: .inf", "max_params: 10.0"))
+    assert "does not fit the limits" in explained(copy, str(other), capsys)["why"][0]  # type: ignore[index]
+
+
+def test_explain_refuses_what_is_no_architecture_of_the_space(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explain", str(finished_run), "1-2"]) == 2
+    assert "has 2 choices" in capsys.readouterr().err
