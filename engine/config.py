@@ -131,6 +131,11 @@ class Resources:
     worker_init: str = of_a_job("", "shell command that comes first in a job: 'module load cuda'")
     image: str = of_a_job("", "container image that holds this package (Kubernetes)")
     claim: str = of_a_job("", "volume claim for data and runs, and where it is mounted (Kubernetes): work:/work")
+    trial_timeout: float = option(0.0, "seconds that an evaluation may take before it is ended as 'timeout'; 0: any")
+    grace_s: float = option(60.0, "seconds that what runs may still take when the search is told to stop")
+    time_limit: str = option(
+        "auto", "when to stop with the grace to spare: seconds from now, none, or auto, which asks the batch scheduler"
+    )
     address: str = option("", "address of this machine that the nodes reach; by default, that of its name")
 
 
@@ -167,6 +172,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("max-high", budget.max_high, 1),
         ("max-failures", budget.max_failures, 1),
         ("workers", resources.workers, 0),
+        ("trial-timeout", resources.trial_timeout, 0),
         ("students-per-gpu", side_by_side(resources, gpu=False), 1),
     ):
         if value < least:
@@ -177,6 +183,7 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         ("gpu-hours", budget.gpu_hours),
         ("wall-time", budget.wall_time),
         ("target-accuracy", budget.target_accuracy),
+        ("grace-s", resources.grace_s),
         ("max-macs", study.max_macs),
         ("max-params", study.max_params),
         ("max-latency-ms", study.max_latency_ms),
@@ -322,7 +329,7 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     """
     path = run_dir / "config.yaml"
     if path.exists():
-        stored = yaml.safe_load(path.read_text())
+        stored = read_stored(path)
         # A setting that an older version did not have is at its default.
         before = {**dict(flatten(to_dict(Study()))), **dict(flatten(stored["study"]))}
         now = dict(flatten(to_dict(study)))
@@ -336,6 +343,17 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
     write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted
+
+
+def read_stored(path: Path) -> dict[str, Any]:
+    """What config.yaml of a run folder holds; EnvironmentUnusable where this program did not write it."""
+    try:
+        stored = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise EnvironmentUnusable(f"{path} cannot be read ({error}); restore it, or take another --run-dir") from error
+    if not isinstance(stored, dict) or not {"study", "slots"} <= stored.keys():
+        raise EnvironmentUnusable(f"{path} is no configuration of a run; restore it, or choose another --run-dir")
+    return stored
 
 
 def begun(run_dir: Path) -> bool:

@@ -138,9 +138,15 @@ def _split(labels: NDArray[np.int64], fraction: float, seed: int, classes: tuple
     return [np.setdiff1d(np.arange(len(labels)), valid, assume_unique=True), valid]
 
 
+def _check_classes(classes: tuple[str, ...]) -> None:
+    if len(classes) < 2:
+        raise EnvironmentUnusable(f"the data have one class only ({classes[0]}); there must be two to tell apart")
+
+
 def _from_arrays(name: str, arrays: Arrays, seed: int, valid_fraction: float, resolution: int) -> Data:
     images, labels = arrays["x_train"], arrays["y_train"]
     classes = tuple(str(c) for c in arrays["class_names"])
+    _check_classes(classes)
     train, valid = (
         Part(labels[i], np.ascontiguousarray(images[i]), None) for i in _split(labels, valid_fraction, seed, classes)
     )
@@ -154,6 +160,7 @@ def _from_folder(root: Path, seed: int, valid_fraction: float, resolution: int, 
     from engine.folder import checked_folder  # Pillow: only where there are files to check
 
     listed = checked_folder(root, cache)
+    _check_classes(listed.classes)
     paths = np.array(listed.train_files, dtype=object)
     train, valid = (
         Part(listed.train_labels[i], None, tuple(paths[i]))

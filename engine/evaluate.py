@@ -24,6 +24,7 @@ from torch import nn
 from engine import checkpoint, orders
 from engine import teacher as teachers
 from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
+from engine.contract import check_space
 from engine.data import Data, Part, fingerprint, load, subset
 from engine.loader import Batches, eval_batches, train_batches
 from engine.networks import count_cost
@@ -33,10 +34,10 @@ from engine.taught import Teacher
 from engine.train import Stopwatch, accuracies, accuracy, train
 from engine.trial import (
     Drained,
-    EngineError,
     EnvironmentUnusable,
     Evaluation,
     Fidelity,
+    NoWinner,
     Trial,
     UsageError,
     evaluation_to_json,
@@ -73,6 +74,11 @@ def run_probe(task: Json) -> Json:
             "or take --device cpu"
         )
     bench = _bench(task)
+    study, classes = bench.study, len(bench.data.classes)
+    if ".py:" in study.space:
+        for fidelity in (study.low, study.high):
+            size = _resolution(bench, fidelity)
+            check_space(study.space, classes, fidelity.width, size, {study.low.kd_loss, study.high.kd_loss})
     return {
         "classes": list(bench.data.classes),
         "resolution": bench.data.resolution,
@@ -374,7 +380,7 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, res
         )  # fmt: skip
         losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
         if pupil.status != "ok":
-            raise EngineError(f"the teacher's training failed: {pupil.error}; try a lower --lr")
+            raise NoWinner(f"the teacher's training failed: {pupil.error}; try a lower --lr")
     built = teachers.freeze(built, bench.device)
     card = teachers.Card(
         network=network,

@@ -167,12 +167,10 @@ def candidates(
     if space.cost is None:
         from torch import device  # torch, only here
 
-        from engine.networks import count_cost
-
         pool = sorted({a.choices for a in only or space.sample(POOL_WITHOUT_COST, seed)})
         choices = np.array(pool, dtype=np.int8)
         with device("meta"):
-            counted = [count_cost(space.build(row, classes, width), resolution) for row in pool]
+            counted = [_counted(space, row, classes, width, resolution) for row in pool]
         macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
     else:
         choices = np.array([a.choices for a in only], dtype=np.int8) if only else space.all()
@@ -181,6 +179,16 @@ def candidates(
             choices = choices[keep]
         macs, params = space.cost(choices, classes, width, resolution)
     return Candidates(choices, space.encode(choices), macs, params)
+
+
+def _counted(space: SearchSpace, row: tuple[int, ...], classes: int, width: float, resolution: int) -> tuple[int, int]:
+    from engine.networks import count_cost
+
+    try:
+        return count_cost(space.build(row, classes, width), resolution)
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"space {space.name}: {Architecture(row)} cannot be built and counted: {why}") from error
 
 
 def load_space(spec: str) -> SearchSpace:
@@ -228,7 +236,10 @@ def _from_file(path: Path, name: str) -> SearchSpace:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if callable(found) and not isinstance(found, SearchSpace):
         found = found()

@@ -17,8 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
-from engine.config import Resources
-from engine.config import flatten
+from engine.config import Resources, flatten
 from engine.trial import Fidelity
 
 
