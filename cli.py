@@ -34,6 +34,7 @@ COMMANDS = {
     "export": "the winner as safetensors, model.py, ONNX, torch.export, each checked, with a model card",
     "train": "one architecture in full, by the code that a search uses",
     "eval": "the accuracy of weights on the validation or test part, or on another data set",
+    "space": "list, show, sample search spaces; check one of your own",
     "config": "the resolved configuration of a search, and where each value came from",
     "doctor": "what this machine has and lacks: versions, devices, kernel, loader and file-system tests",
 }
