@@ -33,7 +33,6 @@ from engine.trial import Fidelity, KDLoss, NoWinner, UsageError
 
 Json = dict[str, Any]
 FORM = re.compile(r"(?P<loss>[a-z+]+)@(?P<fraction>[\d./]+)x(?P<epochs>\d+)(?::(?P<rest>.+))?")
-DEFAULT_LOWS = ("none@1/9x20", "kd@1/9x20", "kd+at@1/9x20", "kd+at@1/27x30")
 
 
 def parse_fidelity(text: str) -> Fidelity:
@@ -58,6 +57,28 @@ def parse_fidelity(text: str) -> Fidelity:
     return Fidelity(text, fraction, int(match["epochs"]), width, resolution, match["loss"], weights)  # type: ignore[arg-type]
 
 
+def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
+    """What is compared unless it is said: with and without a teacher on a ninth of the data, and a cheaper one."""
+    ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
+    return tuple(map(parse_fidelity, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd+at@{less}")))
+
+
+def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Study:
+    """The configuration of a search that begins with a fidelity study of its own, made in RUN/pilot if it is not there.
+
+    Raises UsageError where the budget leaves nothing to search with.
+    """
+    folder = run_dir.absolute() / "pilot"
+    count = max(8, min(16, budget.max_high // 2))
+    if budget.max_high <= count:
+        raise UsageError(f"--low auto trains {count} architectures in full first: --max-high must be over {count}")
+    done = folder / "fidelity.json"
+    if not done.exists():
+        plan = Pilot(usual_lows(study.high), count)
+        study_fidelities(replace(study, pilot=""), plan, budget, resources, folder, show)
+    return recommended(study, parse_fidelity(json.loads(done.read_text())["recommended"]), folder)
+
+
 def study_fidelities(
     study: Study, plan: Pilot, budget: Budget, resources: Resources, run_dir: Path, show: Display
 ) -> Json:
@@ -68,7 +89,8 @@ def study_fidelities(
     _check(plan)
     taught = [low for low in plan.lows if low.kd_loss != "none"]
     study = replace(study, low=replace((taught or plan.lows)[0], name="low"))  # the one that calls for a teacher
-    budget = replace(budget, max_low=plan.architectures * plan.low_repeats, max_high=plan.architectures * plan.repeats)
+    counts = {"max_low": plan.architectures * plan.low_repeats, "max_high": plan.architectures * plan.repeats}
+    budget = replace(budget, target_accuracy=float("inf"), **counts)
     asks = Plan(plan.lows, study.high, study.method, budget.max_low, budget.max_high, study.seed)
 
     def end(ground: search.Ground, history: History, fleet: Fleet) -> Json:

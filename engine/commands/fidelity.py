@@ -20,7 +20,6 @@ HELP = {
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    from engine.pilot import DEFAULT_LOWS
     from engine.policies.pilot import Pilot
 
     made = command_parser(
@@ -32,9 +31,9 @@ def parser() -> ArgumentParser:
         "--lows",
         type=str,
         nargs="+",
-        default=list(DEFAULT_LOWS),
-        help="low fidelities, each LOSS@FRACTIONxEPOCHS[:name=value,...] with width, resolution or loss weights, "
-        "like kd+at@1/27x30:width=0.5",
+        default=None,
+        help="low fidelities, each LOSS@FRACTIONxEPOCHS[:name=value,...] with width, resolution or loss weights, like "
+        "kd+at@1/27x30:width=0.5; by default four that suit the full one",
     )
     for item in dataclasses.fields(Pilot):
         if item.name in HELP:
@@ -48,11 +47,12 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.pilot import parse_fidelity, study_fidelities
+    from engine.pilot import parse_fidelity, study_fidelities, usual_lows
     from engine.policies.pilot import Pilot
     from engine.progress import Display
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
-    plan = Pilot(tuple(map(parse_fidelity, values.lows)), *(values[name] for name in HELP))
+    lows = tuple(map(parse_fidelity, values.lows)) if values.lows else usual_lows(study.high)
+    plan = Pilot(lows, *(values[name] for name in HELP))
     with Display(values.progress) as show:
         return study_fidelities(study, plan, budget, resources, run_folder(values), show)

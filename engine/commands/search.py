@@ -34,6 +34,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.pilot import study_first
     from engine.plan import plan_search
     from engine.progress import Display
     from engine.search import search
@@ -42,6 +43,8 @@ def run(values: Namespace) -> dict[str, Any]:
     with Display(values.progress) as show:
         if values.dry_run:
             return plan_search(study, budget, resources, run_folder(values), show)
+        if study.pilot == "auto":
+            study = study_first(study, budget, resources, run_folder(values), show)
         result = search(study, budget, resources, run_folder(values), show)
         show.say(summary(result))
     return result
@@ -61,7 +64,15 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """A search that is not told what to search runs the demo, on whatever device it is told to."""
+    """A search that is not told what to search runs the demo, on whatever device it is told to.
+
+    `--low auto` is another word for `--pilot auto`.
+    """
+    if "--low=auto" in arguments:
+        arguments = ["--pilot=auto" if word == "--low=auto" else word for word in arguments]
+    elif "--low" in arguments and arguments[arguments.index("--low") + 1 :][:1] == ["auto"]:
+        place = arguments.index("--low")
+        arguments = [*arguments[:place], "--pilot", *arguments[place + 1 :]]
     settings = {"-c", "--config", "--help", "-h"}
     for kind in (Study, Budget):
         settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
