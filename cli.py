@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from engine import __version__
-from engine.trial import EngineError, EnvironmentUnusable
+from engine.trial import Drained, EngineError, EnvironmentUnusable
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         if verbose:
             traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, Drained) and error.result is not None:
+            print(json.dumps(error.result))
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.fleet import Fleet
+from engine.fleet import Fleet, TaskLost
 from engine.journal import Journal
-from engine.supervisor import WorkerDied
-from engine.trial import Evaluation, Fidelity, Trial, evaluation_from_json, trial_to_json
+from engine.supervisor import TimedOut, WorkerDied
+from engine.trial import Evaluation, Fidelity, Status, Trial, evaluation_from_json, trial_to_json
 
 Open = tuple[Trial, "Future[Evaluation]"]
+MAX_DEATHS = 2  # of workers under a trial, the second time alone: then it is the trial that kills them
+MAX_ERROR = 3000  # characters kept of a worker's last words
+STATUS: dict[type[Exception], Status] = {WorkerDied: "crashed", TimedOut: "timeout", TaskLost: "lost"}
 
 
 @dataclass
@@ -20,7 +24,8 @@ class Dispatch:
     """Puts trials to a fleet in cohorts of up to `size`; those at the fidelity `alone` go by themselves.
 
     `task` is what every task holds, `known` the answers of the journal, which are not asked again. Each new answer is
-    journalled, then shown to `received`, then handed to its future.
+    journalled, then shown to `received`, then handed to its future. A cohort whose worker dies, hangs for longer than
+    `timeout_s` seconds for each of its trials (0: no limit), or is lost, goes again one by one.
     """
 
     fleet: Fleet
@@ -30,7 +35,10 @@ class Dispatch:
     size: int
     alone: Fidelity
     received: Callable[[Evaluation], None]
+    timeout_s: float = 0.0
     _waiting: list[Open] = field(default_factory=list)
+    _sent: list[Future[Evaluation]] = field(default_factory=list)
+    _deaths: Counter[int] = field(default_factory=Counter)
 
     def submit(self, trial: Trial) -> Future[Evaluation]:
         """The future of a trial's answer; what is not known yet goes out with the next `flush`."""
@@ -44,8 +52,14 @@ class Dispatch:
 
     def flush(self) -> None:
         groups, self._waiting = list(self._groups()), []
+        self._sent = self.open()
         for group in groups:
+            self._sent += [answer for _, answer in group]
             self._send(group)
+
+    def open(self) -> list[Future[Evaluation]]:
+        """The answers that are still to come."""
+        return [answer for answer in self._sent if not answer.done()]
 
     def _groups(self) -> Iterator[list[Open]]:
         """What can share a worker's batches: trials of one fidelity and one seed."""
@@ -59,30 +73,34 @@ class Dispatch:
 
     def _send(self, group: Sequence[Open]) -> None:
         trials = [trial_to_json(trial) for trial, _ in group]
-        sent = self.fleet.submit("run_trials", {**self.task, "trials": trials})
-        sent.add_done_callback(lambda done: self._take(group, done))
+        task = {**self.task, "trials": trials, "timeout_s": self.timeout_s * len(group)}
+        self.fleet.submit("run_trials", task).add_done_callback(lambda done: self._take(group, done))
 
     def _take(self, group: Sequence[Open], done: Future[Any]) -> None:
         """Called by a thread of the fleet: an exception must reach the loop through the futures."""
         try:
-            for (_, answer), evaluation in zip(group, self._answers(group, done), strict=True):
-                self.book.answer(evaluation)
-                self.received(evaluation)
-                answer.set_result(evaluation)
-        except WorkerDied:
-            for alone in group:  # one of them kills its worker: the others shall not go with it
-                self._send([alone])
+            self._settle(group, done)
         except Exception as error:
             for _, answer in group:
                 if not answer.done():
                     answer.set_exception(error)
 
-    @staticmethod
-    def _answers(group: Sequence[Open], done: Future[Any]) -> list[Evaluation]:
-        """A worker's results as evaluations; a trial that kills its workers is one, with the status "crashed"."""
+    def _settle(self, group: Sequence[Open], done: Future[Any]) -> None:
         try:
-            return [evaluation_from_json(result) for result in done.result()]
-        except WorkerDied as error:
-            if len(group) > 1:
-                raise
-            return [Evaluation(group[0][0], "crashed", error=str(error))]
+            evaluations = [evaluation_from_json(result) for result in done.result()]
+        except (WorkerDied, TimedOut, TaskLost) as error:
+            if self._once_more(group, error):
+                for alone in group:  # one of them may be to blame: the others shall not go with it
+                    self._send([alone])
+                return
+            evaluations = [Evaluation(group[0][0], STATUS[type(error)], error=str(error)[:MAX_ERROR])]
+        for (_, answer), evaluation in zip(group, evaluations, strict=True):
+            self.book.answer(evaluation)
+            self.received(evaluation)
+            answer.set_result(evaluation)
+
+    def _once_more(self, group: Sequence[Open], error: Exception) -> bool:
+        if isinstance(error, WorkerDied):
+            self._deaths.update(trial.number for trial, _ in group)
+            return len(group) > 1 or self._deaths[group[0][0].number] < MAX_DEATHS
+        return len(group) > 1

@@ -38,6 +38,10 @@ class FleetLost(EnvironmentUnusable):
     """The workers, or the way to them, are gone."""
 
 
+class TaskLost(EnvironmentUnusable):
+    """The machine under a task, or its supervisor, was lost, `MAX_LOSSES` more times too."""
+
+
 class Fleet(Protocol):
     """What a search sees: how many tasks run at once, on what, and futures of their results."""
 
@@ -48,7 +52,7 @@ class Fleet(Protocol):
         """Runs `engine.evaluate.<name>(task)` on a worker.
 
         The future raises what the task raised, where that is an EngineError, else TaskFailed; WorkerDied, TimedOut or
-        Drained where the task has not come to its end; FleetLost where no worker could be had.
+        Drained where the task has not come to its end; TaskLost or FleetLost where the workers are gone.
         """
         ...
 
@@ -153,7 +157,7 @@ class ParslFleet:
             if losses < MAX_LOSSES and not self._closed.is_set():
                 self._try(future, name, task, losses + 1)
                 return
-            error = FleetLost(f"the workers of this task were lost {losses + 1} times: {lost}")
+            error = TaskLost(f"the workers of this task were lost {losses + 1} times: {lost}")
         except BadStateException as bad:
             error = FleetLost(str(bad))
         except Exception as raised:

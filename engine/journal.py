@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from engine.trial import (
-    EngineError,
+    EnvironmentUnusable,
     Evaluation,
     Trial,
     UsageError,
@@ -64,11 +66,11 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._lock = threading.Lock()  # questions come from the loop, answers from the fleet's threads
 
     def __enter__(self) -> Journal:
-        self._file = open(self.path, "a+b")
+        self._file = open(self.path, "a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -96,11 +98,18 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._file is not None, "the journal is not open"
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        line = memoryview(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            before = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                # A full disk takes part of a line. Truncating needs no space; what it cannot undo is a torn tail.
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
     def _drop_torn_tail(self) -> None:
         assert self._file is not None
@@ -115,7 +124,7 @@ class Journal:
 def read(path: Path) -> Record:
     """The content of a journal. A second answer to the same trial (of a worker thought lost) is passed over.
 
-    Raises EngineError naming the line where the file cannot be understood.
+    Raises EnvironmentUnusable naming the line where the file cannot be understood.
     """
     asked: list[Trial] = []
     answers: dict[int, Evaluation] = {}
@@ -135,12 +144,12 @@ def read(path: Path) -> Record:
                     evaluation = evaluation_from_json(entry["answered"])
                     answers.setdefault(evaluation.trial.number, evaluation)
                 elif entry["journal"] != SCHEMA:
-                    raise EngineError(
+                    raise UsageError(
                         f"{path} has journal format {entry['journal']}, this version reads {SCHEMA}; "
                         "use the version that wrote it, or another --run-dir"
                     )
             except (ValueError, KeyError, TypeError) as error:
-                raise EngineError(
+                raise EnvironmentUnusable(
                     f"{path}, line {number}: not a line that this program wrote ({error}); restore the file from a copy"
                 ) from error
     return Record(asked, answers, known)

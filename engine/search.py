@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +20,19 @@ from engine import config, journal, policy
 from engine.adopt import adopt
 from engine.clock import drive
 from engine.config import Budget, Plan, Resources, Slots, Study
+from engine.deadline import remaining
 from engine.devices import describe, layout
 from engine.dispatch import Dispatch
-from engine.fleet import Fleet, open_fleet
+from engine.drain import Drain
+from engine.fleet import Fleet, FleetLost, open_fleet
 from engine.journal import History, Journal
+from engine.orders import withdraw
 from engine.progress import Display
 from engine.space import Candidates, SearchSpace, candidates, load_space
 from engine.trial import (
     Architecture,
-    EngineError,
+    Drained,
+    EnvironmentUnusable,
     Evaluation,
     NoWinner,
     Trial,
@@ -37,6 +43,7 @@ from surrogate.quality import kendall_tau
 
 Json = dict[str, Any]
 FILE_SCHEMA = 1
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
 
 
@@ -102,23 +109,53 @@ def run(
 ) -> Json:
     """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
     space = checked(study, budget, resources)
+    config.check_data(study)
     wanted = layout(resources)
     run_dir = run_dir.absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with Journal(run_dir / "journal.jsonl") as book:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+    with stoppable(resources, run_dir) as drain, Journal(run_dir / "journal.jsonl") as book:
+        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
+            (run_dir / "config.yaml").unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")
         slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
+        withdraw(run_dir / "logs")
         fleet = open_fleet(resources, wanted, run_dir / "logs")
         try:
+            drain.tell(fleet.drain)
             ground = replace(prepare(study, budget, space, fleet, run_dir, show), plan=plan)
             write_run_file(run_dir, ground.facts)
             if study.pilot:
                 adopt(Path(study.pilot), study, run_dir, book, show)
-            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method)
+            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method, drain)
             return end(ground, history, fleet)
         finally:
+            drain.rest()
             fleet.close()
+
+
+@contextmanager
+def stoppable(resources: Resources, run_dir: Path) -> Iterator[Drain]:
+    """What the work on a run folder happens in: told to stop it ends with Drained, on a full disk with exit code 3."""
+    with Drain(resources.grace_s, remaining(resources.time_limit)) as drain:
+        try:
+            yield drain
+        except Drained as stopped:
+            raise Drained(str(stopped), {"run_dir": str(run_dir), "status": "drained"}) from None
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise unwritable(run_dir, error) from error
+
+
+def unwritable(run_dir: Path, error: OSError) -> EnvironmentUnusable:
+    return EnvironmentUnusable(
+        f"{run_dir} cannot be written: {error}; free space or change its permissions, then repeat the command, "
+        "or choose another --run-dir"
+    )
 
 
 def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
@@ -168,6 +205,8 @@ def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
     """Has a worker check data and device; returns what it found."""
     facts: Json = fleet.submit("run_probe", _task(study, run_dir, fleet)).result()
     images, classes = facts["images"], len(facts["classes"])
+    if images["train"] < study.batch_size:
+        raise UsageError(f"--batch-size {study.batch_size}: there are {images['train']} training images; lower it")
     show.say(f"data {study.data}: {images['train']} train, {images['valid']} valid, {classes} classes")
     return facts
 
@@ -226,6 +265,7 @@ def evaluate_all(
     slots: Slots,
     show: Display,
     method: policy.Method,
+    drain: Drain,
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     start = time.monotonic()
@@ -245,7 +285,8 @@ def evaluate_all(
         if len(last) == budget.max_failures and not any(e.ok for e in last):
             raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {_why_none(history)}")
         return (
-            history.seconds() >= budget.gpu_hours * 3600
+            drain.asked
+            or history.seconds() >= budget.gpu_hours * 3600
             or time.monotonic() - start >= budget.wall_time * 3600
             or max(full, default=0.0) >= budget.target_accuracy
         )
@@ -262,19 +303,28 @@ def evaluate_all(
     def received(evaluation: Evaluation) -> None:
         show.show(evaluation, evaluation.trial.fidelity == plan.high)
 
-    desk = Dispatch(fleet, task, book, record.answers, slots.cohort, plan.high, received)
-    return drive(
-        ask,
-        slots.total,
-        desk.submit,
-        cost,
-        record.asked,
-        book.ask,
-        stop,
-        shares,
-        at_least=slots.cohort,
-        flush=desk.flush,
-    )
+    limit = resources.trial_timeout
+    desk = Dispatch(fleet, task, book, record.answers, slots.cohort, plan.high, received, limit)
+    try:
+        history = drive(
+            ask,
+            slots.total,
+            desk.submit,
+            cost,
+            record.asked,
+            book.ask,
+            stop,
+            shares,
+            at_least=slots.cohort,
+            flush=desk.flush,
+        )
+    except (Drained, FleetLost):
+        if not drain.asked:
+            raise
+    if drain.asked:
+        drain.settle(desk.open())
+        raise drain.end()
+    return history
 
 
 def unpaired(history: History, plan: Plan) -> list[Trial]:
@@ -350,9 +400,15 @@ def _task(study: Study, run_dir: Path, fleet: Fleet) -> Json:
 def write_run_file(run_dir: Path, facts: Json) -> None:
     """run.json: which versions, machines and commands this run has seen; refuses data that have changed."""
     path = run_dir / "run.json"
-    stored: Json = json.loads(path.read_text()) if path.exists() else {"schema": FILE_SCHEMA, "calls": []}
+    try:
+        stored: Json = json.loads(path.read_text()) if path.exists() else {"schema": FILE_SCHEMA, "calls": []}
+    except ValueError as error:
+        raise EnvironmentUnusable(f"{path} cannot be read ({error}); delete it and repeat the command") from error
     if stored["schema"] != FILE_SCHEMA:
-        raise EngineError(f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}")
+        raise UsageError(
+            f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}; "
+            "use the version that wrote it, or another --run-dir"
+        )
     before = stored.setdefault("fingerprint", facts["fingerprint"])
     if before != facts["fingerprint"]:
         raise UsageError(f"the data have changed since {run_dir} was begun; restore them, or choose another --run-dir")

@@ -51,9 +51,13 @@ class NoWinner(EngineError):
 
 
 class Drained(EngineError):
-    """The search was told to stop and has; the same command continues it."""
+    """The search was told to stop and has; the same command continues it. `result` is what the command prints."""
 
     exit_code = 75
+
+    def __init__(self, text: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.result = result
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,9 @@ class Recorded:
             future.set_exception(error)
         return future
 
+    def drain(self) -> None:
+        return None
+
     def close(self) -> None:
         return None
 
@@ -66,7 +69,7 @@ class Recorded:
         return [evaluation_to_json(answer) for answer in answers]
 
     def run_test(self, task: dict[str, Any]) -> dict[str, Any]:
-        return {"test_accuracy": 0.75}
+        return {"test_accuracy": 0.75, "weights": "none"}
 
 
 def run(

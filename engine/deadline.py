@@ -1,0 +1,72 @@
+"""When the job that this process runs in will be ended by its scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+
+from engine.trial import UsageError
+
+ASK_S = 20
+
+
+def remaining(asked: str, environment: Mapping[str, str] = os.environ) -> float | None:
+    """Seconds that are left for `--time-limit`: auto (what the scheduler says), a number of seconds, or none."""
+    if asked == "none":
+        return None
+    if asked == "auto":
+        for variable, ask in (("SLURM_JOB_ID", _slurm), ("PBS_JOBID", _pbs), ("LSB_JOBID", _lsf)):
+            if variable in environment:
+                return ask(environment)
+        return None
+    try:
+        seconds = float(asked)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise UsageError(f"--time-limit {asked}: write auto, none, or seconds from now")
+    return seconds
+
+
+def _slurm(environment: Mapping[str, str]) -> float | None:
+    """SLURM_JOB_END_TIME (seconds since 1970), which older versions do not set; squeue knows it there."""
+    if end := environment.get("SLURM_JOB_END_TIME"):
+        return float(end) - time.time()
+    text = _said("squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e")
+    return _until(text, "%Y-%m-%dT%H:%M:%S")
+
+
+def _pbs(environment: Mapping[str, str]) -> float | None:
+    """Start and wall time that `qstat -f` shows of the job."""
+    try:
+        (job,) = json.loads(_said("qstat", "-f", "-F", "json", environment["PBS_JOBID"]))["Jobs"].values()
+        hours, minutes, seconds = map(int, job["Resource_List"]["walltime"].split(":"))
+    except (ValueError, KeyError):
+        return None
+    start = _until(job.get("stime", ""), "%a %b %d %H:%M:%S %Y")
+    return None if start is None else start + 3600 * hours + 60 * minutes + seconds
+
+
+def _lsf(environment: Mapping[str, str]) -> float | None:
+    """Hours and minutes that `bjobs` shows as left."""
+    left = re.match(r"(\d+):(\d+)", _said("bjobs", "-noheader", "-o", "time_left", environment["LSB_JOBID"]))
+    return 3600.0 * int(left[1]) + 60.0 * int(left[2]) if left else None
+
+
+def _until(text: str, form: str) -> float | None:
+    """Seconds from now to a local time as a scheduler writes it; None for what is none (N/A, Unknown)."""
+    try:
+        return time.mktime(time.strptime(text.strip(), form)) - time.time()
+    except ValueError:
+        return None
+
+
+def _said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,57 @@
+"""A space of tiny networks some of which misbehave, for tests of what a search makes of that.
+
+`FAULTS` in the environment says which, as kind=option,...: every member with that option as its first choice does it
+each time it is built. `TRIAL_S` is how long building any of them takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+from engine.space import Choice, FloatArray, IntMatrix, SearchSpace
+
+WIDTHS = (4, 6, 8, 12)
+
+
+def build(choices: tuple[int, ...], classes: int, width: float) -> Any:
+    from torch import nn
+
+    from engine.networks import Staged, conv_bn, pooled_classifier
+
+    time.sleep(float(os.environ.get("TRIAL_S", "0")))
+    faults = dict(pair.split("=") for pair in os.environ.get("FAULTS", "").split(",") if pair)
+    for kind, option in faults.items():
+        if choices[0] == int(option):
+            misbehave(kind)
+    stages, c_in = [], 3
+    for option in choices:
+        stages.append(conv_bn(c_in, WIDTHS[option], 3, 2))
+        c_in = WIDTHS[option]
+    return Staged(nn.Identity(), stages, pooled_classifier(c_in, classes))
+
+
+def misbehave(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "segfault":
+        ctypes.string_at(0)
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "memory":
+        raise MemoryError("no memory for this network")
+    if kind == "mistake":
+        raise ValueError("this network cannot be built")
+
+
+def cost(choices: IntMatrix, classes: int, width: float, resolution: int) -> tuple[FloatArray, FloatArray]:
+    channels = np.array(WIDTHS)[choices].sum(1).astype(float)
+    return 1000 * channels, channels
+
+
+SPACE = SearchSpace(name="faulty", choices=(Choice("width", WIDTHS, ordinal=True),) * 3, build=build, cost=cost)
