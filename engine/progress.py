@@ -10,6 +10,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from engine.log import Log
 from engine.trial import Evaluation
 
 Style = Literal["auto", "bar", "lines", "none"]
@@ -22,6 +23,7 @@ class Display(AbstractContextManager["Display"]):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
         self._start = time.monotonic()
+        self.log: Log = lambda evaluation: None  # told of each evaluation too
         self._best = 0.0
         self._tasks: dict[str, TaskID] = {}
         self._counts: dict[str, int] = {}
@@ -54,6 +56,7 @@ class Display(AbstractContextManager["Display"]):
 
     def show(self, evaluation: Evaluation, full: bool) -> None:
         """An evaluation that has come in; `full`: it counts for the best so far."""
+        self.log(evaluation)
         phase = evaluation.trial.fidelity.name
         if full and evaluation.ok:
             self._best = max(self._best, evaluation.accuracy)

@@ -27,6 +27,7 @@ BRAIN = {
     "hindsight",
     "jobs",
     "journal",
+    "log",
     "pilot",
     "plan",
     "policies",

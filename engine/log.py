@@ -1,0 +1,150 @@
+"""Where metrics of a search go besides its journal: TensorBoard's event files, or an MLflow server.
+
+What is logged follows the journal, which stays the only truth: a search that is continued hands on its old answers
+again, and each is there once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config import Study, flatten, to_dict
+from engine.trial import EnvironmentUnusable, Evaluation
+
+Kind = Literal["none", "tensorboard", "mlflow"]
+Log = Callable[[Evaluation], None]
+# (trial number, seconds since 1970, metrics by name) of one evaluation, to wherever they go.
+Send = Callable[[int, float, dict[str, float]], None]
+
+COSTS = ("images_per_s", "peak_memory_bytes")
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_log(kind: Kind, study: Study, run_dir: Path) -> Iterator[Log]:
+    """A function to hand every evaluation of a run to, from any thread; steps are trial numbers.
+
+    Raises EnvironmentUnusable where the library is missing or the server does not answer. What fails later is said
+    once, and the search goes on without.
+    """
+    if kind == "none":
+        yield lambda evaluation: None
+        return
+    with (_tensorboard if kind == "tensorboard" else _mlflow)(study, run_dir) as send:
+        yield _guarded(send, study)
+
+
+def metrics(evaluation: Evaluation) -> dict[str, float]:
+    """What is logged of an evaluation: FIDELITY/accuracy (0..1), its costs; of a failed one FIDELITY/failed."""
+    fidelity = evaluation.trial.fidelity.name
+    if not evaluation.ok:
+        return {f"{fidelity}/failed": 1.0}
+    costs = {name: evaluation.costs[name] for name in COSTS if name in evaluation.costs}
+    values = {"accuracy": evaluation.accuracy, "seconds": evaluation.seconds, "macs": float(evaluation.macs), **costs}
+    return {f"{fidelity}/{name}": value for name, value in values.items()}
+
+
+def _guarded(send: Send, study: Study) -> Log:
+    """Adds the best full accuracy so far; answers come from several threads, and a lost server stops no search."""
+    lock, best, lost = threading.Lock(), 0.0, False
+
+    def received(evaluation: Evaluation) -> None:
+        nonlocal best, lost
+        with lock:
+            values = metrics(evaluation)
+            if evaluation.ok and evaluation.trial.fidelity == study.high:
+                best = max(best, evaluation.accuracy)
+                values["best/accuracy"] = best
+            when = evaluation.started + evaluation.seconds if evaluation.started else time.time()
+            try:
+                if not lost:
+                    send(evaluation.trial.number, when, values)
+            except Exception as error:
+                lost = True
+                log.warning("metrics are no longer logged: %s; the journal goes on", error)
+
+    return received
+
+
+@contextmanager
+def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
+    """An event file in RUN/tensorboard, begun anew by each call of the search."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        raise EnvironmentUnusable("--log tensorboard needs TensorBoard: pip install 'mfkd[tensorboard]'") from None
+    folder = run_dir / "tensorboard"
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    writer = EventFileWriter(str(folder), flush_secs=5)
+
+    def send(step: int, when: float, values: dict[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        writer.add_event(Event(wall_time=when, step=step, summary=summary))
+
+    try:
+        yield send
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
+    """A run of MLflow's experiment "mfkd", where MLFLOW_TRACKING_URI says; RUN/mlflow.txt keeps its id."""
+    try:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+    except ImportError:
+        raise EnvironmentUnusable("--log mlflow needs MLflow's client: pip install 'mfkd[mlflow]'") from None
+    try:
+        client = MlflowClient()
+        run_id = _mlflow_run(client, run_dir)
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(to_dict(study))])
+        there = _steps_there(client, run_id)
+    except Exception as error:
+        raise EnvironmentUnusable(
+            f"MLflow does not answer ({error}); set MLFLOW_TRACKING_URI to your server, or leave --log mlflow out"
+        ) from error
+
+    def send(step: int, when: float, values: dict[str, float]) -> None:
+        if step not in there:
+            client.log_batch(run_id, [Metric(name, v, round(1000 * when), step) for name, v in values.items()])
+
+    status = "KILLED"  # a search that was stopped can be continued
+    try:
+        yield send
+        status = "FINISHED"
+    finally:
+        try:
+            client.set_terminated(run_id, status)
+        except Exception as error:
+            log.warning("MLflow was not told that the search has ended: %s", error)
+
+
+def _mlflow_run(client: Any, run_dir: Path) -> str:
+    """The id of this search's run on the server: the one of an earlier call, or a new one."""
+    kept = run_dir / "mlflow.txt"
+    if kept.exists():
+        run_id = kept.read_text().strip()
+        client.update_run(run_id, "RUNNING")
+        return run_id
+    experiment = client.get_experiment_by_name("mfkd")
+    number = experiment.experiment_id if experiment else client.create_experiment("mfkd")
+    run_id = str(client.create_run(number, run_name=run_dir.name).info.run_id)
+    kept.write_text(run_id + "\n")
+    return run_id
+
+
+def _steps_there(client: Any, run_id: str) -> set[int]:
+    """Trial numbers whose metrics the server has."""
+    names = [name for name in client.get_run(run_id).data.metrics if name.endswith(("/accuracy", "/failed"))]
+    return {metric.step for name in names for metric in client.get_metric_history(run_id, name)}

@@ -1,0 +1,109 @@
+"""Metrics of a search in TensorBoard's files and on an MLflow server: every answer there, once."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import runs
+from engine.log import open_log
+from engine.trial import EnvironmentUnusable
+
+
+@pytest.fixture(scope="module")
+def run(finished_run: Path) -> runs.Run:
+    return runs.open_run(str(finished_run))
+
+
+def logged(folder: Path) -> Any:
+    """What TensorBoard itself reads from a folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator(str(folder))
+    reader.Reload()
+    return reader
+
+
+def test_tensorboard_shows_every_answer_once_however_often_the_search_was_continued(
+    run: runs.Run, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
+    for count in (4, len(run.answers)):  # a call that was cut, and its continuation
+        with open_log("tensorboard", run.study, tmp_path) as received:
+            for evaluation in run.answers[:count]:
+                received(evaluation)
+    read = logged(tmp_path / "tensorboard")
+    low = {scalar.step: scalar.value for scalar in read.Scalars("low/accuracy")}
+    expected = {e.trial.number: e.accuracy for e in run.at(run.plan.lows[0])}
+    assert low == pytest.approx(expected)
+    best = [scalar.value for scalar in read.Scalars("best/accuracy")]
+    assert best == sorted(best)
+    assert best[-1] == pytest.approx(max(e.accuracy for e in run.at(run.plan.high)))
+    assert [scalar.step for scalar in read.Scalars("low/failed")] == [3]
+    first = run.answers[0]
+    assert read.Scalars("low/accuracy")[0].wall_time == first.started + first.seconds
+
+
+def test_mlflow_has_every_answer_once_and_the_settings(
+    run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed (extra: mlflow)")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for count in (4, len(run.answers)):
+        with open_log("mlflow", run.study, tmp_path) as received:
+            for evaluation in run.answers[:count]:
+                received(evaluation)
+    client = mlflow.MlflowClient()
+    run_id = (tmp_path / "mlflow.txt").read_text().strip()
+    history = client.get_metric_history(run_id, "low/accuracy")
+    assert len(history) == len(run.at(run.plan.lows[0]))
+    kept = client.get_run(run_id)
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params["high.epochs"] == str(run.study.high.epochs)
+    assert kept.data.metrics["best/accuracy"] == max(e.accuracy for e in run.at(run.plan.high))
+
+
+def test_a_log_that_fails_later_stops_no_search(
+    run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer").EventFileWriter
+
+    def full(*event: object) -> None:
+        raise OSError("No space left on device")
+
+    with caplog.at_level(logging.WARNING), open_log("tensorboard", run.study, tmp_path) as received:
+        monkeypatch.setattr(writer, "add_event", full)
+        for evaluation in run.answers:
+            received(evaluation)
+    assert [record.getMessage() for record in caplog.records] == [
+        "metrics are no longer logged: No space left on device; the journal goes on"
+    ]
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "mlflow"])
+def test_a_missing_library_is_said_with_how_to_get_it(
+    run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Any
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == library] + [library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with (
+        pytest.raises(EnvironmentUnusable, match=rf"pip install 'mfkd\[{library}\]'"),
+        open_log(library, run.study, tmp_path),
+    ):
+        pass
+
+
+def test_logging_to_tensorboard_needs_no_torch(tmp_path: Path) -> None:
+    """The process that drives a search never imports torch."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
+    code = (
+        "import sys; from pathlib import Path; from engine.config import Study; from engine.log import open_log\n"
+        f"with open_log('tensorboard', Study(), Path({str(tmp_path)!r})): pass\n"
+        "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)
