@@ -1,11 +1,12 @@
 # make search   the demo search          make check   lint, types, tests
 # make test     the tests                make install the environment alone
 # make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm of their own; root, Debian
+#                                        make browser  a Chromium for the test of the report's page; root, Debian
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: search test test-slurm check lint install bench
+.PHONY: search test test-slurm browser check lint install bench
 search: install
 	$(BIN)/python cli.py search
 
@@ -19,6 +20,12 @@ test-slurm: install
 	apt-get install -y -qq --no-install-recommends munge slurm-wlm > /dev/null; } \
 	|| echo "no packages munge and slurm-wlm here, and no way to install them: the tests will be skipped"
 	$(BIN)/python -m pytest tests/slurm
+
+# With it `make test` opens the report's page; without it that test is skipped.
+browser:
+	@which chromium > /dev/null || { [ "$$(id -u)" = 0 ] && which apt-get > /dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
+	|| echo "no Chromium here, and no way to install it: the report's page is not tested in a browser"
 
 lint: install
 	$(BIN)/ruff check .
