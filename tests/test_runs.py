@@ -78,7 +78,7 @@ def test_status_says_what_state_a_run_is_in(copy: Path, capsys: pytest.CaptureFi
         assert json.loads(command(f"status {copy} --json", capsys))["state"] == "running"
     (copy / "result.json").unlink()
     screen = command(f"status {copy}", capsys)
-    assert "stopped" in screen
+    assert "not running on this machine" in screen
     assert "best so far" in screen
     assert "oom: no memory left" in screen
 

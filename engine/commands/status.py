@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.commands.flags import add_run_argument, command_parser
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.table import Table
 
     from engine.runs import Run
 
@@ -25,7 +26,7 @@ def parser() -> ArgumentParser:
     made = command_parser("One screen about a run: how far it is, its best so far, what failed. Works while it runs.")
     add_run_argument(made)
     made.add_argument("--json", action="store_true", help="one JSON object instead of the screen")
-    made.add_argument("--watch", action="store_true", help="show it again every 2 s until the search ends, or Ctrl-C")
+    made.add_argument("--watch", action="store_true", help="show it again every 2 s until the search has finished, or Ctrl-C")
     return made
 
 
@@ -42,8 +43,8 @@ def run(values: Namespace) -> dict[str, Any] | None:
     if not values.watch:
         console.print(screen(state))
         return None
-    with Live(screen(state), console=console, auto_refresh=False) as live:
-        while state["state"] == "running":
+    with suppress(KeyboardInterrupt), Live(screen(state), console=console, auto_refresh=False) as live:
+        while state["state"] != "finished":
             time.sleep(EVERY_S)
             state = summary(open_run(values.run))
             live.update(screen(state), refresh=True)
@@ -51,8 +52,8 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The state of a run as plain values: state (running, finished, stopped), evaluations by fidelity and by status,
-    best, seconds of workers, seconds since the journal was last written to."""
+    """The state of a run as plain values: state (running, finished, stopped: no search runs on this machine),
+    evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
     path = run.folder / "journal.jsonl"
     best, plan = run.best, run.plan
     fidelities = {"low": (plan.lows, plan.max_low), "high": ((plan.high,), plan.max_high)}
@@ -98,36 +99,42 @@ def written_to(inode: int) -> bool:
     return any(line.split()[-3].rsplit(":", 1)[-1] == str(inode) for line in locks if "FLOCK" in line)
 
 
-def screen(state: dict[str, Any]) -> Group:
+def screen(state: dict[str, Any]) -> Table:
     """The state for people."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    facts = Table.grid(padding=(0, 2))
-    idle = f", last written to {duration(state['idle_seconds'])} ago"
-    facts.add_row("run", f"{os.path.relpath(state['run_dir'])}  {state['state']}{idle}")
-    facts.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
-    counts = Table.grid(padding=(0, 2))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    idle = f"last written to {duration(state['idle_seconds'])} ago"
+    stopped = "not running on this machine" if state["state"] == "stopped" else state["state"]
+    lines.add_row("run", f"{os.path.relpath(state['run_dir'])}: {stopped}, {idle}")
+    lines.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
     for name, label in (("low", "low fidelity"), ("high", "full")):
-        part = state["evaluations"][name]
-        done = part["ok"] + part["failed"]
-        more = [f"{part[kind]} {kind}" for kind in ("pending", "failed") if part[kind]]
-        text = f"{done} of at most {part['limit']}" + (f" ({', '.join(more)})" if more else "")
-        counts.add_row(label, ProgressBar(max(part["limit"], 1), done, width=30), text)
-    rest = Table.grid(padding=(0, 2))
+        lines.add_row(label, _progress(state["evaluations"][name]))
     best, winner = state["best"], state["winner"]
     if best:
         test = f", test {winner['test_accuracy']:.4f}" if winner else ""
-        cost = f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters"
-        rest.add_row(
+        lines.add_row(
             "winner" if winner else "best so far",
-            f"{best['architecture']}  valid {best['valid_accuracy']:.4f}{test}, {cost}",
+            f"{best['architecture']}\nvalid {best['valid_accuracy']:.4f}{test}, {best['macs'] / 1e6:.2f} million MACs, "
+            f"{best['params']:,} parameters",
         )
-    rest.add_row("workers", f"{duration(state['worker_seconds'])} of work")
+    lines.add_row("workers", f"{duration(state['worker_seconds'])} of work")
     if state["last_failure"]:
-        rest.add_row("last failure", state["last_failure"][:200])
-    return Group(facts, counts, rest)
+        lines.add_row("last failure", state["last_failure"][:200])
+    return lines
+
+
+def _progress(part: dict[str, int]) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    done = part["ok"] + part["failed"]
+    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed") if part[kind]]
+    line = Table.grid(padding=(0, 2))
+    text = f"{done} of at most {part['limit']}" + (f", {', '.join(more)}" if more else "")
+    line.add_row(ProgressBar(max(part["limit"], 1), done, width=24), text)
+    return line
 
 
 def duration(seconds: float) -> str:
