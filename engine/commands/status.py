@@ -26,7 +26,7 @@ def parser() -> ArgumentParser:
     made = command_parser("One screen about a run: how far it is, its best so far, what failed. Works while it runs.")
     add_run_argument(made)
     made.add_argument("--json", action="store_true", help="one JSON object instead of the screen")
-    made.add_argument("--watch", action="store_true", help="show it again every 2 s until the search has finished, or Ctrl-C")
+    made.add_argument("--watch", action="store_true", help="show it anew every 2 s until the search has finished")
     return made
 
 
@@ -35,9 +35,12 @@ def run(values: Namespace) -> dict[str, Any] | None:
     from rich.live import Live
 
     from engine.runs import open_run
+    from engine.trial import UsageError
 
+    if values.json and values.watch:
+        raise UsageError("--json is one object, --watch a screen that goes on: give one of them")
     state = summary(open_run(values.run))
-    if values.json and not values.watch:
+    if values.json:
         return state
     console = Console(highlight=False)
     if not values.watch:
@@ -48,7 +51,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
             time.sleep(EVERY_S)
             state = summary(open_run(values.run))
             live.update(screen(state), refresh=True)
-    return state if values.json else None
+    return None
 
 
 def summary(run: Run) -> dict[str, Any]:
