@@ -42,7 +42,7 @@ def score(
     `trained_on` holds classes, mean and std of the data that the weights were trained on; None: they are this data's.
     """
     load_space(study.space).check(trial.architecture)
-    with _worker(resources, None, "engine.evaluate") as (fleet, folder):
+    with worker(resources, None, "engine.evaluate") as (fleet, folder):
         task = {"study": config.to_dict(study), "run_dir": str(folder), "device": fleet.device, "part": part}
         given = {"trial": trial_to_json(trial), "weights": str(weights.absolute()), "trained_on": trained_on}
         found = fleet.submit("run_score", {**task, **given}).result()
@@ -66,7 +66,7 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, sh
         "card": card_facts(run, evaluation),
     }
     show.say(f"exporting {trial.architecture} of {run.folder}")
-    with _worker(resources, run.folder / "logs", "engine.export") as (fleet, _):
+    with worker(resources, run.folder / "logs", "engine.export") as (fleet, _):
         report: Json = fleet.submit("run_export", {**task, "device": fleet.device}).result()
     worst = max(report["differences"].values())
     show.say(f"{', '.join(report['differences'])}: logits within {worst:.1e} of the checkpoint's")
@@ -145,8 +145,8 @@ def data_of(run: Run) -> Json:
 
 
 @contextmanager
-def _worker(resources: Resources, logs: Path | None, module: str) -> Iterator[tuple[Fleet, Path]]:
-    """One worker for the tasks of a module, and a folder that lasts as long."""
+def worker(resources: Resources, logs: Path | None, module: str) -> Iterator[tuple[Fleet, Path]]:
+    """One worker for the tasks of a module, and a folder that lasts as long. Without `logs` they go there too."""
     with tempfile.TemporaryDirectory(prefix="mfkd-") as scratch:
         wanted = replace(layout(resources), workers=1, nodes=1)
         fleet = open_fleet(resources, wanted, logs or Path(scratch) / "logs", module)
