@@ -26,6 +26,7 @@ from engine.dispatch import Dispatch
 from engine.drain import Drain
 from engine.fleet import Fleet, FleetLost, open_fleet
 from engine.journal import History, Journal
+from engine.log import Kind, open_log
 from engine.orders import withdraw
 from engine.progress import Display
 from engine.space import Candidates, SearchSpace, candidates, load_space
@@ -74,7 +75,9 @@ class Ground:
 OVERHEAD_MACS = 1e6
 
 
-def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Json:
+def search(
+    study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display, log: Kind = "none"
+) -> Json:
     """Runs or continues the search of a run folder; returns what the command prints.
 
     Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
@@ -88,7 +91,7 @@ def search(study: Study, budget: Budget, resources: Resources, run_dir: Path, sh
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(ground, history, best, fleet, time.monotonic() - start)
 
-    return run(study, budget, resources, run_dir, show, config.plan(study, budget), propose, end)
+    return run(study, budget, resources, run_dir, show, config.plan(study, budget), propose, end, log)
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
@@ -106,6 +109,7 @@ def run(
     plan: Plan,
     method: policy.Method,
     end: Callable[[Ground, History, Fleet], Json],
+    log: Kind = "none",
 ) -> Json:
     """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
     space = checked(study, budget, resources)
@@ -116,7 +120,11 @@ def run(
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(run_dir, error) from error
-    with stoppable(resources, run_dir) as drain, Journal(run_dir / "journal.jsonl") as book:
+    with (
+        stoppable(resources, run_dir) as drain,
+        Journal(run_dir / "journal.jsonl") as book,
+        open_log(log, study, run_dir) as show.log,
+    ):
         if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
             (run_dir / "config.yaml").unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -28,6 +28,12 @@ def parser() -> ArgumentParser:
     add_options(made, Resources)
     group = add_run_options(made)
     group.add_argument(
+        "--log",
+        type=Literal["none", "tensorboard", "mlflow"],
+        default="none",
+        help="metrics also to event files in RUN/tensorboard, or to the MLflow server of MLFLOW_TRACKING_URI",
+    )
+    group.add_argument(
         "--dry-run", action="store_true", help="start nothing: time a few steps here and print what it would cost"
     )
     return made
@@ -45,7 +51,7 @@ def run(values: Namespace) -> dict[str, Any]:
             return plan_search(study, budget, resources, run_folder(values), show)
         if study.pilot == "auto":
             study = study_first(study, budget, resources, run_folder(values), show)
-        result = search(study, budget, resources, run_folder(values), show)
+        result = search(study, budget, resources, run_folder(values), show, values.log)
         show.say(summary(result))
     return result
 
