@@ -157,3 +157,19 @@ def test_an_architecture_of_any_space_is_drawn(space: str, architecture: str, sh
     drawing = draw(load_space(spec), Architecture.parse(architecture))
     for text in shows:
         assert text in drawing
+
+
+def test_a_search_can_be_looked_into(tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the real thing: times and workers of evaluations, the teacher's losses, metrics for TensorBoard."""
+    flags = "--space=nasbench201:channels=4,cells=1 --batch-size=16 --teacher-epochs=2 --low.fraction=1/2 "
+    flags += "--low.epochs=1 --high.epochs=1 --max-low=4 --max-high=3 --device=cpu --workers=1 --log=tensorboard"
+    assert cli.main(["search", *flags.split(), f"--data={tiny_npz}", f"--run-dir={tmp_path}/run"]) == 0
+    winner = json.loads(capsys.readouterr().out)["winner"]["architecture"]
+    found = reported(tmp_path / "run", capsys)
+    assert found["charts"] == CHARTS
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert cli.main(["explain", str(tmp_path / "run"), winner, "--json"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert [one["fidelity"] for one in explained["evaluations"]].count("high") >= 1
+    assert cli.main(["status", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
