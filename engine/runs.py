@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from engine import config, journal, search
 from engine.config import Budget, Plan, Study
 from engine.journal import Record
-from engine.trial import EngineError, Evaluation, Fidelity, Trial, UsageError
+from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
 
@@ -37,7 +37,10 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        return config.plan(self.study, self.budget)
+        """The plan of the search; of a fidelity study, with the low fidelities that it has compared."""
+        plan = config.plan(self.study, self.budget)
+        asked = dict.fromkeys(trial.fidelity for trial in self.record.asked if trial.fidelity != plan.high)
+        return plan if not asked or self.study.low in asked else replace(plan, lows=tuple(asked))
 
     @property
     def answers(self) -> list[Evaluation]:
@@ -83,7 +86,7 @@ def open_run(name: str) -> Run:
     try:
         study, budget = config.study_from_dict(stored["study"]), Budget(**stored["budget"])
     except (KeyError, TypeError) as error:
-        raise EngineError(
+        raise UsageError(
             f"{folder / 'config.yaml'} was written by another version ({error}); use that version to look into it"
         ) from error
     record = journal.read(folder / "journal.jsonl")
@@ -121,7 +124,7 @@ def _read(path: Path) -> Json | None:
     try:
         content: Json = json.loads(path.read_text())
     except ValueError as error:
-        raise EngineError(f"{path} cannot be read ({error}); restore it from a copy, or remove it") from error
+        raise EnvironmentUnusable(f"{path} cannot be read ({error}); restore it from a copy, or remove it") from error
     return content
 
 
