@@ -41,8 +41,8 @@ class Study:
     method: str = option("mfkd", "search method")
     teacher: str = option(
         "auto",
-        "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME "
-        "with torchvision's own weights",
+        "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME or "
+        "timm:NAME with the weights that the library has for it",
     )
     teacher_epochs: int = option(60, "epochs that a teacher trained by the run gets")
     low: Fidelity = option(
@@ -153,6 +153,11 @@ class Plan:
     max_low: int = 50
     max_high: int = 20
     seed: int = 0
+
+
+def ready_made(teacher: str) -> bool:
+    """Whether a teacher is named as one of a library's, whose own weights are meant."""
+    return teacher.startswith(("torchvision:", "timm:"))
 
 
 def plan(study: Study, budget: Budget) -> Plan:

@@ -100,10 +100,14 @@ def run_trials(task: Json) -> list[Json]:
 def run_teacher(task: Json) -> Json:
     """Trains `task["network"]` on the full training part and saves it at `task["path"]`, if it is not there yet.
 
-    Returns the card of the weights file. An existing file is checked against the data.
+    With task["weights"], a file for that network, or task["pretrained"], a library's, there is nothing to train; `mean`
+    and `std` are then those of the images that it knows (default: the data's). Returns the card of the weights file.
+    An existing file is checked against the data.
     """
     bench, path = _bench(task), Path(task["path"])
-    if not path.exists():
+    if not path.exists() and task.get("weights"):
+        _adopt_teacher(bench, task, path)
+    elif not path.exists():
         _train_teacher(bench, task["network"], task["pretrained"], path, _resources(task))
     card = teachers.read_card(path)
     teachers.check_fits(card, bench.data.classes)
@@ -381,17 +385,42 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, res
         losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
         if pupil.status != "ok":
             raise NoWinner(f"the teacher's training failed: {pupil.error}; try a lower --lr")
-    built = teachers.freeze(built, bench.device)
+    epochs, (mean, std) = study.teacher_epochs, (data.mean, data.std)
+    if pretrained:
+        epochs, (mean, std) = 0, teachers.normalisation(network) or (mean, std)
+    _keep_teacher(bench, built, network, path, epochs, (mean, std), losses, start)
+
+
+def _adopt_teacher(bench: Bench, task: Json, path: Path) -> None:
+    start, data = time.perf_counter(), bench.data
+    built = teachers.build(task["network"], len(data.classes), data.resolution, weights=Path(task["weights"]))
+    statistics = tuple(task.get("mean") or data.mean), tuple(task.get("std") or data.std)
+    _keep_teacher(bench, built, task["network"], path, 0, statistics, (), start)
+
+
+def _keep_teacher(
+    bench: Bench,
+    built: nn.Module,
+    network: str,
+    path: Path,
+    epochs: int,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    losses: tuple[float, ...],
+    start: float,
+) -> None:
+    """Scores a teacher on the validation part and saves it with its card."""
+    data, (mean, std) = bench.data, statistics
+    asked = teachers.freeze(teachers.renormalised(built, (data.mean, data.std), statistics), bench.device)
     card = teachers.Card(
         network=network,
         classes=data.classes,
         data=data.name,
         fingerprint=fingerprint(data),
         resolution=data.resolution,
-        mean=data.mean,
-        std=data.std,
-        epochs=0 if pretrained else study.teacher_epochs,
-        accuracy=_accuracy(bench, built, data.valid, fidelity),
+        mean=mean,
+        std=std,
+        epochs=epochs,
+        accuracy=_accuracy(bench, asked, data.valid, Fidelity("teacher")),
         seconds=time.perf_counter() - start,
         losses=losses,
     )
@@ -401,8 +430,10 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, res
 @lru_cache(maxsize=1)
 def _teacher(path: str, bench: Bench) -> Teacher:
     """The teacher of a file, with what it has said of this worker's batches."""
-    teachers.check_fits(teachers.read_card(Path(path)), bench.data.classes)
-    return Teacher(teachers.freeze(teachers.load(Path(path)), bench.device))
+    card, data = teachers.read_card(Path(path)), bench.data
+    teachers.check_fits(card, data.classes)
+    built = teachers.renormalised(teachers.load(Path(path)), (data.mean, data.std), (card.mean, card.std))
+    return Teacher(teachers.freeze(built, bench.device))
 
 
 def _resources(task: Json) -> Resources:

@@ -102,8 +102,7 @@ def _task(study: Study, resources: Resources, fleet: Fleet, folder: Path) -> Jso
 
 def _stand_in(study: Study, architecture: Architecture, path: Path, task: Json, fleet: Fleet) -> None:
     """A teacher to be asked, as the search will have it but for its weights: "pretrained" is left as it was built."""
-    given = study.teacher.startswith("torchvision:")
-    network = study.teacher if given else f"{study.space}#{architecture}"
+    network = study.teacher if config.ready_made(study.teacher) else f"{study.space}#{architecture}"
     fleet.submit("run_teacher", {**task, "path": str(path), "network": network, "pretrained": True}).result()
 
 

@@ -179,7 +179,7 @@ def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_
     facts = probe(study, run_dir, fleet, show)
     everything, fit = fitting(space, study, facts, show)
     if study.low.kd_loss != "none":
-        path, pretrained = teacher_path(study, run_dir), study.teacher.startswith("torchvision:")
+        path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
         if not path.exists() and study.teacher != "auto" and not pretrained:
             raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
@@ -248,9 +248,10 @@ def obtain_teacher(
     return card
 
 
-def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display) -> Json:
-    """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME) if `path` is not
-    there, and checks the file against the data."""
+def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display, given: Json) -> Json:
+    """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME, timm:NAME,
+    FILE.py:NAME) if `path` is not there, and checks the file against the data. With `given` (weights, mean, std) there
+    is nothing to train."""
     space = load_space(study.space)
     run_dir = path.absolute().parent
     fleet = open_fleet(resources, replace(layout(resources), workers=1, nodes=1), run_dir / "logs")
@@ -258,8 +259,10 @@ def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show
         facts = probe(study, run_dir, fleet, show)
         if arch == "auto":
             arch = str(largest(members(space, study, facts)))
-        network = arch if arch.startswith("torchvision:") else f"{study.space}#{space.check(Architecture.parse(arch))}"
-        return obtain_teacher(network, False, path.absolute(), _task(study, run_dir, fleet), fleet, show)
+        foreign = config.ready_made(arch) or ".py:" in arch
+        network = arch if foreign else f"{study.space}#{space.check(Architecture.parse(arch))}"
+        task = {**_task(study, run_dir, fleet), **given}
+        return obtain_teacher(network, False, path.absolute(), task, fleet, show)
     finally:
         fleet.close()
 

@@ -228,10 +228,23 @@ def space_name(make: Callable[..., SearchSpace], **options: int | float) -> str:
 
 
 def _from_file(path: Path, name: str) -> SearchSpace:
+    found = from_file(path, name)
+    if callable(found) and not isinstance(found, SearchSpace):
+        found = found()
+    if not isinstance(found, SearchSpace):
+        raise UsageError(f"{path} has no SearchSpace called '{name}', nor a function that returns one")
+    return found
+
+
+def from_file(path: Path, name: str) -> Any:
+    """What a user's Python file calls `name`, None where it has no such name. Runs the file.
+
+    Raises UsageError where there is no such file, or it cannot be run.
+    """
     if not path.is_file():
-        raise UsageError(f"no file {path}; --space takes FILE.py:NAME")
+        raise UsageError(f"no file {path}; your own is named FILE.py:NAME")
     if not name:
-        raise UsageError(f"say which name of {path} is the space: {path}:NAME")
+        raise UsageError(f"say which name of {path} is meant: {path}:NAME")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -240,9 +253,4 @@ def _from_file(path: Path, name: str) -> SearchSpace:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if callable(found) and not isinstance(found, SearchSpace):
-        found = found()
-    if not isinstance(found, SearchSpace):
-        raise UsageError(f"{path} has no SearchSpace called '{name}', nor a function that returns one")
-    return found
+    return getattr(module, name, None)

@@ -11,15 +11,26 @@ from engine.commands.flags import add_options, add_run_options, command_parser, 
 from engine.config import Resources, Study
 from engine.trial import UsageError
 
+# What is about choosing among architectures.
+LEFT_OUT = (
+    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights"),
+    *("max_macs", "max_params", "max_latency_ms", "latency_batch"),
+)
+
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
     made = command_parser("Train a teacher on a data set and save it, or check one against a data set.")
-    networks = "auto (the largest of the space), an ARCHITECTURE of it, or torchvision:NAME"
+    networks = "auto (the largest of the space), an ARCHITECTURE of it, torchvision:NAME, timm:NAME, or FILE.py:NAME"
     made.add_argument("--arch", type=str, default="auto", help=networks)
     made.add_argument("--out", type=str, default="teacher.safetensors", help="file to write")
+    ready = "FILE of trained weights for --arch, safetensors or a state dict in .pt: nothing is trained then"
+    made.add_argument("--weights", type=str | None, default=None, help=ready)
+    known = "of each channel of the images that --weights were trained on, like 0.485,0.456,0.406; default: the data's"
+    made.add_argument("--mean", type=str, default="", help=f"mean {known}")
+    made.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
     made.add_argument("--check", type=str | None, default=None, help="only check that this FILE fits --data")
-    add_options(made, Study, skip=("teacher", "low", "high", "method", "max_macs", "max_params"))
+    add_options(made, Study, skip=LEFT_OUT)
     add_options(made, Resources)
     add_run_options(made, run_dir=False)
     return made
@@ -31,6 +42,21 @@ def run(values: Namespace) -> dict[str, Any]:
 
     if values.check and not Path(values.check).is_file():
         raise UsageError(f"no teacher file {values.check}")
+    if values.weights and Path(values.out).exists():
+        raise UsageError(f"{values.out} is there already; remove it, or choose another --out")
+    given = {"weights": values.weights or "", "mean": _channels("mean", values), "std": _channels("std", values)}
     study, resources = gather(Study, values), gather(Resources, values)
     with Display(values.progress) as show:
-        return make_teacher(study, values.arch, resources, Path(values.check or values.out), show)
+        return make_teacher(study, values.arch, resources, Path(values.check or values.out), show, given)
+
+
+def _channels(name: str, values: Namespace) -> list[float]:
+    """Three numbers joined by commas; none where none are given."""
+    text: str = values[name]
+    try:
+        numbers = [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        numbers = [0.0]
+    if numbers and (len(numbers) != 3 or not values.weights or (name == "std" and min(numbers) <= 0)):
+        raise UsageError(f"--{name} {text}: give three numbers joined by commas, with --weights")
+    return numbers
