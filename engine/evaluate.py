@@ -308,6 +308,8 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
         if trial.fidelity == bench.study.high:
             save_weights(weights_path(bench.run_dir, trial), member.network)
             state_path(bench.run_dir, trial).unlink(missing_ok=True)
+    except EnvironmentUnusable:
+        raise
     except Exception as error:
         return _failed(trial, error)
     return Evaluation(trial, "ok", score, macs=macs, params=params, execution=member.execution)

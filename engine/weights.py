@@ -13,17 +13,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.trial import UsageError
+from engine.trial import EnvironmentUnusable, UsageError
 
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A place to write to that becomes `path` when the block ends well, and is removed when it does not."""
+    """A place to write to that becomes `path` when the block ends well, and is removed when it does not.
+
+    Raises EnvironmentUnusable where it cannot be written: a full disk has no exception of its own in the libraries.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         yield partial
         partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise EnvironmentUnusable(f"{path} cannot be written ({error}); free space, then repeat the command") from error
     finally:
         partial.unlink(missing_ok=True)
 

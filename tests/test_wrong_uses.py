@@ -1,0 +1,362 @@
+"""What people do wrong: each ends with the documented exit code and one message that says what to do, no traceback.
+
+Everything is the real command but one thing: tasks of a worker are called in this process, since starting one takes
+seconds. What goes wrong between driver and worker is tested in test_fleet.py and test_faults.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import cli
+from engine import search
+from engine.config import Resources
+from engine.devices import Layout
+
+SMALL = [
+    "--space=nasbench201:channels=4,cells=1", "--batch-size=16", "--teacher-epochs=1", "--low.fraction=1/2",
+    "--low.epochs=1", "--high.epochs=1", "--max-low=2", "--max-high=1", "--max-failures=2", "--device=cpu",
+    "--workers=1", "--progress=none",
+]  # fmt: skip
+Ends = Callable[[list[str], int, str], None]
+
+
+class Here:
+    """A fleet of one worker: this process."""
+
+    capacity, device = 1, "cpu"
+
+    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
+        from engine import evaluate
+
+        future: Future[Any] = Future()
+        try:
+            future.set_result(json.loads(json.dumps(getattr(evaluate, name)(task))))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def drain(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.fixture
+def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ends:
+    """Calls the command line in an empty folder, on a machine without GPUs, and checks how it ends."""
+
+    def here(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.evaluate") -> Here:
+        return Here()
+
+    monkeypatch.setattr(search, "open_fleet", here)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def check(arguments: list[str], code: int, message: str) -> None:
+        try:
+            got: Any = cli.main(arguments)
+        except SystemExit as stop:
+            got = stop.code
+        out, err = capsys.readouterr()
+        assert got == code, err
+        assert message in err
+        assert "Traceback" not in err
+        assert "internal error" not in err
+        assert out == "", "what fails has no result"
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("", 2, "no command given"),
+        ("serch", 2, "did you mean search"),
+        ("search photos", 2, "a value follows its flag"),
+        ("search --max-hihg=3", 2, "did you mean --max-high"),
+        ("search --low 1/27", 2, "did you mean --low.fraction"),
+        ("search --data", 2, "expected one argument"),
+        ("search --max-high=many", 2, "--max-high: Expected a whole number"),
+        ("search --device=gpu", 2, "value out of 'auto', 'cuda', 'cpu'"),
+        ("search --low.kd-loss=magic", 2, "--low.kd-loss"),
+        ("search --low.fraction=third", 2, "write 1/27"),
+        ("search --low.fraction=3/2", 2, "at most 1"),
+        ("search --low.fraction=1/0", 2, "divides by zero"),
+        ("search --max-high=0", 2, "at least 1"),
+        ("search --gpu-hours=-1", 2, "must be over 0"),
+        ("search --target-accuracy=95", 2, "write 0.95"),
+        ("search --momentum=9", 2, "below 1"),
+        ("search --kd-weight=-1", 2, "at least 0"),
+        ("search --seed=-1", 2, "at least 0"),
+        ("search --method=magic", 2, "no method 'magic'; there are mfkd"),
+        ("search --space=magic", 2, "no space 'magic'; built in are"),
+        ("search --space=nasbench201:depth=3", 2, "no option 'depth'; it has"),
+        ("search --space=nowhere.py:SPACE", 2, "no file nowhere.py"),
+        ("search --gpus=8", 2, "8 asked for, 0 visible"),
+        ("search --gpus=-1", 2, "cannot be negative"),
+        ("search --gpus=0,1", 2, "no GPU is visible"),
+        ("search --gpus=two", 2, "write auto, a count"),
+        ("search --device=cuda", 3, "no GPU is visible"),
+        ("search --device=cpu --gpus=2", 2, "contradict each other"),
+        ("search --data=photos", 3, "no such file or folder"),
+        ("search --data=nowhere.npz", 3, "no such file or folder"),
+        ("search -c nowhere.yaml", 2, "does not exist"),
+        ("config --method=mfdk", 2, "no method 'mfdk'"),
+        ("config --yaml=no/such/folder/x.yaml", 3, "cannot be written"),
+        ("teacher --check=nowhere.safetensors", 2, "no teacher file nowhere.safetensors"),
+        ("replay --table=nowhere.csv", 3, "no table nowhere.csv"),
+        ("replay", 2, "required: table"),
+        ("status nowhere", 2, "is no run"),
+        ("report nowhere", 2, "is no run"),
+        ("export nowhere", 2, "is no run"),
+        ("explain nowhere 1-2-3", 2, "is no run"),
+    ],
+)
+def test_flags(ends: Ends, arguments: str, code: int, message: str) -> None:
+    words = arguments.split()
+    if words[:1] == ["search"] and "--data" not in arguments:
+        words.append("--data=glyphs:144")
+    ends(words, code, message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"max_low: [1, 2\n", "not YAML"),
+        (b"\xff\xfe\x00\x01", "cannot be read as text"),
+        (b"", "holds no flags"),
+        (b"- max_low\n- 3\n", "holds no flags"),
+        (b"max_low: many\n", "--max-low: Expected a whole number"),
+        (b"max_hihg: 3\n", "Option 'max_hihg' is not accepted; did you mean max_high"),
+        (b"low:\n  fractoin: 1/27\n", "Option 'low.fractoin' is not accepted; did you mean low.fraction"),
+        (b"low: 1/27\n", "low is a section"),
+        (b"study: {}\nbudget: {}\n", "is the record of a run"),
+    ],
+)
+def test_yaml_files(ends: Ends, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "my.yaml").write_bytes(content)
+    ends(["search", "-c", "my.yaml"], 2, f"-c my.yaml: {message}" if b"many" not in content else message)
+
+
+def images(root: Path, part: str, kind: str, count: int = 4) -> Path:
+    folder = root / part / kind
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (24, 24), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of four images to train, and to test."""
+    for part in ("train", "test"):
+        for kind in ("cat", "dog"):
+            images(tmp_path / "photos", part, kind)
+    return tmp_path / "photos"
+
+
+def test_an_unreadable_image_is_named(ends: Ends, photos: Path) -> None:
+    (photos / "train" / "cat" / "9.png").write_bytes(b"no image")
+    ends(["search", *SMALL, f"--data={photos}"], 3, "cat/9.png: is no JPEG or PNG")
+
+
+def test_an_empty_class_folder(ends: Ends, photos: Path) -> None:
+    for part in ("train", "test"):
+        (photos / part / "bird").mkdir()
+    ends(["search", *SMALL, f"--data={photos}"], 3, "no JPEG or PNG file in bird")
+
+
+def test_a_folder_of_images_without_parts(ends: Ends, photos: Path) -> None:
+    ends(["search", *SMALL, f"--data={photos / 'train'}"], 3, "arrange the images as train/<class>")
+
+
+def test_one_class_only(ends: Ends, photos: Path) -> None:
+    for part in ("train", "test"):
+        shutil.rmtree(photos / part / "dog")
+    ends(["search", *SMALL, f"--data={photos}"], 3, "one class only (cat)")
+
+
+def test_a_batch_that_is_larger_than_the_data(ends: Ends, tiny_npz: Path) -> None:
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--batch-size=500"], 2, "there are 96 training images; lower it")
+
+
+def test_constraints_that_nothing_meets(ends: Ends, tiny_npz: Path) -> None:
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--max-macs=1"], 2, "the smallest has")
+
+
+def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
+    words = ["teacher", f"--data={tiny_npz}", "--arch=torchvision:resnet18", "--resolution=1", "--progress=none"]
+    ends([*words, "--device=cpu", "--workers=1"], 2, "give it larger images")
+
+
+def test_a_file_that_is_no_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.safetensors").write_bytes(b"no weights at all")
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is no teacher of this program")
+    save_file({"a": np.zeros(3)}, tmp_path / "t.safetensors")
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is no teacher of this program")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished search, as it really leaves its folder."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "open_fleet", lambda *_: Here())
+        assert cli.main(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={folder}"]) == 0
+    return folder
+
+
+def again(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_a_teacher_of_other_classes(ends: Ends, run: Path, photos: Path) -> None:
+    teacher = run / "teacher" / "teacher.safetensors"
+    ends(["search", *SMALL, f"--data={photos}", "--batch-size=4", f"--teacher={teacher}"], 2, "knows 3 classes")
+
+
+def test_a_teacher_whose_weights_are_not_numbers(ends: Ends, run: Path, tiny_npz: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    source = run / "teacher" / "teacher.safetensors"
+    with safe_open(source, "np") as stored:
+        card = stored.metadata()
+    weights = {name: value * np.float32(np.nan) if value.dtype.kind == "f" else value
+               for name, value in load_file(source).items()}  # fmt: skip
+    save_file(weights, tmp_path / "nan.safetensors", card)
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=nan.safetensors"], 4, "diverged")
+
+
+def test_a_learning_rate_that_no_network_survives(ends: Ends, tiny_npz: Path) -> None:
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--lr=1e30"], 4, "try a lower --lr")
+
+
+SPACE = """
+from engine.space import Choice, SearchSpace
+def made(forward):
+    def build(choices, classes, width):
+        from torch import nn
+        class Network(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(3, classes)
+            def forward(self, images):
+                return forward(self.head(images.mean((2, 3))), images)
+        return Network()
+    return SearchSpace("own", (Choice("a", (1, 2)), Choice("b", (1, 2))), build)
+def broken(choices, classes, width):
+    raise ValueError("no such block")
+LOGITS = made(lambda logits, images: logits)
+BARE = made(lambda logits, images: (logits, []))
+FLAT = made(lambda logits, images: (logits, [logits]))
+NARROW = made(lambda logits, images: (logits[:, :1], [images]))
+RAISES = SearchSpace("own", (Choice("a", (1, 2)),), broken)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("LOGITS", "forward returned Tensor; it must return (logits (N, 3), [features"),
+        ("BARE", "no features, which the loss kd+at needs"),
+        ("FLAT", "features (2, 3); it must return"),
+        ("NARROW", "logits (2, 1) for 2 images"),
+        ("RAISES", "build raised ValueError: no such block"),
+        ("NOTHING", "has no SearchSpace called 'NOTHING'"),
+    ],
+)
+def test_a_space_that_does_not_hold_the_contract(
+    ends: Ends, tiny_npz: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "own.py").write_text(SPACE)
+    ends(["search", *SMALL, f"--data={tiny_npz}", f"--space=own.py:{name}"], 2, message)
+
+
+@pytest.mark.parametrize("code", ["import nosuchmodule\n", "SPACE = (\n"], ids=["import", "syntax"])
+def test_a_space_whose_file_does_not_load(ends: Ends, tmp_path: Path, code: str) -> None:
+    (tmp_path / "own.py").write_text(code)
+    ends(["search", *SMALL, "--data=glyphs:144", "--space=own.py:SPACE"], 2, "own.py cannot be loaded")
+
+
+def test_a_run_folder_that_cannot_be_made(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for place in ("file", "file/run", "/proc/run"):
+        ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={place}"], 3, "choose another --run-dir")
+
+
+def test_a_full_disk(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
+    """A file system of 64 kB: the teacher does not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={disk / 'run'}"], 3, "free space")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_two_searches_in_one_folder(ends: Ends, run: Path, tiny_npz: Path) -> None:
+    with open(run / "journal.jsonl", "rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={run}"], 2, "another search is running")
+
+
+def test_other_settings_in_a_folder_that_holds_work(ends: Ends, run: Path, tiny_npz: Path) -> None:
+    words = ["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={run}"]
+    ends([*words, "--lr=0.5"], 2, "lr: 0.1 there, 0.5 here")
+
+
+def test_a_call_that_failed_at_once_binds_nobody(ends: Ends, tiny_npz: Path) -> None:
+    """The first call takes the wrong batch; the second must not be refused for differing from it."""
+    words = ["search", *SMALL, f"--data={tiny_npz}", "--run-dir=run"]
+    ends([*words, "--batch-size=500"], 2, "lower it")
+    ends([*words, "--max-macs=1"], 2, "the smallest has")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "message"),
+    [
+        ("journal.jsonl", '{"journal":99}\n', 2, "use the version that wrote it"),
+        ("journal.jsonl", '{"journal":1}\n{"asked":{"number":\n', 3, "line 2: not a line that this program wrote"),
+        ("run.json", '{"schema": 99, "calls": []}', 2, "use the version that wrote it"),
+        ("run.json", "{", 3, "cannot be read"),
+        ("config.yaml", "study: [", 3, "cannot be read"),
+        ("config.yaml", "a: 1", 3, "is no configuration of a run"),
+    ],
+)
+def test_a_run_folder_of_another_version_or_damaged(
+    ends: Ends, run: Path, tiny_npz: Path, tmp_path: Path, file: str, content: str, code: int, message: str
+) -> None:
+    copy = again(run, tmp_path)
+    (copy / file).write_text(content)
+    ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={copy}"], code, message)
+
+
+def test_a_package_that_is_missing(tmp_path: Path) -> None:
+    """The usual first error: the environment is not active."""
+    root = Path(cli.__file__).parent
+    bare = [shutil.which("python3", path="/usr/bin:/usr/local/bin") or "", "-S", "-E"]
+    if not bare[0]:
+        pytest.skip("no Python beside that of the environment")
+    done = subprocess.run([*bare, str(root / "cli.py"), "search"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "make install" in done.stderr
+    assert "Traceback" not in done.stderr
