@@ -7,6 +7,7 @@ pod of a Kubernetes Job. A search that has finished, or that another try would n
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import textwrap
@@ -22,7 +23,7 @@ from engine.trial import UsageError
 
 DRAINED = 75  # what a drained search exits with: EX_TEMPFAIL of sysexits.h
 FINAL = [1, 2, 3, 4]  # exit codes of a search that another try would not change
-MARGIN_S = 60  # Slurm may warn so much earlier than it was asked to, and a search takes time to end
+MARGIN_S = 30  # for the search to close and for the script to act, after the grace
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,11 @@ class Job:
     resources: Resources
     nodes: int = 1
     requeues: int = 20
-    grace_s: float = 60
 
     @property
     def warning_s(self) -> int:
         """How long before its end the job is to be warned."""
-        return int(self.grace_s) + MARGIN_S
+        return math.ceil(self.resources.grace_s) + MARGIN_S
 
 
 def render(scheduler: str, job: Job) -> str:
@@ -51,6 +51,11 @@ def render(scheduler: str, job: Job) -> str:
     jobs.check(scheduler, job.resources)
     if odd := re.search(r"[^\w./+=,@-]", job.output):
         raise UsageError(f"a scheduler cannot be told of the run folder {job.output} ('{odd[0]}'); choose --run-dir")
+    if job.resources.time and walltime_s(job.resources.time) < 2 * job.warning_s:
+        raise UsageError(
+            f"--time {job.resources.time} is too short: the job is warned {job.warning_s} s before its end, which is "
+            f"--grace-s and {MARGIN_S} s"
+        )
     if job.nodes > 1 and scheduler != "slurm":
         raise UsageError(
             f"submit {scheduler} --nodes {job.nodes}: a job of several nodes needs Slurm's srun; submit one node, or "
@@ -100,8 +105,8 @@ def pbs(job: Job) -> str:
         fi
         qsub -v MFKD_REQUEUES="$((${{MFKD_REQUEUES:-0}} + 1))" {shlex.quote(job.script)}
     """
-    limit = f"--time-limit={walltime_s(job.resources.time)}"
-    return _script(job, "qsub", [f"#PBS {line}" for line in directives], again, limit)
+    limit = [f"--time-limit={walltime_s(job.resources.time)}"] if job.resources.time_limit == "auto" else []
+    return _script(job, "qsub", [f"#PBS {line}" for line in directives], again, *limit)
 
 
 def lsf(job: Job) -> str:

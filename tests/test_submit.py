@@ -169,8 +169,8 @@ def directives(text: str, mark: str) -> list[str]:
 
 def test_slurm_is_asked_for_everything(job: Callable[[str], Job]) -> None:
     """`make test-slurm` hands such scripts in."""
-    asked = replace(ASKED, qos="high", memory_gb=500, job_options="--constraint=h100 --mail-type=END")
-    lines = directives(render("slurm", replace(job("true"), resources=asked, nodes=4, grace_s=120)), "#SBATCH")
+    asked = replace(ASKED, qos="high", memory_gb=500, job_options="--constraint=h100 --mail-type=END", grace_s=120)
+    lines = directives(render("slurm", replace(job("true"), resources=asked, nodes=4)), "#SBATCH")
     assert {
         "--nodes=4",
         "--ntasks-per-node=1",
@@ -181,7 +181,7 @@ def test_slurm_is_asked_for_everything(job: Callable[[str], Job]) -> None:
         "--partition=long",
         "--account=lab",
         "--qos=high",
-        "--signal=B:USR1@180",
+        "--signal=B:USR1@150",
         "--requeue",
         "--no-kill",
         "--open-mode=append",
@@ -199,6 +199,8 @@ def test_pbs_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> No
     assert {"-l select=1:ncpus=64:ngpus=8:mem=500gb", "-l walltime=24:00:00", "-r y", "-q long", "-A lab"} <= set(lines)
     assert re.search(r"-N [A-Za-z0-9]\S{0,235}$", text, re.MULTILINE)
     assert "--time-limit=86400" in text  # PBS does not warn: the search counts by itself
+    told = replace(ASKED, time_limit="none")
+    assert "--time-limit" not in render("pbs", replace(job("true"), resources=told))
 
 
 def test_lsf_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> None:
@@ -212,7 +214,8 @@ def test_lsf_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> No
 
 def test_kubernetes_manifest_keeps_the_rules_of_the_api(job: Callable[[str], Job]) -> None:
     """batch/v1 Job with a pod failure policy (stable since 1.31)."""
-    made = replace(job("true"), resources=POD, name="My photos_2", program=("mfkd",), requeues=5, grace_s=90)
+    asked = replace(POD, grace_s=90)
+    made = replace(job("true"), resources=asked, name="My photos_2", program=("mfkd",), requeues=5)
     manifest = yaml.safe_load(render("kubernetes", made))
     assert (manifest["apiVersion"], manifest["kind"]) == ("batch/v1", "Job")
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", manifest["metadata"]["name"])
@@ -241,6 +244,7 @@ def test_kubernetes_manifest_keeps_the_rules_of_the_api(job: Callable[[str], Job
         ("slurm", {"time": ""}, "must be told --time"),
         ("slurm", {"gpus": "auto"}, "say how many GPUs"),
         ("slurm", {"image": "mfkd:1"}, "knows no --image"),
+        ("slurm", {"time": "00:02:59"}, "the job is warned 90 s before its end"),
         ("pbs", {"cpus": 0}, "must be told --cpus"),
         ("pbs", {"qos": "high"}, "knows no --qos: it may be part of --job-options"),
         ("lsf", {"memory_gb": 4}, "the unit of its -M is the site's"),

@@ -49,7 +49,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=30
-KillWait=10
+KillWait=5
 JobRequeue=1
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} Gres=gpu:{gpus}
