@@ -64,3 +64,32 @@ aot: install
 
 gpu-check:
 	$(GPU_PYTHON) bench/gpu_check.py $(OUT)
+
+# ---- evidence ------------------------------------------------------------
+# make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
+# make rivals          the search against its rivals on real training, resumable
+# make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
+WORKERS  ?= 2
+EVIDENCE  = build/evidence
+STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
+            glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
+TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
+
+.PHONY: evidence rivals gpu-evidence $(STUDIES)
+evidence: $(STUDIES)
+
+$(filter glyphs-%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
+$(filter cifar100-%,$(STUDIES)): $(EVIDENCE)/teachers/cifar100.safetensors
+$(STUDIES): | install
+	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
+	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
+
+$(EVIDENCE)/teachers/glyphs.safetensors: | install
+	$(TEACHER) --data glyphs --teacher-epochs 12 --out $@
+
+$(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
+	$(TEACHER) --data build/cifar100.npz --teacher-epochs 6 --out $@
+
+build/cifar100.npz: | install
+	mkdir -p build
+	$(BIN)/python ../shared/data/unpack.py ../shared/data/cifar100.npz $@

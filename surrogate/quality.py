@@ -125,6 +125,20 @@ def partial_taus(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> Ar
     return np.asarray(np.where(scale > 1e-6, (ab - ag * bg) / np.where(scale > 1e-6, scale, 1.0), 0.0))
 
 
+def spearmans(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
+    """`spearman` of each row of `a` and `b` (D, n) -> (D,)."""
+    one, two = _centred_ranks(a), _centred_ranks(b)
+    scale = np.sqrt((one * one).sum(axis=1) * (two * two).sum(axis=1))
+    return np.asarray((one * two).sum(axis=1) / np.where(scale > 0, scale, 1.0))
+
+
+def _centred_ranks(rows: npt.ArrayLike) -> Array:
+    """Ranks within each row (D, n) less their mean: half of how many are smaller less how many are greater."""
+    x = np.asarray(rows, dtype=np.float64)
+    parts = [x[i : i + 256] for i in range(0, len(x), 256)]
+    return np.concatenate([np.sign(p[:, :, None] - p[:, None, :]).sum(axis=2) / 2 for p in parts])
+
+
 def expected_maximum(n: npt.ArrayLike) -> Array:
     """Expected greatest of n standard normals, to 0.03 (Blom 1958); 0 for one or fewer."""
     count = np.maximum(np.asarray(n, dtype=np.float64), 1.0)

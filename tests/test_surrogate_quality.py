@@ -97,6 +97,8 @@ def test_taus_of_many_short_sequences_are_those_of_each():
     assert quality.kendall_taus(a, b) == pytest.approx([quality.kendall_tau(x, y) for x, y in zip(a, b, strict=True)])
     expected = [quality.partial_tau(x, y, z) for x, y, z in zip(a, b, c, strict=True)]
     assert quality.partial_taus(a, b, c) == pytest.approx(expected, abs=1e-9)
+    expected = [quality.spearman(x, y) for x, y in zip(a, b, strict=True)]
+    assert quality.spearmans(a, b) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("n", [2, 5, 30, 200], ids=lambda n: f"n={n}")

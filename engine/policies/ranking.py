@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.trial import Architecture, Fidelity
-from surrogate.quality import expected_maximum, kendall_tau, kendall_taus, partial_tau, partial_taus, spearman
+from surrogate.quality import (
+    expected_maximum,
+    kendall_tau,
+    kendall_taus,
+    partial_tau,
+    partial_taus,
+    spearman,
+    spearmans,
+)
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
@@ -116,7 +124,7 @@ def rank(measured: Measured, fidelity: Fidelity, seed: int = 0) -> Ranking | Non
         len(kept),
         float(low.mean()),
         _statistic(kendall_tau(low, full), kendall_taus(drawn_low, drawn_full)),
-        _statistic(spearman(low, full), np.array([spearman(a, b) for a, b in zip(drawn_low, drawn_full, strict=True)])),
+        _statistic(spearman(low, full), spearmans(drawn_low, drawn_full)),
         _statistic(partial_tau(low, full, macs), partial_taus(drawn_low, drawn_full, drawn_macs)),
         kendall_tau(low[best], full[best]) if len(best) >= 3 else None,
         len(best),

@@ -1,0 +1,318 @@
+"""A fidelity study: what it asks, what it finds, what it drops, and the search that begins with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cli
+from engine import config, journal, search
+from engine.config import Budget, Resources, Study
+from engine.pilot import parse_fidelity, recommended, study_fidelities, study_first, usual_lows
+from engine.policies.pilot import Pilot, chosen
+from engine.policies.ranking import Measured, difference, macs_alone, rank, repeatability
+from engine.progress import Display
+from engine.space import candidates, load_space
+from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+
+SPACE = "nasbench201:channels=8,cells=1"
+STUDY = Study(space=SPACE, high=Fidelity("high", epochs=9))
+GOOD, FAIR, NOISE = parse_fidelity("kd@1/9x3"), parse_fidelity("at@1/9x3"), parse_fidelity("none@1/9x3")
+LUCK = {GOOD: 0.01, FAIR: 0.15, NOISE: 10.0}
+
+
+class Formula:
+    """A fleet whose answers are a function of the trial: quality is no function of MACs; `LUCK` is added to it."""
+
+    device = "cpu"
+    capacity = 2
+
+    def __init__(self, broken: Fidelity | None = None) -> None:
+        self.broken = broken
+        self.asked: list[tuple[Architecture, Fidelity, int]] = []
+
+    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(getattr(self, name)(task))
+        return future
+
+    def drain(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def run_probe(self, task: dict[str, Any]) -> dict[str, Any]:
+        found = {"classes": ["a", "b"], "resolution": 32, "fingerprint": "f", "images": {"train": 80, "valid": 20}}
+        return {**found, "device": "cpu", "mean": [0.5] * 3, "std": [0.2] * 3}
+
+    def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
+        Path(task["path"]).parent.mkdir(exist_ok=True)
+        Path(task["path"]).touch()
+        return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
+
+    def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+        return [evaluation_to_json(self.answer(trial_from_json(data), task)) for data in task["trials"]]
+
+    def answer(self, trial: Any, task: dict[str, Any]) -> Evaluation:
+        self.asked.append((trial.architecture, trial.fidelity, trial.seed))
+        if trial.fidelity == self.broken:
+            return Evaluation(trial, "oom", error="no memory")
+        full = trial.fidelity.name == "high"
+        if full:
+            weights = Path(task["run_dir"]) / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.write_text(f"weights of {trial.architecture}")
+        luck = 0.005 if full else LUCK.get(trial.fidelity, 0.1)
+        quality = np.random.default_rng(trial.architecture.choices).random()
+        score = 0.5 + 0.1 * (quality + luck * np.random.default_rng(int(trial.key, 16)).normal())
+        return Evaluation(trial, "ok", score, seconds=9.0 if full else 1.0, macs=10, params=5)
+
+    def run_test(self, task: dict[str, Any]) -> dict[str, Any]:
+        return {"test_accuracy": 0.75, "weights": "none"}
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Formula:
+    made = Formula()
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: made)
+    return made
+
+
+def run(folder: Path, plan: Pilot, study: Study = STUDY, budget: Budget = Budget()) -> dict[str, Any]:  # noqa: B008
+    resources = Resources(device="cpu", workers=2)
+    return study_fidelities(study, plan, budget, resources, folder, Display("none"))
+
+
+def test_a_fidelity_is_read_from_its_short_form() -> None:
+    found = parse_fidelity("kd+at@1/27x30:width=0.5,at_weight=100,kd_temperature=2")
+    assert (found.fraction, found.epochs, found.width, found.kd_loss) == (Fraction(1, 27), 30, 0.5, "kd+at")
+    assert found.weights == (("at_weight", 100.0), ("kd_temperature", 2.0))
+    study = config.for_fidelity(Study(), found)
+    assert (study.at_weight, study.kd_temperature, study.kd_weight) == (100.0, 2.0, Study().kd_weight)
+    assert parse_fidelity("none@1x3:resolution=16").resolution == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kd", "write LOSS@FRACTIONxEPOCHS"),
+        ("kd@1/0x3", "write LOSS@FRACTIONxEPOCHS"),
+        ("kd@1/9x3:width", "write LOSS@FRACTIONxEPOCHS"),
+        ("magic@1/9x3", "no loss 'magic'; there are none, kd,"),
+        ("kd@1/9x3:at_wait=3", "no weight 'at_wait'; there are kd_temperature"),
+        ("kd@4/3x3", "at most 1"),
+    ],
+)
+def test_what_is_no_fidelity_is_refused_with_the_way_out(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_fidelity(text)
+
+
+def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:
+    members = candidates(load_space(SPACE), classes=10, width=1.0, resolution=32)
+    many = chosen(members, 16, seed=3)
+    assert chosen(members, 6, seed=3) == many[:6]
+    assert len(set(many)) == 16
+    order = np.argsort(np.argsort(members.macs, kind="stable"))
+    slices = {int(order[members.row(a)] * 16 / len(members)) for a in many}
+    assert len(slices) >= 12  # of 16; many networks are equal in MACs
+
+
+def test_a_study_judges_every_architecture_every_way_and_recommends_the_best(tmp_path: Path, fleet: Formula) -> None:
+    result = run(tmp_path / "study", Pilot((NOISE, FAIR, GOOD), 12, repeats=2, low_repeats=2, drop=False))
+    per = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (STUDY.high, *LUCK)}
+    assert [len(set(questions)) for questions in per.values()] == [24, 24, 24, 24]
+    rows = {row["name"]: row for row in result["fidelities"]}
+    assert result["full"] == 12
+    assert result["recommended"] == GOOD.name
+    assert rows[GOOD.name]["tau"] > 0.9
+    assert rows[GOOD.name]["tau"] > rows[FAIR.name]["tau"] > rows[NOISE.name]["tau"]
+    assert rows[GOOD.name]["price"] == pytest.approx(1 / 9)
+    assert rows[GOOD.name]["evaluations_per_tau"] == pytest.approx(1 / 9 / rows[GOOD.name]["tau"])
+    assert result["repeatability"] > 0.9
+    gap = next(g for g in result["distilled_less_undistilled"] if g["name"] == GOOD.name)
+    assert gap["tau_given_macs"] > 2 * gap["stderr"]
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        assert len(list(csv.DictReader(file))) == 4 * 24
+
+
+def test_a_fidelity_that_is_clearly_worse_is_asked_no_more(tmp_path: Path, fleet: Formula) -> None:
+    result = run(tmp_path / "study", Pilot((NOISE, GOOD), 24))
+    counts = {f.name: sum(1 for _, g, _ in fleet.asked if g == f) for f in (NOISE, GOOD)}
+    assert counts[GOOD.name] == 24
+    assert 8 <= counts[NOISE.name] < 24
+    assert [row["dropped"] for row in result["fidelities"]] == [True, False]
+
+
+def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet: Formula) -> None:
+    plan = Pilot((NOISE, GOOD), 12, repeats=2)
+    whole = run(tmp_path / "study", plan)
+    path = tmp_path / "study" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    record = journal.read(path)
+    for cut in range(1, len(lines), 12):
+        path.write_bytes(b"".join(lines[:cut]))
+        fleet.asked.clear()
+        assert run(tmp_path / "study", plan) == whole, cut
+        assert journal.read(path).asked == record.asked
+    fleet.asked.clear()
+    assert run(tmp_path / "study", plan) == whole
+    assert fleet.asked == []
+
+
+def test_a_study_grows(tmp_path: Path, fleet: Formula) -> None:
+    """More architectures and another fidelity are asked for later; nothing is measured twice."""
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    result = run(tmp_path / "study", Pilot((GOOD, FAIR), 12, drop=False))
+    assert {row["name"]: row["n"] for row in result["fidelities"]} == {GOOD.name: 12, FAIR.name: 12}
+    assert len(set(fleet.asked)) == len(fleet.asked)
+
+
+def test_failures_leave_the_others_and_nothing_at_all_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Formula(broken=GOOD)
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: broken)
+    result = run(tmp_path / "one", Pilot((GOOD, FAIR), 8))
+    assert [row["name"] for row in result["fidelities"]] == [FAIR.name]
+    with pytest.raises(NoWinner, match="fewer than three architectures"):
+        run(tmp_path / "none", Pilot((GOOD,), 8))
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Pilot((GOOD,), 3), "--architectures is 3; it must be at least 4"),
+        (Pilot((GOOD,), repeats=0), "--repeats is 0"),
+        (Pilot((GOOD, GOOD)), "names a fidelity twice"),
+    ],
+)
+def test_a_study_that_cannot_tell_anything_is_refused(tmp_path: Path, plan: Pilot, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        run(tmp_path / "study", plan)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: Formula) -> None:
+    """Nothing is trained again, weights included, and the study's evaluations count towards the budget."""
+    result = run(tmp_path / "study", Pilot((NOISE, GOOD), 8, repeats=2, drop=False))
+    measured = set(fleet.asked)
+    fleet.asked.clear()
+    command = ["search", "-c", result["config"], "--max-high", "20", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    record = journal.read(tmp_path / "run" / "journal.jsonl")
+    assert sum(t.fidelity == STUDY.high for t in record.asked) == 20
+    assert [t.number for t in record.asked] == list(range(len(record.asked)))
+    begun = record.asked[:24]
+    assert {(t.architecture, t.fidelity.kd_loss, t.seed) for t in begun} <= {(a, f.kd_loss, s) for a, f, s in measured}
+    full = {(a, s) for a, f, s in measured if f == STUDY.high}
+    assert full.isdisjoint((a, s) for a, f, s in fleet.asked if f == STUDY.high)
+    for trial in record.asked:
+        if trial.fidelity == STUDY.high:
+            weights = tmp_path / "run" / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+            assert weights.read_text() == f"weights of {trial.architecture}"
+
+
+def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    study = recommended(STUDY, GOOD, tmp_path / "study")
+    show, resources, budget = Display("none"), Resources(device="cpu", workers=2), Budget(max_low=12, max_high=10)
+    whole = search.search(study, budget, resources, tmp_path / "run", show)
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in (2, 10, 20):
+        path.write_bytes(b"".join(lines[:cut]))
+        assert search.search(study, budget, resources, tmp_path / "run", show)["winner"] == whole["winner"]
+        assert b"".join(sorted(path.read_bytes().splitlines())) == b"".join(sorted(b"".join(lines).splitlines()))
+    with pytest.raises(UsageError, match="measured with other settings .*lr: 0.1 there, 0.2 here"):
+        search.search(replace(study, lr=0.2), budget, resources, tmp_path / "other", show)
+    with pytest.raises(UsageError, match="is no run folder of the fidelity command"):
+        search.search(replace(study, pilot=str(tmp_path)), budget, resources, tmp_path / "third", show)
+
+
+def test_low_auto_studies_first_and_is_not_repeated(tmp_path: Path, fleet: Formula) -> None:
+    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "-q"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    found = json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())
+    assert found["full"] == 10
+    assert found["recommended"] in [low.name for low in usual_lows(Study().high)]
+    fleet.asked.clear()
+    assert cli.main(command) == 0
+    assert fleet.asked == []
+    with pytest.raises(UsageError, match="--max-high must be over 8"):
+        study_first(STUDY, Budget(max_high=8), Resources(), tmp_path / "small", Display("none"))
+
+
+def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -> Measured:
+    """Scores of architectures without networks; `full` (n, seeds)."""
+    high = STUDY.high
+    scores = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
+    seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in scores}
+    return Measured([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
+
+
+def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:
+    rng = np.random.default_rng(0)
+    macs, own = rng.random(60), rng.random(60)
+    found = fake({NOISE: macs + 0.1 * rng.normal(size=60), GOOD: own}, (macs + own)[:, None], macs)
+    plain, good = rank(found, NOISE), rank(found, GOOD)
+    assert plain is not None
+    assert good is not None
+    assert plain.tau.value == pytest.approx(macs_alone(found).value, abs=0.1)
+    assert abs(plain.given_macs.value) < 2 * plain.given_macs.stderr
+    assert good.given_macs.value > 5 * good.given_macs.stderr
+    gap = difference(found, GOOD, NOISE)
+    assert gap is not None
+    assert gap.value == pytest.approx(good.given_macs.value - plain.given_macs.value)
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Over many studies the 95 % interval of tau holds the tau of the whole population nearly as often."""
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(60):
+        quality = rng.normal(size=30)
+        low = 0.7 * quality + np.sqrt(1 - 0.49) * rng.normal(size=30)
+        found = rank(fake({GOOD: low}, quality[:, None], rng.random(30)), GOOD)
+        assert found is not None
+        inside += found.tau.low <= 2 / np.pi * np.arcsin(0.7) <= found.tau.high
+    assert inside >= 50
+
+
+def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None:
+    rng = np.random.default_rng(2)
+    quality, macs = rng.normal(size=20), rng.random(20)
+    sharp = fake({GOOD: quality}, quality[:, None] + 0.01 * rng.normal(size=(20, 3)), macs)
+    noisy = fake({GOOD: quality}, quality[:, None] + 2.0 * rng.normal(size=(20, 3)), macs)
+    assert repeatability(sharp) > 0.95
+    assert repeatability(noisy) < 0.6
+    assert repeatability(fake({GOOD: quality}, quality[:, None], macs)) is None
+    sure, unsure = rank(sharp, GOOD), rank(noisy, GOOD)
+    assert sure is not None
+    assert unsure is not None
+    assert sure.tau.stderr < unsure.tau.stderr
+
+
+def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one diverges."""
+    command = ["fidelity", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
+    command += ["--batch-size", "32", "--teacher-epochs", "1", "--high.epochs", "2", "--architectures", "4"]
+    command += ["--lows", "none@1/2x1", "kd@1/2x1", "kd@1/2x1:ce_weight=3.3e38", "--device", "cpu"]
+    assert cli.main([*command, "--run-dir", str(tmp_path / "study")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["full"] == 4
+    assert [row["name"] for row in result["fidelities"]] == ["none@1/2x1", "kd@1/2x1"]
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        statuses = {row["status"] for row in csv.DictReader(file) if "weight" in row["fidelity"]}
+    assert statuses == {"diverged"}
+    assert {"name", "tau", "tau_given_macs", "stderr", "seconds"} <= set(result["fidelities"][0])
