@@ -387,10 +387,9 @@ def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, res
         losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
         if pupil.status != "ok":
             raise NoWinner(f"the teacher's training failed: {pupil.error}; try a lower --lr")
-    epochs, (mean, std) = study.teacher_epochs, (data.mean, data.std)
-    if pretrained:
-        epochs, (mean, std) = 0, teachers.normalisation(network) or (mean, std)
-    _keep_teacher(bench, built, network, path, epochs, (mean, std), losses, start)
+    statistics = teachers.normalisation(network) if pretrained else None
+    epochs = 0 if pretrained else study.teacher_epochs
+    _keep_teacher(bench, built, network, path, epochs, statistics or (data.mean, data.std), losses, start)
 
 
 def _adopt_teacher(bench: Bench, task: Json, path: Path) -> None:

@@ -28,8 +28,8 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 class Card:
     """What a weights file says of itself.
 
-    `network` is what `build` takes: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy` is on the validation part,
-    0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are the means over each
+    `network` is what `build` takes: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy` is on
+    the validation part, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are the means over each
     epoch of its training; () where the weights were made elsewhere.
     """
 
@@ -88,6 +88,9 @@ class Tapped(nn.Module):
 
 class Renormalised(nn.Module):
     """A network that was trained with another mean and std than the images that it is asked about have."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, here: Statistics, there: Statistics) -> None:
         super().__init__()
@@ -153,7 +156,7 @@ def _raw(network: str, classes: int, pretrained: bool) -> nn.Module:
     made = from_file(Path(path), name)
     model = made(classes) if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{path} has no function '{name}' that takes the number of classes and returns a torch.nn.Module")
+        raise UsageError(f"{path} has no '{name}' that takes the number of classes and returns a torch.nn.Module")
     return model
 
 
