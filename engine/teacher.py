@@ -29,8 +29,8 @@ class Card:
     """What a weights file says of itself.
 
     `network` is what `build` takes: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy` is on
-    the validation part, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are the means over each
-    epoch of its training; () where the weights were made elsewhere.
+    the validation part, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are
+    the means over each epoch of its training; () where the weights were made elsewhere.
     """
 
     network: str
