@@ -38,7 +38,11 @@ class Study:
     data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
     resolution: int = option(0, "pixels that images are brought to; 0 is the data's own, and 224 for a folder")
     valid_fraction: float = option(0.2, "part of the training images kept for validation")
-    method: str = option("mfkd", "search method")
+    method: str = option(
+        "mfkd",
+        "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
+        "asha, macs",
+    )
     teacher: str = option(
         "auto",
         "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME or "

@@ -19,8 +19,9 @@ import yaml
 
 import cli
 import engine
-from engine import journal
+from engine import config, journal
 from engine.config import Budget
+from engine.policy import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -169,10 +170,20 @@ def test_a_search_of_nothing_is_the_demo() -> None:
     assert cli.parse(["search", "--data=cifar10"])[1].max_low == Budget().max_low
 
 
-def test_every_shipped_configuration_is_understood() -> None:
-    for path in sorted((ROOT / "configs").glob("*.yaml")):
-        values = cli.parse(["search", "-c", str(path)])[1]
-        assert set(yaml.safe_load(path.read_text())) <= set(vars(values)), path
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_can_be_searched_with(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its flags exist, fit together and name a space and a method; it says what machine it is meant for."""
+    assert cli.main(["config", "-c", str(path), "--json"]) == 0
+    origins = {key: entry["from"] for key, entry in json.loads(capsys.readouterr().out).items()}
+    for key, _ in config.flatten(yaml.safe_load(path.read_text())):
+        assert origins[key] == str(path), key
+    header = path.read_text().partition("\nspace:")[0]
+    assert re.search("GPU|CPU", header)
+    assert re.search("not measured|neither its time|time it took", header)
+
+
+def test_the_manual_names_every_method() -> None:
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", config.Study.__dataclass_fields__["method"].metadata["help"]))
 
 
 def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
