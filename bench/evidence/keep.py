@@ -49,9 +49,9 @@ def facts(run_dir: Path, result: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{key} {last['versions'][key]}" for key in ("torch", "nvidia-dali-cuda130"))
     low, high = min(full), max(full)
     return [
-        f"{result['full']} architectures, {len(evaluations)} evaluations ({failed} failed), {hours:.2f} worker hours on "
-        f"{last['device']}; Python {last['python']}, {versions}. Teacher: {teacher(run_dir)}. Full accuracies from "
-        f"{low:.3f} to {high:.3f}. Raw results: [csv](evidence/{run_dir.name}.csv)."
+        f"{result['full']} architectures, {len(evaluations)} evaluations ({failed} failed), {hours:.2f} worker hours "
+        f"on {last['device']}; Python {last['python']}, {versions}. Teacher: {teacher(run_dir)}. Full accuracies "
+        f"from {low:.3f} to {high:.3f}. Raw results: [csv](evidence/{run_dir.name}.csv)."
     ]
 
 
