@@ -231,9 +231,12 @@ def _give_up_where_none_comes(executor: BlockProviderExecutor, status: dict[str,
     from parsl.executors.errors import BadStateException
     from parsl.jobs.states import JobState
 
-    ended = [job for job in status.values() if job.terminal and job.state != JobState.SCALED_IN]
-    last = ended[-MAX_MISSING:]
-    if len(last) == MAX_MISSING and all(job.state == JobState.MISSING for job in last):
+    ended = {block: job for block, job in status.items() if job.terminal and job.state != JobState.SCALED_IN}
+    blocks = list(ended)[-MAX_MISSING:]
+    last = [ended[block] for block in blocks]
+    # A job that the scheduler has refused is FAILED, and becomes MISSING when the scheduler is next asked for news.
+    silent = all(job.state in (JobState.MISSING, JobState.FAILED) for job in last)
+    if len(last) == MAX_MISSING and silent and not set(blocks) & set(executor.connected_blocks()):
         words = last[-1].stderr_summary or last[-1].message or "they left no message"
         text = f"{MAX_MISSING} pools of workers in a row ended before they reported: {words}"
         executor.set_bad_state_and_fail_all(BadStateException(executor, Exception(text)))
