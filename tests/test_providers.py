@@ -34,7 +34,12 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def make(name: str, says: str = "", code: int = 0) -> Path:
         given = tmp_path / f"{name}.given"
-        lines = ["#!/bin/bash", f'echo "$*" >> {given}', f"cat >> {given}", f'echo "{says}" >&{2 if code else 1}']
+        lines = [
+            "#!/bin/bash",
+            f'echo "$*" >> {given}',
+            f"[ -t 0 ] || cat >> {given}",
+            f'echo "{says}" >&{2 if code else 1}',
+        ]
         (folder / name).write_text("\n".join([*lines, f"exit {code}\n"]))
         (folder / name).chmod(0o755)
         return given
