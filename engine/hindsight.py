@@ -5,6 +5,7 @@ A prediction is made anew from the answers that the journal held at that moment,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,15 @@ from engine.journal import History
 from engine.policies.estimate import Estimate, Use, estimate
 from engine.policies.known import find_rows, scores
 from engine.policies.mfkd import BETA
+from engine.progress import Display
 from engine.runs import Run
 from engine.space import Candidates, SearchSpace, load_space
-from engine.trial import Architecture, EngineError, Evaluation
+from engine.trial import Architecture, Evaluation, UsageError
 
 # Estimates are for so many candidates, drawn at random, and those that were asked: millions take seconds each.
 SAMPLE = 20_000
+# Each takes a fit.
+FORETOLD = 100
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,15 @@ class Hindsight:
         )
 
     def foretold(self) -> dict[int, Opinion]:
-        """What the surrogate said when each full-fidelity trial was asked, by its number; repeats are left out."""
-        said: dict[int, Opinion] = {}
-        seen: set[Architecture] = set()
+        """What the surrogate said when full-fidelity trials were asked, by their number; repeats are left out, and of
+        more than FORETOLD only so many are looked at, evenly spread."""
+        first: dict[Architecture, tuple[int, int]] = {}
         for trial, known in zip(self.run.record.asked, self.run.record.known, strict=True):
-            if trial.fidelity != self.run.plan.high or trial.architecture in seen:
-                continue
-            seen.add(trial.architecture)
-            opinion = self.opinion(trial.architecture, known, trial.number)
-            if opinion is not None:
-                said[trial.number] = opinion
-        return said
+            if trial.fidelity == self.run.plan.high:
+                first.setdefault(trial.architecture, (known, trial.number))
+        some = list(first.items())[:: math.ceil(len(first) / FORETOLD) or 1]
+        said = {number: self.opinion(architecture, known, number) for architecture, (known, number) in some}
+        return {number: opinion for number, opinion in said.items() if opinion is not None}
 
     def _asked_in_full(self, number: int | None) -> list[int]:
         asked = [t.architecture for t in self.run.record.asked[:number] if t.fidelity == self.run.plan.high]
@@ -104,15 +106,14 @@ class Hindsight:
 
 
 def look_back(run: Run) -> Hindsight:
-    """The run with the candidates that its search had. Raises EngineError where run.json does not say what data."""
+    """The run with the candidates that its search had. Raises UsageError where run.json does not say what data."""
     if "data" not in run.facts:
-        raise EngineError(
+        raise UsageError(
             f"{run.folder / 'run.json'} does not say how many classes the data has: another version wrote it, or the "
             "search was stopped before it began; call it once more (the same command continues it)"
         )
     space = load_space(run.study.space)
-    every = search.members(space, run.study, run.facts["data"])
-    fit = every.where((every.macs <= run.study.max_macs) & (every.params <= run.study.max_params))
+    _, fit = search.fitting(space, run.study, run.facts["data"], Display("none"))
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     asked = find_rows(fit, [trial.architecture for trial in run.record.asked])
     keep[asked[asked >= 0]] = True

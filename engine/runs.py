@@ -89,7 +89,10 @@ def open_run(name: str) -> Run:
         raise UsageError(
             f"{folder / 'config.yaml'} was written by another version ({error}); use that version to look into it"
         ) from error
-    record = journal.read(folder / "journal.jsonl")
+    path = folder / "journal.jsonl"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no journal.jsonl, which is all that is known of a run; restore it from a copy")
+    record = journal.read(path)
     return Run(folder, study, budget, record, _read(folder / "run.json") or {}, _result(folder, record))
 
 

@@ -48,6 +48,12 @@ def test_a_run_of_another_version_is_refused(copy: Path) -> None:
         runs.open_run(str(copy))
 
 
+def test_a_run_without_its_journal_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "journal.jsonl").unlink()
+    assert cli.main(["status", str(copy)]) == 2
+    assert "has no journal.jsonl" in capsys.readouterr().err
+
+
 def test_nothing_measured_yet_is_said(copy: Path) -> None:
     (copy / "journal.jsonl").write_text('{"journal":1}\n')
     run = runs.open_run(str(copy))
@@ -197,9 +203,10 @@ def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: p
 def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     past = look_back(runs.open_run(str(copy)))
     asked = {trial.architecture for trial in past.run.record.asked}
-    other = next(a for a in map(past.candidates.architecture, range(len(past.candidates))) if a not in asked)
+    by_size = map(past.candidates.architecture, past.candidates.params.argsort()[::-1])
+    other = next(architecture for architecture in by_size if architecture not in asked)
     path = copy / "config.yaml"
-    path.write_text(path.read_text().replace("max_params: .inf", "max_params: 10.0"))
+    path.write_text(path.read_text().replace("max_params: .inf", "max_params: 5000.0"))
     assert "does not fit the limits" in explained(copy, str(other), capsys)["why"][0]  # type: ignore[index]
 
 

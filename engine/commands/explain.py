@@ -116,11 +116,11 @@ def absence(past: Hindsight, architecture: Architecture) -> str:
         twin = "-".join(map(str, same))
         return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
     study = past.run.study
-    if study.max_macs < float("inf") or study.max_params < float("inf"):
-        return (
-            "It was never proposed: it does not fit the limits of the search "
-            f"(--max-macs {study.max_macs:g}, --max-params {study.max_params:g})."
-        )
+    limits = {"--min-macs": study.min_macs, "--max-macs": study.max_macs, "--max-params": study.max_params}
+    given = [f"{flag} {value:g}" for flag, value in limits.items() if 0 < value < float("inf")]
+    given += [f"--only {study.only}"] * bool(study.only)
+    if given:
+        return f"It was never proposed: it does not fit the limits of the search ({', '.join(given)})."
     return (
         f"It is not among the {len(past.candidates):,} candidates looked at, of {past.everything:,}: a random part "
         "of a space of many, and a random pool of one without a closed form for the cost."
