@@ -75,7 +75,7 @@ STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
-.PHONY: evidence rivals gpu-evidence $(STUDIES)
+.PHONY: evidence rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES)
 evidence: $(STUDIES)
 
 $(filter glyphs-%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
@@ -83,6 +83,12 @@ $(filter cifar100-%,$(STUDIES)): $(EVIDENCE)/teachers/cifar100.safetensors
 $(STUDIES): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
+
+rivals: rivals-glyphs rivals-cifar100
+rivals-cifar100: build/cifar100.npz
+rivals-glyphs rivals-cifar100: | install
+	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.rivals $(EVIDENCE)/$@
 
 $(EVIDENCE)/teachers/glyphs.safetensors: | install
 	$(TEACHER) --data glyphs --teacher-epochs 12 --out $@
