@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engine import jobs
 from engine.config import Resources, gpus_of_a_node, walltime_s
 from engine.devices import Layout, allocated_nodes
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.trial import EnvironmentUnusable
 
 if TYPE_CHECKING:
     from parsl.providers.base import ExecutionProvider
@@ -129,9 +129,9 @@ def _kubernetes(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvid
     from parsl.errors import OptionalModuleMissing
     from parsl.providers import KubernetesProvider
 
-    limits, gpus = jobs.pod_limits(resources), gpus_of_a_node(resources)
+    limits, gpus, claim = jobs.pod_limits(resources), gpus_of_a_node(resources), jobs.claimed(resources)
     try:
-        return KubernetesProvider(
+        made = KubernetesProvider(
             image=resources.image,
             namespace=resources.partition or "default",
             max_cpu=resources.cpus,
@@ -139,15 +139,21 @@ def _kubernetes(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvid
             max_mem=limits["memory"],
             init_mem=limits["memory"],
             extra_limits={"nvidia.com/gpu": str(gpus)} if gpus else {},
-            persistent_volumes=[jobs.claimed(resources)],
+            persistent_volumes=[claim],
             **blocks,
         )
     except OptionalModuleMissing:
-        raise EnvironmentUnusable("--executor kubernetes needs a package: pip install kubernetes") from None
-    except UsageError:
-        raise
-    except Exception as error:  # of the client, which is not there to be named
+        raise EnvironmentUnusable("--executor kubernetes needs a package: pip install 'parsl[kubernetes]'") from None
+    except Exception as error:  # of the client's, which is not always there to name
         raise EnvironmentUnusable(f"--executor kubernetes: {error}") from error
+    create = made.kube_client.create_namespaced_pod
+
+    def create_once(namespace: str, body: Any) -> Any:
+        body.spec.restart_policy = "Never"  # else a pod whose driver is gone would start again for ever
+        return create(namespace=namespace, body=body)
+
+    made.kube_client.create_namespaced_pod = create_once
+    return made
 
 
 def _cancel_at_the_end(made: ExecutionProvider, cancel: str) -> None:

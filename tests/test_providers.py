@@ -154,7 +154,7 @@ def test_a_machine_outside_of_the_cluster_is_told_so(tmp_path: Path, monkeypatch
 
 def test_kubernetes_needs_its_client() -> None:
     asked = Resources(executor="kubernetes", gpus="8", cpus=64, memory_gb=300, image="mfkd:1", claim="work:/work")
-    with pytest.raises(EnvironmentUnusable, match="pip install kubernetes"):
+    with pytest.raises(EnvironmentUnusable, match="pip install 'parsl.kubernetes.'"):
         providers.provider(asked, layout(asked), "")
 
 
