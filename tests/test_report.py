@@ -45,6 +45,7 @@ def test_the_page_has_every_chart_and_needs_nothing_else(copy: Path, capsys: pyt
     ours = page[: page.index("plotly.js v")] + page[page.rindex("<script>") :]
     assert re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours) == []
     assert "@import" not in ours
+    assert "default-src 'none'" in page  # the browser is told to ask nobody for anything
     assert "87.65 %" in page  # the winner's test accuracy
     drawn = json.loads(page.split('id="charts">')[1].split("</script>")[0])
     for chart in drawn:
