@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +169,13 @@ def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
 
 def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
     weights = tuple(sorted(data.get("weights", {}).items()))
-    return Fidelity(**{**data, "fraction": Fraction(data["fraction"]), "weights": weights})
+    return _fidelity(**{**data, "weights": weights})
+
+
+@lru_cache(maxsize=256)
+def _fidelity(**fields: Any) -> Fidelity:
+    """A journal has a few fidelities and many lines that hold them."""
+    return Fidelity(**{**fields, "fraction": Fraction(fields["fraction"])})
 
 
 def trial_to_json(trial: Trial) -> dict[str, Any]:
