@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from engine.report.chart import (
     BEST,
-    FAILED,
     FEW,
     FULL,
     LOW,
@@ -256,12 +255,3 @@ def cost_by_phase(run: Run) -> Chart:
     )
     layout = {"barmode": "stack", "xaxis": axis(unit), "yaxis": {"automargin": True, "showgrid": False}}
     return Chart("cost", title, help, data, layout, height=300)
-
-
-def by_status(answers: Sequence[Evaluation], run: Run) -> dict[str, tuple[str, list[Evaluation]]]:
-    """Evaluations in the groups that a timeline colours: name -> (colour, evaluations)."""
-    return {
-        "low fidelity": (LOW, [e for e in answers if e.ok and e.trial.fidelity != run.plan.high]),
-        "full": (FULL, [e for e in answers if e.ok and e.trial.fidelity == run.plan.high]),
-        "failed": (FAILED, [e for e in answers if not e.ok]),
-    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.report.chart import WAIT, Chart, Json, axis, time_unit
-from engine.report.charts import by_status
+from engine.report.chart import FAILED, FULL, LOW, WAIT, Chart, Json, axis, time_unit
 from engine.runs import Run
 from engine.trial import Evaluation
 
@@ -45,7 +44,7 @@ def timeline(run: Run) -> Chart:
         "hoverinfo": "skip",
     }
     data = [waiting]
-    for name, (colour, members) in by_status(timed, run).items():
+    for name, (colour, members) in _by_status(timed, run).items():
         own = [span for span in spans if span.members[0] in members]
         if own:
             data.append(_bars(own, name, colour, divisor))
@@ -80,6 +79,15 @@ def spans_of(timed: Sequence[Evaluation]) -> tuple[list[Span], int]:
         busy_until = max(busy_until, span.start + span.seconds)
         spans.append(Span(span.worker, span.start - shift, span.seconds, span.members))
     return spans, pauses
+
+
+def _by_status(answers: Sequence[Evaluation], run: Run) -> dict[str, tuple[str, list[Evaluation]]]:
+    """Evaluations in the groups that are coloured: name -> (colour, evaluations)."""
+    return {
+        "low fidelity": (LOW, [e for e in answers if e.ok and e.trial.fidelity != run.plan.high]),
+        "full": (FULL, [e for e in answers if e.ok and e.trial.fidelity == run.plan.high]),
+        "failed": (FAILED, [e for e in answers if not e.ok]),
+    }
 
 
 def _bars(spans: Sequence[Span], name: str, colour: str, divisor: float) -> Json:
