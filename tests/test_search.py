@@ -14,8 +14,9 @@ import pytest
 
 from engine import journal, search
 from engine.config import Budget, Resources, Study
+from engine.fleet import TaskLost
 from engine.progress import Display
-from engine.supervisor import WorkerDied
+from engine.supervisor import TimedOut, WorkerDied
 from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
 
 SPACE = "nasbench201:channels=8,cells=1"
@@ -78,9 +79,10 @@ def run(
     fleet: Recorded,
     study: Study = STUDY,
     budget: Budget = BUDGET,
+    students: str = "auto",
 ) -> dict[str, Any]:
     monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: fleet)
-    resources = Resources(device="cpu", workers=fleet.capacity)
+    resources = Resources(device="cpu", workers=fleet.capacity, students_per_gpu=students)
     return search.search(study, budget, resources, tmp_path / "run", Display("none"))
 
 
@@ -160,19 +162,33 @@ def test_too_many_failures_in_a_row_end_it(tmp_path: Path, monkeypatch: pytest.M
         run(tmp_path, monkeypatch, fleet, budget=replace(BUDGET, max_failures=5))
 
 
-def test_a_task_that_kills_its_workers_is_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(WorkerDied, "crashed"), (TimedOut, "timeout"), (TaskLost, "lost")]
+)
+@pytest.mark.parametrize("students", ["1", "4"])
+def test_a_task_without_an_end_is_tried_alone_and_then_an_evaluation(
+    students: str,
+    error: type[Exception],
+    status: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fleet = Recorded()
-    answers = fleet.run_trials
+    answers, seen = fleet.run_trials, []
 
     def deadly(task: dict[str, Any]) -> list[dict[str, Any]]:
-        if 2 in [trial["number"] for trial in task["trials"]]:
-            raise WorkerDied("the worker process died 3 times on this task")
-        return answers(task)
+        numbers = [trial["number"] for trial in task["trials"]]
+        if 2 not in numbers:
+            return answers(task)
+        seen.append(len(numbers))
+        raise error("no answer")
 
     monkeypatch.setattr(fleet, "run_trials", deadly)
-    result = run(tmp_path, monkeypatch, fleet)
+    result = run(tmp_path, monkeypatch, fleet, students=students)
     assert result["evaluations"]["failed"] == 1
-    assert journal.read(tmp_path / "run" / "journal.jsonl").answers[2].status == "crashed"
+    assert journal.read(tmp_path / "run" / "journal.jsonl").answers[2].status == status
+    alone = 2 if students == "1" and error is WorkerDied else 1
+    assert seen == ([4] if students == "4" else []) + [1] * alone
 
 
 def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(

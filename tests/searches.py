@@ -1,0 +1,95 @@
+"""Searches of seconds as processes of their own, for tests that signal and kill them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from engine import journal
+from engine.journal import Record
+from engine.supervisor import ROOT
+
+QUICK = [
+    "--space=tests/faulty_space.py:SPACE",
+    "--data=glyphs:144",
+    "--data-backend=resident",
+    "--batch-size=16",
+    "--low.kd-loss=none",
+    "--low.epochs=1",
+    "--low.fraction=1/2",
+    "--high.epochs=2",
+    "--max-low=8",
+    "--max-high=3",
+    "--device=cpu",
+    "--workers=1",
+    "--progress=none",
+]
+
+
+def start(run_dir: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    """`cli.py search` on the space of tests/faulty_space.py; its environment names the run folder, see `processes`."""
+    command = [sys.executable, "cli.py", "search", *QUICK, f"--run-dir={run_dir}", *more]
+    told = {**os.environ, "RUN_OF_A_TEST": str(run_dir), **environment}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 300) -> tuple[dict[str, Any], str]:
+    """What a search that ends with `code` has printed: its JSON line ({} for none), and stderr."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
+    return (json.loads(out.splitlines()[-1]) if out else {}), err
+
+
+def search(run_dir: Path, *more: str, code: int = 0, **environment: str) -> tuple[dict[str, Any], str]:
+    return finish(start(run_dir, *more, **environment), code)
+
+
+def read(run_dir: Path) -> Record:
+    return journal.read(run_dir / "journal.jsonl")
+
+
+def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:
+    """The living processes of a run, of whatever parent, with `word` in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.environ().get("RUN_OF_A_TEST") == str(run_dir)
+            if mine and process.status() != psutil.STATUS_ZOMBIE and word in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue  # gone in the meantime, or another user's
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def measured(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What a journal says, without what may differ between two runs: when, where and how long."""
+    record = read(run_dir)
+    numbers = [trial.number for trial in record.asked]
+    assert numbers == list(range(len(numbers)))
+    lines = (run_dir / "journal.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + len(record.asked) + len(record.answers)  # nothing twice
+    answers = [record.answers[number] for number in sorted(record.answers)]
+    return [*record.asked, *((e.trial, e.status, e.accuracy, e.macs) for e in answers)]
+
+
+def winner(run_dir: Path) -> tuple[Any, ...]:
+    found = json.loads((run_dir / "result.json").read_text())["winner"]
+    return found["architecture"], found["valid_accuracy"], found["test_accuracy"]
