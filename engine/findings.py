@@ -4,13 +4,71 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from engine.policies.ranking import Difference, Ranking, Statistic
-from engine.trial import Evaluation
+from engine.policies.ranking import (
+    LOOKS_COST,
+    Difference,
+    Measured,
+    Ranking,
+    Statistic,
+    difference,
+    macs_alone,
+    rank,
+    repeatability,
+)
+from engine.trial import Evaluation, Fidelity
 
 Json = dict[str, Any]
+
+
+def summarise(found: Measured, dropped: Collection[Fidelity] = ()) -> Json | None:
+    """All figures of a study (docs/fidelity.md); None where no fidelity was measured on three architectures."""
+    rankings = [ranking for low in found.lows if (ranking := rank(found, low)) is not None]
+    if not rankings:
+        return None
+    best, reason = recommend(found, rankings)
+    return {
+        "full": len(found.architectures),
+        "repeatability": repeatability(found),
+        "macs": statistic_to_json(macs_alone(found)),
+        "fidelities": [ranking_to_json(r) | {"dropped": r.fidelity in dropped} for r in rankings],
+        "distilled_less_undistilled": [difference_to_json(d) for d in against_undistilled(found)],
+        "recommended": best.fidelity.name,
+        "reason": reason,
+    }
+
+
+def recommend(found: Measured, rankings: list[Ranking]) -> tuple[Ranking, str]:
+    """The fidelity whose looks are worth most for their price, and why."""
+    ordered = sorted(rankings, key=lambda r: (r.worth, r.given_macs.value), reverse=True)
+    best, says = ordered[0], ordered[0].given_macs
+    reason = (
+        f"tau given MACs is {says.value:.2f} ± {says.stderr:.2f} at {best.price:.3f} of a full training: the best of "
+        f"the looks that {LOOKS_COST:g} full trainings buy is expected to gain most"
+    )
+    if says.value < 2 * says.stderr:
+        reason += "; within two standard errors it may say no more than MACs do: take more architectures to be sure"
+    if len(ordered) > 1:
+        gap = difference(found, best.fidelity, ordered[1].fidelity)
+        if gap is not None and gap.value < 2 * gap.stderr:
+            reason += f"; not surely better than {ordered[1].fidelity.name} ({gap.value:+.2f} ± {gap.stderr:.2f})"
+    return best, reason
+
+
+def against_undistilled(found: Measured) -> list[Difference]:
+    """Each distilled fidelity against every one without a teacher on the same part of the data."""
+    plain = [low for low in found.lows if low.kd_loss == "none"]
+    pairs = [
+        (low, other)
+        for low in found.lows
+        for other in plain
+        if low.kd_loss != "none"
+        and (low.fraction, low.width, low.resolution) == (other.fraction, other.width, other.resolution)
+    ]
+    return [gap for low, other in pairs if (gap := difference(found, low, other)) is not None]
 
 
 def statistic_to_json(statistic: Statistic) -> Json:
@@ -51,16 +109,17 @@ def difference_to_json(gap: Difference) -> Json:
 
 def table(result: Json) -> list[str]:
     """The result for people, a line a fidelity."""
-    head = f"{'fidelity':<28}{'n':>3}  {'score':>5}  {'tau':>5} {'95 %':>14}  {'spearman':>8}  {'tau | MACs':>13}  {'top':>5}"
-    lines = [head + f"  {'seconds':>8}  {'price':>6}  {'price/tau':>9}"]
+    head = f"{'fidelity':<28}{'n':>3}  {'score':>5}  {'tau':>5} {'95 %':>14}  {'spearman':>8}  {'tau | MACs':>13}"
+    lines = [head + f"  {'top':>5}  {'seconds':>8}  {'price':>6}  {'price/tau':>9}"]
     for row in result["fidelities"]:
         top = "" if row["tau_top_fifth"] is None else f"{row['tau_top_fifth']:.2f}"
         per_tau = "" if row["evaluations_per_tau"] is None else f"{row['evaluations_per_tau']:.3f}"
         low, high = row["tau_interval"]
         lines.append(
-            f"{row['name']:<28}{row['n']:>3}  {row['accuracy']:>5.3f}  {row['tau']:>5.2f} {f'{low:.2f} to {high:.2f}':>14}  "
-            f"{row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} ± {row['stderr']:>5.2f}  {top:>5}"
-            f"  {row['seconds']:>8.1f}  {row['price']:>6.3f}  {per_tau:>9}" + ("  dropped" if row["dropped"] else "")
+            f"{row['name']:<28}{row['n']:>3}  {row['accuracy']:>5.3f}  {row['tau']:>5.2f} "
+            f"{f'{low:.2f} to {high:.2f}':>14}  {row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} "
+            f"± {row['stderr']:>5.2f}  {top:>5}  {row['seconds']:>8.1f}  {row['price']:>6.3f}  {per_tau:>9}"
+            + ("  dropped" if row["dropped"] else "")
         )
     lines.append(f"{'MACs alone':<28}{result['full']:>3}  {'':>5}  {result['macs']['tau']:>5.2f}")
     if result["repeatability"] is not None:

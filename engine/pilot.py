@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -17,50 +15,17 @@ from engine.config import Budget, Plan, Resources, Study
 from engine.fleet import Fleet
 from engine.journal import History
 from engine.policies.pilot import Pilot, measured, pilot
-from engine.policies.ranking import (
-    LOOKS_COST,
-    Difference,
-    Measured,
-    Ranking,
-    clearly_worse,
-    difference,
-    macs_alone,
-    rank,
-    repeatability,
-)
+from engine.policies.ranking import clearly_worse
 from engine.progress import Display
-from engine.trial import Fidelity, KDLoss, NoWinner, UsageError
+from engine.trial import Fidelity, NoWinner, UsageError
 
 Json = dict[str, Any]
-FORM = re.compile(r"(?P<loss>[a-z+]+)@(?P<fraction>[\d./]+)x(?P<epochs>\d+)(?::(?P<rest>.+))?")
-
-
-def parse_fidelity(text: str) -> Fidelity:
-    """The low fidelity that `LOSS@FRACTIONxEPOCHS[:name=value,...]` describes, by that name: kd+at@1/27x30:width=0.5.
-
-    The names are width, resolution and the loss weights of a study. Raises UsageError for anything else.
-    """
-    match = FORM.fullmatch(text)
-    example = "write LOSS@FRACTIONxEPOCHS, like kd+at@1/27x30 or kd@1/9x20:width=0.5,kd_temperature=2"
-    if match is None:
-        raise UsageError(f"'{text}' is no fidelity; {example}")
-    if match["loss"] not in get_args(KDLoss):
-        raise UsageError(f"'{text}': no loss '{match['loss']}'; there are {', '.join(get_args(KDLoss))}")
-    try:
-        pairs = [word.split("=") for word in (match["rest"] or "").split(",") if word]
-        own = {name: float(value) for name, value in pairs}
-        fraction = Fraction(match["fraction"])
-    except (ValueError, ZeroDivisionError):
-        raise UsageError(f"'{text}' is no fidelity; {example}") from None
-    width, resolution = own.pop("width", 1.0), int(own.pop("resolution", 0))
-    weights = tuple(sorted(own.items()))
-    return Fidelity(text, fraction, int(match["epochs"]), width, resolution, match["loss"], weights)  # type: ignore[arg-type]
 
 
 def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
     """What is compared unless it is said: with and without a teacher on a ninth of the data, and a cheaper one."""
     ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
-    return tuple(map(parse_fidelity, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd+at@{less}")))
+    return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd+at@{less}")))
 
 
 def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Study:
@@ -76,7 +41,7 @@ def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Pat
     if not done.exists():
         plan = Pilot(usual_lows(study.high), count)
         study_fidelities(replace(study, pilot=""), plan, budget, resources, folder, show)
-    return recommended(study, parse_fidelity(json.loads(done.read_text())["recommended"]), folder)
+    return recommended(study, Fidelity.parse(json.loads(done.read_text())["recommended"]), folder)
 
 
 def study_fidelities(
@@ -115,60 +80,19 @@ def _check(plan: Pilot) -> None:
 def conclude(ground: search.Ground, plan: Pilot, history: History, show: Display) -> Json:
     """What the answers say, written to the run folder; raises NoWinner where they are too few to say anything."""
     found = measured(ground.candidates, history, ground.plan, plan)
-    rankings = [ranking for low in plan.lows if (ranking := rank(found, low)) is not None]
-    if not rankings:
+    said = findings.summarise(found, clearly_worse(found) if plan.drop else set())
+    if said is None:
         raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
-    best, reason = recommend(found, rankings)
-    dropped = clearly_worse(found) if plan.drop else set()
-    result: Json = {
-        "run_dir": str(ground.run_dir),
-        "full": len(found.architectures),
-        "repeatability": repeatability(found),
-        "macs": findings.statistic_to_json(macs_alone(found)),
-        "fidelities": [findings.ranking_to_json(r) | {"dropped": r.fidelity in dropped} for r in rankings],
-        "distilled_less_undistilled": [findings.difference_to_json(d) for d in against_undistilled(found)],
-        "recommended": best.fidelity.name,
-        "reason": reason,
-        "config": str(ground.run_dir / "recommended.yaml"),
-    }
+    run_dir = ground.run_dir
+    result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
     for line in findings.table(result):
         show.say(line)
-    run_dir = ground.run_dir
     config.write_whole(run_dir / "evaluations.csv", findings.evaluations_csv(history.answered))
-    config.write_whole(run_dir / "fidelity.json", json.dumps(result, indent=2) + "\n")
-    config.write_whole(run_dir / "recommended.yaml", recommended_yaml(ground.study, best.fidelity, run_dir, reason))
+    best = next(low for low in plan.lows if low.name == result["recommended"])
+    config.write_whole(run_dir / "recommended.yaml", recommended_yaml(ground.study, best, run_dir, result["reason"]))
     findings.draw(run_dir / "fidelity.png", result)
+    config.write_whole(run_dir / "fidelity.json", json.dumps(result, indent=2) + "\n")
     return result
-
-
-def recommend(found: Measured, rankings: list[Ranking]) -> tuple[Ranking, str]:
-    """The fidelity whose looks are worth most for their price, and why."""
-    ordered = sorted(rankings, key=lambda r: (r.worth, r.given_macs.value), reverse=True)
-    best, says = ordered[0], ordered[0].given_macs
-    reason = (
-        f"tau given MACs is {says.value:.2f} ± {says.stderr:.2f} at {best.price:.3f} of a full training: the best of "
-        f"the looks that {LOOKS_COST:g} full trainings buy is expected to gain most"
-    )
-    if says.value < 2 * says.stderr:
-        reason += "; within two standard errors it may say no more than MACs do: take more architectures to be sure"
-    if len(ordered) > 1:
-        gap = difference(found, best.fidelity, ordered[1].fidelity)
-        if gap is not None and gap.value < 2 * gap.stderr:
-            reason += f"; not surely better than {ordered[1].fidelity.name} ({gap.value:+.2f} ± {gap.stderr:.2f})"
-    return best, reason
-
-
-def against_undistilled(found: Measured) -> list[Difference]:
-    """Each distilled fidelity against every one without a teacher on the same part of the data."""
-    plain = [low for low in found.lows if low.kd_loss == "none"]
-    pairs = [
-        (low, other)
-        for low in found.lows
-        for other in plain
-        if low.kd_loss != "none"
-        and (low.fraction, low.width, low.resolution) == (other.fraction, other.width, other.resolution)
-    ]
-    return [gap for low, other in pairs if (gap := difference(found, low, other)) is not None]
 
 
 def recommended(study: Study, low: Fidelity, run_dir: Path) -> Study:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout"]
@@ -109,6 +110,27 @@ class Fidelity:
         for name, _ in self.weights:
             if name not in LOSS_WEIGHTS:
                 raise UsageError(f"{self.name} has no weight '{name}'; there are {', '.join(LOSS_WEIGHTS)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Fidelity:
+        """The fidelity that `LOSS@FRACTIONxEPOCHS[:name=value,...]` describes, by that name: kd+at@1/27x30:width=0.5.
+
+        The names are width, resolution and LOSS_WEIGHTS. Raises UsageError for anything else.
+        """
+        match = re.fullmatch(r"([a-z+]+)@([\d./]+)x(\d+)(?::(.+))?", text)
+        example = "write LOSS@FRACTIONxEPOCHS, like kd+at@1/27x30 or kd@1/9x20:width=0.5,kd_temperature=2"
+        if match is None:
+            raise UsageError(f"'{text}' is no fidelity; {example}")
+        loss, fraction, epochs, rest = match.groups(default="")
+        if loss not in get_args(KDLoss):
+            raise UsageError(f"'{text}': no loss '{loss}'; there are {', '.join(get_args(KDLoss))}")
+        try:
+            own = {name: float(value) for name, value in (word.split("=") for word in rest.split(",") if word)}
+            part = Fraction(fraction)
+        except (ValueError, ZeroDivisionError):
+            raise UsageError(f"'{text}' is no fidelity; {example}") from None
+        width, resolution = own.pop("width", 1.0), int(own.pop("resolution", 0))
+        return cls(text, part, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:
         """Passes over the full training set that it takes: what its price is proportional to, all else equal."""

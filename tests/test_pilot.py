@@ -16,7 +16,7 @@ import pytest
 import cli
 from engine import config, journal, search
 from engine.config import Budget, Resources, Study
-from engine.pilot import parse_fidelity, recommended, study_fidelities, study_first, usual_lows
+from engine.pilot import recommended, study_fidelities, study_first, usual_lows
 from engine.policies.pilot import Pilot, chosen
 from engine.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.progress import Display
@@ -25,7 +25,7 @@ from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, UsageErro
 
 SPACE = "nasbench201:channels=8,cells=1"
 STUDY = Study(space=SPACE, high=Fidelity("high", epochs=9))
-GOOD, FAIR, NOISE = parse_fidelity("kd@1/9x3"), parse_fidelity("at@1/9x3"), parse_fidelity("none@1/9x3")
+GOOD, FAIR, NOISE = Fidelity.parse("kd@1/9x3"), Fidelity.parse("at@1/9x3"), Fidelity.parse("none@1/9x3")
 LUCK = {GOOD: 0.01, FAIR: 0.15, NOISE: 10.0}
 
 
@@ -93,12 +93,12 @@ def run(folder: Path, plan: Pilot, study: Study = STUDY, budget: Budget = Budget
 
 
 def test_a_fidelity_is_read_from_its_short_form() -> None:
-    found = parse_fidelity("kd+at@1/27x30:width=0.5,at_weight=100,kd_temperature=2")
+    found = Fidelity.parse("kd+at@1/27x30:width=0.5,at_weight=100,kd_temperature=2")
     assert (found.fraction, found.epochs, found.width, found.kd_loss) == (Fraction(1, 27), 30, 0.5, "kd+at")
     assert found.weights == (("at_weight", 100.0), ("kd_temperature", 2.0))
     study = config.for_fidelity(Study(), found)
     assert (study.at_weight, study.kd_temperature, study.kd_weight) == (100.0, 2.0, Study().kd_weight)
-    assert parse_fidelity("none@1x3:resolution=16").resolution == 16
+    assert Fidelity.parse("none@1x3:resolution=16").resolution == 16
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_fidelity_is_read_from_its_short_form() -> None:
 )
 def test_what_is_no_fidelity_is_refused_with_the_way_out(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        parse_fidelity(text)
+        Fidelity.parse(text)
 
 
 def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:

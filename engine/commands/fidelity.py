@@ -47,12 +47,13 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.pilot import parse_fidelity, study_fidelities, usual_lows
+    from engine.pilot import study_fidelities, usual_lows
     from engine.policies.pilot import Pilot
     from engine.progress import Display
+    from engine.trial import Fidelity
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
-    lows = tuple(map(parse_fidelity, values.lows)) if values.lows else usual_lows(study.high)
+    lows = tuple(map(Fidelity.parse, values.lows)) if values.lows else usual_lows(study.high)
     plan = Pilot(lows, *(values[name] for name in HELP))
     with Display(values.progress) as show:
         return study_fidelities(study, plan, budget, resources, run_folder(values), show)

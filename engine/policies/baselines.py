@@ -6,8 +6,8 @@ import numpy as np
 
 from engine.config import Plan
 from engine.journal import History
-from engine.policies.estimate import Same, ground
-from engine.policies.known import Array, Rows, Scores, ask, generator, scores, unasked
+from engine.policies.estimate import ground
+from engine.policies.known import Array, Rows, Same, Scores, ask, generator, scores, unasked
 from engine.space import Candidates
 from engine.trial import Trial
 from surrogate.baselines import fit_gp

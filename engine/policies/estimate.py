@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from engine.policies.known import Array, Scores
+from engine.policies.known import Array, Same, Scores
 from engine.space import Candidates
 from surrogate import xgb
 from surrogate.linear import Linear, Prior, fit_linear
@@ -84,19 +84,6 @@ class Estimate:
     slopes: list[float]
     y: Array
     dropped: list[int] = field(default_factory=list)
-
-
-class Same:
-    """An object as a key of a cache: equal to itself only, and kept alive by the cache."""
-
-    def __init__(self, value: Candidates) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and other.value is self.value
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,19 @@ class Scores:
         return len(self.rows)
 
 
+class Same:
+    """An object as a key of a cache: equal to itself only, and kept alive by the cache."""
+
+    def __init__(self, value: Candidates) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+
 def scores(candidates: Candidates, history: History, fidelity: Fidelity) -> Scores:
     """The answers of one fidelity. A failed evaluation counts as asked and gives no score."""
     answered = [e for e in history.answered if e.trial.fidelity == fidelity]

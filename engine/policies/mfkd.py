@@ -10,8 +10,8 @@ import numpy as np
 
 from engine.config import Plan
 from engine.journal import History
-from engine.policies.estimate import PULL, Estimate, Same, Use, estimate
-from engine.policies.known import Array, Rows, Scores, ask, scores, unasked
+from engine.policies.estimate import PULL, Estimate, Use, estimate
+from engine.policies.known import Array, Rows, Same, Scores, ask, scores, unasked
 from engine.policies.recommend import noise_variance, posterior
 from engine.space import Candidates
 from engine.trial import Fidelity, Trial

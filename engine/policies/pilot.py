@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.config import Plan
 from engine.journal import History
-from engine.policies.estimate import Same
+from engine.policies.known import Same
 from engine.policies.ranking import Measured, clearly_worse
 from engine.space import Candidates
 from engine.trial import Architecture, Evaluation, Fidelity, Trial
