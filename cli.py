@@ -43,9 +43,10 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit code (docs/design.md lists them)."""
     signal.signal(signal.SIGTERM, _terminate)
+    words = sys.argv[1:] if arguments is None else arguments
     verbose = False
     try:
-        command, values = parse(sys.argv[1:] if arguments is None else arguments)
+        command, values = parse(words)
         verbose = values.get("verbose", False)
         if verbose:
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except EngineError as error:
         if verbose:
             traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{program()} {words[0]}: {error}", file=sys.stderr)
         if isinstance(error, Drained) and error.result is not None:
             print(json.dumps(error.result))
         return error.exit_code

@@ -222,13 +222,19 @@ def check(study: Study, budget: Budget, resources: Resources) -> None:
         raise UsageError("--high.kd-loss without --low.kd-loss: only the low fidelity would go without a teacher")
 
 
-def check_data(study: Study) -> None:
-    """Raises EnvironmentUnusable where --data names a path that is not there: known before a worker has started."""
+def check_files(study: Study) -> None:
+    """Raises EngineError where --data or --teacher names a path that is not there, before a worker has started."""
     made = study.data.partition(":")[0] in DATA_MADE
     if not made and not Path(study.data).expanduser().exists():
         raise EnvironmentUnusable(
             f"--data {study.data}: no such file or folder; give a folder of images, a .npz file, {', '.join(DATA_MADE)}"
         )
+    if study.low.kd_loss == "none" or study.teacher == "auto" or ready_made(study.teacher):
+        return
+    if not study.teacher.endswith(".safetensors"):
+        raise UsageError(f"--teacher {study.teacher}: give auto, FILE.safetensors, torchvision:NAME or timm:NAME")
+    if not Path(study.teacher).is_file():
+        raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
 
 
 def check_jobs(resources: Resources) -> None:

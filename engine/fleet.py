@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine import orders, processes, providers
 from engine.config import Resources
 from engine.devices import Layout
-from engine.supervisor import Post, Supervisor, Task, call, result_of
+from engine.supervisor import Post, Supervisor, Task, WorkerDied, call, result_of
 from engine.trial import EnvironmentUnusable
 
 if TYPE_CHECKING:
@@ -63,6 +63,14 @@ class Fleet(Protocol):
     def close(self) -> None:
         """Ends the workers at once, whatever they are at."""
         ...
+
+
+def completed(fleet: Fleet, name: str, task: Task) -> Any:
+    """The result of a task that stands alone; it is tried once more where its worker died."""
+    try:
+        return fleet.submit(name, task).result()
+    except WorkerDied:
+        return fleet.submit(name, task).result()
 
 
 def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.evaluate") -> Fleet:

@@ -58,7 +58,7 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
     Raises EngineError as a search does, and NoWinner where a timed training fails.
     """
     space, wanted = checked(study, budget, resources), layout(resources)
-    config.check_data(study)
+    config.check_files(study)
     if not providers.local(resources):
         raise UsageError("--dry-run times steps on this machine; leave --executor out, or call it inside a job")
     with tempfile.TemporaryDirectory(prefix="mfkd-plan-") as scratch:
@@ -67,7 +67,6 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
         try:
             facts = probe(study, folder, fleet, show)
             everything, fit = fitting(space, study, facts, show)
-            show.say("timing: a few steps at low and full fidelity")
             task = _task(study, resources, fleet, folder)
             teacher = teacher_path(study, run_dir.absolute())
             to_train = study.teacher == "auto" and study.low.kd_loss != "none" and not teacher.exists()
@@ -76,6 +75,7 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
                 _stand_in(study, largest(everything), teacher, task, fleet)
 
             def run(trials: list[Trial]) -> list[Evaluation]:
+                show.say(f"timing: {len(trials)} at a time, {trials[0].fidelity.epochs * TIMED_BATCHES} steps")
                 asked = {**task, "teacher": str(teacher), "trials": [trial_to_json(trial) for trial in trials]}
                 return [evaluation_from_json(answer) for answer in fleet.submit("run_trials", asked).result()]
 

@@ -24,7 +24,7 @@ from engine.deadline import remaining
 from engine.devices import describe, layout
 from engine.dispatch import Dispatch
 from engine.drain import Drain
-from engine.fleet import Fleet, FleetLost, open_fleet
+from engine.fleet import Fleet, FleetLost, completed, open_fleet
 from engine.journal import History, Journal
 from engine.log import Kind, open_log
 from engine.orders import withdraw
@@ -113,7 +113,7 @@ def run(
 ) -> Json:
     """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
     space = checked(study, budget, resources)
-    config.check_data(study)
+    config.check_files(study)
     wanted = layout(resources)
     run_dir = run_dir.absolute()
     try:
@@ -180,8 +180,6 @@ def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_
     everything, fit = fitting(space, study, facts, show)
     if study.low.kd_loss != "none":
         path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
-        if not path.exists() and study.teacher != "auto" and not pretrained:
-            raise UsageError(f"no teacher file {study.teacher}; make one with: cli.py teacher --out {study.teacher}")
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
         task = _task(study, run_dir, fleet)
         facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
@@ -211,7 +209,7 @@ def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tup
 
 def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
     """Has a worker check data and device; returns what it found."""
-    facts: Json = fleet.submit("run_probe", _task(study, run_dir, fleet)).result()
+    facts: Json = completed(fleet, "run_probe", _task(study, run_dir, fleet))
     images, classes = facts["images"], len(facts["classes"])
     if images["train"] < study.batch_size:
         raise UsageError(f"--batch-size {study.batch_size}: there are {images['train']} training images; lower it")
@@ -243,7 +241,7 @@ def obtain_teacher(
     """The weights file at `path`: checked against the data if it is there, else made; what it says of itself."""
     show.say(f"teacher: {path if path.exists() else network}")
     whole = {**task, "path": str(path), "network": network, "pretrained": pretrained}
-    card: Json = fleet.submit("run_teacher", whole).result()
+    card: Json = completed(fleet, "run_teacher", whole)
     show.say(f"teacher: {card['network']}, validation accuracy {card['accuracy']:.4f}, trained {card['seconds']:.0f} s")
     return card
 
@@ -328,6 +326,7 @@ def evaluate_all(
             shares,
             at_least=slots.cohort,
             flush=desk.flush,
+            seen=record.seen,
         )
     except (Drained, FleetLost):
         if not drain.asked:
@@ -361,7 +360,7 @@ def visible(history: History, cost: Callable[[Trial], float]) -> History:
 def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:
     """Scores the winner on the test part, the only time it is read, and writes result.json."""
     task = {**_task(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
-    tested = fleet.submit("run_test", task).result()
+    tested = completed(fleet, "run_test", task)
     ok = [e for e in history.answered if e.ok]
     low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
     high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
