@@ -23,7 +23,7 @@ class Timeline(History):
     times: list[float] = field(default_factory=list)
 
 
-def _ignore(trials: list[Trial]) -> None:
+def _ignore(trials: list[Trial], seen: int) -> None:
     """Nobody keeps a journal."""
 
 
@@ -45,11 +45,12 @@ def drive(
     submit: Callable[[Trial], Future[Evaluation]],
     cost: Callable[[Trial], float],
     recorded: Sequence[Trial] = (),
-    asked: Callable[[list[Trial]], None] = _ignore,
+    asked: Callable[[list[Trial], int], None] = _ignore,
     stop: Callable[[History], bool] = _never,
     shares: Callable[[Trial], int] = _one,
     at_least: int = 1,
     flush: Callable[[], None] = _nothing,
+    seen: Sequence[int] = (),
 ) -> Timeline:
     """Runs a search on `slots` virtual workers until `propose` has nothing to ask and nothing is pending, or `stop`.
 
@@ -57,10 +58,12 @@ def drive(
     in the order of these times (ties by number), whatever order the futures complete in: the loop waits for the
     one whose turn it is. So the history is a function of `propose`, `cost` and the answers alone.
 
-    `recorded` are the trials that an earlier, killed run had asked, by number; they are submitted again (the
-    caller answers from its journal what has been answered) but not handed to `asked`. `propose` is asked for them
-    too: it may have left workers idle on purpose, and only it knows when. Where it disagrees with the record (a
-    library that rounds otherwise), the record wins.
+    What is asked is handed to `asked` with the number of answers that were visible then. `recorded` are the trials
+    that an earlier, killed run had asked, by number, and `seen` those numbers of answers; they are submitted again
+    (the caller answers from its journal what has been answered) but not handed to `asked`. Decisions that the record
+    shows whole are not made again, which would take as long as it did then. The last of it may be cut short, and a
+    record without `seen` does not show where workers were left idle on purpose: there `propose` is asked too, and
+    where it disagrees with the record (a library that rounds otherwise), the record wins.
 
     Trials that are trained side by side: one takes `shares(trial)` of the slots, and nothing is asked before
     `at_least` slots are free, so that trials come in groups; `flush` is called after each group, before waiting.
@@ -73,7 +76,10 @@ def drive(
     while True:
         free = slots - sum(shares(trial) for trial in history.pending)
         if (free >= at_least or not running) and not stop(history):
-            for trial in _ask(propose, history, free, recorded, asked, shares):
+            decided = _decided(history, recorded, seen)
+            trials = _ask(propose, history, free, recorded, asked, shares) if decided is None else decided
+            history.pending.extend(trials)
+            for trial in trials:
                 heapq.heappush(running, (history.now + cost(trial), trial.number, submit(trial)))
             flush()
         if not running:
@@ -85,15 +91,24 @@ def drive(
         history.times.append(history.now)
 
 
+def _decided(history: Timeline, recorded: Sequence[Trial], seen: Sequence[int]) -> list[Trial] | None:
+    """What the record shows to have been asked at this point, and only at this point; None where it does not say."""
+    now, number = len(history.answered), history.asked
+    first = seen[number] if number < len(seen) else -1
+    if first < now or seen[-1] == now or (first > now and not history.pending):
+        return None
+    return list(recorded[number : bisect.bisect_right(seen, now, lo=number)])
+
+
 def _ask(
     propose: Propose,
     history: Timeline,
     free: int,
     recorded: Sequence[Trial],
-    asked: Callable[[list[Trial]], None],
+    asked: Callable[[list[Trial], int], None],
     shares: Callable[[Trial], int],
 ) -> list[Trial]:
-    """The next trials, as many as fit into `free`, recorded ones first; they are pending in `history` afterwards."""
+    """The next trials, as many as fit into `free`, recorded ones first."""
     busy = bool(history.pending)
     proposed = propose(history, free)
     old = recorded[history.asked : history.asked + (len(proposed) if proposed or busy else free)]
@@ -103,6 +118,5 @@ def _ask(
     fitting = max(bisect.bisect_right(taken, free), int(not busy))
     trials = trials[:fitting]
     if len(old) < len(trials):
-        asked(trials[len(old) :])
-    history.pending.extend(trials)
+        asked(trials[len(old) :], len(history.answered))
     return trials

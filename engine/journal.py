@@ -49,17 +49,18 @@ class History:
 @dataclass(frozen=True)
 class Record:
     """What a journal holds: every trial asked, by number, and the answers that came, by trial number, as they arrived;
-    `known[i]` of these were there when `asked[i]` was."""
+    `known[i]` of these were there when `asked[i]` was, and `seen[i]` had been shown to its policy (-1: not said)."""
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
     known: list[int]
+    seen: list[int]
 
 
 class Journal:
     """Appends to a journal; holds its lock from `__enter__` to `__exit__`.
 
-    Two kinds of line: {"asked": trial} and {"answered": evaluation}. The first line is {"journal": SCHEMA}.
+    Two kinds of line: {"asked": trial, "seen": count} and {"answered": evaluation}; the first is {"journal": SCHEMA}.
     A line cut short by a crash is the last one, and is removed at the next opening; a broken line elsewhere is
     an error, since something other than this program wrote it.
     """
@@ -88,10 +89,11 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def ask(self, trials: Iterable[Trial]) -> None:
-        """Records questions, before they are put to a worker."""
+    def ask(self, trials: Iterable[Trial], seen: int = -1) -> None:
+        """Records questions, before they are put to a worker, and how many answers their policy had seen (-1: it was
+        not asked)."""
         for trial in trials:
-            self._append({"asked": trial_to_json(trial)})
+            self._append({"asked": trial_to_json(trial), "seen": seen})
 
     def answer(self, evaluation: Evaluation) -> None:
         self._append({"answered": evaluation_to_json(evaluation)})
@@ -140,8 +142,9 @@ def read(path: Path) -> Record:
     asked: list[Trial] = []
     answers: dict[int, Evaluation] = {}
     known: list[int] = []
+    seen: list[int] = []
     if not path.exists():
-        return Record(asked, answers, known)
+        return Record(asked, answers, known, seen)
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -151,6 +154,7 @@ def read(path: Path) -> Record:
                 if "asked" in entry:
                     asked.append(trial_from_json(entry["asked"]))
                     known.append(len(answers))
+                    seen.append(entry.get("seen", -1))
                 elif "answered" in entry:
                     evaluation = evaluation_from_json(entry["answered"])
                     answers.setdefault(evaluation.trial.number, evaluation)
@@ -163,4 +167,4 @@ def read(path: Path) -> Record:
                 raise EnvironmentUnusable(
                     f"{path}, line {number}: not a line that this program wrote ({error}); restore the file from a copy"
                 ) from error
-    return Record(asked, answers, known)
+    return Record(asked, answers, known, seen)

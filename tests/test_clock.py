@@ -83,16 +83,37 @@ def test_order_and_delay_of_real_answers_change_nothing(total, slots, seed):
 @given(st.integers(1, 25), st.integers(1, 6), st.integers(0, 25))
 def test_killed_anywhere_and_resumed_it_decides_the_same(total, slots, cut):
     asked = []
-    want = drive(policy(total), slots, at_once, cost, asked=asked.extend)
+    want = drive(policy(total), slots, at_once, cost, asked=lambda trials, seen: asked.extend(trials))
     recorded, later = asked[:cut], []
-    got = drive(policy(total), slots, at_once, cost, recorded=recorded, asked=later.extend)
+    got = drive(policy(total), slots, at_once, cost, recorded=recorded, asked=lambda trials, seen: later.extend(trials))
     assert (got.answered, got.times) == (want.answered, want.times)
     assert recorded + later == asked
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 25), st.integers(1, 6), st.integers(0, 25))
+def test_decisions_that_the_record_shows_whole_are_not_made_again(total, slots, cut):
+    asked, seen, calls = [], [], []
+    propose = policy(total)
+
+    def ask(trials, count):
+        asked.extend(trials)
+        seen.extend([count] * len(trials))
+
+    def counted(history, free):
+        calls.append(len(history.answered))
+        return propose(history, free)
+
+    want = drive(propose, slots, at_once, cost, asked=ask)
+    got = drive(counted, slots, at_once, cost, recorded=asked[:cut], seen=seen[:cut])
+    assert (got.answered, got.times) == (want.answered, want.times)
+    last = seen[:cut][-1] if cut and seen else 0
+    assert all(count >= last for count in calls)
+
+
 def test_the_record_wins_where_the_policy_now_says_otherwise():
     asked = []
-    drive(policy(8), 2, at_once, cost, asked=asked.extend)
+    drive(policy(8), 2, at_once, cost, asked=lambda trials, seen: asked.extend(trials))
     other = [Trial(t.number, Architecture((t.architecture.choices[0] + 1,)), t.fidelity) for t in asked[:3]]
     history = drive(policy(8), 2, at_once, cost, recorded=other)
     by_number = {e.trial.number: e.trial for e in history.answered}
@@ -102,7 +123,7 @@ def test_the_record_wins_where_the_policy_now_says_otherwise():
 
 def test_recorded_trials_are_all_asked_even_if_the_policy_has_no_more_to_ask():
     asked = []
-    drive(policy(6), 2, at_once, cost, asked=asked.extend)
+    drive(policy(6), 2, at_once, cost, asked=lambda trials, seen: asked.extend(trials))
     history = drive(lambda history, slots: [], 2, at_once, cost, recorded=asked)
     assert sorted(e.trial.number for e in history.answered) == list(range(len(asked)))
 
