@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from engine import evaluate, orders
 from engine.config import Study, to_dict
-from engine.trial import Architecture, Drained, Fidelity, Trial, evaluation_from_json, trial_to_json
+from engine.deadline import remaining
+from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
+from tests.searches import finish, measured, processes, read, search, start, until, winner
 
 SPACE = "nasbench201:channels=4,cells=1"
+RUNS = int(os.environ.get("DRAIN_RUNS", "1"))  # make test-faults takes 20
+LONG = ("--high.epochs=30",)  # so that there is something to be stopped
 
 
 def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
@@ -32,3 +40,97 @@ def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_
         with pytest.raises(Drained, match=f"epoch {done} of 3"):
             answer("drained", folder)
     assert answer("drained", folder) == whole  # what has come to its end is scored
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a search that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    search(folder, *LONG)
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_signal_drains_and_the_same_command_comes_to_the_same_end(seed: int, whole: Path, tmp_path: Path) -> None:
+    """Any of the five signals, at a random moment, to the driver alone or to all of its processes."""
+    chance, grace = random.Random(seed), 60
+    process = start(tmp_path, *LONG, f"--grace-s={grace}", TRIAL_S="0.2")
+    until(lambda: bool(read(tmp_path).answers) or process.poll() is not None)
+    time.sleep(chance.uniform(0, 3))
+    number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+    told = time.monotonic()
+    for target in processes(tmp_path) if chance.random() < 0.5 else [process]:
+        target.send_signal(number)
+    result, err = finish(process, 75)
+    assert time.monotonic() - told < grace
+    assert result == {"run_dir": str(tmp_path), "status": "drained"}
+    assert f"{number.name}: nothing new is started; what runs has {grace} s" in err
+    assert f"stopped by {number.name}; the same command continues" in err
+    assert processes(tmp_path) == []
+    before = read(tmp_path).answers
+    search(tmp_path, *LONG)
+    assert {number: read(tmp_path).answers[number] for number in before} == before
+    assert measured(tmp_path) == measured(whole)
+    assert winner(tmp_path) == winner(whole)
+
+
+def test_after_the_grace_what_still_runs_is_dropped(tmp_path: Path) -> None:
+    process = start(tmp_path, "--grace-s=1", "--workers=2", FAULTS="hang=*")
+    until(lambda: bool(read(tmp_path).asked))
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process, 75)[0]["status"] == "drained"
+    until(lambda: processes(tmp_path) == [], 30)
+    assert read(tmp_path).answers == {}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_stops_at_once(number: int, code: int, tmp_path: Path) -> None:
+    process = start(tmp_path, "--grace-s=1000", FAULTS="hang=*")
+    until(lambda: bool(read(tmp_path).asked))
+    process.send_signal(number)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(number)
+    finish(process, code)
+    assert processes(tmp_path) == []
+
+
+def test_a_time_limit_drains(tmp_path: Path) -> None:
+    result, err = search(tmp_path, "--time-limit=1.5", "--grace-s=1", code=75)
+    assert result["status"] == "drained"
+    assert "stopped by the time limit" in err
+
+
+def test_the_time_limit_is_seconds_or_what_slurm_says() -> None:
+    assert remaining("90", {}) == 90
+    assert remaining("none", {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1"}) is None
+    assert remaining("auto", {}) is None
+    end = time.time() + 600
+    told = remaining("auto", {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(end))})
+    assert told == pytest.approx(600, abs=5)
+    for wrong in ("soon", "-1", "0", "nan"):
+        with pytest.raises(UsageError, match="write auto, none, or seconds"):
+            remaining(wrong, {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "command", "answer"),
+    [
+        ("SLURM_JOB_ID", "squeue -h -j 7 -o %e", "%Y-%m-%dT%H:%M:%S"),
+        ("LSB_JOBID", "bjobs -noheader -o time_left 7", "0:10 L"),
+        ("PBS_JOBID", "qstat -f -F json 7", '{"Jobs": {"7.a": {"stime": "%a %b %d %H:%M:%S %Y", "Resource_List": '
+         '{"walltime": "00:00:00"}}}}'),
+    ],
+)
+def test_the_scheduler_is_asked_for_the_end(
+    variable: str, command: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs in the place of the schedulers' own check how they are called and answer in their documented form."""
+    name, _, arguments = command.partition(" ")
+    said = time.strftime(answer, time.localtime(time.time() + 600))
+    (tmp_path / name).write_text(f"#!/bin/sh\n[ \"$*\" = '{arguments}' ] && echo '{said}'\n")
+    (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert remaining("auto", {variable: "7"}) == pytest.approx(600, abs=5)
+    (tmp_path / name).write_text("#!/bin/sh\necho N/A\n")
+    assert remaining("auto", {variable: "7"}) is None
