@@ -1,12 +1,13 @@
 # make search   the demo search          make check   lint, types, tests
 # make test     the tests                make install the environment alone
 # make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm of their own; root, Debian
+#                                        make test-faults  100 kills and 20 drains
 #                                        make browser  a Chromium for the test of the report's page; root, Debian
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: search test test-slurm browser check lint install bench
+.PHONY: search test test-faults test-slurm browser check lint install bench
 search: install
 	$(BIN)/python cli.py search
 
@@ -20,6 +21,10 @@ test-slurm: install
 	apt-get install -y -qq --no-install-recommends munge slurm-wlm > /dev/null; } \
 	|| echo "no packages munge and slurm-wlm here, and no way to install them: the tests will be skipped"
 	$(BIN)/python -m pytest tests/slurm
+
+# 100 kills of workers and drivers, 20 drains, each a search of its own that must come to the same end.
+test-faults: install
+	FAULTS_RUNS=50 DRAIN_RUNS=20 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_drain.py -k "any_moment or same_command"
 
 # With it `make test` opens the report's page; without it that test is skipped.
 browser:
@@ -71,6 +76,7 @@ gpu-check:
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
+SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
@@ -96,6 +102,13 @@ $(EVIDENCE)/teachers/glyphs.safetensors: | install
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) --data build/cifar100.npz --teacher-epochs 6 --out $@
 
+# Where the GPU is: PYTHON=python3. Ends within MINUTES; the same line goes on.
+MINUTES ?= 20
+gpu-evidence:
+	mkdir -p build
+	test -f build/cifar100.npz || $(GPU_PYTHON) $(SHARED)/unpack.py $(SHARED)/cifar100.npz build/cifar100.npz
+	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES)
+
 build/cifar100.npz: | install
 	mkdir -p build
-	$(BIN)/python ../shared/data/unpack.py ../shared/data/cifar100.npz $@
+	$(BIN)/python $(SHARED)/unpack.py $(SHARED)/cifar100.npz $@

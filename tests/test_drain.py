@@ -76,7 +76,7 @@ def test_a_signal_drains_and_the_same_command_comes_to_the_same_end(seed: int, w
 
 def test_after_the_grace_what_still_runs_is_dropped(tmp_path: Path) -> None:
     process = start(tmp_path, "--grace-s=1", "--workers=2", FAULTS="hang=*")
-    until(lambda: bool(read(tmp_path).asked))
+    until(lambda: (tmp_path / "hangs").exists())
     process.send_signal(signal.SIGUSR1)
     assert finish(process, 75)[0]["status"] == "drained"
     until(lambda: processes(tmp_path) == [], 30)
@@ -86,7 +86,7 @@ def test_after_the_grace_what_still_runs_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_stops_at_once(number: int, code: int, tmp_path: Path) -> None:
     process = start(tmp_path, "--grace-s=1000", FAULTS="hang=*")
-    until(lambda: bool(read(tmp_path).asked))
+    until(lambda: (tmp_path / "hangs").exists())
     process.send_signal(number)
     time.sleep(1)
     assert process.poll() is None
