@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import time
@@ -26,6 +27,7 @@ from engine import teacher as teachers
 from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
 from engine.contract import check_space
 from engine.data import Data, Part, fingerprint, load, subset
+from engine.latency import measure
 from engine.loader import Batches, eval_batches, train_batches
 from engine.networks import count_cost
 from engine.space import load_space
@@ -127,6 +129,16 @@ def run_test(task: Json) -> Json:
     return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity), "weights": str(stored)}
 
 
+def run_latency(task: Json) -> list[float]:
+    """Milliseconds of a forward pass of each of `task["architectures"]`, at full fidelity's width and resolution."""
+    bench = _bench(task)
+    space, width = load_space(bench.study.space), bench.study.high.width
+    return [
+        _latency(bench, space.build(tuple(choices), len(bench.data.classes), width))
+        for choices in task["architectures"]
+    ]
+
+
 def run_score(task: Json) -> Json:
     """Accuracy of the weights in a file on `task["part"]` (valid or test) of the data, which may be another data set
     than they were trained on: {"trial", "weights", "part", "trained_on" (classes, mean and std), ...}.
@@ -172,7 +184,7 @@ def evaluate(
     worker = os.environ.get("MFKD_WORKER", "")
     each = seconds / len(trials)
     return [
-        replace(answer, seconds=each, costs=shared, device=device, worker=worker, started=started)
+        replace(answer, seconds=each, costs={**shared, **answer.costs}, device=device, worker=worker, started=started)
         for answer in answers
     ]
 
@@ -270,7 +282,12 @@ def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resou
         full = trial.fidelity == bench.study.high
         if full and bench.study.initial_weights:
             load_weights(Path(bench.study.initial_weights), network)
-        return prepare(
+        limit = bench.study.max_latency_ms
+        taken = _latency(bench, network) if full and limit < math.inf else 0.0
+        if taken > limit:
+            why = f"measured {taken:.3g} ms, over --max-latency-ms {limit:g}"
+            return Evaluation(trial, "unfit", error=why, costs={"latency_ms": taken})
+        student = prepare(
             network,
             teacher.network if teacher is not None else None,
             for_fidelity(bench.study, trial.fidelity),
@@ -280,6 +297,8 @@ def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resou
             average=full and bench.study.ema_decay > 0,
             compiled=full and resources.compile,
         )
+        student.latency_ms = taken
+        return student
     except Exception as error:
         return _failed(trial, error)
 
@@ -312,7 +331,12 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
         raise
     except Exception as error:
         return _failed(trial, error)
-    return Evaluation(trial, "ok", score, macs=macs, params=params, execution=member.execution)
+    costs = {"latency_ms": member.latency_ms} if member.latency_ms else {}
+    return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=member.execution)
+
+
+def _latency(bench: Bench, network: nn.Module) -> float:
+    return measure(network, _resolution(bench, bench.study.high), bench.study.latency_batch, bench.device)
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:

@@ -10,12 +10,12 @@ from engine.journal import History
 from engine.policies import baselines
 from engine.policies.estimate import Use
 from engine.policies.mfkd import Rules, mfkd
-from engine.policies.recommend import winner
+from engine.policies.recommend import front, winner
 from engine.space import Candidates
 from engine.trial import Trial, UsageError
 from surrogate.xgb import Parts
 
-__all__ = ["ABLATIONS", "METHODS", "propose", "winner"]
+__all__ = ["ABLATIONS", "METHODS", "front", "propose", "winner"]
 
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import platform
 import sys
 import time
@@ -30,6 +31,7 @@ from engine.log import Kind, open_log
 from engine.orders import withdraw
 from engine.progress import Display
 from engine.space import Candidates, SearchSpace, candidates, load_space
+from engine.speed import fast_enough
 from engine.trial import (
     Architecture,
     Drained,
@@ -178,6 +180,8 @@ def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_
     """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
     facts = probe(study, run_dir, fleet, show)
     everything, fit = fitting(space, study, facts, show)
+    if study.max_latency_ms < math.inf:
+        fit = fast(fit, study, fleet, run_dir, show)
     if study.low.kd_loss != "none":
         path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
@@ -205,6 +209,22 @@ def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tup
         f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
     )
     return everything, fit
+
+
+def fast(fit: Candidates, study: Study, fleet: Fleet, run_dir: Path, show: Display) -> Candidates:
+    """The candidates that meet the limit on latency, by what a worker measures before anything else is asked."""
+    path = run_dir / "latency.json"
+
+    def measure(sample: Sequence[Architecture]) -> list[float]:
+        show.say(f"latency: measuring {len(sample)} architectures on a batch of {study.latency_batch}")
+        chosen = [list(architecture.choices) for architecture in sample]
+        taken: list[float] = completed(fleet, "run_latency", {**_task(study, run_dir, fleet), "architectures": chosen})
+        return taken
+
+    begun = bool(journal.read(run_dir / "journal.jsonl").asked)
+    left, how = fast_enough(fit, study.max_latency_ms, path, begun, study.seed, measure)
+    show.say(how)
+    return left
 
 
 def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
@@ -365,7 +385,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
     low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
     high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
     macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
-    result = {
+    result: Json = {
         "run_dir": str(ground.run_dir),
         "status": "finished",
         "winner": {
@@ -384,6 +404,18 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
         "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
         "seconds": round(seconds, 1),
     }
+    if "latency_ms" in best.costs:
+        result["winner"]["latency_ms"] = round(best.costs["latency_ms"], 3)
+    if ground.study.objectives != "accuracy":
+        result["front"] = [
+            {
+                "architecture": str(e.trial.architecture),
+                "valid_accuracy": e.accuracy,
+                "macs": e.macs,
+                "params": e.params,
+            }
+            for e in policy.front(history, ground.plan)
+        ]
     config.write_whole(ground.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 

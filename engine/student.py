@@ -19,7 +19,8 @@ class Student:
     """A network in training. It leaves the cohort when `status` is no longer "ok"; `error` then says why.
 
     `forward` is the network or its compiled form. Random numbers that its layers draw depend on `seed` and the step.
-    `average` holds the running average of its state where one is kept. `execution` says how its steps ran.
+    `average` holds the running average of its state where one is kept. `execution` says how its steps ran,
+    `latency_ms` how long its forward pass takes where there is a limit on that.
     """
 
     network: nn.Module
@@ -30,6 +31,7 @@ class Student:
     seed: int = 0
     average: list[Tensor] | None = None
     execution: str = "eager"
+    latency_ms: float = 0.0
     status: Status = "ok"
     error: str = ""
 

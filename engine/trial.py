@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
-Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout"]
+Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "unfit"]
 
 
 # Settings of the loss that a fidelity may bring of its own.

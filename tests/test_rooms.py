@@ -41,6 +41,7 @@ BRAIN = {
     "runs",
     "search",
     "single",
+    "speed",
     "submit",
     "supervisor",
     "tables",

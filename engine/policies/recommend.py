@@ -27,6 +27,19 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
 
 
+def front(history: History, plan: Plan) -> list[Evaluation]:
+    """The full-fidelity answers that no other one beats in both accuracy and multiply-accumulates, cheapest first.
+
+    Of an architecture that was trained more than once the best answer counts, as for the winner.
+    """
+    full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+    best: list[Evaluation] = []
+    for evaluation in sorted(full, key=lambda e: (e.macs, -e.accuracy)):
+        if not best or evaluation.accuracy > best[-1].accuracy:
+            best.append(evaluation)
+    return best
+
+
 def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> tuple[Array, Array]:
     """Mean and variance (m,) of the measured architectures' true scores: the measurement y (m,), a mean of `counts`
     (m,), and the prediction from the others, weighed by their variances. `noise` None: as uncertain as that one."""
