@@ -81,7 +81,9 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
 
             side = min(config.side_by_side(resources, gpu=wanted.device == "cuda"), len(fit))
             done = answered(run_dir / "journal.jsonl")
-            kinds = [(study.low, spread(fit, side), budget.max_low), (study.high, spread(fit, 1), budget.max_high)]
+            # What is promoted without a low-fidelity score gets one in the end (engine/search.py, `unpaired`).
+            lows = budget.max_low + budget.max_high if budget.max_low else 0
+            kinds = [(study.low, spread(fit, side), lows), (study.high, spread(fit, 1), budget.max_high)]
             if to_train:
                 kinds.insert(0, (Fidelity("teacher", epochs=study.teacher_epochs), [largest(everything)], 1))
             works = {
