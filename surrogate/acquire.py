@@ -74,5 +74,5 @@ def value_of_looking(
     left = np.sqrt(np.maximum(std**2 - shift**2, 1e-9))
     half = np.random.default_rng(seed).standard_normal((draws // 2, len(mean)))
     moved = mean + shift * np.concatenate([half, -half])  # antithetic: the mean shift is exactly zero
-    after = expected_improvement(moved, left, best).max(axis=1)
+    after = expected_improvement(moved, left, best).max(axis=1, initial=0.0)
     return float(np.maximum(after, rival).mean()) - now

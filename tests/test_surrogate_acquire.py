@@ -47,3 +47,9 @@ def test_looking_at_hopeless_candidates_is_worth_nothing():
     others = (np.array([2.0]), np.array([0.5]))
     value = acquire.value_of_looking(np.array([-4.0]), np.array([0.3]), np.array([0.2]), others, 1.0, seed=0)
     assert value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_looking_at_nothing_is_worth_nothing():
+    """Where every candidate of a small space has been looked at."""
+    none = np.zeros(0)
+    assert acquire.value_of_looking(none, none, none, (np.array([0.3]), np.array([1.0])), 0.5, seed=0) == 0.0
