@@ -148,6 +148,8 @@ def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], 
         assert len({future.result(60)["pid"] for future in first}) == 3
         assert listening([psutil.Process(), interchange(), *mark()]) == {"127.0.0.1"}
         assert listening([interchange()]) == {"127.0.0.1"}
+        (keys,) = tmp_path.glob("*/workers/certificates")
+        assert keys.stat().st_mode & 0o077 == 0  # what opens the channels is for this account alone
         for process in workers(mark):  # idle
             process.kill()
         running = {crew.submit("report", {"seconds": 2.0}) for _ in range(3)}
