@@ -21,7 +21,9 @@ from engine.config import Study
 from engine.data import Data, Part
 from engine.loader import Batches, train_batches
 from engine.space import load_space
-from engine.train import Stopwatch, Student, place, prepare, train
+from engine.student import Student, place, prepare
+from engine.taught import Teacher
+from engine.train import Stopwatch, train
 from engine.trial import KDLoss
 
 ROUNDS, CLASSES, RESOLUTION = 5, 100, 32
@@ -46,7 +48,7 @@ def seconds(member: Student, teacher: torch.nn.Module, feed: Batches, study: Stu
     if feed.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    train([member], teacher, feed, study, Stopwatch())
+    train([member], Teacher(teacher), feed, study, Stopwatch())
     if feed.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

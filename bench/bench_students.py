@@ -1,0 +1,448 @@
+"""Whole low-fidelity evaluations: cohorts of students against the loop that a training script has, in the same run.
+
+    python -m pytest bench/bench_students.py --benchmark-json=raw.json
+    python -m bench.bench_students raw.json bench/results/cpu-amd-epyc     # students.json and students.png
+
+`naive` trains one student at a time as RepDistiller does: a DataLoader with torchvision's transforms, the teacher's
+forward pass for each student, losses in plain PyTorch, NCHW, a host read of the loss per step. Both sides start from
+the same weights and train as many steps on as many images; set-up and the evaluation afterwards are counted. On a CPU
+seconds are CPU-seconds of the process (one thread), so that other work on the machine counts little; on CUDA they are
+wall time to the device's last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from bench.bench_kernels import repdistiller_nst
+from engine import teacher as teachers
+from engine.config import Resources, Study
+from engine.data import Data, Part, fingerprint, load, subset
+from engine.distill import Objective, Output, lesson, pair
+from engine.evaluate import Bench, build_student, evaluate
+from engine.space import load_space
+from engine.train import learning_rate
+from engine.trial import Architecture, Evaluation, Fidelity, KDLoss, Trial
+from kernels.functional import pooled
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = f"{ROOT / 'bench' / 'cifar_resnet.py'}:space#3"  # ResNet-56
+LINES = os.environ.get("BENCH_LINES")  # a file that gets each bench's figures at once, should a limit end the rest
+NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="no CUDA device")
+CPU = pytest.mark.skipif(CUDA, reason="the CPU's sizes")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What both sides stand on: the same data, the same teacher, the same space and settings."""
+
+    bench: Bench
+    teacher_file: Path
+
+    @property
+    def low(self) -> Fidelity:
+        return self.bench.study.low
+
+    def trials(self, count: int) -> list[Trial]:
+        """Architectures drawn from the space, the same in every run."""
+        choices, rng = load_space(self.bench.study.space).choices, np.random.default_rng(0)
+        drawn = [tuple(int(rng.integers(len(choice.options))) for choice in choices) for _ in range(count)]
+        return [Trial(number, Architecture(one), self.low, self.bench.study.seed) for number, one in enumerate(drawn)]
+
+
+def noise(train: int, valid: int) -> Data:
+    """Images of CIFAR-100's size and number of classes: what they show makes no difference to how long it takes."""
+    rng = np.random.default_rng(0)
+    parts = [
+        Part(np.arange(n) % 100, rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), None)
+        for n in (train, valid)
+    ]
+    return Data("noise", *parts, parts[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
+
+
+def cifar100(folder: Path) -> Data:
+    """CIFAR-100 with a tenth for validation, from the shared folder in or beside the checkout."""
+    homes = [home / "shared" / "data" for home in (ROOT, ROOT.parent)]
+    home = next((home for home in homes if (home / "cifar100.npz").exists()), None)
+    if home is None:
+        pytest.skip("no shared/data/cifar100.npz in or beside the checkout")
+    plain = folder / "cifar100.npz"
+    subprocess.run([sys.executable, home / "unpack.py", home / "cifar100.npz", plain], check=True)
+    return load(str(plain), valid_fraction=0.1, cache=folder / "cache")
+
+
+def ground(folder: Path, data: Data, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> Ground:
+    study = Study(space=space, low=low, batch_size=64, lr=lr, data_backend="resident" if CUDA else "dali")
+    torch.manual_seed(0)
+    card = teachers.Card(
+        TEACHER, data.classes, data.name, fingerprint(data), data.resolution, data.mean, data.std, 0, 0.0, 0.0
+    )
+    path = folder / "teacher.safetensors"
+    teachers.save(path, teachers.build(TEACHER, len(data.classes), data.resolution), card)
+    torch.set_num_threads(1)
+    return Ground(Bench(study, data, DEVICE, folder), path)
+
+
+# ---- the naive loop ------------------------------------------------------------------------------------
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """One image at a time, as every tutorial has it."""
+
+    def __init__(self, part: Part, rows: Any, data: Data, training: bool) -> None:
+        assert part.images is not None
+        self.images, self.labels = torch.from_numpy(part.images[rows]).permute(0, 3, 1, 2), part.labels[rows].tolist()
+        crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if training else []
+        self.transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def naive_loss(study: Study, kd_loss: KDLoss, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+    """RepDistiller's sums: gamma CE + alpha KL T^2 (+ beta NST over the stages)."""
+    (s, mine), (t, theirs), temperature = student, teacher, study.kd_temperature
+    loss = study.ce_weight * F.cross_entropy(s, labels)
+    if "kd" in kd_loss:
+        soft = F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="sum")
+        loss = loss + study.kd_weight * soft * temperature**2 / len(s)
+    if "nst" in kd_loss:
+        for i, j in pair([f.shape for f in mine], [f.shape for f in theirs]):
+            loss = loss + study.nst_weight * repdistiller_nst(*pooled(mine[i], theirs[j]))
+    return loss
+
+
+def naive(at: Ground, trial: Trial, epochs: int | None = None) -> float:
+    """Validation accuracy after one student's training, alone."""
+    study, data, fidelity = at.bench.study, at.bench.data, trial.fidelity
+    rows = subset(data.train.labels, fidelity.fraction, study.seed)
+    workers = 4 if CUDA else 0
+    train = DataLoader(
+        Images(data.train, rows, data, True), study.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        pin_memory=CUDA, persistent_workers=workers > 0,
+    )  # fmt: skip
+    valid = DataLoader(Images(data.valid, slice(None), data, False), 256, num_workers=workers, pin_memory=CUDA)
+    teacher = teachers.load(at.teacher_file).to(DEVICE).eval()
+    network = build_student(study, trial, len(data.classes)).to(DEVICE)
+    optimiser = torch.optim.SGD(
+        network.parameters(), study.lr, momentum=study.momentum, weight_decay=study.weight_decay, nesterov=True
+    )
+    steps, step, total = fidelity.epochs * len(train), 0, 0.0
+    for _ in range(epochs or fidelity.epochs):
+        for images, labels in train:
+            images, labels = images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True)
+            optimiser.param_groups[0]["lr"] = learning_rate(study.lr, step, steps)
+            with torch.no_grad():
+                taught = teacher(images)
+            loss = naive_loss(study, fidelity.kd_loss, network(images), taught, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total, step = total + loss.item(), step + 1
+    network.eval()
+    right = 0
+    with torch.no_grad():
+        for images, labels in valid:
+            right += int((network(images.to(DEVICE))[0].argmax(1).cpu() == labels).sum())
+    return right / len(data.valid)
+
+
+# ---- ours ----------------------------------------------------------------------------------------------
+
+
+def ours(at: Ground, trials: list[Trial], **resources: Any) -> list[Evaluation]:
+    answers = evaluate(at.bench, str(at.teacher_file), trials, Resources(**resources))
+    assert [answer.error for answer in answers if not answer.ok] == []
+    return answers
+
+
+def check(at: Ground, trial: Trial) -> None:
+    """Both sides minimise the same: their losses agree on a batch before anything is timed."""
+    study, classes = at.bench.study, len(at.bench.data.classes)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % classes
+    with torch.no_grad():
+        student, taught = build_student(study, trial, classes)(images), teachers.load(at.teacher_file).eval()(images)
+        objective = Objective(study, trial.fidelity.kd_loss, student, taught)
+        fused = objective(student, lesson(taught, objective.taps), labels)
+        torch.testing.assert_close(
+            fused, naive_loss(study, trial.fidelity.kd_loss, student, taught, labels), rtol=2e-3, atol=0
+        )
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    clock = time.perf_counter if CUDA else time.process_time
+    start = clock()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def report(benchmark: Any, **figures: Any) -> None:
+    benchmark.extra_info.update(figures)
+    if LINES:
+        with open(LINES, "a") as out:
+            out.write(json.dumps({"name": benchmark.name, **figures}) + "\n")
+
+
+def compared(
+    benchmark: Any, at: Ground, trials: list[Trial], cohorts: int, peers: Iterable[Trial], rounds: int
+) -> None:
+    """`cohorts` cohorts of `trials` one after the other against the naive loop over `peers`, in turns."""
+    check(at, trials[0])
+    short = replace(trials[0], fidelity=replace(trials[0].fidelity, epochs=1))
+    naive(at, short)  # warm up: imports, oneDNN's choices, a first pipeline
+    ours(at, [short], teacher_cache="0")
+    theirs: list[float] = []
+    first: list[float] = []
+    later: list[float] = []
+
+    def one_round() -> None:
+        from engine import evaluate as worker
+
+        worker._teacher.cache_clear()  # a search begins: nothing is known of the teacher
+        theirs.extend(seconds(lambda one=one: naive(at, one)) for one in peers)  # type: ignore[misc]
+        first.append(seconds(lambda: ours(at, trials)) / len(trials))
+        later.extend(seconds(lambda: ours(at, trials)) / len(trials) for _ in range(cohorts - 1))
+
+    benchmark.pedantic(one_round, rounds=rounds)
+    whole = (median(first) + (cohorts - 1) * median(later)) / cohorts
+    report(
+        benchmark,
+        peer="naive loop",
+        ratio=round(median(theirs) / whole, 2),
+        ratio_first_cohort=round(median(theirs) / median(first), 2),
+        ratio_later_cohorts=round(median(theirs) / median(later), 2),
+        evaluations_per_hour=round(3600 / whole, 1),
+        naive_evaluations_per_hour=round(3600 / median(theirs), 1),
+        seconds_each={"naive": theirs, "first cohort": first, "later cohorts": later},
+        cohort=len(trials),
+        cohorts=cohorts,
+        space=at.bench.study.space,
+        kd_loss=at.low.kd_loss,
+    )
+
+
+@CPU
+@pytest.mark.benchmark(group="students: whole low-fidelity evaluations, ResNet-56 as teacher")
+@pytest.mark.parametrize(
+    ("space", "kd_loss"),
+    [("mobilenetv2", "kd"), ("mobilenetv2", "nst"), ("nasbench201", "kd"), ("shufflenetv2", "kd")],
+    ids=["mobilenetv2-kd", "mobilenetv2-nst", "nasbench201-kd", "shufflenetv2-kd"],
+)
+def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss) -> None:
+    """Two cohorts of 4, as a search asks for them: the second finds what the teacher said to the first. Of a search's
+    cohorts all but one are such second ones."""
+    at = ground(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss=kd_loss), space)
+    trials = at.trials(4)
+    compared(benchmark, at, trials, cohorts=2, peers=trials, rounds=2)
+
+
+@CPU
+@pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort")
+def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
+    """Without what was kept of the teacher, so that the cohort's share of it is seen; predicted from K = 1."""
+    at = ground(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss="kd"), "nasbench201:cells=1")
+    trials, sizes = at.trials(8), (1, 2, 4, 8)
+    spent: dict[int, list[float]] = {size: [] for size in sizes}
+    shares: list[float] = []
+
+    def cohort(size: int) -> None:
+        groups = [trials[i : i + size] for i in range(0, 8, size)]
+        answers: list[Evaluation] = []
+        how = {"teacher_cache": "0", "students_per_gpu": str(size)}
+        spent[size].append(seconds(lambda: answers.extend(a for group in groups for a in ours(at, group, **how))) / 8)
+        if size == 1:
+            shared = sum(a.costs["teacher"] + a.costs["data"] for a in answers)
+            shares.append(shared / sum(a.seconds for a in answers))
+
+    def one_round() -> None:
+        for size in sizes:
+            cohort(size)
+
+    ours(at, trials[:2], teacher_cache="0")
+    benchmark.pedantic(one_round, rounds=2)
+    alone, share = median(spent[1]), median(shares)
+    table = {
+        size: {
+            "evaluations_per_hour": round(3600 / median(spent[size]), 1),
+            "predicted": round(3600 / (alone * (1 - share + share / size)), 1),
+            "seconds_each": [round(value, 3) for value in spent[size]],
+        }
+        for size in sizes
+    }
+    ratio = round(alone / median(spent[8]), 2)
+    report(benchmark, peer="K = 1", ratio=ratio, shared_part=round(share, 3), by_size=table)
+
+
+# ---- on a device ---------------------------------------------------------------------------------------
+
+PAPER = Fidelity("low", Fraction(1850, 45_000), 100, kd_loss="kd")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    folder = tmp_path_factory.mktemp("cifar100")
+    return ground(folder, cifar100(folder), PAPER)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.benchmark(group="students: the paper's low fidelity on a device")
+def test_the_papers_low_fidelity(benchmark: Any, real: Ground) -> None:
+    """1,850 images of CIFAR-100, 100 epochs, batch 64, MobileNetV2 space, KD: two cohorts of 8, scaled to 100."""
+    trials = real.trials(16)
+    naive(real, trials[0], epochs=1)
+    theirs = seconds(lambda: naive(real, trials[0], epochs=4)) * PAPER.epochs / 4
+    answers: list[Evaluation] = []
+
+    def cohort(group: list[Trial]) -> float:
+        return seconds(lambda: answers.extend(ours(real, group, students_per_gpu="8")))
+
+    first = cohort(trials[:8])
+    later = benchmark.pedantic(cohort, args=(trials[8:],), rounds=1)
+    hundred = first + later * (100 - 8) / 8
+    captured = [answer.execution == "graph" for answer in answers]
+    report(
+        benchmark,
+        peer="naive loop",
+        ratio=round(theirs / (hundred / 100), 1),
+        minutes_for_100=round(hundred / 60, 2),
+        naive_minutes_for_100=round(theirs * 100 / 60, 1),
+        seconds_of_first_and_later_cohort=[round(first, 1), round(later, 1)],
+        captured=sum(captured) / len(captured),
+        why_not=sorted({answer.execution for answer in answers} - {"graph"}),
+        costs=answers[0].costs,
+        accuracies=[round(answer.accuracy, 4) for answer in answers],
+    )
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.benchmark(group="students: graphs against eager steps on a device")
+def test_graph_and_eager_score_alike(benchmark: Any, real: Ground) -> None:
+    """20 architectures, 10 epochs: graph, eager, and eager with another seed, whose spread is the noise to judge by."""
+    at = replace(real, bench=replace(real.bench, study=replace(real.bench.study, low=replace(PAPER, epochs=10))))
+    trials = at.trials(20)
+    other = [replace(trial, seed=1) for trial in trials]
+    spent: dict[str, float] = {}
+    tables: dict[str, list[float]] = {}
+
+    def run(name: str, group: list[Trial], execution: str) -> None:
+        found: list[Evaluation] = []
+        for start in range(0, 20, 8):
+            part = group[start : start + 8]
+            spent[name] = spent.get(name, 0.0) + seconds(
+                lambda part=part: found.extend(ours(at, part, execution=execution))  # type: ignore[misc]
+            )
+        tables[name] = [round(one.accuracy, 4) for one in found]
+
+    benchmark.pedantic(run, args=("graph", trials, "auto"), rounds=1)
+    run("eager", trials, "eager")
+    run("eager, seed 1", other, "eager")
+    graph, eager, seeds = (np.array(tables[name]) for name in ("graph", "eager", "eager, seed 1"))
+    report(
+        benchmark,
+        peer="eager",
+        ratio=round(spent["eager"] / spent["graph"], 2),
+        accuracies=tables,
+        mean_difference=round(float((graph - eager).mean()), 4),
+        rms_difference=round(float(((graph - eager) ** 2).mean() ** 0.5), 4),
+        rms_between_seeds=round(float(((eager - seeds) ** 2).mean() ** 0.5), 4),
+    )
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort, on a device")
+def test_cohort_sizes_on_a_device(benchmark: Any, tmp_path: Path) -> None:
+    """Steady state on synthetic batches: 200 steps, 8 students, with graphs and without."""
+    at = ground(tmp_path, noise(64 * 50, 256), Fidelity("low", epochs=4, kd_loss="kd"))
+    at = replace(at, bench=replace(at.bench, study=replace(at.bench.study, data_backend="synthetic")))
+    trials = at.trials(8)
+    table: dict[str, float] = {}
+
+    def one_round() -> None:
+        for execution in ("auto", "eager"):
+            for size in (1, 2, 4, 8):
+                groups = [trials[i : i + size] for i in range(0, 8, size)]
+                how = {"teacher_cache": "0", "execution": execution, "students_per_gpu": str(size)}
+                for _ in range(2):  # the first round of a size warms it up
+                    each = seconds(lambda groups=groups, how=how: [ours(at, g, **how) for g in groups]) / 8  # type: ignore[misc]
+                table[f"{'graph' if execution == 'auto' else execution}, K = {size}"] = round(3600 / each, 1)
+
+    benchmark.pedantic(one_round, rounds=1)
+    report(benchmark, peer="eager, K = 1", ratio=round(table["graph, K = 8"] / table["eager, K = 1"], 2),
+           evaluations_per_hour=table)  # fmt: skip
+
+
+# ---- table and plot ------------------------------------------------------------------------------------
+
+
+def summarize(source: Path, folder: Path) -> None:
+    """students.json and students.png, evaluations per hour against the size of the cohort, from pytest-benchmark."""
+    raw = json.loads(source.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "cpu": raw["machine_info"].get("cpu", {}).get("brand_raw"), "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": torch.__version__, "date": raw["datetime"][:10],
+        "load": [round(one, 1) for one in os.getloadavg()],
+    }  # fmt: skip
+    figures = {bench["name"]: bench["extra_info"] for bench in raw["benchmarks"]}
+    (folder / "students.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
+    if "test_cohort_sizes" in figures:
+        plot(figures["test_cohort_sizes"]["by_size"], folder / "students.png", machine)
+
+
+def plot(by_size: dict[str, dict[str, Any]], path: Path, machine: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = [int(size) for size in by_size]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for row in zip(*(entry["seconds_each"] for entry in by_size.values()), strict=True):
+        axes.plot(sizes, [3600 / value for value in row], "o", color="C0", alpha=0.4)
+    axes.plot(sizes, [entry["evaluations_per_hour"] for entry in by_size.values()], "C0", label="measured (median)")
+    axes.plot(sizes, [entry["predicted"] for entry in by_size.values()], "k--", label="predicted from K = 1")
+    axes.set(xlabel="students side by side (K)", ylabel="evaluations per hour of one core", xticks=sizes,
+             title=f"128 images, 2 epochs, KD from ResNet-56, nasbench201:cells=1\n{machine['cpu']}, 1 thread, torch "
+                   f"{machine['torch']}", ylim=(0, None))  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Table and plot from a pytest-benchmark JSON.")
+    parser.add_argument("json", type=Path)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    summarize(arguments.json, arguments.folder)
