@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -51,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         if verbose:
             logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
         result = command.run(values)
+        if result is not None:
+            print(json.dumps(result))
+        sys.stdout.flush()
     except EngineError as error:
         if verbose:
             traceback.print_exc()
@@ -61,12 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, like head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         traceback.print_exc()
         print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    if result is not None:
-        print(json.dumps(result))
     return 0
 
 
@@ -81,6 +85,8 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
     if name == "--version":
         print(f"mfkd {__version__}")
         raise SystemExit(0)
+    if name.startswith("-"):
+        _refuse(f"'{name}' comes before a command; write it like: {program()} search {name} ...")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         _refuse(f"no command '{name}'" + (f"; did you mean {near[0]}?" if near else ""))

@@ -105,6 +105,12 @@ def test_the_installed_program_is_the_same(capsys: pytest.CaptureFixture[str], m
     assert all(command in out for command in cli.COMMANDS)
 
 
+def test_a_reader_that_has_had_enough_is_no_error(finished_run: Path) -> None:
+    command = f"{sys.executable} cli.py trials {finished_run} --csv | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_quiet_shows_errors_only_and_verbose_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["search", "-q", "--data=nowhere"]) == 3
     (line,) = capsys.readouterr().err.splitlines()

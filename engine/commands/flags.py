@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from jsonargparse.typing import register_type
 
 from engine.config import Resources, flatten
-from engine.trial import Fidelity
+from engine.trial import Fidelity, UsageError
 
 
 def _fraction(text: str) -> Fraction:
@@ -86,6 +86,9 @@ class Parser(ArgumentParser):
             near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
             if near:
                 return f"; did you mean {' or '.join(name if self.reading else keys[name] for name in near)}?"
+        short = re.search(r"Got value: ([\d.]+)([kMG])$", message.strip())
+        if short:
+            return f"; write {short[1]}e{3 + 3 * 'kMG'.index(short[2])}"
         if re.search(r"unrecognized arguments: [^-]", message):
             return "; a value follows its flag, like --data FOLDER"
         return ""
@@ -219,5 +222,7 @@ def add_device_option(parser: ArgumentParser) -> None:
 
 
 def run_folder(values: Namespace) -> Path:
-    """The run folder that --run-dir or --name means."""
+    """The run folder that --run-dir or --name means; UsageError for a name that is a path."""
+    if not values.run_dir and (Path(values.name).name != values.name or not values.name):
+        raise UsageError(f"--name '{values.name}' is no name of a folder under runs/; --run-dir takes a path")
     return Path(values.run_dir) if values.run_dir else Path("runs") / values.name
