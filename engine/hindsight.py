@@ -20,6 +20,7 @@ from engine.policies.mfkd import BETA
 from engine.progress import Display
 from engine.runs import Run
 from engine.space import Candidates, SearchSpace, load_space
+from engine.speed import fast_enough
 from engine.trial import Architecture, Evaluation, UsageError
 
 # Estimates are for so many candidates, drawn at random, and those that were asked: millions take seconds each.
@@ -114,7 +115,13 @@ def look_back(run: Run) -> Hindsight:
         )
     space = load_space(run.study.space)
     _, fit = search.fitting(space, run.study, run.facts["data"], Display("none"))
+    if run.study.max_latency_ms < math.inf:
+        fit, _ = fast_enough(fit, run.study.max_latency_ms, run.folder / "latency.json", True, 0, _measured_already)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     asked = find_rows(fit, [trial.architecture for trial in run.record.asked])
     keep[asked[asked >= 0]] = True
     return Hindsight(run, space, fit.where(keep), len(fit))
+
+
+def _measured_already(sample: Sequence[Architecture]) -> list[float]:
+    raise AssertionError("a search that has begun has its latencies in a file")

@@ -131,6 +131,11 @@ def _read(path: Path) -> Json | None:
     return content
 
 
+def failed(status: str) -> bool:
+    """Whether a status is of an evaluation that went wrong: "unfit" is one that was over the limit on latency."""
+    return status not in ("ok", "unfit", "pending")
+
+
 def row(evaluation: Evaluation) -> Json:
     """An evaluation as the columns of trials.csv: plain values, one level deep."""
     trial = evaluation.trial
@@ -141,6 +146,7 @@ def row(evaluation: Evaluation) -> Json:
         "accuracy": evaluation.accuracy if evaluation.ok else None,
         "macs": evaluation.macs if evaluation.ok else None,
         "params": evaluation.params if evaluation.ok else None,
+        "latency_ms": evaluation.costs.get("latency_ms"),
         "seconds": round(evaluation.seconds, 3),
         **{f"{name}_seconds": round(evaluation.costs.get(name, 0.0), 3) for name in PHASES},
         "images_per_s": round(evaluation.costs.get("images_per_s", 0.0), 1),
@@ -154,6 +160,7 @@ def row(evaluation: Evaluation) -> Json:
         "started": round(evaluation.started, 3),
         "device": evaluation.device,
         "error": evaluation.error,
+        "execution": evaluation.execution,
     }
 
 

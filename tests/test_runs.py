@@ -210,6 +210,32 @@ def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsy
     assert "does not fit the limits" in explained(copy, str(other), capsys)["why"][0]  # type: ignore[index]
 
 
+def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "journal.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    answered = [entry["answered"] for entry in entries if "answered" in entry]
+    slow = next(one for one in answered if one["trial"]["fidelity"]["name"] == "high" and one["trial"]["seed"] == 0)
+    slow |= {"status": "unfit", "accuracy": 0.0, "error": "measured 9 ms, over --max-latency-ms 5"}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    state = json.loads(command(f"status {copy} --json", capsys))["evaluations"]
+    assert (state["high"]["unfit"], state["high"]["failed"], state["low"]["failed"]) == (1, 0, 1)
+    name = "-".join(map(str, slow["trial"]["architecture"]))
+    assert "It was not trained: measured 9 ms" in " ".join(explained(copy, name, capsys)["why"])  # type: ignore[arg-type]
+
+
+def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(copy: Path) -> None:
+    every = look_back(runs.open_run(str(copy))).candidates
+    rows = every.macs.argsort()[:: len(every) // 30]
+    taken = {str(every.architecture(row)): float(every.macs[row]) / 1e5 for row in rows}
+    (copy / "latency.json").write_text(json.dumps({"milliseconds": taken}))
+    path = copy / "config.yaml"
+    middle = float(every.macs[rows[15]]) / 1e5
+    path.write_text(path.read_text().replace("max_latency_ms: .inf", f"max_latency_ms: {middle}"))
+    fast = look_back(runs.open_run(str(copy)))
+    assert 0.3 < fast.everything / len(every) < 0.6
+    assert fast.candidates.macs.max() <= 1.1e5 * middle
+
+
 def test_explain_refuses_what_is_no_architecture_of_the_space(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def why(
                 f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
                 f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
             )
+            reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "unfit"]
             if then.rank > 1:
                 reasons.append(
                     "Better ones were passed over because full trainings under way count as if measured, so that "
@@ -117,6 +118,7 @@ def absence(past: Hindsight, architecture: Architecture) -> str:
         return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
     study = past.run.study
     limits = {"--min-macs": study.min_macs, "--max-macs": study.max_macs, "--max-params": study.max_params}
+    limits["--max-latency-ms"] = study.max_latency_ms
     given = [f"{flag} {value:g}" for flag, value in limits.items() if 0 < value < float("inf")]
     given += [f"--only {study.only}"] * bool(study.only)
     if given:

@@ -57,6 +57,8 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values: state (running, finished, stopped: no search runs on this machine),
     evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
+    from engine.runs import failed
+
     path = run.folder / "journal.jsonl"
     best, plan = run.best, run.plan
     fidelities = {"low": (plan.lows, plan.max_low), "high": ((plan.high,), plan.max_high)}
@@ -69,7 +71,8 @@ def summary(run: Run) -> dict[str, Any]:
         "evaluations": {
             name: {
                 "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),
-                "failed": sum(not e.ok and e.trial.fidelity in kinds for e in run.answers),
+                "failed": sum(failed(e.status) and e.trial.fidelity in kinds for e in run.answers),
+                "unfit": sum(e.status == "unfit" and e.trial.fidelity in kinds for e in run.answers),
                 "pending": sum(trial.fidelity in kinds for trial in run.pending),
                 "limit": limit,
             }
@@ -86,7 +89,7 @@ def summary(run: Run) -> dict[str, Any]:
         "winner": run.result and run.result["winner"],
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
         "idle_seconds": round(max(0.0, time.time() - path.stat().st_mtime), 1),
-        "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if not e.ok), None),
+        "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if failed(e.status)), None),
     }
 
 
@@ -132,8 +135,8 @@ def _progress(part: dict[str, int]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    done = part["ok"] + part["failed"]
-    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed") if part[kind]]
+    done = part["ok"] + part["failed"] + part["unfit"]
+    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed", "unfit") if part[kind]]
     line = Table.grid(padding=(0, 2))
     text = f"{done} of at most {part['limit']}" + (f", {', '.join(more)}" if more else "")
     line.add_row(ProgressBar(max(part["limit"], 1), done, width=24), text)

@@ -68,7 +68,9 @@ def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
 
 def _has_status(status: str, wanted: str) -> bool:
-    return wanted in ("all", status) or (wanted == "failed" and status not in ("ok", "pending"))
+    from engine.runs import failed
+
+    return wanted in ("all", status) or (wanted == "failed" and failed(status))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

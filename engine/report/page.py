@@ -15,7 +15,7 @@ from engine import config
 from engine.report.chart import Chart, Json
 from engine.report.charts import means
 from engine.report.drawing import draw
-from engine.runs import Run
+from engine.runs import Run, failed
 from engine.space import load_space
 from engine.trial import Evaluation
 
@@ -63,9 +63,12 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
     low = sum(e.trial.fidelity in run.plan.lows for e in run.answers)
     yield "low-fidelity runs", f"{low}"
     yield "full runs", f"{len(run.answers) - low}"
-    failed = sum(not e.ok for e in run.answers)
-    if failed:
-        yield "of these failed", f"{failed}"
+    for name, count in (
+        ("of these failed", sum(failed(e.status) for e in run.answers)),
+        ("of these too slow", sum(e.status == "unfit" for e in run.answers)),
+    ):
+        if count:
+            yield name, f"{count}"
     seconds = sum(e.seconds for e in run.answers)
     yield "time of workers", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 

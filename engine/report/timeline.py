@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.report.chart import FAILED, FULL, LOW, WAIT, Chart, Json, axis, time_unit
-from engine.runs import Run
+from engine.report.chart import FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, time_unit
+from engine.runs import Run, failed
 from engine.trial import Evaluation
 
 # Where no worker was busy for longer, the search was not running: the axis leaves such a pause out.
@@ -86,7 +86,8 @@ def _by_status(answers: Sequence[Evaluation], run: Run) -> dict[str, tuple[str, 
     return {
         "low fidelity": (LOW, [e for e in answers if e.ok and e.trial.fidelity != run.plan.high]),
         "full": (FULL, [e for e in answers if e.ok and e.trial.fidelity == run.plan.high]),
-        "failed": (FAILED, [e for e in answers if not e.ok]),
+        "failed": (FAILED, [e for e in answers if failed(e.status)]),
+        "too slow to train": (SOFT, [e for e in answers if e.status == "unfit"]),
     }
 
 
