@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def run_again(slurm: Any, job: str, times: int) -> None:
     """Waits until a job has been requeued so often, and has it started at once; Slurm itself waits two minutes."""
     slurm.until(lambda: slurm.job(job)["Restarts"] == str(times), f"requeued {times} times", 150)
     slurm.until(lambda: slurm.state(job) == "PENDING", "the job has left its nodes")
+    time.sleep(3)  # slurmd refuses a job that starts in the second in which it was ended
     slurm.run("scontrol", "update", f"job={job}", "StartTime=now", "TimeLimit=60")
     slurm.until(lambda: slurm.state(job) == "RUNNING", "the job runs again")
 
