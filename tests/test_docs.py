@@ -64,7 +64,9 @@ def home(tmp_path: Path, finished_run: Path, tiny_npz: Path, monkeypatch: pytest
     shutil.copy(tiny_npz, tmp_path / "cifar100.npz")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos.yaml").write_text("data: photos\nmax_high: 5\n")
-    for name in ("configs", "examples"):
+    (tmp_path / "runs" / "which").mkdir()
+    (tmp_path / "runs" / "which" / "recommended.yaml").write_text("low:\n  epochs: 3\n")
+    for name in ("configs", "examples", "bench"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(8))))

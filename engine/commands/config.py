@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
     """Flags of the command: those of `search`, and two of its own."""
     made = search.parser()
     made.description = (
-        "Print the configuration that the same flags give a search, as YAML that -c reads,\n"
+        "Print the configuration that the same flags give a search, as YAML that -c reads, "
         "each value with where it came from: the default, a YAML file, or the command line."
     )
     made.add_argument("--yaml", type=str | None, default=None, help="write to this FILE instead of printing")

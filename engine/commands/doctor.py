@@ -17,7 +17,7 @@ MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 def parser() -> ArgumentParser:
     """Flags of the command."""
     made = command_parser(
-        "Look at what a search needs: packages, GPUs and driver, the kernels and the loader on each device,\n"
+        "Look at what a search needs: packages, GPUs and driver, the kernels and the loader on each device, "
         "and the file system of the run folder. Ends with exit code 3 where something needed is broken."
     )
     made.add_argument("--run-dir", type=str, default="runs", help="folder whose file system is tried")

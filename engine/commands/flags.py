@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -61,8 +62,9 @@ class Manual(DefaultHelpFormatter):
         return METAVARS[kind] if kind in METAVARS else super()._get_default_metavar_for_optional(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Descriptions and examples keep their lines."""
-        return "\n".join(indent + line for line in text.splitlines())
+        """Examples, which are indented, keep their lines; other text is wrapped."""
+        lines = text.splitlines()
+        return "\n".join(line if line.startswith("  ") else textwrap.fill(line, width) for line in lines)
 
 
 class Parser(ArgumentParser):
