@@ -88,8 +88,12 @@ def run(values: Namespace) -> dict[str, Any]:
 def _weights(asked: str | None, found: Run | None, architecture: str) -> str:
     from engine.single import chosen
 
+    if not asked:
+        return ""
     if asked != "run":
-        return str(Path(asked).absolute()) if asked else ""
+        if not Path(asked).is_file():
+            raise UsageError(f"no file of weights {asked}")
+        return str(Path(asked).absolute())
     if found is None:
         raise UsageError("--weights run: say which RUN, as the first word")
     return str(weights_path(found.folder, chosen(found, architecture).trial))

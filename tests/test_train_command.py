@@ -1,0 +1,135 @@
+"""`train`, `eval` and `export` on a user's own images and own space, as docs/data.md and docs/export.md have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+import cli
+from engine.commands import eval as eval_command
+from engine.commands import train as train_command
+from engine.runs import open_run
+
+SMALL = "1-0-0-0-0-0-0-0-0"
+HERE = ["--device", "cpu", "--progress", "none"]
+
+
+def photos(folder: Path, images: int, names: tuple[str, ...] = ("dark", "light", "striped")) -> Path:
+    """A folder of images whose classes can be told apart, of several sizes and both formats."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", images), ("test", images // 2)):
+        for label, name in enumerate(names):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 100, (40, 50 + number % 3, 3), dtype=np.uint8)
+                pixels[:: 2 if label == 2 else 1] += 155 * min(label, 1)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.{'png' if number % 2 else 'jpg'}")
+    return folder
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> Any:
+    assert cli.main([*map(str, arguments)]) == code
+    printed = capsys.readouterr()
+    return json.loads(printed.out.splitlines()[-1]) if code == 0 else printed.err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder made by `train` on a folder of images."""
+    base = tmp_path_factory.mktemp("own")
+    data = photos(base / "photos", 16)
+    out = base / "run"
+    line = ["train", "--space", "examples/my_space.py:SPACE", "--arch", SMALL, "--data", data, "--resolution", "32"]
+    line += ["--epochs", "6", "--lr", "0.05", "--batch-size", "8", "--out", out, "--workers", "1", *HERE]
+    assert cli.main([*map(str, line)]) == 0
+    return out
+
+
+def test_train_makes_a_run_with_a_winner(run: Path) -> None:
+    found = open_run(str(run))
+    (evaluation,) = found.answers
+    assert str(evaluation.trial.architecture) == SMALL
+    assert evaluation.trial.fidelity.epochs == 6
+    assert found.result is not None
+    assert found.result["winner"]["test_accuracy"] > 0.8  # of three classes
+    assert Path(found.result["winner"]["weights"]).is_file()
+
+
+def test_another_data_set_of_the_same_classes_can_be_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = photos(tmp_path / "newer", 4)
+    found = called(capsys, "eval", run, "--part", "test", "--data", newer, *HERE)
+    assert found["images"] == 6
+    assert found["accuracy"] > 0.6
+    assert found["data"] == str(newer)
+    others = photos(tmp_path / "others", 4, ("dark", "light", "dotted"))
+    said = called(capsys, "eval", run, "--data", others, *HERE, code=2)
+    assert "has the classes dark, dotted, light, the network was trained on dark, light, striped" in said
+
+
+def test_training_goes_on_from_the_weights_of_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = ["train", run, "--weights", "run", "--epochs", "1", "--lr", "1e-9", "--workers", "1", *HERE]
+    found = called(capsys, *tuned, "--out", tmp_path / "tuned")
+    before, after = (load_file(path) for path in (open_run(str(run)).result["winner"]["weights"], found["weights"]))
+    for name, value in before.items():
+        if name.endswith("weight"):
+            np.testing.assert_allclose(after[name], value, atol=1e-5)
+    settings = open_run(str(tmp_path / "tuned")).study
+    assert (settings.space, settings.batch_size) == ("examples/my_space.py:SPACE", 8)
+    said = called(capsys, *tuned, "--lr", "0.1", "--out", tmp_path / "tuned", code=2)
+    assert "holds a search with other settings (lr: 1e-09 there, 0.1 here)" in said
+
+
+def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = called(capsys, "export", run, *HERE)
+    assert found["folder"] == str(run / "export" / SMALL)
+    assert max(found["differences"].values()) <= 1e-4
+    card = (run / "export" / SMALL / "README.md").read_text()
+    winner = open_run(str(run)).result["winner"]
+    for text in (
+        f"{100 * winner['valid_accuracy']:.2f} %",
+        f"{100 * winner['test_accuracy']:.2f} %",
+        "6 epochs over all of the images",
+        "dark, light, striped",
+        "| teacher | none |",
+    ):
+        assert text in card, text
+    assert (run / "export" / SMALL / "model.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["export", "RUN", "--arch", "0-0-0-0-0-0-0-0-0"], f"was not trained in full in .*; those are {SMALL}; train "),
+        (["export", "RUN", "--arch", "1-0"], "has 2 choices"),
+        (["export", "nowhere"], "'nowhere' is no run"),
+        (["train"], "say which architecture: --arch 3-1-0-2-4-3, or a RUN"),
+        (["train", "--arch", "1-0", "--weights", "run"], "--weights run: say which RUN"),
+        (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no file of weights .*none.safetensors"),
+        (["eval"], "say what to score: a RUN, or --space, --arch, --weights and --data"),
+    ],
+)
+def test_wrong_uses_say_what_to_do(
+    line: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [{"RUN": str(run), "OUT": str(tmp_path / "out")}.get(word, word) for word in line]
+    assert re.search(message, called(capsys, *words, *HERE, code=2))
+
+
+def test_flags_of_a_run_come_before_those_of_the_line(run: Path) -> None:
+    line = train_command.with_defaults([str(run), "--epochs", "9"])
+    assert line[0] == str(run)
+    assert line.index("--epochs=6") < line.index("--epochs")
+    assert "--lr=0.05" in line
+    assert "--resolution=32" in eval_command.with_defaults([str(run)])
+    assert train_command.with_defaults(["--arch", "1"]) == ["--arch", "1"]
