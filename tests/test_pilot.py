@@ -239,6 +239,16 @@ def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: P
         search.search(replace(study, pilot=str(tmp_path)), budget, resources, tmp_path / "third", show)
 
 
+def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet: Formula) -> None:
+    """With other fidelities, or another teacher: the full trainings are what costs."""
+    run(tmp_path / "one", Pilot((GOOD,), 6, repeats=2))
+    fleet.asked.clear()
+    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(tmp_path / "one" / "teacher" / "teacher.safetensors"))
+    result = run(tmp_path / "two", Pilot((FAIR, NOISE), 6, repeats=2, drop=False), study)
+    assert {f for _, f, _ in fleet.asked} == {FAIR, NOISE}
+    assert [row["n"] for row in result["fidelities"]] == [6, 6]
+
+
 def test_low_auto_studies_first_and_is_not_repeated(tmp_path: Path, fleet: Formula) -> None:
     command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "-q"]
     command += ["--run-dir", str(tmp_path / "run")]

@@ -39,7 +39,7 @@ def parser() -> ArgumentParser:
         if item.name in HELP:
             flag = f"--{item.name.replace('_', '-')}"
             group.add_argument(flag, type=type(item.default), default=item.default, help=HELP[item.name])
-    add_options(made, Study, skip=("low", "method", "pilot", "objectives"))
+    add_options(made, Study, skip=("low", "method", "objectives"))
     add_options(made, Budget, skip=("max_low", "max_high", "target_accuracy"))
     add_options(made, Resources)
     add_run_options(made)
