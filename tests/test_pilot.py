@@ -243,7 +243,8 @@ def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet
     """With other fidelities, or another teacher: the full trainings are what costs."""
     run(tmp_path / "one", Pilot((GOOD,), 6, repeats=2))
     fleet.asked.clear()
-    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(tmp_path / "one" / "teacher" / "teacher.safetensors"))
+    teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
+    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(teacher))
     result = run(tmp_path / "two", Pilot((FAIR, NOISE), 6, repeats=2, drop=False), study)
     assert {f for _, f, _ in fleet.asked} == {FAIR, NOISE}
     assert [row["n"] for row in result["fidelities"]] == [6, 6]
