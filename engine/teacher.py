@@ -70,7 +70,8 @@ class Tapped(nn.Module):
                 for name, value in probe(torch.zeros(1, 3, resolution, resolution)).items()
                 if isinstance(value, Tensor)
             }
-        stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and min(shape[2:]) > 1}
+        stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and shape[2] == shape[3] > 1}
+        # Images are square; some networks hold maps as (N, H, W, C) in between.
         # The stem's full-size maps are no stage; four at most, as residual networks have.
         self.stages = list(stages.values())[-4:]
         if not self.stages:
