@@ -72,6 +72,7 @@ gpu-check:
 
 # ---- evidence ------------------------------------------------------------
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
+# make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make rivals          the search against its rivals on real training, resumable
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
@@ -79,14 +80,18 @@ EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
+WHY       = why-settings why-teacher
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
-.PHONY: evidence rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES)
+.PHONY: evidence why rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
+why: $(WHY)
 
 $(filter glyphs-%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
 $(filter cifar100-%,$(STUDIES)): $(EVIDENCE)/teachers/cifar100.safetensors
-$(STUDIES): | install
+why-settings: glyphs-nasbench201-cap
+why-teacher: glyphs-nasbench201-cap $(EVIDENCE)/teachers/glyphs-weak.safetensors
+$(STUDIES) $(WHY): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
@@ -98,6 +103,9 @@ rivals-glyphs rivals-cifar100: | install
 
 $(EVIDENCE)/teachers/glyphs.safetensors: | install
 	$(TEACHER) --data glyphs --teacher-epochs 12 --out $@
+
+$(EVIDENCE)/teachers/glyphs-weak.safetensors: | install
+	$(TEACHER) --space nasbench201:channels=8,cells=1 --data glyphs --teacher-epochs 4 --out $@
 
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) --data build/cifar100.npz --teacher-epochs 6 --out $@
