@@ -265,7 +265,16 @@ def test_several_nodes_need_srun(scheduler: str, job: Callable[[str], Job]) -> N
         render(scheduler, replace(job("true"), nodes=3))
 
 
-FLAGS = ["--data=my photos", "--low.fraction=1/27", "--high.epochs=7", "--lr=1e-3", "--max-macs=60e6", "--gpus=8"]
+FLAGS = [
+    "--log=tensorboard",
+    "--compile=true",
+    "--data=my photos",
+    "--low.fraction=1/27",
+    "--high.epochs=7",
+    "--lr=1e-3",
+    "--max-macs=60e6",
+    "--gpus=8",
+]
 
 
 def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +286,7 @@ def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch:
     words = command.words(asked)
     _, got = cli.parse(words)
     assert gather(Study, got) == gather(Study, asked)
+    assert got.log == "tensorboard"
     assert gather(Budget, got) == gather(Budget, asked)
     assert gather(Resources, got) == replace(gather(Resources, asked), time="", partition="")
     assert not {"--time", "--partition", "--config"} & {word.split("=")[0] for word in words}
@@ -313,7 +323,9 @@ def test_submit_writes_a_script_and_hands_it_in(
         (["--nodes=0"], 2, "--nodes is 0; it must be at least 1"),
         (["--time=90"], 2, "write HH:MM:SS"),
         (["--batch-size=0"], 2, "--batch-size is 0"),
-        (["--executor=slurm"], 2, "executor"),
+        (["--executor=slurm"], 2, "submit takes no --executor: the search runs on the nodes of its own job"),
+        (["--max-nodes=2"], 2, "submit takes no --max-nodes: --nodes says"),
+        (["--dry-run"], 2, "submit takes no --dry-run"),
         (["--run-dir=my run"], 2, "choose --run-dir"),
         (["--go"], 3, "no sbatch here"),
     ],

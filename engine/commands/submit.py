@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
+from engine.commands.flags import gather, run_folder
 from engine.config import Budget, Resources, Study, write_whole
 from engine.trial import EnvironmentUnusable, UsageError
 
@@ -19,8 +19,15 @@ EXAMPLES = """\
 slurm --gpus 8 --time 24:00:00 --partition gpu --data photos/ --name photos          write runs/photos/slurm.sh
 slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --name photos --go           and hand it in
 kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
-# What only a driver outside of the job has a use for.
-OUTSIDE = ("executor", "min_nodes", "max_nodes", "address")
+# What a search in a job has no use for, and what else is not for it.
+OUTSIDE = {
+    "executor": "the search runs on the nodes of its own job",
+    "min_nodes": "--nodes says how many nodes the job has",
+    "max_nodes": "--nodes says how many nodes the job has",
+    "address": "the nodes of a job know each other",
+    "dry_run": "search --dry-run says what it would cost",
+}
+NOT_PASSED = {*OUTSIDE, "config", "progress", "verbose"}
 FILES = {"slurm": "slurm.sh", "pbs": "pbs.sh", "lsf": "lsf.sh", "kubernetes": "kubernetes.yaml"}
 HAND_IN = {
     "slurm": ("sbatch", "--parsable"),
@@ -32,21 +39,20 @@ with_defaults = search.with_defaults
 
 
 def parser() -> ArgumentParser:
-    """Flags of the command: those of a search, and how the job is made."""
-    made = command_parser(
-        "Write the batch script, or the manifest, of a job that runs a search and goes back into the queue until the\n"
-        "search is finished. Flags are those of `search`, and what the job is to have.",
-        EXAMPLES,
+    """Flags of the command: those of `search`, and how the job is made."""
+    made = search.parser()
+    made.usage = "%(prog)s SCHEDULER [options]"
+    made.description = (
+        "Write the batch script, or the manifest, of a job that runs a search and goes back into the queue until the "
+        "search is finished. Flags are those of `search`; --partition to --claim say what the job is to have."
     )
+    made.epilog = "\n".join(["examples:", *(f"  %(prog)s {line}" for line in EXAMPLES.splitlines())])
     made.add_argument("scheduler", type=Literal["slurm", "pbs", "lsf", "kubernetes"], help="what the job is for")
-    add_options(made, Study)
-    add_options(made, Budget)
-    add_options(made, Resources, skip=OUTSIDE)
-    group = add_run_options(made)
+    group = made.add_argument_group("The job")
     group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one needs Slurm")
     group.add_argument("--requeues", type=int, default=20, help="times that the job goes back into the queue")
     group.add_argument(
-        "--script", type=str | None, default=None, help="FILE to write, instead of one in the run folder"
+        "--script", type=str | None, default=None, help="file to write, instead of one in the run folder"
     )
     group.add_argument("--go", action="store_true", help="hand it in")
     return made
@@ -58,6 +64,9 @@ def run(values: Namespace) -> dict[str, Any]:
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
     checked(study, budget, resources)
+    for name, reason in OUTSIDE.items():
+        if values[name] != search.parser().get_default(name):
+            raise UsageError(f"submit takes no --{name.replace('_', '-')}: {reason}")
     for name, least in (("nodes", 1), ("requeues", 0)):
         if values[name] < least:
             raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
@@ -88,14 +97,12 @@ def run(values: Namespace) -> dict[str, Any]:
 
 def words(values: Namespace) -> list[str]:
     """The search's command line without what is the job's: whatever is not the default, wherever it came from."""
-    defaults = parser().get_defaults()
-    own = [item.name for kind in (Study, Budget, Resources) for item in dataclasses.fields(kind)]
-    job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("of_a_job")}
+    defaults = search.parser().get_defaults()
+    of_the_job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("of_a_job")}
     given = []
-    for key, value in values.items():
-        name = key.split(".")[0]
-        if name in {*own, "name", "run_dir"} - job and value != defaults.get(key):
-            text = str(value).lower() if isinstance(value, bool) else str(value)
+    for key, default in defaults.items():
+        if key.split(".")[0] not in {*of_the_job, *NOT_PASSED} and values[key] != default:
+            text = str(values[key]).lower() if isinstance(default, bool) else str(values[key])
             given.append(f"--{key.replace('_', '-')}={text}")
     return ["search", *given, "--progress=lines"]
 
