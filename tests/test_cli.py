@@ -59,14 +59,14 @@ def test_a_stopped_search_says_so_and_leaves_nothing_behind(
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(journal.read(tmp_path / "journal.jsonl").answers) >= 1 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert "Traceback" not in err
     wait_for(lambda: not mark())
     assert len(journal.read(tmp_path / "journal.jsonl").answers) >= 1
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -144,7 +144,7 @@ def test_a_search_prints_one_object_and_the_same_line_finds_it_done(
     (line,) = out.splitlines()
     result = json.loads(line)
     assert set(result) >= {"run_dir", "status", "winner", "evaluations", "tau", "seconds"}
-    assert set(result["winner"]) == {"architecture", "valid_accuracy", "test_accuracy", "macs", "params"}
+    assert set(result["winner"]) >= {"architecture", "valid_accuracy", "test_accuracy", "macs", "params"}
     assert result["evaluations"]["high"] == 2
     assert "winner" in err
     kept = {"config.yaml", "run.json", "journal.jsonl", "result.json", "teacher", "checkpoints"}
