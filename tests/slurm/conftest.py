@@ -75,7 +75,7 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def until(self, ask: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+    def until(self, ask: Callable[[], Any], what: str, seconds: float = 180) -> Any:
         """What `ask` answers once that is true; fails when it has not become so for `seconds`."""
         deadline = time.monotonic() + seconds
         while not (answer := ask()):

@@ -39,7 +39,7 @@ SMALL = [
 def test_each_worker_of_an_allocation_has_a_gpu(flags: list[str], each: int, slurm: Any, tmp_path: Path) -> None:
     """A driver in a job of two nodes uses both, through srun; every GPU has its workers and no others."""
     job = slurm.batch([*CROWD, str(tmp_path), *flags], tmp_path / "out", "--nodes=2", "--gpus-per-node=8")
-    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the workers have met", 150)
+    slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the workers have met", 300)
     assert slurm.state(job) == "COMPLETED", (tmp_path / "out").read_text()
     met = json.loads((tmp_path / "out").read_text().splitlines()[-1])
     places = Counter((worker["SLURMD_NODENAME"], worker["CUDA_VISIBLE_DEVICES"]) for worker in met)
@@ -54,7 +54,7 @@ def test_pilot_jobs_share_a_node(slurm: Any, tmp_path: Path) -> None:
         driver = subprocess.Popen([*CROWD, str(tmp_path), *flags], stdout=out)
     try:
         slurm.until(lambda: len(slurm.jobs()) == 3, "there are three jobs")
-        slurm.until(lambda: (tmp_path / "out").read_text() or driver.poll(), "the workers have met", 150)
+        slurm.until(lambda: (tmp_path / "out").read_text() or driver.poll(), "the workers have met", 300)
     finally:
         driver.kill()
     met = json.loads((tmp_path / "out").read_text())
@@ -100,7 +100,7 @@ def unbroken(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the same search on this machine alone, with as many workers."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     command = [*CLI, "search", *SMALL, f"--data={tiny_npz}", f"--run-dir={run_dir}", "--workers=2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     return run_dir
 
 
@@ -112,10 +112,10 @@ def test_a_search_on_pilot_jobs_survives_a_node(slurm: Any, tiny_npz: Path, unbr
     driver = subprocess.Popen([*CLI, "search", *flags], stdout=subprocess.DEVNULL)
     try:
         slurm.until(lambda: len({slurm.job(job)["NodeList"] for job in slurm.jobs()} & {"n1", "n2"}) == 2, "two nodes")
-        slurm.until(lambda: len(places(run_dir)) == 2, "both have answered", 240)
+        slurm.until(lambda: len(places(run_dir)) == 2, "both have answered", 480)
         slurm.lose_node("n2")
         assert driver.poll() is None, "the search was over too soon to be broken"
-        assert driver.wait(300) == 0
+        assert driver.wait(600) == 0
     finally:
         driver.kill()
     assert answers(run_dir) == answers(unbroken)
@@ -137,7 +137,7 @@ def submit(data: Path, run_dir: Path, *flags: str) -> str:
 
 def run_again(slurm: Any, job: str, times: int) -> None:
     """Waits until a job has been requeued so often, and has it started at once; Slurm itself waits two minutes."""
-    slurm.until(lambda: slurm.job(job)["Restarts"] == str(times), f"requeued {times} times", 150)
+    slurm.until(lambda: slurm.job(job)["Restarts"] == str(times), f"requeued {times} times", 300)
     slurm.until(lambda: slurm.state(job) == "PENDING", "the job has left its nodes")
     time.sleep(3)  # slurmd refuses a job that starts in the second in which it was ended
     slurm.run("scontrol", "update", f"job={job}", "StartTime=now", "TimeLimit=60")
@@ -152,7 +152,7 @@ def test_a_job_of_two_nodes_that_is_warned_and_preempted_comes_to_the_same_end(
     run_dir = tmp_path / "run"
     job = submit(tiny_npz, run_dir, "--nodes=2", "--workers=1", "--time=01:00:00", "--grace-s=90")
     printed = run_dir / f"slurm-{job}.out"
-    slurm.until(lambda: len(answers(run_dir)) >= 3, "three answers", 240)
+    slurm.until(lambda: len(answers(run_dir)) >= 3, "three answers", 480)
     # Slurm looks at the time twice a minute; the search shall not be over by then.
     workers = [task for task in slurm.tasks() if "engine.worker" in task.cmdline()]
     for worker in workers:
@@ -164,10 +164,10 @@ def test_a_job_of_two_nodes_that_is_warned_and_preempted_comes_to_the_same_end(
         worker.resume()
     run_again(slurm, job, 1)
     before = len(answers(run_dir))
-    slurm.until(lambda: len(answers(run_dir)) > before, "the search goes on", 240)
+    slurm.until(lambda: len(answers(run_dir)) > before, "the search goes on", 480)
     slurm.run("scontrol", "requeue", job)
     run_again(slurm, job, 2)
-    slurm.until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the search ends", 300)
+    slurm.until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the search ends", 600)
     assert slurm.state(job) == "COMPLETED", printed.read_text()
     assert printed.read_text().count("continuing:") == 2
     assert answers(run_dir) == answers(unbroken)
