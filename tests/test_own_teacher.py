@@ -84,6 +84,11 @@ class Branching(Own):
         a = self.first(images)
         return self.head(self.second(a).mean((2, 3)))  if a.sum() > 0 else self.head(self.second(a).amax((2, 3)))
 
+class Permuting(Own):
+    def forward(self, images):
+        a = self.first(images).permute(0, 2, 3, 1).contiguous()
+        return self.head(self.second(a.permute(0, 3, 1, 2)).mean((2, 3)))
+
 def fixed(classes):
     return Own(7)
 
@@ -99,6 +104,12 @@ def own(tmp_path: Path, returned: str = "logits") -> str:
 @pytest.mark.parametrize("returned", ["logits", "(logits, [a, b])"])
 def test_stages_are_found_or_given(returned: str, tmp_path: Path) -> None:
     _, features = teacher.build(own(tmp_path, returned), 5, 16)(torch.zeros(2, 3, 16, 16))
+    assert [tuple(f.shape[1:]) for f in features] == [(4, 8, 8), (8, 4, 4)]
+
+
+def test_maps_with_channels_last_are_no_stages(tmp_path: Path) -> None:
+    """As in ConvNeXt between its convolutions."""
+    _, features = teacher.build(own(tmp_path).replace(":Own", ":Permuting"), 5, 16)(torch.zeros(2, 3, 16, 16))
     assert [tuple(f.shape[1:]) for f in features] == [(4, 8, 8), (8, 4, 4)]
 
 
