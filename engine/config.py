@@ -138,7 +138,7 @@ class Resources:
     trial_timeout: float = option(0.0, "seconds that an evaluation may take before it is ended as 'timeout'; 0: any")
     grace_s: float = option(60.0, "seconds that what runs may still take when the search is told to stop")
     time_limit: str = option(
-        "auto", "when to stop with the grace to spare: seconds from now, none, or auto, which asks the batch scheduler"
+        "auto", "end at which to have drained: seconds from the start, none, or auto, which asks the batch scheduler"
     )
     address: str = option("", "address of this machine that the nodes reach; by default, that of its name")
 

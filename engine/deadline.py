@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from engine.trial import UsageError
 
 ASK_S = 20
+START = time.monotonic()  # of the command, which may consist of several searches
 
 
 def remaining(asked: str, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Seconds that are left for `--time-limit`: auto (what the scheduler says), a number of seconds, or none."""
+    """Seconds that are left for `--time-limit`: auto (what the scheduler says), seconds from the start of the command,
+    or none."""
     if asked == "none":
         return None
     if asked == "auto":
@@ -28,8 +30,8 @@ def remaining(asked: str, environment: Mapping[str, str] = os.environ) -> float 
     except ValueError:
         seconds = -1.0
     if not seconds > 0:
-        raise UsageError(f"--time-limit {asked}: write auto, none, or seconds from now")
-    return seconds
+        raise UsageError(f"--time-limit {asked}: write auto, none, or seconds from the start of the command")
+    return seconds - (time.monotonic() - START)
 
 
 def _slurm(environment: Mapping[str, str]) -> float | None:

@@ -75,9 +75,10 @@ class Drain:
             self._reason = "the time limit" if number == signal.SIGALRM else signal.Signals(number).name
             _alarm(self._grace)
             text = f"{self._reason}: nothing new is started; what runs has {self._grace:g} s to finish\n"
-            os.write(2, text.encode())
-            if self._order is not None:
-                self._order()
+            with contextlib.suppress(OSError):  # nobody reads stderr, or the run folder is gone: the grace still ends
+                os.write(2, text.encode())
+                if self._order is not None:
+                    self._order()
         elif number == signal.SIGALRM:
             self._over = True
             raise self.end()

@@ -85,8 +85,9 @@ class Supervisor:
 
     def __init__(self, post: Post, block: str = "0", rank: int = 0) -> None:
         self._post, self._rank = post, rank
-        self._name = f"{socket.gethostname()}/{block}/{rank}"
-        self._log = Path(post.logs) / f"worker-{block}-{rank}.log"
+        machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        self._name = f"{machine}/{block}/{rank}"
+        self._log = Path(post.logs) / f"worker-{machine}-{block}-{rank}.log"
         self._child: subprocess.Popen[bytes] | None = None
         self._tasks = self._answers = -1
         self._buffer = b""

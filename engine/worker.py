@@ -48,7 +48,8 @@ def answer(module: ModuleType, name: str, task: dict[str, Any]) -> bytes:
     try:
         return _line({"result": getattr(module, name)(task)})
     except EngineError as error:
-        return _line({"error": type(error).__name__, "text": str(error)})
+        kind = next(kind for kind in type(error).__mro__ if kind.__module__ == EngineError.__module__)
+        return _line({"error": kind.__name__, "text": str(error)})
     except Exception:
         return _line({"error": "TaskFailed", "text": traceback.format_exc()})
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -73,8 +74,20 @@ def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
-    connections = [c for process in processes for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
-    return {c.laddr.ip.removeprefix("::ffff:") for c in connections}
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a helper of a moment
+            open_ones = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+            found |= {c.laddr.ip.removeprefix("::ffff:") for c in open_ones}
+    return found
+
+
+def called(process: psutil.Process, word: str) -> bool:
+    """Whether a process has a word in its command line; one that is gone has none."""
+    try:
+        return word in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(params=[1, 3], ids=["one", "parsl"])
@@ -132,12 +145,12 @@ def test_each_worker_sees_its_device(tmp_path: Path) -> None:
 
 def interchange() -> psutil.Process:
     """Parsl's process between this one and the workers; its title hides the mark."""
-    (found,) = [p for p in psutil.Process().children(recursive=True) if "interchange" in " ".join(p.cmdline())]
+    (found,) = [p for p in psutil.Process().children(recursive=True) if called(p, "interchange")]
     return found
 
 
 def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    return [process for process in mark() if "engine.worker" in process.cmdline()]
+    return [process for process in mark() if called(process, "engine.worker")]
 
 
 def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
