@@ -204,7 +204,7 @@ def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_pa
     answered = journal.read(path).answers
     assert len(answered) >= 3
     again = finish(command)
-    assert again["winner"] == whole["winner"]
+    assert {**again["winner"], "weights": ""} == {**whole["winner"], "weights": ""}  # files of two folders
     record = journal.read(path)
     assert all(record.answers[number] == answer for number, answer in answered.items())
     assert len(path.read_text().splitlines()) == 1 + len(record.asked) + len(record.answers)  # nothing twice
