@@ -4,6 +4,7 @@ becomes a status. Tasks take and return plain JSON values, so that any engine ca
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -25,12 +26,12 @@ from torch import nn
 from engine import checkpoint, orders
 from engine import teacher as teachers
 from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
-from engine.contract import check_space
 from engine.data import Data, Part, fingerprint, load, subset
 from engine.latency import measure
 from engine.loader import Batches, eval_batches, train_batches
 from engine.networks import count_cost
 from engine.space import load_space
+from engine.spacecheck import glance
 from engine.student import Student, fatal, place, precision, prepare, status_of
 from engine.taught import Teacher
 from engine.train import Stopwatch, accuracies, accuracy, train
@@ -79,8 +80,7 @@ def run_probe(task: Json) -> Json:
     study, classes = bench.study, len(bench.data.classes)
     if ".py:" in study.space:
         for fidelity in (study.low, study.high):
-            size = _resolution(bench, fidelity)
-            check_space(study.space, classes, fidelity.width, size, {study.low.kd_loss, study.high.kd_loss})
+            glance(study.space, classes, fidelity.width, _resolution(bench, fidelity))
     return {
         "classes": list(bench.data.classes),
         "resolution": bench.data.resolution,
@@ -353,7 +353,8 @@ def _accuracy(bench: Bench, network: nn.Module, part: Part, fidelity: Fidelity) 
 
 def _scores(bench: Bench, networks: list[nn.Module], fidelity: Fidelity) -> list[float | Exception]:
     """Validation accuracies of a cohort, on one pass over the images."""
-    return accuracies(networks, _views(bench, bench.data.valid, fidelity), precision(bench.study, bench.device))
+    views = _views(bench, bench.data.valid, fidelity) if networks else ()
+    return accuracies(networks, views, precision(bench.study, bench.device))
 
 
 def _views(bench: Bench, part: Part, fidelity: Fidelity) -> Batches:
@@ -478,7 +479,20 @@ def _open_bench(study_json: str, run_dir: str, device: str, folder: str | None) 
     )
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
+        keep_freed_memory()
     return Bench(study, data, torch.device(device), Path(run_dir), orders=Path(folder) if folder else None)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what tensors give back, for the next step's, as torch does by itself on a GPU.
+
+    By default glibc returns blocks of some MB to the kernel at once; a step of MobileNetV2 then takes up to 90,000 page
+    faults and a third of its time to get them anew (docs/training.md). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end that are kept
 
 
 def device_name(device: torch.device) -> str:

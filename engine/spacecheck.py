@@ -50,6 +50,16 @@ def run_check(task: Json) -> Json:
     }
 
 
+def glance(spec: str, classes: int, width: float, resolution: int) -> None:
+    """Builds and runs the first and the last member: what can be known before a search has trained anything."""
+    space = load_space(spec)
+    check_choices(space)
+    for member in some_members(space, 0)[:2]:
+        network = built(space, member, classes, width).eval()
+        with torch.no_grad():
+            outputs(network, torch.zeros(2, 3, resolution, resolution), classes, f"{spec}, architecture {member}")
+
+
 def some_members(space: SearchSpace, seed: int) -> list[Architecture]:
     """The first option of each choice, the last of each, and some at random."""
     ends = [Architecture((0,) * len(space.choices)), Architecture(tuple(r - 1 for r in space.radices))]

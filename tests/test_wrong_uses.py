@@ -279,11 +279,11 @@ RAISES = SearchSpace("own", (Choice("a", (1, 2)),), broken)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("LOGITS", "forward returned Tensor; it must return (logits (N, 3), [features"),
-        ("BARE", "no features, which the loss kd+at needs"),
-        ("FLAT", "features (2, 3); it must return"),
-        ("NARROW", "logits (2, 1) for 2 images"),
-        ("RAISES", "build raised ValueError: no such block"),
+        ("LOGITS", "its forward must return (logits, [features])"),
+        ("BARE", "features must be one or more tensors"),
+        ("FLAT", "features must be one or more tensors"),
+        ("NARROW", "logits are (2, 1); they must be (2, 3)"),
+        ("RAISES", "raises ValueError: no such block"),
         ("NOTHING", "has no SearchSpace called 'NOTHING'"),
     ],
 )
