@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 DRAWS = 1000  # of the bootstrap
+ROUGHLY = 200  # draws where a decision is made again and again
 LEVEL = 0.95  # of its intervals
 # Before a fidelity is dropped: architectures in common with a better one, and standard errors between the two.
 ENOUGH, CLEARLY = 8, 2.5
@@ -111,13 +112,13 @@ class Difference:
     stderr: float
 
 
-def rank(measured: Measured, fidelity: Fidelity, seed: int = 0) -> Ranking | None:
+def rank(measured: Measured, fidelity: Fidelity) -> Ranking | None:
     """The ranking of a low fidelity, None where fewer than three architectures have its score."""
     kept = measured.having(fidelity)
     if len(kept) < 3:
         return None
     full, low, macs = measured.means(measured.high, kept), measured.means(fidelity, kept), measured.macs[kept]
-    drawn_full, drawn_low, drawn_macs = _redraw(measured, kept, [fidelity], seed)
+    drawn_full, drawn_low, drawn_macs = _redraw(measured, kept, [fidelity])
     best = np.argsort(-full, kind="stable")[: -(-len(kept) // 5)]
     return Ranking(
         fidelity,
@@ -133,7 +134,7 @@ def rank(measured: Measured, fidelity: Fidelity, seed: int = 0) -> Ranking | Non
     )
 
 
-def difference(measured: Measured, one: Fidelity, other: Fidelity, seed: int = 0) -> Difference | None:
+def difference(measured: Measured, one: Fidelity, other: Fidelity, draws: int = DRAWS) -> Difference | None:
     """Tau given MACs of `one` less that of `other`; both are redrawn together, seeds too where there are several.
 
     None where fewer than three architectures have both scores.
@@ -143,15 +144,15 @@ def difference(measured: Measured, one: Fidelity, other: Fidelity, seed: int = 0
         return None
     full, macs = measured.means(measured.high, kept), measured.macs[kept]
     value = partial_tau(measured.means(one, kept), full, macs) - partial_tau(measured.means(other, kept), full, macs)
-    drawn_full, drawn_one, drawn_other, drawn_macs = _redraw(measured, kept, [one, other], seed)
-    draws = partial_taus(drawn_one, drawn_full, drawn_macs) - partial_taus(drawn_other, drawn_full, drawn_macs)
-    return Difference(one, other, len(kept), value, float(draws.std()))
+    drawn_full, drawn_one, drawn_other, drawn_macs = _redraw(measured, kept, [one, other], draws)
+    gaps = partial_taus(drawn_one, drawn_full, drawn_macs) - partial_taus(drawn_other, drawn_full, drawn_macs)
+    return Difference(one, other, len(kept), value, float(gaps.std()))
 
 
-def macs_alone(measured: Measured, seed: int = 0) -> Statistic:
+def macs_alone(measured: Measured) -> Statistic:
     """Tau of MACs, without any training, with full accuracy."""
     kept = measured.having(measured.high)
-    drawn_full, drawn_macs = _redraw(measured, kept, [], seed)
+    drawn_full, drawn_macs = _redraw(measured, kept, [])
     full = measured.means(measured.high, kept)
     return _statistic(kendall_tau(measured.macs, full), kendall_taus(drawn_macs, drawn_full))
 
@@ -174,23 +175,23 @@ def clearly_worse(measured: Measured) -> set[Fidelity]:
         if min(len(measured.having(one)), len(measured.having(other))) < ENOUGH:
             continue
         if measured.price(other) <= measured.price(one) * (1 + 1e-9):
-            found = difference(measured, other, one)
+            found = difference(measured, other, one, ROUGHLY)
             if found is not None and found.n >= ENOUGH and found.value > CLEARLY * found.stderr > 0:
                 worse.add(one)
     return worse
 
 
-def _redraw(measured: Measured, kept: Rows, lows: Sequence[Fidelity], seed: int) -> list[Array]:
-    """DRAWS bootstrap samples (DRAWS, k) of full scores, of each low fidelity's, and of MACs: architectures with
+def _redraw(measured: Measured, kept: Rows, lows: Sequence[Fidelity], draws: int = DRAWS) -> list[Array]:
+    """Bootstrap samples (draws, k) of full scores, of each low fidelity's, and of MACs: architectures with
     replacement, and for each its seeds with replacement."""
-    rng = np.random.default_rng(seed)
-    picks = kept[rng.integers(len(kept), size=(DRAWS, len(kept)))]
+    rng = np.random.default_rng(len(kept))  # the same for the same architectures: comparisons are paired
+    picks = kept[rng.integers(len(kept), size=(draws, len(kept)))]
     drawn = [_redraw_seeds(measured.scores[fidelity], picks, rng) for fidelity in (measured.high, *lows)]
     return [*drawn, measured.macs[picks]]
 
 
 def _redraw_seeds(scores: Sequence[Sequence[float]], picks: Rows, rng: np.random.Generator) -> Array:
-    """Means (DRAWS, k) of redrawn seeds, of the architectures at the places `picks` (DRAWS, k)."""
+    """Means (draws, k) of redrawn seeds, of the architectures at the places `picks` (draws, k)."""
     counts = np.array([len(values) for values in scores])
     padded = np.zeros((len(scores), counts.max()))
     for row, values in zip(padded, scores, strict=True):
