@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine import evaluate, teacher
@@ -191,6 +193,19 @@ def test_a_budget_for_the_teacher_changes_no_score(task: Tasks) -> None:
     assert scores(teacher_cache="1MB") == without  # some of the steps
     assert scores(teacher_cache="1GiB") == without
     assert scores(teacher_cache="1GiB", students_per_gpu="1") == without
+
+
+def test_a_step_takes_the_memory_that_the_last_one_gave_back(task: Tasks) -> None:
+    evaluate.run_probe(task())  # opens the worker's bench
+
+    def faults(count: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(count):
+            torch.ones(6 * 2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults(2)
+    assert [faults(10), faults(10)][1] < 6 * 2**20 * 4 / 4096  # the pages of one of the ten
 
 
 def test_memory_stays_flat(task: Tasks) -> None:
