@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -208,7 +209,11 @@ def teacher(run: Run) -> Chart:
     hover = "epoch %{x}<br>mean loss %{y:.4f}<extra></extra>"
     x = list(range(1, len(losses) + 1))
     data = [line(x, losses, "loss", FULL, mode="lines+markers", hoverinfo=None, hovertemplate=hover)]
-    layout = {"xaxis": axis("epoch"), "yaxis": axis("mean training loss", rangemode="tozero"), "showlegend": False}
+    layout = {
+        "xaxis": axis("epoch", tick0=1, dtick=math.ceil(len(losses) / 12)),
+        "yaxis": axis("mean training loss", rangemode="tozero"),
+        "showlegend": False,
+    }
     help = (
         f"{about}. Cross entropy on the augmented training images, the mean of each epoch; students learn from what "
         "the last epoch left."

@@ -62,7 +62,7 @@ def _edge(target: int, source: int, operation: str, x: list[float], y: float) ->
     words = operation.removeprefix("nor_").replace("_", " ")
     return (
         f'<g class="edge {kind}"><title>{target}&lt;-{source}: {escape(operation)}</title><path d="{path}"/>'
-        f'<text x="{middle:.0f}" y="{y + rise + (-7 if side < 0 else 15):.0f}">{escape(words)}</text></g>'
+        f'<text x="{middle:.0f}" y="{y + rise + (15 if rise > 0 else -7):.0f}">{escape(words)}</text></g>'
     )
 
 

@@ -104,7 +104,15 @@ def _table(run: Run) -> str:
     heads = ("architecture", "full", "low fidelity", "million MACs", "parameters", "seed")
     head = "".join(f"<th{_extra(i)}>{name}</th>" for i, name in enumerate(heads))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else "<p>None yet.</p>"
+    if not rows:
+        return "<p>None yet.</p>"
+    best, why = run.best, ""
+    if run.result and best and best.trial.architecture != full[0].trial.architecture:
+        why = (
+            "<p>The winner is not the first of these: the best of several noisy scores is partly luck, so the search "
+            "weighs each with what the surrogate makes of all others.</p>"
+        )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{why}"
 
 
 def _extra(column: int) -> str:

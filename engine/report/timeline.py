@@ -57,7 +57,7 @@ def timeline(run: Run) -> Chart:
     layout = {
         "barmode": "overlay",
         "bargap": 0.25,
-        "xaxis": axis(f"{unit} since the first evaluation began", showgrid=False),
+        "xaxis": axis(f"{unit} since the first began", showgrid=False),
         "yaxis": {"type": "category", "automargin": True, "showgrid": False, "categoryarray": workers[::-1]},
         "hovermode": "closest",
     }
