@@ -65,8 +65,14 @@ def summary(result: dict[str, Any]) -> str:
         f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"
         f"            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
         f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
-        f"MACs alone {tau['macs_vs_high']}"
+        f"MACs alone {tau['macs_vs_high']}" + _front(result.get("front", []))
     )
+
+
+def _front(front: list[dict[str, Any]]) -> str:
+    """A line for each network of a front."""
+    lines = [f"{e['macs'] / 1e6:.2f} million MACs: {e['valid_accuracy']:.4f}, {e['architecture']}" for e in front]
+    return "".join(f"\n            front {line}" for line in lines)
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
