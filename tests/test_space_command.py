@@ -104,7 +104,7 @@ def test_features_without_a_partner_at_the_teacher_are_named(tmp_path: Path) -> 
 
 def test_the_command_checks_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     """As docs/spaces.md has it."""
-    assert cli.main(["space", "check", "examples/my_space.py:SPACE", "--resolution", "16"]) == 0
+    assert cli.main(["space", "check", "examples/my_space.py:SPACE", "--resolution", "8"]) == 0
     assert "13,824 architectures, good to search" in capsys.readouterr().out
     assert cli.main(["space", "check", "examples/none.py:SPACE"]) == 2
     assert "no file examples/none.py" in capsys.readouterr().err
