@@ -120,14 +120,17 @@ class Slurm:
                 process.kill()
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
 
-    def tasks(self, name: str = "") -> list[psutil.Process]:
-        """The living processes of jobs on a node, or on both: they carry its name, whatever their parent is."""
+    def tasks(self, node: str = "", besides: str = "") -> list[psutil.Process]:
+        """The living processes of jobs on a node, or on both, but for those of one job: they carry the name of their
+        node and the number of their job, whatever their parent is."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 seen = process.environ()
-                of_ours = seen.get("SLURM_CONF") == str(self.home / "slurm.conf") and "SLURMD_NODENAME" in seen
-                if of_ours and name in ("", seen["SLURMD_NODENAME"]) and process.status() != psutil.STATUS_ZOMBIE:
+                if seen.get("SLURM_CONF") != str(self.home / "slurm.conf") or "SLURMD_NODENAME" not in seen:
+                    continue
+                wanted = node in ("", seen["SLURMD_NODENAME"]) and seen["SLURM_JOB_ID"] != besides
+                if wanted and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 

@@ -65,7 +65,6 @@ def test_a_killed_driver_leaves_no_job_behind(slurm: Any, tmp_path: Path) -> Non
     """Neither those that run nor those that wait, as one does here: another job has all GPUs of the second node."""
     holder = slurm.batch(["sleep", "600"], tmp_path / "held", "--nodelist=n2", "--gres=gpu:8")
     slurm.until(lambda: slurm.state(holder) == "RUNNING", "the GPUs are taken")
-    before = {task.pid for task in slurm.tasks()}
     flags = [*PILOTS, "--gpus=8", "--workers=8"]
     driver = subprocess.Popen([*CROWD, str(tmp_path), *flags])
     try:
@@ -75,7 +74,7 @@ def test_a_killed_driver_leaves_no_job_behind(slurm: Any, tmp_path: Path) -> Non
     finally:
         driver.send_signal(signal.SIGKILL)
     slurm.until(lambda: slurm.jobs() == [holder], "the jobs are gone", 30)
-    slurm.until(lambda: {task.pid for task in slurm.tasks()} <= before, "the workers are gone", 30)
+    slurm.until(lambda: not slurm.tasks(besides=holder), "the workers are gone", 30)
 
 
 def measured(run_dir: Path) -> list[Evaluation]:
