@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,21 @@ def test_a_journal_has_one_writer(tmp_path: Path) -> None:
     with Journal(tmp_path / "j"), pytest.raises(UsageError, match="another search is running"):
         Journal(tmp_path / "j").__enter__()
     write(tmp_path / "j")  # the lock is free again
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the line is written in part, then refused."""
+    path = tmp_path / "j"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(path) as book:
+        book.ask(TRIALS[:1])
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        try:
+            with pytest.raises(OSError):  # noqa: PT011 - what it says depends on the limit
+                book.answer(ANSWERS[0])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        book.answer(ANSWERS[0])
+    assert read(path).answers == {0: ANSWERS[0]}
