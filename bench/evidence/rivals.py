@@ -34,7 +34,7 @@ METHODS = (
     ("successive halving, no teacher", "halving", "none"),
     ("mfkd, no teacher", "mfkd", "none"),
     ("mfkd, KD", "mfkd", "kd"),
-    ("mfkd, KD + attention (ours)", "mfkd", "kd+at"),
+    ("mfkd, NST (ours)", "mfkd", "nst"),
 )
 
 
