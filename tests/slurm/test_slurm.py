@@ -68,8 +68,9 @@ def test_a_killed_driver_leaves_no_job_behind(slurm: Any, tmp_path: Path) -> Non
     flags = [*PILOTS, "--gpus=8", "--workers=8"]
     driver = subprocess.Popen([*CROWD, str(tmp_path), *flags])
     try:
-        waits = lambda: sorted(slurm.state(job) for job in slurm.jobs() if job != holder)  # noqa: E731
-        slurm.until(lambda: waits() == ["PENDING", "RUNNING"], "a job runs and one waits")
+        slurm.until(lambda: len(slurm.jobs()) == 3, "two jobs are handed in")
+        of_driver = [job for job in slurm.jobs() if job != holder]
+        slurm.until(lambda: {slurm.state(job) for job in of_driver} == {"PENDING", "RUNNING"}, "one runs, one waits")
         slurm.until(lambda: len(list((tmp_path / "room").glob("*"))) == 8, "the workers of one are at work")
     finally:
         driver.send_signal(signal.SIGKILL)
