@@ -66,6 +66,7 @@ def test_make_targets_in_the_pages_exist(page: Path) -> None:
 def home(tmp_path: Path, finished_run: Path, tiny_npz: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the pages assume it: data, a run, configurations and examples. Devices as on eight GPUs."""
     shutil.copytree(finished_run, tmp_path / "runs" / "photos")
+    (tmp_path / "runs" / "small").symlink_to("photos")
     shutil.copy(tiny_npz, tmp_path / "cifar100.npz")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos.yaml").write_text("data: photos\nmax_high: 5\n")
