@@ -138,7 +138,11 @@ def _progress(part: dict[str, int]) -> Table:
     done = part["ok"] + part["failed"] + part["unfit"]
     more = [f"{part[kind]} {kind}" for kind in ("pending", "failed", "unfit") if part[kind]]
     line = Table.grid(padding=(0, 2))
-    text = f"{done} of at most {part['limit']}" + (f", {', '.join(more)}" if more else "")
+    if done > part["limit"]:  # what was promoted without a cheap score gets one at the end, to compare
+        text = f"{part['limit']}, and {done - part['limit']} to compare"
+    else:
+        text = f"{done} of at most {part['limit']}"
+    text += f", {', '.join(more)}" if more else ""
     line.add_row(ProgressBar(max(part["limit"], 1), done, width=24), text)
     return line
 
