@@ -8,7 +8,14 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_device_option, add_options, add_run_options, command_parser, gather
+from engine.commands.flags import (
+    add_device_option,
+    add_optional_run,
+    add_options,
+    add_run_options,
+    command_parser,
+    gather,
+)
 from engine.config import Resources, Study
 from engine.trial import Architecture, Fidelity, Trial, UsageError, weights_path
 
@@ -26,9 +33,7 @@ def parser() -> ArgumentParser:
         "data set with the same classes, and images are normalised as in training."
     )
     made = command_parser(text, EXAMPLES)
-    made.usage = "%(prog)s [RUN] [options]"
-    made.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or a name under runs/")
-    made.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
+    add_optional_run(made)
     made.add_argument("--part", type=Literal["valid", "test"], default="valid", help="part of the data")
     made.add_argument("--weights", type=str | None, default=None, help="FILE of weights, instead of those of RUN")
     add_options(made, Study, skip=tuple(f.name for f in dataclasses.fields(Study) if f.name not in USED))

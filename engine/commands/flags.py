@@ -218,6 +218,14 @@ def add_run_argument(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=str, help="run folder, or a name under runs/")
 
 
+def add_optional_run(parser: ArgumentParser) -> None:
+    """RUN, which gives the settings where it is named, and the architecture that is meant."""
+    parser.usage = "%(prog)s [RUN] [options]"
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or name under runs/")
+    parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
+
+
+
 def add_device_option(parser: ArgumentParser) -> None:
     """The device, for commands that need one worker only."""
     add_options(parser, Resources, skip=tuple(f.name for f in dataclasses.fields(Resources) if f.name != "device"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_options, add_run_options, command_parser, gather
+from engine.commands.flags import add_optional_run, add_options, add_run_options, command_parser, gather
 from engine.config import Resources, Study
 from engine.trial import Fidelity, UsageError, weights_path
 
@@ -34,10 +34,8 @@ def parser() -> ArgumentParser:
         "same command line continues a training that was stopped. The folder it writes is a run like any other."
     )
     made = command_parser(text, EXAMPLES)
-    made.usage = "%(prog)s [RUN] [options]"
     hints, high = get_type_hints(Fidelity), Study().high
-    made.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or a name under runs/")
-    made.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
+    add_optional_run(made)
     made.add_argument("--out", type=str, default="runs/train", help="folder to write")
     made.add_argument("--epochs", type=int, default=high.epochs, help="passes over the training images")
     made.add_argument("--kd-loss", type=hints["kd_loss"], default=high.kd_loss, help="distillation terms of the loss")
