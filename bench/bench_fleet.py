@@ -4,9 +4,9 @@
     python -m bench.bench_fleet occupancy --workers 8 --trials 320 --seconds 2
     python -m bench.bench_fleet replay --trials 1000000
 
-Everything is what a search uses (engine/clock.py, dispatch, journal with a sync per line, Parsl, supervisors, worker
-processes and their pipes), except that a worker imports this file in the place of engine/evaluate.py: no torch, and a
-trial that sleeps. The policy asks for random members of a space. Prints one JSON line.
+Everything is what a search uses (engine/search/clock.py, dispatch, journal with a sync per line, Parsl, supervisors,
+worker processes and their pipes), except that a worker imports this file in the place of engine/training/evaluate.py:
+no torch, and a trial that sleeps. The policy asks for random members of a space. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def trial(number: int) -> Trial:
 def drive(workers: int, trials: int, seconds: float, run_dir: Path) -> dict[str, float]:
     """A search of `trials` trials on pretended GPUs: seconds of its parts, and what they make."""
     from engine import config
-    from engine.clock import drive as loop
     from engine.config import Resources
-    from engine.devices import Layout
-    from engine.dispatch import Dispatch
-    from engine.fleet import open_fleet
-    from engine.journal import History, Journal
+    from engine.fleet.devices import Layout
+    from engine.fleet.fleet import open_fleet
+    from engine.search.clock import drive as loop
+    from engine.search.dispatch import Dispatch
+    from engine.search.journal import History, Journal
 
     def propose(history: History, free: int) -> list[Trial]:
         return [trial(history.asked + place) for place in range(min(free, trials - history.asked))]
@@ -91,7 +91,7 @@ def drive(workers: int, trials: int, seconds: float, run_dir: Path) -> dict[str,
 
 def replay(trials: int, run_dir: Path) -> dict[str, float]:
     """Reading a journal of so many evaluations, written as a search writes it but for the syncs."""
-    from engine import journal
+    from engine.search import journal
     from engine.trial import trial_to_json
 
     path = run_dir / "journal.jsonl"

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from engine.data import Data, Part
-from engine.loader import train_batches
+from engine.data.loader import train_batches
+from engine.data.parts import Data, Part
 
 ROUNDS = 3
 EPOCHS = {"arrays": 2, "files": 6}  # the making of a pipeline, some 0.2 s, is part of each run

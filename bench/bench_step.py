@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from engine.config import Study
-from engine.data import Data, Part
-from engine.loader import Batches, train_batches
+from engine.data.loader import Batches, train_batches
+from engine.data.parts import Data, Part
 from engine.space import load_space
-from engine.student import Student, place, prepare
-from engine.taught import Teacher
-from engine.train import Stopwatch, train
+from engine.training.student import Student, place, prepare
+from engine.training.taught import Teacher
+from engine.training.train import Stopwatch, train
 from engine.trial import KDLoss
 
 ROUNDS, CLASSES, RESOLUTION = 5, 100, 32

@@ -37,13 +37,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from bench.bench_kernels import repdistiller_nst
-from engine import teacher as teachers
 from engine.config import Resources, Study
-from engine.data import Data, Part, fingerprint, load, subset
-from engine.distill import Objective, Output, lesson, pair
-from engine.evaluate import Bench, build_student, evaluate, keep_freed_memory
+from engine.data.parts import Data, Part, fingerprint, load, subset
 from engine.space import load_space
-from engine.train import learning_rate
+from engine.training import evaluate
+from engine.training import teacher as teachers
+from engine.training.distill import Objective, Output, lesson, pair
+from engine.training.evaluate import Bench, build_student, keep_freed_memory
+from engine.training.train import learning_rate
 from engine.trial import Architecture, Evaluation, Fidelity, KDLoss, Trial
 from kernels.functional import pooled
 
@@ -233,7 +234,7 @@ def compared(benchmark: Any, at: Ground, trials: list[Trial], cohorts: int) -> N
     later: list[float] = []
 
     def one_round() -> None:
-        from engine import evaluate as worker
+        from engine.training import evaluate as worker
 
         worker._teacher.cache_clear()  # a search begins: nothing is known of the teacher
         theirs.append(sum(other.submit(naive_seconds, at, one).result() for one in trials) / len(trials))

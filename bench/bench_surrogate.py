@@ -18,10 +18,10 @@ import xgboost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.policies.estimate import MACS_ON_LOW, Same, Use, estimate, ground
-from engine.policies.known import Scores
+from engine.search.policies.estimate import MACS_ON_LOW, Same, Use, estimate, ground
+from engine.search.policies.known import Scores
+from engine.search.tables import FULL, load
 from engine.space import Candidates
-from engine.tables import FULL, load
 from surrogate import xgb
 from surrogate.linear import Prior
 from surrogate.quality import coverage, kendall_tau, normal_scores

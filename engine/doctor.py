@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine import __version__
-from engine.devices import visible_devices
+from engine.fleet.devices import visible_devices
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED_EXTRAS = ("", "cli")

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from engine.batches import Batch
-from engine.data import Data, Part, load
-from engine.loader import Backend, eval_batches, train_batches
+from engine.data.batches import Batch
+from engine.data.loader import Backend, eval_batches, train_batches
+from engine.data.parts import Data, Part, load
 from kernels import attention_transfer_loss, ce_kd_loss, nst_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]

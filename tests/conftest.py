@@ -70,10 +70,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from safetensors.numpy import save_file
 
-    from engine import config, policy, search
-    from engine.clock import drive
+    from engine import config
     from engine.config import Budget, Slots, Study
-    from engine.journal import History, Journal
+    from engine.search import policy, search
+    from engine.search.clock import drive
+    from engine.search.journal import History, Journal
     from engine.trial import Evaluation, Fidelity, Trial
 
     study = Study(

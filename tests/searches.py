@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from engine import journal
-from engine.journal import Record
-from engine.supervisor import ROOT
+from engine.fleet.supervisor import ROOT
+from engine.search import journal
+from engine.search.journal import Record
 
 QUICK = [
     "--space=tests/faulty_space.py:SPACE",

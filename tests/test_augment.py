@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import augment
+from engine.data import augment
 
 INDICES = np.arange(81 * 400)
 

@@ -19,9 +19,10 @@ import yaml
 
 import cli
 import engine
-from engine import config, journal
+from engine import config
 from engine.config import Budget
-from engine.policy import METHODS
+from engine.search import journal
+from engine.search.policy import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

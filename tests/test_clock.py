@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.clock import drive
+from engine.search.clock import drive
 from engine.trial import Architecture, Evaluation, Fidelity, Trial
 
 LOW, FULL = Fidelity("low", epochs=1), Fidelity("full", epochs=7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import Study
-from engine.distill import Objective, lesson, pair
+from engine.training.distill import Objective, lesson, pair
 
 STUDY = Study(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
 

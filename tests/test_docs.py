@@ -19,13 +19,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LOOKS = {"config", "status", "trials", "explain", "report", "space", "submit"}
 
 
-def test_the_readme_lists_every_file_and_no_other() -> None:
-    listed = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE))
-    for name in listed:
+def listed(page: Path) -> set[str]:
+    return set(re.findall(r"^\| `([^`]+)` \|", page.read_text(), re.MULTILINE))
+
+
+def test_the_readme_lists_every_room_and_the_design_every_module() -> None:
+    rooms, modules = listed(ROOT / "README.md"), listed(ROOT / "docs" / "design.md")
+    for name in rooms | {name for name in modules if "/" in name}:
         assert (ROOT / name).exists(), name
-    engine = {f"engine/{p.name}{'/' if p.is_dir() else ''}" for p in (ROOT / "engine").iterdir()}
-    engine -= {"engine/__init__.py", "engine/__pycache__/"}
-    assert engine <= listed
+    parts = [p for p in (ROOT / "engine").iterdir() if not p.name.startswith("__")]
+    assert {f"engine/{p.name}{'/' if p.is_dir() else ''}" for p in parts} <= rooms
+    for room in ("search", "fleet", "data", "training", "export"):
+        files = (ROOT / "engine" / room).glob("[!_]*.py")
+        assert {str(path.relative_to(ROOT)) for path in files} <= modules
 
 
 def test_the_readme_leads_to_every_page() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from engine import evaluate, orders
+from engine import orders
 from engine.config import Study, to_dict
-from engine.deadline import remaining
+from engine.fleet.deadline import remaining
+from engine.training import evaluate
 from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
 from tests.searches import finish, measured, processes, read, search, start, until, winner
 

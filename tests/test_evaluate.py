@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import evaluate, teacher
 from engine.config import Study, to_dict
+from engine.training import evaluate, teacher
 from engine.trial import Architecture, Evaluation, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
 
 SPACE = "nasbench201:channels=4,cells=1"

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 import torch
 
-from engine import export
+from engine.export import forms as export
 from engine.space import load_space
+from engine.training.weights import save_weights
 from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError, trial_to_json, weights_path
-from engine.weights import save_weights
 
 SPACES = {
     "nasbench201:channels=4,cells=1": "4-3-2-1-3-0",

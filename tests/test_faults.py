@@ -44,7 +44,7 @@ def killed_twice(run_dir: Path, chance: random.Random) -> bool:
         if process.poll() is not None:
             return False
         if victim == "worker":
-            processes(run_dir, "engine.worker")[0].kill()
+            processes(run_dir, "engine.fleet.worker")[0].kill()
             continue
         process.kill()
         process.communicate()
@@ -59,14 +59,14 @@ def wait_a_while(run_dir: Path, process: subprocess.Popen[str], chance: random.R
     if chance.random() < 0.7:
         until(lambda: bool(read(run_dir).asked) or process.poll() is not None)
     time.sleep(chance.uniform(0, 2))
-    until(lambda: bool(processes(run_dir, "engine.worker")) or process.poll() is not None)
+    until(lambda: bool(processes(run_dir, "engine.fleet.worker")) or process.poll() is not None)
 
 
 def test_two_workers_and_the_driver_killed_nothing_is_left_lost_or_doubled(tmp_path: Path) -> None:
     """The same by way of Parsl; the processes between end too."""
     process = start(tmp_path, "--workers=2", TRIAL_S="0.3")
-    until(lambda: len(processes(tmp_path, "engine.worker")) == 2 and bool(read(tmp_path).asked))
-    processes(tmp_path, "engine.worker")[0].kill()
+    until(lambda: len(processes(tmp_path, "engine.fleet.worker")) == 2 and bool(read(tmp_path).asked))
+    processes(tmp_path, "engine.fleet.worker")[0].kill()
     until(lambda: len(read(tmp_path).answers) > 2)
     between = psutil.Process(process.pid).children(recursive=True)  # the title of Parsl's interchange hides the run
     process.kill()

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import parsl
 import psutil
 import pytest
+from parsl.errors import NoDataFlowKernelError
 
 from engine.config import Resources
-from engine.devices import Layout, choose_devices, layout, visible_devices
-from engine.fleet import Fleet, FleetLost, open_fleet
-from engine.supervisor import Post, TaskFailed, TimedOut, WorkerDied
+from engine.fleet.devices import Layout, choose_devices, layout, visible_devices
+from engine.fleet.fleet import Fleet, FleetLost, open_fleet
+from engine.fleet.supervisor import Post, TaskFailed, TimedOut, WorkerDied
 from engine.trial import Drained, EnvironmentUnusable, UsageError
 
 
@@ -150,7 +152,7 @@ def interchange() -> psutil.Process:
 
 
 def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    return [process for process in mark() if called(process, "engine.worker")]
+    return [process for process in mark() if called(process, "engine.fleet.worker")]
 
 
 def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
@@ -202,6 +204,8 @@ def test_without_the_process_between_tasks_fail(tmp_path: Path, mark: Callable[[
     finally:
         crew.close()
     until(lambda: mark() == [])
+    with pytest.raises(NoDataFlowKernelError):  # so that this process can open another fleet
+        parsl.dfk()
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:

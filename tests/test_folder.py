@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import folder
-from engine.data import fingerprint, load
+from engine.data import folder
+from engine.data.parts import fingerprint, load
 from engine.trial import EnvironmentUnusable
 
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from engine.glyphs import CHARACTERS, SIZE, render
+from engine.data.glyphs import CHARACTERS, SIZE, render
 
 
 @pytest.mark.parametrize("count", [0, 1, 36, 501, 1000])

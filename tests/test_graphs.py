@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Study
-from engine.data import Data, Part
-from engine.graphs import has_room, reason_for_eager, without_trace
-from engine.loader import Batches, train_batches
-from engine.student import Inputs, Student, prepare, take_step
-from engine.taught import Teacher
-from engine.train import Stopwatch, train
+from engine.data.loader import Batches, train_batches
+from engine.data.parts import Data, Part
+from engine.training.graphs import has_room, reason_for_eager, without_trace
+from engine.training.student import Inputs, Student, prepare, take_step
+from engine.training.taught import Teacher
+from engine.training.train import Stopwatch, train
 
 STUDY = Study(batch_size=16, lr=0.05)
 
@@ -212,7 +212,7 @@ def test_a_cohort_on_streams_gives_what_each_gives_alone() -> None:
 @pytest.mark.parametrize("budget", [10**8, 64 * 2**30], ids=["device", "host"])
 def test_a_kept_lesson_teaches_the_same_on_a_device(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if budget > 10**9:
-        monkeypatch.setattr("engine.taught.DEVICE_SHARE", 1e-9)
+        monkeypatch.setattr("engine.training.taught.DEVICE_SHARE", 1e-9)
     torch.manual_seed(99)
     taught = Net(99).cuda().eval().requires_grad_(False)
     teacher = Teacher(taught, budget)
@@ -242,7 +242,7 @@ def test_memory_is_given_back() -> None:
 @CUDA
 def test_who_finds_no_room_is_left_for_another_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([10**9, 10**9 - 10**6, 10**5, 10**5])
-    monkeypatch.setattr("engine.graphs._free_memory", lambda device: next(free))
+    monkeypatch.setattr("engine.training.graphs._free_memory", lambda device: next(free))
     first, second = trained([Net(0), Net(1)], "graph")
     assert (first.status, second.status) == ("ok", "oom")
     assert "100,000 bytes free beside 1 students" in second.error
@@ -250,7 +250,7 @@ def test_who_finds_no_room_is_left_for_another_cohort(monkeypatch: pytest.Monkey
 
 def test_the_average_of_a_cohort_is_each_ones_own() -> None:
     """A running average is moved after the step, by a weight that grows to the decay."""
-    from engine.student import adopt_average, update_average
+    from engine.training.student import adopt_average, update_average
 
     member = replace(ready(), average=None)
     member.average = [v.clone() for v in member.network.state_dict().values() if v.is_floating_point()]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.journal import Journal, read
+from engine.search.journal import Journal, read
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError
 
 LOW = Fidelity("low")

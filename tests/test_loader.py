@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from engine import augment, loader
-from engine.batches import Batch
-from engine.data import Data, Part
+from engine.data import augment, loader
+from engine.data.batches import Batch
+from engine.data.parts import Data, Part
 from engine.trial import EnvironmentUnusable, UsageError
 
 BACKENDS = ["dali", "resident", "synthetic"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine import runs
-from engine.log import open_log
+from engine.search import runs
+from engine.search.log import open_log
 from engine.trial import EnvironmentUnusable
 
 
@@ -102,7 +102,8 @@ def test_logging_to_tensorboard_needs_no_torch(tmp_path: Path) -> None:
     """The process that drives a search never imports torch."""
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
     code = (
-        "import sys; from pathlib import Path; from engine.config import Study; from engine.log import open_log\n"
+        "import sys; from pathlib import Path\n"
+        "from engine.config import Study; from engine.search.log import open_log\n"
         f"with open_log('tensorboard', Study(), Path({str(tmp_path)!r})): pass\n"
         "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules"
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine import teacher
 from engine.config import Study, to_dict
-from engine.evaluate import run_teacher
+from engine.training import teacher
+from engine.training.evaluate import run_teacher
 from engine.trial import UsageError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

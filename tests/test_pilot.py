@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import cli
-from engine import config, journal, search
+from engine import config
 from engine.config import Budget, Resources, Study
-from engine.pilot import recommended, study_fidelities, study_first, usual_lows
-from engine.policies.pilot import Pilot, chosen
-from engine.policies.ranking import Measured, difference, macs_alone, rank, repeatability
-from engine.progress import Display
+from engine.search import journal, search
+from engine.search.pilot import recommended, study_fidelities, study_first, usual_lows
+from engine.search.policies.pilot import Pilot, chosen
+from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
+from engine.search.progress import Display
 from engine.space import candidates, load_space
 from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from engine.journal import Journal
+from engine.search.journal import Journal
 from engine.trial import Architecture, Evaluation, Fidelity, Trial
 
 FLAGS = [

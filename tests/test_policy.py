@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import policy
 from engine.config import Plan
-from engine.journal import History
-from engine.policies.known import find_rows, scores
-from engine.policies.mfkd import mfkd
-from engine.policy import METHODS, propose, winner
+from engine.search import policy
+from engine.search.journal import History
+from engine.search.policies.known import find_rows, scores
+from engine.search.policies.mfkd import mfkd
+from engine.search.policy import METHODS, propose, winner
 from engine.space import Candidates
 from engine.trial import Evaluation, Fidelity, Trial, UsageError
 
@@ -160,7 +160,7 @@ def test_a_low_fidelity_of_noise_is_dropped_and_the_log_says_so(caplog):
     for fidelity, some in ((LOW, rows[:90]), (FULL, rows[90:150])):
         trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(some)]
         history.answered.extend(map(random_low, trials))
-    with caplog.at_level("INFO", logger="engine.policies.estimate"):
+    with caplog.at_level("INFO", logger="engine.search.policies.estimate"):
         propose(SPACE, history, Plan((LOW,), FULL, max_low=100, max_high=80, seed=11), 1)
     assert "low fidelity 0 carries no signal" in caplog.text
 
@@ -175,7 +175,7 @@ def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
     for fidelity in (LOW, OTHER, FULL):
         trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(rows)]
         history.answered.extend(map(one_is_noise, trials))
-    from engine.policies.estimate import Use, estimate
+    from engine.search.policies.estimate import Use, estimate
 
     known = estimate(
         SPACE, [scores(SPACE, history, LOW), scores(SPACE, history, OTHER)], scores(SPACE, history, FULL), 0, Use()

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from engine import providers
 from engine.config import Resources
-from engine.devices import Layout, layout
-from engine.fleet import open_fleet
+from engine.fleet import providers
+from engine.fleet.devices import Layout, layout
+from engine.fleet.fleet import open_fleet
 from engine.trial import EnvironmentUnusable, UsageError
 
 JOBS: dict[str, Any] = {"gpus": "8", "time": "04:00:00", "cpus": 64, "partition": "long", "account": "lab"}
@@ -113,8 +113,8 @@ def test_jobs_are_cancelled_however_the_driver_ends(
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         from engine.config import Resources
-        from engine.devices import layout
-        from engine.providers import provider
+        from engine.fleet.devices import layout
+        from engine.fleet.providers import provider
         asked = Resources(executor={executor!r}, **{JOBS!r})
         made = provider(asked, layout(asked), "").provider
         made.script_dir = {str(folder)!r}

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import replay as replays
-from engine.replay import Replay, recorded, replay, simulate
-from engine.tables import load
+from engine.search import replay
+from engine.search import replay as replays
+from engine.search.replay import Replay, recorded, simulate
+from engine.search.tables import load
 from engine.trial import Fidelity, Trial, UsageError
 
 SYNTHETIC = Path(__file__).parent / "data" / "synthetic_table.csv"

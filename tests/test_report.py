@@ -14,11 +14,11 @@ import pytest
 from plotly import graph_objects
 
 import cli
-from engine import runs
-from engine.hindsight import look_back
 from engine.report import charts, predictions
 from engine.report.drawing import draw
 from engine.report.timeline import spans_of, timeline
+from engine.search import runs
+from engine.search.hindsight import look_back
 from engine.space import load_space
 from engine.trial import Architecture
 

@@ -128,7 +128,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(finished_run: Path) -> Path:
     from engine.report.write import write
-    from engine.runs import open_run
+    from engine.search.runs import open_run
 
     return Path(write(open_run(str(finished_run)))["report"])
 
@@ -160,7 +160,7 @@ def test_colours_follow_the_scheme(browser: Browser, page: Path) -> None:
 
 
 def test_hovering_names_the_architecture(browser: Browser, page: Path) -> None:
-    from engine.runs import open_run
+    from engine.search.runs import open_run
 
     browser.open(page, 1440)
     browser.evaluate("Plotly.Fx.hover('low-full', [{curveNumber: 0, pointNumber: 0}])")

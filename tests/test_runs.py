@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from engine import runs
-from engine.hindsight import look_back
-from engine.journal import Journal
+from engine.search import runs
+from engine.search.hindsight import look_back
+from engine.search.journal import Journal
 from engine.trial import EngineError, UsageError
 
 

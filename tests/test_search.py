@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import journal, search
 from engine.config import Budget, Resources, Study
-from engine.fleet import TaskLost
-from engine.progress import Display
-from engine.supervisor import TimedOut, WorkerDied
+from engine.fleet.fleet import TaskLost
+from engine.fleet.supervisor import TimedOut, WorkerDied
+from engine.search import journal, search
+from engine.search.progress import Display
 from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
 
 SPACE = "nasbench201:channels=8,cells=1"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from engine.spacecheck import run_check
+from engine.training.spacecheck import run_check
 from engine.trial import UsageError
 
 GOOD = """

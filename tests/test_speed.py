@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine import journal
 from engine.config import Budget, Resources, Study, plan, to_dict
-from engine.evaluate import run_latency
-from engine.journal import History
-from engine.policy import front
-from engine.progress import Display
-from engine.search import search
+from engine.search import journal
+from engine.search.journal import History
+from engine.search.policy import front
+from engine.search.progress import Display
+from engine.search.search import search
+from engine.search.speed import MARGIN, SAMPLE, estimate, fast_enough
 from engine.space import Candidates, candidates, load_space
-from engine.speed import MARGIN, SAMPLE, estimate, fast_enough
+from engine.training.evaluate import run_latency
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError
 
 SPACE = "nasbench201:channels=4,cells=1"

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
 from engine.space import load_space
-from engine.standalone import Imported, NotSelfContained, call_of, closure_of
 
 
 def module(path: Path, text: str) -> ModuleType:

@@ -20,7 +20,7 @@ import cli
 from engine.commands import submit as command
 from engine.commands.flags import gather
 from engine.config import Budget, Resources, Study
-from engine.submit import DRAINED, Job, render
+from engine.fleet.submit import DRAINED, Job, render
 from engine.trial import UsageError
 
 ASKED = Resources(gpus="8", time="24:00:00", cpus=64, partition="long", account="lab")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Study
-from engine.data import Data, load
-from engine.distill import Objective, lesson
-from engine.loader import Batches, train_batches
-from engine.taught import Teacher
+from engine.data.loader import Batches, train_batches
+from engine.data.parts import Data, load
+from engine.training.distill import Objective, lesson
+from engine.training.taught import Teacher
 
 TAPS = {(0, True), (1, False)}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import teacher
+from engine.training import teacher
 from engine.trial import UsageError
 
 SPACE = "nasbench201:channels=4,cells=1"

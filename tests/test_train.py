@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint
 from engine.config import Study
-from engine.data import Data, load
-from engine.loader import Batches, eval_batches, train_batches
-from engine.student import Student, prepare, status_of
-from engine.taught import Teacher
-from engine.train import Stopwatch, accuracy, learning_rate, train
+from engine.data.loader import Batches, eval_batches, train_batches
+from engine.data.parts import Data, load
+from engine.training import checkpoint
+from engine.training.student import Student, prepare, status_of
+from engine.training.taught import Teacher
+from engine.training.train import Stopwatch, accuracy, learning_rate, train
 from engine.trial import KDLoss
 
 STUDY = Study(batch_size=16, lr=0.05)

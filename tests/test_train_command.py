@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import cli
 from engine.commands import eval as eval_command
 from engine.commands import train as train_command
-from engine.runs import open_run
+from engine.search.runs import open_run
 
 SMALL = "1-0-0-0-0-0-0-0-0"
 HERE = ["--device", "cpu", "--progress", "none"]

@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cli
-from engine import search
 from engine.config import Resources
-from engine.devices import Layout
+from engine.fleet.devices import Layout
+from engine.search import search
 
 SMALL = [
     "--space=nasbench201:channels=4,cells=1", "--batch-size=16", "--teacher-epochs=1", "--low.fraction=1/2",
@@ -40,7 +40,7 @@ class Here:
     capacity, device = 1, "cpu"
 
     def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
-        from engine import evaluate
+        from engine.training import evaluate
 
         future: Future[Any] = Future()
         try:
@@ -60,7 +60,7 @@ class Here:
 def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ends:
     """Calls the command line in an empty folder, on a machine without GPUs, and checks how it ends."""
 
-    def here(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.evaluate") -> Here:
+    def here(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.training.evaluate") -> Here:
         return Here()
 
     monkeypatch.setattr(search, "open_fleet", here)

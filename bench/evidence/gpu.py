@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine import findings
 from engine.config import Plan, Resources, Study, to_dict
-from engine.evaluate import run_probe, run_teacher, run_trials
-from engine.journal import History
-from engine.policies.pilot import Pilot, chosen, measured
-from engine.policies.ranking import Measured
+from engine.search import findings
+from engine.search.journal import History
+from engine.search.policies.pilot import Pilot, chosen, measured
+from engine.search.policies.ranking import Measured
 from engine.space import candidates, load_space
+from engine.training.evaluate import run_probe, run_teacher, run_trials
 from engine.trial import Evaluation, Fidelity, Trial, evaluation_from_json, trial_to_json
 
 TEACHER, JOURNAL = "nasbench201#3-3-3-3-3-3", "evaluations.jsonl"

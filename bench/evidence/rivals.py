@@ -19,10 +19,10 @@ import yaml
 from safetensors import safe_open
 
 from bench.evidence.keep import KEPT, row, write
-from engine import journal, tables
-from engine.evaluate import run_test
-from engine.replay import Replay, replay
+from engine.search import journal, tables
+from engine.search.replay import Replay, replay
 from engine.space import SearchSpace, load_space
+from engine.training.evaluate import run_test
 from engine.trial import Evaluation, trial_to_json
 
 BUDGETS = (8, 12, 20)  # in mean full trainings
@@ -93,7 +93,7 @@ def tested(run_dir: Path, study: dict[str, Any], answers: list[Evaluation]) -> d
 
 
 def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSpace) -> Iterator[dict[str, str]]:
-    """A row per architecture in the format of engine.tables."""
+    """A row per architecture in the format of engine.search.tables."""
     lows = dict.fromkeys(e.trial.fidelity.name for e in answers if e.trial.fidelity.name != "high")
     names = {"high": tables.FULL, **{low: low for low in lows}}
     by: dict[tuple[Any, str], Evaluation] = {(e.trial.architecture, e.trial.fidelity.name): e for e in answers}

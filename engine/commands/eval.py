@@ -46,8 +46,8 @@ def with_defaults(arguments: list[str]) -> list[str]:
     """The settings of RUN, if it comes first, before the flags that change them."""
     if not arguments or arguments[0].startswith("-"):
         return arguments
-    from engine.runs import open_run
-    from engine.single import data_of
+    from engine.search.runs import open_run
+    from engine.search.single import data_of
 
     found = open_run(arguments[0])
     # Another data set is brought to the size of the run's.
@@ -56,9 +56,9 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.progress import Display
-    from engine.runs import open_run
-    from engine.single import chosen, data_of, score
+    from engine.search.progress import Display
+    from engine.search.runs import open_run
+    from engine.search.single import chosen, data_of, score
 
     study = dataclasses.replace(Study(), **{name: values[name] for name in USED})
     if values.run:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.commands.flags import add_run_argument, command_parser
 
 if TYPE_CHECKING:
-    from engine.hindsight import Hindsight, Opinion
+    from engine.search.hindsight import Hindsight, Opinion
     from engine.trial import Architecture, Evaluation
 
 
@@ -30,8 +30,8 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
-    from engine.hindsight import look_back
-    from engine.runs import open_run, with_answers
+    from engine.search.hindsight import look_back
+    from engine.search.runs import open_run, with_answers
     from engine.trial import Architecture
 
     past = look_back(with_answers(open_run(values.run)))
@@ -44,7 +44,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     """All that is known of an architecture, as plain values."""
-    from engine.runs import row
+    from engine.search.runs import row
 
     run, plan = past.run, past.run.plan
     scores = [e for e in run.answers if e.trial.architecture == architecture]

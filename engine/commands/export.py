@@ -31,9 +31,9 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.progress import Display
-    from engine.runs import open_run
-    from engine.single import chosen, export
+    from engine.search.progress import Display
+    from engine.search.runs import open_run
+    from engine.search.single import chosen, export
 
     found = open_run(values.run)
     evaluation = chosen(found, values.arch)

@@ -20,7 +20,7 @@ HELP = {
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    from engine.policies.pilot import Pilot
+    from engine.search.policies.pilot import Pilot
 
     made = command_parser(
         "Judge some architectures in full and at several low fidelities, and recommend one of these for a search. "
@@ -47,9 +47,9 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.pilot import study_fidelities, usual_lows
-    from engine.policies.pilot import Pilot
-    from engine.progress import Display
+    from engine.search.pilot import study_fidelities, usual_lows
+    from engine.search.policies.pilot import Pilot
+    from engine.search.progress import Display
     from engine.trial import Fidelity
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)

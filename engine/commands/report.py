@@ -21,6 +21,6 @@ def parser() -> ArgumentParser:
 
 def run(values: Namespace) -> dict[str, Any]:
     from engine.report.write import write
-    from engine.runs import open_run, with_answers
+    from engine.search.runs import open_run, with_answers
 
     return write(with_answers(open_run(values.run)))

@@ -40,10 +40,10 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.pilot import study_first
-    from engine.plan import plan_search
-    from engine.progress import Display
-    from engine.search import search
+    from engine.search.pilot import study_first
+    from engine.search.plan import plan_search
+    from engine.search.progress import Display
+    from engine.search.search import search
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
     with Display(values.progress) as show:

@@ -122,11 +122,11 @@ def sample_text(found: dict[str, Any]) -> str:
 
 
 def checked(values: Namespace) -> dict[str, Any]:
-    """What `engine.spacecheck.run_check` found, on one worker."""
-    from engine.single import worker
+    """What `engine.training.spacecheck.run_check` found, on one worker."""
+    from engine.search.single import worker
 
     task = {name: values[name] for name in ("space", "classes", "resolution", "teacher", "seed")}
-    with worker(Resources(device="cpu", workers=1), None, "engine.spacecheck") as (fleet, _):
+    with worker(Resources(device="cpu", workers=1), None, "engine.training.spacecheck") as (fleet, _):
         found: dict[str, Any] = fleet.submit("run_check", task).result()
     return found
 

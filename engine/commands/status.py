@@ -16,7 +16,7 @@ from engine.commands.flags import add_run_argument, command_parser
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from engine.runs import Run
+    from engine.search.runs import Run
 
 EVERY_S = 2.0
 
@@ -34,7 +34,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
     from rich.console import Console
     from rich.live import Live
 
-    from engine.runs import open_run
+    from engine.search.runs import open_run
     from engine.trial import UsageError
 
     if values.json and values.watch:
@@ -57,7 +57,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values: state (running, finished, stopped: no search runs on this machine),
     evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
-    from engine.runs import failed
+    from engine.search.runs import failed
 
     path = run.folder / "journal.jsonl"
     best, plan = run.best, run.plan

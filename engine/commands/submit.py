@@ -59,8 +59,8 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.search import checked
-    from engine.submit import Job, render
+    from engine.fleet.submit import Job, render
+    from engine.search.search import checked
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
     checked(study, budget, resources)

@@ -13,7 +13,7 @@ from engine.config import Resources, Study
 from engine.trial import Fidelity, UsageError, weights_path
 
 if TYPE_CHECKING:
-    from engine.runs import Run
+    from engine.search.runs import Run
 
 EXAMPLES = """\
 photos --epochs 300 --out runs/photos-long                 the winner of runs/photos, from scratch, for longer
@@ -52,7 +52,7 @@ def with_defaults(arguments: list[str]) -> list[str]:
     """The settings of RUN, if it comes first, before the flags that change them."""
     if not arguments or arguments[0].startswith("-"):
         return arguments
-    from engine.runs import open_run
+    from engine.search.runs import open_run
 
     found = open_run(arguments[0])
     study = found.study
@@ -66,9 +66,9 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.progress import Display
-    from engine.runs import open_run
-    from engine.single import chosen, train
+    from engine.search.progress import Display
+    from engine.search.runs import open_run
+    from engine.search.single import chosen, train
 
     found = open_run(values.run) if values.run else None
     base = found.study if found else Study()
@@ -84,7 +84,7 @@ def run(values: Namespace) -> dict[str, Any]:
 
 
 def _weights(asked: str | None, found: Run | None, architecture: str) -> str:
-    from engine.single import chosen
+    from engine.search.single import chosen
 
     if not asked:
         return ""

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.commands.flags import add_run_argument, command_parser
 
 if TYPE_CHECKING:
-    from engine.runs import Run
+    from engine.search.runs import Run
 
 SHOWN = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params", "seconds", "worker")
 
@@ -32,7 +32,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
-    from engine.runs import as_csv, open_run
+    from engine.search.runs import as_csv, open_run
 
     opened = open_run(values.run)
     rows = chosen(opened, values)
@@ -47,7 +47,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
     """The rows that the flags ask for, in their order."""
-    from engine.runs import row, row_of_trial
+    from engine.search.runs import row, row_of_trial
 
     rows = [row(e) for e in run.answers] + [row_of_trial(t) for t in run.pending]
     rows = [
@@ -68,7 +68,7 @@ def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
 
 def _has_status(status: str, wanted: str) -> bool:
-    from engine.runs import failed
+    from engine.search.runs import failed
 
     return wanted in ("all", status) or (wanted == "failed" and failed(status))
 

@@ -24,7 +24,7 @@ from engine.report.chart import (
     points,
     time_unit,
 )
-from engine.runs import PHASES, Run
+from engine.search.runs import PHASES, Run
 from engine.trial import Architecture, Evaluation, Fidelity
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 

@@ -15,7 +15,7 @@ from engine import config
 from engine.report.chart import Chart, Json
 from engine.report.charts import means
 from engine.report.drawing import draw
-from engine.runs import Run, failed
+from engine.search.runs import Run, failed
 from engine.space import load_space
 from engine.trial import Evaluation
 

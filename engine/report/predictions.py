@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.hindsight import Hindsight, Opinion
 from engine.report.chart import FEW, FULL, RULE, SOFT, Chart, axis, coloured_by, line, percent, points
 from engine.report.charts import means
-from engine.runs import Run
+from engine.search.hindsight import Hindsight, Opinion
+from engine.search.runs import Run
 from engine.trial import Architecture
 from surrogate.quality import coverage, kendall_tau
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.report.chart import FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, time_unit
-from engine.runs import Run, failed
+from engine.search.runs import Run, failed
 from engine.trial import Evaluation
 
 # Where no worker was busy for longer, the search was not running: the axis leaves such a pause out.

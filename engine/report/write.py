@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from engine import config
-from engine.hindsight import look_back
 from engine.report import charts, predictions
 from engine.report.chart import Chart, Json
 from engine.report.page import page
 from engine.report.timeline import timeline
-from engine.runs import Run, as_csv, row
+from engine.search.hindsight import look_back
+from engine.search.runs import Run, as_csv, row
 from engine.trial import EnvironmentUnusable
 
 

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.commands import search
 from engine.commands.flags import gather
 from engine.config import Resources
-from engine.devices import layout
-from engine.fleet import open_fleet
+from engine.fleet.devices import layout
+from engine.fleet.fleet import open_fleet
 
 
 def main(folder: Path, flags: list[str]) -> None:

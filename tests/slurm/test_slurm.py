@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine import journal
+from engine.search import journal
 from engine.trial import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_a_job_of_two_nodes_that_is_warned_and_preempted_comes_to_the_same_end(
     printed = run_dir / f"slurm-{job}.out"
     slurm.until(lambda: len(answers(run_dir)) >= 3, "three answers", 480)
     # Slurm looks at the time twice a minute; the search shall not be over by then.
-    workers = [task for task in slurm.tasks() if "engine.worker" in task.cmdline()]
+    workers = [task for task in slurm.tasks() if "engine.fleet.worker" in task.cmdline()]
     for worker in workers:
         worker.suspend()
     hours, minutes, seconds = map(int, slurm.job(job)["RunTime"].split(":"))

@@ -1,0 +1,1 @@
+"""From what `--data` names to batches: arrays and folders, subsets, augmentation, loaders."""

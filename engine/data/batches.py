@@ -1,0 +1,80 @@
+"""What a loader hands out, and the plan that every backend follows: which images make up which step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.data import augment
+from engine.data.parts import Data, Part
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (N, 3, R, R), normalised, in channels_last memory: float32 on the CPU, float16 on CUDA.
+
+    `labels` (N,) int64; `indices` (N,) int64, places in the Part. Read only: the synthetic backend hands out one
+    buffer again and again.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of `train_batches` or `eval_batches`: `len()` in steps, iterated as often as wanted.
+
+    Step s of an iteration is step s % steps_per_epoch of epoch first_epoch + s // steps_per_epoch.
+    """
+
+    part: Part
+    data: Data
+    batch_size: int
+    resolution: int
+    device: torch.device
+    source: Callable[[Batches], Iterator[Batch]]
+    threads: int = 1
+    indices: NDArray[np.int64] | None = None  # None: every image in order, as it is
+    seed: int = 0
+    first_epoch: int = 0
+    epochs: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.indices is None:
+            return -(-len(self.part) // self.batch_size)
+        return len(self.indices) // self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * (self.epochs - self.first_epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.source(self)
+
+    def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """The epoch of a step, counted from `first_epoch`, and the places in the Part of its images (N,)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        which = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        if self.indices is None:
+            return 0, np.arange(len(self.part))[which]
+        epoch += self.first_epoch
+        return epoch, self.indices[augment.permutation(self.seed, epoch, len(self.indices))[which]]
+
+
+def to_batch(images: Tensor, part: Part, rows: NDArray[np.int64]) -> Batch:
+    """HWC images to a Batch, without a copy: a permuted view of HWC memory is channels_last."""
+    device = images.device
+    labels = torch.from_numpy(part.labels[rows]).to(device, non_blocking=True)
+    return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows).to(device, non_blocking=True))
+
+
+def image_dtype(device: torch.device) -> torch.dtype:
+    """What `Batch.images` are on `device`."""
+    return torch.float16 if device.type == "cuda" else torch.float32

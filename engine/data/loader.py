@@ -1,0 +1,261 @@
+"""Batches of a Part as torch tensors: by DALI (imported only here), from memory on the device, or synthetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.data import augment
+from engine.data.batches import Batch, Batches, to_batch
+from engine.data.parts import Data, Part, steps_per_epoch
+from engine.data.resident import resident, synthetic
+from engine.trial import EngineError, EnvironmentUnusable, UsageError
+
+Backend = Literal["dali", "resident", "synthetic"]
+
+_PREFETCH = 2  # batches that DALI prepares ahead, its default
+_LISTED = 200_000  # paths handed to DALI's reader at a time: longer runs get a new list every few epochs
+
+
+def train_batches(
+    part: Part,
+    indices: NDArray[np.int64],
+    *,
+    data: Data,
+    batch_size: int,
+    epochs: int,
+    resolution: int,
+    seed: int,
+    device: str = "cpu",
+    backend: Backend = "dali",
+    first_epoch: int = 0,
+    threads: int = 1,
+) -> Batches:
+    """Augmented batches of the images `indices` of `part`, for the epochs `first_epoch` to `epochs` - 1.
+
+    Every epoch has its own order; what does not fill a batch is left out of it. Arrays get a crop from a black
+    border of an eighth of the side, files a random resized crop (engine/data/augment.py); both a mirror where
+    `data.flip` says so. Order and augmentation depend on `seed`, the epoch and the index alone, so a run that is
+    resumed, and every backend, sees the same images. `resolution` is in pixels; 0 means data.resolution.
+    Raises UsageError (fewer images than a batch; a backend that cannot), EnvironmentUnusable (no such device; when
+    iterated, no DALI, or a file that became unreadable).
+    """
+    steps_per_epoch(len(indices), batch_size)
+    return Batches(
+        part=part,
+        data=data,
+        batch_size=batch_size,
+        resolution=resolution or data.resolution,
+        device=_usable(device),
+        source=_source(backend, part),
+        threads=threads,
+        indices=np.asarray(indices, np.int64),
+        seed=seed,
+        first_epoch=first_epoch,
+        epochs=epochs,
+    )
+
+
+def eval_batches(
+    part: Part,
+    *,
+    data: Data,
+    batch_size: int,
+    resolution: int,
+    device: str = "cpu",
+    backend: Backend = "dali",
+    threads: int = 1,
+) -> Batches:
+    """Each image of `part` once, in order, the last batch short; arrays whole, files by their centre.
+
+    The shorter side of a file's image becomes about 8/7 of `resolution` (256 for 224), of which the centre is taken.
+    Raises as `train_batches` does.
+    """
+    return Batches(
+        part=part,
+        data=data,
+        batch_size=batch_size,
+        resolution=resolution or data.resolution,
+        device=_usable(device),
+        source=_source(backend, part),
+        threads=threads,
+    )
+
+
+def _source(backend: str, part: Part) -> Callable[[Batches], Iterator[Batch]]:
+    sources = {"dali": _dali, "resident": resident, "synthetic": synthetic}
+    if backend not in sources:
+        raise UsageError(f"data backend '{backend}': choose one of {', '.join(sources)}")
+    if backend == "resident" and part.images is None:
+        raise UsageError("the data backend resident keeps arrays on the device; image files need the backend dali")
+    return sources[backend]
+
+
+def _usable(device: str) -> torch.device:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentUnusable(f"device {device}: no CUDA device is visible; use --device cpu")
+    return torch.device(device)
+
+
+def _dali(batches: Batches) -> Iterator[Batch]:
+    if batches.part.images is not None:
+        return _run(batches, _array_pipeline(batches), range(len(batches)))
+    return _file_batches(batches)
+
+
+def _file_batches(batches: Batches) -> Iterator[Batch]:
+    """A pipeline every few epochs: its reader takes the paths of all of its steps as one list."""
+    per_epoch = batches.steps_per_epoch
+    steps = per_epoch * max(1, _LISTED // (per_epoch * batches.batch_size))
+    for first in range(0, len(batches), steps):
+        part = range(first, min(first + steps, len(batches)))
+        yield from _run(batches, _file_pipeline(batches, part), part)
+
+
+def _run(batches: Batches, pipeline: Any, steps: range) -> Iterator[Batch]:
+    """The outputs (images, rows) of `pipeline`, one per step, as Batches that share DALI's memory."""
+    stream = torch.cuda.current_stream(batches.device) if batches.device.type == "cuda" else None
+    for step in steps:
+        _, expected = batches.at(step)
+        try:
+            images, rows = pipeline.run(stream)
+        except RuntimeError as error:  # after one, a pipeline is dead
+            raise _explained(batches, step, error) from error
+        # A copy of the numbers alone: the pixels stay where DALI put them, and DALI does not write there again.
+        places = np.array(rows.as_array()).reshape(-1)[: len(expected)].astype(np.int64)
+        yield to_batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.part, places)
+
+
+def _explained(batches: Batches, step: int, error: RuntimeError) -> EngineError:
+    """DALI's error, with the names of the files that it could not read: its own text often has none."""
+    from engine.data.folder import unreadable
+
+    if batches.part.files is not None:
+        ahead = range(step, min(step + _PREFETCH + 1, len(batches)))
+        rows = np.unique(np.concatenate([batches.at(s)[1] for s in ahead]))
+        bad = unreadable([batches.part.files[row] for row in rows])
+        if bad:
+            return EnvironmentUnusable("images became unreadable since they were checked:\n  " + "\n  ".join(bad))
+    return EnvironmentUnusable(f"DALI stopped: {error}")
+
+
+def _array_pipeline(batches: Batches) -> Any:
+    """Arrays through external_source, with the place of each one's crop and its mirror beside it."""
+    fn, _ = _import_dali()
+    part, training, seed = batches.part, batches.indices is not None, batches.seed
+    assert part.images is not None
+    stored, side = part.images, part.images.shape[1]
+    pad = side // 8
+
+    def source(info: Any) -> tuple[NDArray[Any], ...]:
+        if info.iteration >= len(batches):
+            raise StopIteration
+        epoch, rows = batches.at(info.iteration)
+        if not training:
+            return stored[rows], rows
+        start, mirror = augment.crop_and_flip(seed, epoch, rows, pad, batches.data.flip)
+        return stored[rows], rows, start - pad, mirror
+
+    def graph() -> tuple[Any, Any]:
+        outputs = 4 if training else 2
+        layouts = ["HWC", "", "", ""][:outputs]
+        inputs = fn.external_source(source=source, num_outputs=outputs, batch_info=True, layout=layouts)
+        images, mirror = inputs[0], 0
+        if batches.device.type == "cuda":
+            images = images.gpu()
+        if training:
+            start, mirror = inputs[2:]
+            # The border is black, and is there before the mean is taken off: torchvision's RandomCrop.
+            images = fn.slice(
+                images, start=start, shape=[side, side], axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+            )
+        if side != batches.resolution:
+            images = fn.resize(images, size=[batches.resolution] * 2, antialias=True)
+        return _normalised(batches, images, mirror), inputs[1]
+
+    return _built(batches, graph)
+
+
+def _file_pipeline(batches: Batches, steps: range) -> Any:
+    """Files through readers.file on the list of the `steps`; its labels carry places in the Part."""
+    fn, types = _import_dali()
+    part, training, side = batches.part, batches.indices is not None, batches.resolution
+    assert part.files is not None
+    rows = np.concatenate([batches.at(step)[1] for step in steps])
+    paths = [part.files[row] for row in rows]
+
+    def source(info: Any) -> tuple[NDArray[Any], ...]:
+        if info.iteration >= len(steps):
+            raise StopIteration
+        return augment.resized_crop(batches.seed, *batches.at(steps[info.iteration]), batches.data.flip)
+
+    def graph() -> tuple[Any, Any]:
+        encoded, places = fn.readers.file(files=paths, labels=rows.tolist(), pad_last_batch=True)
+        images = fn.decoders.image(
+            encoded, device="mixed" if batches.device.type == "cuda" else "cpu", output_type=types.RGB
+        )
+        if not training:
+            # 256 for 224; an even number of pixels more, so that the centre is the centre.
+            images = fn.resize(images, resize_shorter=side + 2 * round(side / 14), antialias=True)
+            return _normalised(batches, images, 0), places
+        box, mirror = fn.external_source(source=source, num_outputs=2, batch_info=True)
+        start, end = _roi(fn.peek_image_shape(encoded), box)
+        images = fn.resize(images, size=[side, side], roi_start=start, roi_end=end, antialias=True)
+        return _normalised(batches, images, mirror), places
+
+    return _built(batches, graph)
+
+
+def _roi(shape: Any, box: Any) -> tuple[Any, Any]:
+    """Corners (y, x) in pixels of the crop `box` (augment.resized_crop) in an image of `shape` (H, W, C)."""
+    from nvidia.dali import fn, math
+
+    height, width = shape[0], shape[1]
+    tall = math.min(math.sqrt(box[0] * height * width / box[1]), height)
+    wide = math.min(math.sqrt(box[0] * height * width * box[1]), width)
+    start = fn.stack(box[2] * (height - tall), box[3] * (width - wide))
+    return start, start + fn.stack(tall, wide)
+
+
+def _normalised(batches: Batches, images: Any, mirror: Any) -> Any:
+    """The centre of `images`, mirrored where asked, normalised, height-width-channel."""
+    fn, types = _import_dali()
+    return fn.crop_mirror_normalize(
+        images,
+        crop=(batches.resolution, batches.resolution),
+        mirror=mirror,
+        mean=[255 * m for m in batches.data.mean],
+        std=[255 * s for s in batches.data.std],
+        dtype=types.FLOAT16 if batches.device.type == "cuda" else types.FLOAT,
+        output_layout="HWC",
+    )
+
+
+def _built(batches: Batches, graph: Callable[[], tuple[Any, Any]]) -> Any:
+    from nvidia.dali import pipeline_def
+
+    pipeline = pipeline_def(graph)(
+        batch_size=batches.batch_size,
+        num_threads=batches.threads,
+        device_id=(batches.device.index or 0) if batches.device.type == "cuda" else None,
+        prefetch_queue_depth=_PREFETCH,
+        exec_dynamic=True,  # the executor that never writes to an output again: batches need no copy
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _import_dali() -> tuple[Any, Any]:
+    """(nvidia.dali.fn, nvidia.dali.types)."""
+    try:
+        from nvidia.dali import fn, types
+    except ImportError as error:
+        raise EnvironmentUnusable(
+            f"DALI cannot be imported ({error}); install it with 'pip install nvidia-dali-cuda130', "
+            "or choose the data backend resident"
+        ) from error
+    return fn, types

@@ -1,0 +1,56 @@
+"""The backends without DALI: images that stay on the device as bytes, and noise in place of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.data import augment
+from engine.data.batches import Batch, Batches, image_dtype, to_batch
+
+
+def synthetic(batches: Batches) -> Iterator[Batch]:
+    """Noise in place of images, made once: what is left of a step's time is the network's."""
+    shape = (batches.batch_size, batches.resolution, batches.resolution, 3)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(batches.seed))
+    noise = noise.to(batches.device, image_dtype(batches.device))
+    for step in range(len(batches)):
+        _, rows = batches.at(step)
+        yield to_batch(noise[: len(rows)], batches.part, rows)
+
+
+def resident(batches: Batches) -> Iterator[Batch]:
+    """The images as bytes on the device, cropped and mirrored by one gather per batch."""
+    part, device = batches.part, batches.device
+    assert part.images is not None
+    kept = np.arange(len(part)) if batches.indices is None else batches.indices
+    slot = np.zeros(len(part), np.int64)
+    slot[kept] = np.arange(len(kept))
+    images = torch.from_numpy(part.images[kept]).to(device)
+    side = images.shape[1]
+    pad = 0 if batches.indices is None else side // 8
+    images = F.pad(images, (0, 0, pad, pad, pad, pad))
+    mean, std = (torch.tensor(s, device=device) * 255 for s in (batches.data.mean, batches.data.std))
+    across = np.arange(side)
+    for step in range(len(batches)):
+        epoch, rows = batches.at(step)
+        start, mirror = augment.crop_and_flip(batches.seed, epoch, rows, pad, pad > 0 and batches.data.flip)
+        y = start[:, :1] + across
+        x = start[:, 1:] + np.where(mirror[:, None], across[::-1], across)
+        at = (slot[rows][:, None, None], y[:, :, None], x[:, None, :])
+        pixels = images[tuple(torch.from_numpy(i).to(device, non_blocking=True) for i in at)].float()
+        pixels = _resized(pixels, batches.resolution).sub_(mean).div_(std)
+        yield to_batch(pixels.to(image_dtype(device)), part, rows)
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    """(N, H, H, 3) to (N, side, side, 3), as DALI does it: linear, with antialiasing."""
+    if pixels.shape[1] == side:
+        return pixels
+    planes = pixels.permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return planes.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,1 @@
+"""A trained architecture as files that need nothing of ours."""

@@ -1,0 +1,105 @@
+"""The model card of an exported architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Json = dict[str, Any]
+
+WITH_MODEL_PY = """
+```python
+import torch
+from model import load, preprocess
+
+model = load()
+pixels = torch.randint(0, 256, (1, 3, {resolution}, {resolution}))  # RGB
+print(model(preprocess(pixels)).softmax(1))
+```
+"""
+
+WITH_ONNX = """
+```python
+import json
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("model.onnx")
+facts = {{k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}}
+image = Image.open("image.png").convert("RGB").resize(({resolution}, {resolution}))
+pixels = (np.asarray(image, np.float32) / 255 - np.float32(facts["mean"])) / np.float32(facts["std"])
+(logits,) = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}})
+print(facts["classes"][logits[0].argmax()])
+```
+"""
+
+FILES = {
+    "weights.safetensors": "parameters and buffers",
+    "model.py": "the network as readable code; needs torch alone",
+    "model.onnx": "ONNX, any batch size; input `images`, output `logits`; classes and normalisation in its metadata",
+    "model.pt2": "`torch.export.load(\"model.pt2\").module()`, any batch size",
+}
+
+
+def model_card(report: Json, task: Json) -> str:
+    """Markdown: what the network is, what it was trained on and how, how good and fast it is, and how to use it.
+
+    `report` is that of forms.write_forms, `task` that of run_export; task["card"] holds what the run knows.
+    """
+    facts, resolution, classes = task["card"], task["resolution"], task["classes"]
+    missing = {"model.py"} if report["no_model_py"] else set()
+    rows = [
+        ("architecture", f"`{report['architecture']}` of the space `{task['space']}`"),
+        ("input", f"(N, 3, {resolution}, {resolution}), RGB, normalised as below"),
+        ("output", f"logits (N, {len(classes)}), one per class"),
+        ("accuracy, validation part", _percent(facts["valid_accuracy"])),
+        ("accuracy, test part", _percent(facts["test_accuracy"])),
+        ("multiply-accumulates", f"{report['macs']:,}"),
+        ("parameters", f"{report['params']:,}"),
+        ("data", f"`{facts['data']}`: {facts['images']['train']:,} images trained on, {len(classes)} classes"),
+        ("training", facts["training"]),
+        ("teacher", facts["taught"]),
+    ]
+    latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
+    forms = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
+    checked = ", ".join(f"`{name}` {value:.1e}" for name, value in report["differences"].items())
+    return "\n".join(
+        [
+            f"# {facts['title']}\n",
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "\n## Files\n",
+            *forms,
+            *([f"- no `model.py`: {report['no_model_py']}"] if missing else []),
+            f"\nLargest difference of a logit from the checkpoint, float32, batches of 1 and 3: {checked}.",
+            "\n## Input\n",
+            "Pixels in 0..1, minus the mean, divided by the standard deviation, for each channel:\n",
+            f"- mean {', '.join(f'{value:.6g}' for value in task['mean'])}",
+            f"- std {', '.join(f'{value:.6g}' for value in task['std'])}",
+            f"\n{facts['cropping']}",
+            *(["\n## With model.py", WITH_MODEL_PY.format(resolution=resolution)] if not missing else []),
+            "\n## With onnxruntime",
+            WITH_ONNX.format(resolution=resolution),
+            "## Latency here\n",
+            f"Milliseconds of a forward pass in float32 on {facts['machine']}; the least of three medians of ten.\n",
+            "| form | ms |",
+            "| --- | --- |",
+            *latency,
+            "\n## Classes\n",
+            ", ".join(classes),
+            "\n## Provenance\n",
+            f"- run: `{facts['run']}`",
+            f"- its command: `{facts['command']}`",
+            f"- trained with: {_named(facts['trained_with'])}, on {facts['trained_on']}",
+            f"- exported with: {_named(facts['versions'])}\n",
+        ]
+    )
+
+
+def _named(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def _percent(accuracy: float | None) -> str:
+    return f"{100 * accuracy:.2f} %" if accuracy is not None else "not measured"

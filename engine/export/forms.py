@@ -1,0 +1,279 @@
+"""A trained architecture as files that need nothing of ours: weights, model.py, ONNX, torch.export, a model card."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.export.card import model_card
+from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
+from engine.networks import count_cost
+from engine.space import SearchSpace, load_space
+from engine.training import teacher as teachers
+from engine.training.evaluate import device_name
+from engine.training.latency import least_median, measure
+from engine.training.weights import load_weights, save_weights
+from engine.trial import Architecture, EngineError, EnvironmentUnusable, UsageError, trial_from_json, weights_path
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+Json = dict[str, Any]
+Forward = Callable[[Tensor], Tensor]
+
+TOLERANCE = 1e-4  # largest difference of a logit, float32
+CHECKED_BATCHES = (1, 3)
+LATENCY_BATCHES = (1, 64)
+
+# The part of model.py that is the same for every network; with the lines of `_constants` above it.
+LOADER = '''
+
+class Model(nn.Module):
+    """Images (N, 3, RESOLUTION, RESOLUTION) from `preprocess` to logits (N, len(CLASSES))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = {call}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[0]
+
+
+def load(path: str | Path = Path(__file__).with_name("weights.safetensors")) -> Model:
+    """The trained model in evaluation mode; `.train()` trains it further."""
+    model = Model()
+    model.network.load_state_dict(read_safetensors(path))
+    return model.eval()
+
+
+def preprocess(pixels: Tensor) -> Tensor:
+    """Pixels (N, 3, RESOLUTION, RESOLUTION), RGB, 0 to 255, as the images that the model was trained on."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (pixels / 255 - mean) / std
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: the length of a JSON header, the header, the bytes."""
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    weights = {{}}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            first, end = (start + offset for offset in entry["data_offsets"])
+            dtypes = {{"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "BOOL": torch.bool}}
+            values = torch.frombuffer(bytearray(content[first:end]), dtype=dtypes[entry["dtype"]])
+            weights[name] = values.view(entry["shape"])
+    return weights
+'''
+
+
+class Logits(nn.Module):
+    """A network of a space without its features: images (N, 3, R, R) to logits (N, classes)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)[0]
+        return logits
+
+
+def run_export(task: Json) -> Json:
+    """Writes the weights of `task["trial"]` in every form into the folder `task["out"]`, and checks each.
+
+    `task` holds the space, classes, resolution, mean and std beside it, the run's teacher, and `card`, what the run
+    knows for the model card. The folder is written aside and replaces an older one. Returns what the command prints.
+    Raises UsageError where there are no weights or torch cannot export the network, EngineError where a form gives
+    other logits.
+    """
+    torch.set_num_threads(1)
+    trial, out = trial_from_json(task["trial"]), Path(task["out"])
+    stored = weights_path(Path(task["run_dir"]), trial)
+    space = load_space(task["space"])
+    network = space.build(trial.architecture.choices, len(task["classes"]), trial.fidelity.width)
+    load_weights(stored, network)
+    aside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        report = write_forms(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, aside)
+        (aside / "README.md").write_text(model_card(report, {**task, "card": {**task["card"], **_provenance(task)}}))
+        shutil.rmtree(out, ignore_errors=True)
+        aside.replace(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {**report, "folder": str(out)}
+
+
+def write_forms(
+    model: Logits, space: SearchSpace, architecture: Architecture, width: float, task: Json, folder: Path
+) -> Json:
+    """Writes and checks every form of a model; returns costs, latencies, the difference of each form, and why there is
+    no model.py where there is none."""
+    save_weights(
+        folder / "weights.safetensors", model.network, {"space": space.name, "architecture": str(architecture)}
+    )
+    forms: dict[str, Forward] = {}
+    why = ""
+    try:
+        (folder / "model.py").write_text(standalone(space, architecture, width, task))
+        forms["model.py"] = _import(folder / "model.py").load()
+    except Exception as error:  # a user's file may hold anything
+        (folder / "model.py").unlink(missing_ok=True)
+        why = str(error) if isinstance(error, NotSelfContained) else f"{type(error).__name__}: {error}"
+    program = exported(model, task["resolution"])
+    torch.export.save(program, folder / "model.pt2")
+    forms["model.pt2"] = torch.export.load(folder / "model.pt2").module()
+    session = to_onnx(program, task, folder / "model.onnx")
+    forms["model.onnx"] = lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    differences = {name: difference(model, form, task["resolution"]) for name, form in forms.items()}
+    for name, found in differences.items():
+        if not found <= TOLERANCE:
+            raise EngineError(
+                f"{name} differs from the checkpoint of {architecture} by {found:.1e} in a logit, more than "
+                f"{TOLERANCE:.0e}; nothing was written"
+            )
+    macs, params = count_cost(model.network, task["resolution"])
+    return {
+        "architecture": str(architecture),
+        "macs": macs,
+        "params": params,
+        "differences": differences,
+        "no_model_py": why,
+        "latency_ms": latencies(model, session, task["resolution"], torch.device(task["device"])),
+        "device": device_name(torch.device(task["device"])),
+    }
+
+
+def standalone(space: SearchSpace, architecture: Architecture, width: float, task: Json) -> str:
+    """The text of model.py: what the space's `build` needs, its call, and a reader of the weights.
+
+    Raises NotSelfContained where `build` needs more than torch.
+    """
+    build, first = call_of(space.build)
+    closure = closure_of(build)
+    ours = {
+        Imported("json", "", "json"),
+        Imported("pathlib", "Path", "Path"),
+        Imported("torch", "", "torch"),
+        Imported("torch", "Tensor", "Tensor"),
+        Imported("torch", "nn", "nn"),
+    }
+    constants = {"ARCHITECTURE", "CLASSES", "RESOLUTION", "MEAN", "STD"}
+    closure.add_imports(ours, constants | {"Model", "load", "preprocess", "read_safetensors"})
+    head = f'"""{space.name}, architecture {architecture}: `load()` gives the trained model. Needs torch alone."""'
+    imports = ["from __future__ import annotations", "", *closure.import_lines()]
+    call = f"{build.__name__}({first}ARCHITECTURE, len(CLASSES), {width})"
+    lines = [head, "", *imports, "", *_constants(architecture, task), "", "", closure.text()]
+    return "\n".join(lines) + "\n" + LOADER.format(call=call)
+
+
+def _constants(architecture: Architecture, task: Json) -> list[str]:
+    return [
+        f"ARCHITECTURE = {architecture.choices}",
+        f"CLASSES = {json.dumps(task['classes'], ensure_ascii=False)}",
+        f"RESOLUTION = {task['resolution']}  # pixels",
+        "# Of each channel of the training images, their pixels in 0..1.",
+        f"MEAN, STD = {tuple(task['mean'])}, {tuple(task['std'])}",
+    ]
+
+
+def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
+    """The model traced by torch.export for any number of images; UsageError where torch cannot."""
+    example = (torch.zeros(2, 3, resolution, resolution),)
+    try:
+        return torch.export.export(model, example, dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    except Exception as error:
+        raise UsageError(
+            f"torch.export cannot trace this network ({str(error).splitlines()[0]}); write its forward without "
+            "branches on values and without a fixed batch size"
+        ) from error
+
+
+def to_onnx(program: torch.export.ExportedProgram, task: Json, path: Path) -> InferenceSession:
+    """Writes model.onnx, which takes "images" (batch, 3, R, R) and gives "logits"; returns it opened by onnxruntime.
+
+    Its metadata say the classes, resolution, mean and std, as JSON.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise EnvironmentUnusable(f"export needs {error.name}; install it: pip install 'mfkd[export]'") from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself
+        written = torch.onnx.export(
+            program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes={"images": {0: "batch"}}
+        )
+    assert written is not None
+    for key in ("classes", "resolution", "mean", "std"):
+        written.model.metadata_props[key] = json.dumps(task[key])
+    written.save(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def difference(model: nn.Module, form: Forward, resolution: int) -> float:
+    """The largest difference of a logit between two forms of a model on the CPU, over some batches of noise."""
+    generator = torch.Generator().manual_seed(0)
+    found = 0.0
+    with torch.no_grad():
+        for batch in CHECKED_BATCHES:
+            images = torch.randn(batch, 3, resolution, resolution, generator=generator)
+            found = max(found, float((model(images) - form(images)).abs().max()))
+    return found
+
+
+def latencies(model: nn.Module, session: InferenceSession, resolution: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds by form and batch: "torch, batch 1"; onnxruntime on one thread of the CPU."""
+    taken: dict[str, float] = {}
+    for batch in LATENCY_BATCHES:
+        images = torch.zeros(batch, 3, resolution, resolution).numpy()
+
+        def run() -> object:
+            return session.run(None, {"images": images})  # noqa: B023 (called before the next batch)
+
+        taken[f"torch, batch {batch}"] = measure(model, resolution, batch, device)
+        taken[f"onnxruntime, batch {batch}"] = least_median(run, torch.device("cpu"))
+    return {name: round(ms, 3) for name, ms in taken.items()}
+
+
+def _provenance(task: Json) -> Json:
+    """What only the machine that exports knows: itself, its versions, and the teacher's card."""
+    name, teacher = "a teacher whose file is gone", Path(task["teacher"])
+    if teacher.is_file():
+        card = teachers.read_card(teacher)
+        name = f"`{card.network}`, validation accuracy {100 * card.accuracy:.2f} %"
+    device = device_name(torch.device(task["device"]))
+    processor = next((li.split(":")[1].strip() for li in _cpuinfo() if li.startswith("model name")), platform.machine())
+    machine = f"one thread of {processor}" + ("" if device == "cpu" else f" (onnxruntime) and {device} (torch)")
+    versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")}
+    return {"taught": task["card"]["taught"].replace("TEACHER", name), "machine": machine, "versions": versions}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _import(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("exported_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,1 @@
+"""Where trials run: devices, worker processes, pools on machines and clusters, and being told to stop."""

@@ -1,0 +1,96 @@
+"""A search that begins with what a fidelity study has measured: its answers become the first ones of the journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from engine import config
+from engine.config import Study
+from engine.search import journal
+from engine.search.journal import Journal
+from engine.search.progress import Display
+from engine.trial import LOSS_WEIGHTS, Fidelity, Trial, UsageError
+
+# Settings of a study that decide what is proposed or how it is called, not what an evaluation comes to.
+FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "objectives", "only", "teacher"}
+FREE |= {"max_latency_ms", "latency_batch", *LOSS_WEIGHTS}
+
+
+def adopt(source: Path, study: Study, run_dir: Path, book: Journal, show: Display) -> None:
+    """Begins an empty journal with the study's successful answers at the search's two fidelities, and links the weights
+    of the full ones. They count towards the budget, since they are what the budget would have bought.
+
+    Raises UsageError where the study is missing or was made with other settings.
+    """
+    _check(source, study)
+    answers = [e for e in journal.read(source / "journal.jsonl").answers.values() if e.ok]
+    kept = [(e, own) for e in answers if (own := _same(e.trial.fidelity, study)) is not None]
+    mine = [
+        replace(e, trial=replace(e.trial, number=place, fidelity=own)) for place, (e, own) in enumerate(kept)
+    ]
+    record = journal.read(book.path)
+    if [e.trial for e in mine[: len(record.asked)]] != record.asked:
+        return  # the search has gone on from there: its journal is the truth
+    show.say(f"beginning with {len(mine)} evaluations of {source}")
+    for (theirs, _), evaluation in zip(kept, mine, strict=True):
+        trial = evaluation.trial
+        if trial.fidelity == study.high:
+            _link_weights(source, run_dir, theirs.trial, trial)
+        if trial.number >= len(record.asked):
+            book.ask([trial])
+        if trial.number not in record.answers:
+            book.answer(evaluation)
+
+
+def _same(fidelity: Fidelity, study: Study) -> Fidelity | None:
+    """The search's fidelity that judges as this one does, whatever it is called."""
+    if fidelity == study.high:
+        return study.high
+    taught = replace(study.low, weights=_weights(study, study.low))
+    return study.low if replace(fidelity, name=study.low.name, weights=_weights(study, fidelity)) == taught else None
+
+
+def _weights(study: Study, fidelity: Fidelity) -> tuple[tuple[str, float], ...]:
+    """All loss weights in force at a fidelity, its own or the study's."""
+    if fidelity.kd_loss == "none":
+        return ()
+    whole = config.for_fidelity(study, fidelity)
+    return tuple((name, float(getattr(whole, name))) for name in LOSS_WEIGHTS)
+
+
+def _check(source: Path, study: Study) -> None:
+    try:
+        stored = yaml.safe_load((source / "config.yaml").read_text())["study"]
+    except (OSError, KeyError, yaml.YAMLError) as error:
+        raise UsageError(f"--pilot {source} is no run folder of the fidelity command ({error})") from error
+    theirs, mine = {**config.to_dict(Study()), **stored}, config.to_dict(study)
+    free = FREE if study.high.kd_loss == "none" else FREE - {"teacher", *LOSS_WEIGHTS}
+    changed = [
+        f"{item.name}: {theirs[item.name]} there, {mine[item.name]} here"
+        for item in dataclasses.fields(Study)
+        if item.name not in free and theirs[item.name] != mine[item.name]
+    ]
+    if changed:
+        raise UsageError(f"--pilot {source} was measured with other settings ({'; '.join(changed)}); repeat them")
+
+
+def _link_weights(source: Path, run_dir: Path, theirs: Trial, mine: Trial) -> None:
+    """The weights of a full training, without a second copy on the disk where that can be."""
+    old, new = (
+        folder / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+        for folder, trial in ((source, theirs), (run_dir, mine))
+    )
+    new.parent.mkdir(parents=True, exist_ok=True)
+    aside = new.with_suffix(".tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(old, aside)
+    except OSError:
+        shutil.copyfile(old, aside)
+    aside.replace(new)

@@ -1,0 +1,182 @@
+"""The only truth of a run: an append-only JSONL file with one writer, synced per line."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from engine.trial import (
+    EnvironmentUnusable,
+    Evaluation,
+    Trial,
+    UsageError,
+    evaluation_from_json,
+    evaluation_to_json,
+    trial_from_json,
+    trial_to_json,
+)
+
+SCHEMA = 1
+
+
+@dataclass
+class History:
+    """What a policy sees: answers in the order in which they count, and the questions still open.
+
+    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/search.py).
+    """
+
+    answered: list[Evaluation] = field(default_factory=list)
+    pending: list[Trial] = field(default_factory=list)
+
+    @property
+    def asked(self) -> int:
+        return len(self.answered) + len(self.pending)
+
+    def seconds(self) -> float:
+        """Worker seconds that the answers took."""
+        return sum(evaluation.seconds for evaluation in self.answered)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a journal holds: every trial asked, by number, and the answers that came, by trial number, as they arrived;
+    `known[i]` of these were there when `asked[i]` was, and `seen[i]` had been shown to its policy (-1: not said)."""
+
+    asked: list[Trial]
+    answers: dict[int, Evaluation]
+    known: list[int]
+    seen: list[int]
+
+
+class Journal:
+    """Appends to a journal; holds its lock from `__enter__` to `__exit__`.
+
+    Two kinds of line: {"asked": trial, "seen": count} and {"answered": evaluation}; the first is {"journal": SCHEMA}.
+    A line cut short by a crash is the last one, and is removed at the next opening; a broken line elsewhere is
+    an error, since something other than this program wrote it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: FileIO | None = None
+        self._lock = threading.Lock()  # questions come from the loop, answers from the fleet's threads
+
+    def __enter__(self) -> Journal:
+        self._file = open(self.path, "a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UsageError(
+                f"another search is running in {self.path.parent}; wait for it, or choose another --run-dir"
+            ) from None
+        self._drop_torn_tail()
+        if self._file.seek(0, os.SEEK_END) == 0:
+            self._append({"journal": SCHEMA})
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def ask(self, trials: Iterable[Trial], seen: int = -1) -> None:
+        """Records questions, before they are put to a worker, and how many answers their policy had seen (-1: it was
+        not asked)."""
+        for trial in trials:
+            self._append({"asked": trial_to_json(trial), "seen": seen})
+
+    def answer(self, evaluation: Evaluation) -> None:
+        self._append({"answered": evaluation_to_json(evaluation)})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None, "the journal is not open"
+        line = memoryview(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        with self._lock:
+            before = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                # A full disk takes part of a line. Truncating needs no space; what it cannot undo is a torn tail.
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
+
+    def _drop_torn_tail(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            self._file.truncate(whole)
+            self._file.seek(whole)
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """What a line holds. `json.loads` looks for encodings and spaces that are not there, a third of its time."""
+    entry, end = _decode(line)
+    if end != len(line) - 1 or not isinstance(entry, dict):
+        raise ValueError("it is not one JSON object")
+    return entry
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Looking for garbage among millions of new objects, none of which is, would take a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_no_collection()
+def read(path: Path) -> Record:
+    """The content of a journal. A second answer to the same trial (of a worker thought lost) is passed over.
+
+    Raises EnvironmentUnusable naming the line where the file cannot be understood.
+    """
+    asked: list[Trial] = []
+    answers: dict[int, Evaluation] = {}
+    known: list[int] = []
+    seen: list[int] = []
+    if not path.exists():
+        return Record(asked, answers, known, seen)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break  # cut short by a crash; dropped when a search opens the journal
+            try:
+                entry = _entry(line.decode())
+                if "asked" in entry:
+                    asked.append(trial_from_json(entry["asked"]))
+                    known.append(len(answers))
+                    seen.append(entry.get("seen", -1))
+                elif "answered" in entry:
+                    evaluation = evaluation_from_json(entry["answered"])
+                    answers.setdefault(evaluation.trial.number, evaluation)
+                elif entry["journal"] != SCHEMA:
+                    raise UsageError(
+                        f"{path} has journal format {entry['journal']}, this version reads {SCHEMA}; "
+                        "use the version that wrote it, or another --run-dir"
+                    )
+            except (ValueError, KeyError, TypeError) as error:
+                raise EnvironmentUnusable(
+                    f"{path}, line {number}: not a line that this program wrote ({error}); restore the file from a copy"
+                ) from error
+    return Record(asked, answers, known, seen)

@@ -1,0 +1,113 @@
+"""A fidelity study on the user's data and space: what each cheap judgement is worth beyond MACs, and which to take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine import config
+from engine.config import Budget, Plan, Resources, Study
+from engine.fleet.fleet import Fleet
+from engine.search import findings, search
+from engine.search.journal import History
+from engine.search.policies.pilot import Pilot, measured, pilot
+from engine.search.policies.ranking import clearly_worse
+from engine.search.progress import Display
+from engine.trial import Fidelity, NoWinner, UsageError
+
+Json = dict[str, Any]
+
+
+def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
+    """What is compared unless it is said: with and without a teacher on a ninth of the data, and a cheaper one."""
+    ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
+    return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd+at@{less}")))
+
+
+def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Study:
+    """The configuration of a search that begins with a fidelity study of its own, made in RUN/pilot if it is not there.
+
+    Raises UsageError where the budget leaves nothing to search with.
+    """
+    folder = run_dir.absolute() / "pilot"
+    count = max(8, min(16, budget.max_high // 2))
+    if budget.max_high <= count:
+        raise UsageError(f"--low auto trains {count} architectures in full first: --max-high must be over {count}")
+    done = folder / "fidelity.json"
+    if not done.exists():
+        plan = Pilot(usual_lows(study.high), count)
+        study_fidelities(replace(study, pilot=""), plan, budget, resources, folder, show)
+    return recommended(study, Fidelity.parse(json.loads(done.read_text())["recommended"]), folder)
+
+
+def study_fidelities(
+    study: Study, plan: Pilot, budget: Budget, resources: Resources, run_dir: Path, show: Display
+) -> Json:
+    """Runs or continues a fidelity study in a run folder; returns what the command prints.
+
+    Writes evaluations.csv, fidelity.json, fidelity.png (where matplotlib is installed) and recommended.yaml.
+    """
+    _check(plan)
+    taught = [low for low in plan.lows if low.kd_loss != "none"]
+    study = replace(study, low=replace((taught or plan.lows)[0], name="low"))  # the one that calls for a teacher
+    counts = {"max_low": plan.architectures * plan.low_repeats, "max_high": plan.architectures * plan.repeats}
+    budget = replace(budget, target_accuracy=float("inf"), **counts)
+    asks = Plan(plan.lows, study.high, study.method, budget.max_low, budget.max_high, study.seed)
+
+    def end(ground: search.Ground, history: History, fleet: Fleet) -> Json:
+        return conclude(ground, plan, history, show)
+
+    return search.run(study, budget, resources, run_dir, show, asks, partial(pilot, study=plan), end)
+
+
+def _check(plan: Pilot) -> None:
+    for name, value, least in (
+        ("architectures", plan.architectures, 4),
+        ("repeats", plan.repeats, 1),
+        ("low-repeats", plan.low_repeats, 1),
+        ("lows", len(plan.lows), 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}")
+    if len(set(plan.lows)) < len(plan.lows):
+        raise UsageError("--lows names a fidelity twice")
+
+
+def conclude(ground: search.Ground, plan: Pilot, history: History, show: Display) -> Json:
+    """What the answers say, written to the run folder; raises NoWinner where they are too few to say anything."""
+    found = measured(ground.candidates, history, ground.plan, plan)
+    said = findings.summarise(found, clearly_worse(found) if plan.drop else set())
+    if said is None:
+        raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
+    run_dir = ground.run_dir
+    result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
+    for line in findings.table(result):
+        show.say(line)
+    config.write_whole(run_dir / "evaluations.csv", findings.evaluations_csv(history.answered))
+    best = next(low for low in plan.lows if low.name == result["recommended"])
+    config.write_whole(run_dir / "recommended.yaml", recommended_yaml(ground.study, best, run_dir, result["reason"]))
+    findings.draw(run_dir / "fidelity.png", result)
+    config.write_whole(run_dir / "fidelity.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def recommended(study: Study, low: Fidelity, run_dir: Path) -> Study:
+    """The study of a search with that low fidelity, which begins with the results of this run folder."""
+    weights: dict[str, Any] = dict(low.weights)
+    teacher = study.teacher
+    if teacher == "auto" and low.kd_loss != "none":
+        teacher = str(run_dir / "teacher" / "teacher.safetensors")
+    renamed = replace(low, name="low", weights=())
+    return replace(study, low=renamed, teacher=teacher, pilot=str(run_dir), **weights)
+
+
+def recommended_yaml(study: Study, low: Fidelity, run_dir: Path, reason: str) -> str:
+    """The flags of `search -c`: whatever differs from the defaults, and both fidelities."""
+    plain, wanted = config.to_dict(Study()), config.to_dict(recommended(study, low, run_dir))
+    kept = {key: value for key, value in wanted.items() if value != plain[key] or key in ("low", "high")}
+    return f"# {low.name}: {reason}.\n" + yaml.safe_dump(kept, sort_keys=False)

@@ -1,0 +1,256 @@
+"""Our method: cheap distilled scores teach a surrogate of the whole space, which says what to train in full."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from engine.config import Plan
+from engine.search.journal import History
+from engine.search.policies.estimate import PULL, Estimate, Use, estimate
+from engine.search.policies.known import Array, Rows, Same, Scores, ask, scores, unasked
+from engine.search.policies.recommend import noise_variance, posterior
+from engine.space import Candidates
+from engine.trial import Fidelity, Trial
+from surrogate.acquire import expected_hypervolume, expected_improvement, spread_out, value_of_looking
+
+# The first, spread batch of low-fidelity runs: worth so many full runs, within these bounds.
+FIRST_BATCH_COST = 1.2
+FIRST_BATCH = (8, 24)
+# Low-fidelity runs whose joint value is weighed against a full run's.
+LOOK = 8
+# Standard deviations above the mean.
+BETA = 0.25
+# Picks are made among so many candidates of highest upper bound; variances only shrink from there.
+SHORTLIST = 512
+# Full results after which every new one refits the surrogate only at multiples of REFIT.
+REFIT_ALWAYS, REFIT = 8, 4
+# Distinct full results before a repeat may be asked.
+BEFORE_REPEATS = 8
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The method's decisions; the defaults are the method, others are ablations of it, and the search for a front."""
+
+    use: Use = field(default_factory=Use)
+    beta: float = BETA
+    gate: bool = False
+    guided: bool = True
+    front: bool = False
+
+
+OURS = Rules()
+
+
+@dataclass(frozen=True)
+class State:
+    """One decision's view: the answers of each fidelity, how many trials of each the plan still allows."""
+
+    candidates: Candidates
+    history: History
+    plan: Plan
+    low: Fidelity
+    at_low: Scores
+    high: Scores
+    lows_left: int
+    highs_left: int
+
+    @property
+    def price(self) -> float:
+        """Cost of a low-fidelity run in full ones: measured once there are answers of both."""
+        if self.at_low.seconds > 0 and self.high.seconds > 0:
+            return self.at_low.seconds / self.high.seconds
+        return self.low.cost() / self.plan.high.cost()
+
+    @property
+    def scarce(self) -> bool:
+        """The plan has chosen many low-fidelity runs for few full ones: they are all made, before the full ones."""
+        return self.plan.max_low >= 4 * self.plan.max_high
+
+
+def mfkd(candidates: Candidates, history: History, plan: Plan, slots: int, rules: Rules = OURS) -> list[Trial]:
+    """A first low-fidelity batch spread over MACs; then, for every free slot, what is expected to bring most per
+    second: low-fidelity runs of the most promising candidates of the whole space, a full run of the best, or a repeat.
+    """
+    all_lows = [scores(candidates, history, low) for low in plan.lows]
+    high = scores(candidates, history, plan.high)
+    highs_left = min(plan.max_high - high.trials, len(candidates) - len(high.asked))
+    if highs_left <= 0:
+        return []
+    asked_low = sum(s.trials for s in all_lows)
+    state = State(
+        candidates, history, plan, plan.lows[0], all_lows[0], high, max(0, plan.max_low - asked_low), highs_left
+    )
+    first = _first_batch(state) if rules.use.low else 0
+    if asked_low < first:
+        rows = _spread(candidates, plan.seed, first)[asked_low : asked_low + slots]
+        return ask(candidates, history, plan, rows, plan.lows[0])
+    # Nothing is decided on a handful of scores while the rest of the batch is under way.
+    if len(all_lows[0].pending) > first // 3 and not high.trials:
+        return []
+    known = _fitted(candidates, tuple(map(_refit, all_lows)), _refit(high), plan.seed, rules.use)
+    useful = [i for i in range(len(plan.lows)) if i not in known.dropped]
+    if useful and useful[0] > 0:
+        state = replace(state, low=plan.lows[useful[0]], at_low=all_lows[useful[0]])
+    trials: list[Trial] = []
+    if useful and rules.use.low and rules.guided and known.levels and state.lows_left:
+        looks, wait = _looks(state, known, slots, rules)
+        trials = ask(candidates, history, plan, looks, state.low)
+        if looks or wait:
+            return trials
+    return _full(state, known, slots, rules)
+
+
+def _first_batch(state: State) -> int:
+    budget, n = state.plan.max_low, len(state.candidates)
+    if state.scarce:
+        return min(budget, n, max(FIRST_BATCH[0], budget // 2))
+    few, many = FIRST_BATCH
+    price = state.low.cost() / state.plan.high.cost()
+    return min(budget, n, max(few, min(many, round(FIRST_BATCH_COST / price))))
+
+
+def _spread(candidates: Candidates, seed: int, count: int) -> Rows:
+    """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, shuffled."""
+    rng = np.random.default_rng(abs(seed))
+    order = np.argsort(candidates.macs, kind="stable")
+    edges = np.linspace(0, len(order), count + 1).astype(np.int64)
+    picks = np.array([rng.integers(a, b) for a, b in itertools.pairwise(edges)])
+    return np.asarray(order[rng.permutation(picks)], dtype=np.int64)
+
+
+def _refit(all_scores: Scores) -> Scores:
+    """The scores that the surrogate is fitted to: later ones wait for the next refit, and count as pending."""
+    n = len(all_scores)
+    keep = n if n < REFIT_ALWAYS else n - n % REFIT
+    waiting = np.concatenate([all_scores.pending, all_scores.rows[keep:]])
+    return replace(
+        all_scores,
+        rows=all_scores.rows[:keep],
+        values=all_scores.values[:keep],
+        counts=all_scores.counts[:keep],
+        pending=waiting,
+    )
+
+
+def _fitted(candidates: Candidates, lows: tuple[Scores, ...], high: Scores, seed: int, use: Use) -> Estimate:
+    content = tuple((s.rows.tobytes(), s.values.tobytes(), s.counts.tobytes()) for s in (*lows, high))
+    return _estimate(Same(candidates), content, abs(seed), use)
+
+
+@lru_cache(maxsize=2)
+def _estimate(same: Same, content: tuple[tuple[bytes, bytes, bytes], ...], seed: int, use: Use) -> Estimate:
+    none = np.zeros(0, dtype=np.int64)
+    read = [
+        Scores(np.frombuffer(r, dtype=np.int64), np.frombuffer(v), np.frombuffer(c), none, none, {}, 0.0, 0)
+        for r, v, c in content
+    ]
+    return estimate(same.value, read[:-1], read[-1], seed, use)
+
+
+def _looks(state: State, known: Estimate, slots: int, rules: Rules) -> tuple[list[int], bool]:
+    """Rows for low-fidelity runs, and whether to wait for those under way before the next full run."""
+    level, slope = known.levels[0], max(known.slopes[0], 0.0)
+    at_low = _refit(state.at_low)
+    free = unasked(state.candidates, state.at_low.asked)
+    free[state.high.asked] = False
+    value = known.mean + rules.beta * np.sqrt(known.variance)
+    pending = at_low.pending
+    rows = np.concatenate([pending, _top(np.where(free, value, -np.inf))])
+    covariance = level.linear.joint(known.ground.macs[rows], known.ground.x[rows])
+    own = (1 - PULL) * level.noise
+    covariance[np.diag_indices_from(covariance)] += own
+    around = np.maximum(known.variance[rows] - slope**2 * level.variance[rows], 0.0)
+    mean = known.mean[rows]
+    picks = spread_out(mean + rules.beta * np.sqrt(around), slope**2 * covariance, rules.beta, own, len(pending), LOOK)
+    looked = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
+    rest = unasked(state.candidates, np.concatenate([state.high.asked, rows[looked]]))
+    others = (known.mean[rest], np.sqrt(known.variance[rest]))
+    best, seed = _to_beat(known), abs(state.plan.seed)
+
+    def gain(points: Rows) -> float:
+        variance = np.diag(covariance)[points]
+        shift = slope * variance / np.sqrt(variance + own)
+        return value_of_looking(mean[points], np.sqrt(known.variance[rows[points]]), shift, others, best, seed)
+
+    waiting = gain(looked[: len(pending)]) if len(pending) else 0.0
+    more = gain(looked) - waiting
+    now = _next_improvement(state, known, best)
+    # What the looks tell serves every full run begun before the next ones: of the best of n alike, the surplus
+    # grows about as the root of n.
+    workers = slots + len(state.history.pending)
+    rate = now * state.price / np.sqrt(workers)
+    if state.scarce or more > rate * len(picks):
+        return [int(rows[p]) for p in picks[: min(slots, state.lows_left)]], True
+    return [], len(state.at_low.pending) > 0 and waiting > rate
+
+
+def _to_beat(known: Estimate) -> float:
+    """The best full result so far; before there is one, the best expectation."""
+    return float(known.y.max()) if len(known.y) else float(known.mean.max())
+
+
+def _next_improvement(state: State, known: Estimate, best: float) -> float:
+    free = unasked(state.candidates, state.high.asked)
+    return float(expected_improvement(known.mean[free], np.sqrt(known.variance[free]), best).max(initial=0.0))
+
+
+def _full(state: State, known: Estimate, slots: int, rules: Rules) -> list[Trial]:
+    """Full runs where the upper bound is highest, the pending ones counted as measured."""
+    high = _refit(state.high)
+    free = unasked(state.candidates, state.high.asked)
+    if rules.gate and len(state.at_low):
+        scored = ~unasked(state.candidates, state.at_low.rows)
+        free &= scored
+    repeat = _repeat(state, known)
+    count = min(slots, state.highs_left, int(free.sum())) - len(repeat)
+    value = _worth(state, known, rules)
+    rows = np.concatenate([high.pending, _top(np.where(free, value, -np.inf))])
+    covariance = known.linear.joint(known.trend[rows], known.ground.x[rows])
+    rest = np.maximum(known.variance[rows] - np.diag(covariance), 0.0)
+    mean = value[rows] - rules.beta * np.sqrt(known.variance[rows]) + rules.beta * np.sqrt(rest)
+    picks = spread_out(mean, covariance, rules.beta, known.linear.noise, len(high.pending), count)
+    seen = replace(state.history, pending=state.history.pending + repeat)
+    return repeat + ask(state.candidates, seen, state.plan, [int(rows[p]) for p in picks], state.plan.high)
+
+
+def _repeat(state: State, known: Estimate) -> list[Trial]:
+    """One more full run, with another seed, of one of the best, where being surer of it is expected to bring more
+    than the best new candidate: it would change which one is recommended."""
+    high = _refit(state.high)
+    if len(high) < BEFORE_REPEATS:
+        return []
+    noise = noise_variance(state.candidates, state.history, state.plan, high, known.y)
+    mean, variance = posterior(known.linear, known.y, high.counts, noise)
+    luck = known.linear.left_out_variance if noise is None else np.full(len(mean), noise)
+    shift = variance / np.sqrt(variance + luck + 1e-12)
+    leader = int(np.argmax(mean))
+    rival = np.full(len(mean), mean[leader])
+    rival[leader] = np.delete(mean, leader).max()
+    gain = expected_improvement(-np.abs(mean - rival), shift, 0.0)
+    gain[np.isin(high.rows, state.high.pending)] = 0.0
+    row = int(np.argmax(gain))
+    if gain[row] <= _next_improvement(state, known, _to_beat(known)):
+        return []
+    times = state.high.times[int(high.rows[row])]
+    return ask(state.candidates, state.history, state.plan, [int(high.rows[row])], state.plan.high, times)
+
+
+def _worth(state: State, known: Estimate, rules: Rules) -> Array:
+    std = np.sqrt(known.variance)
+    if rules.front and len(known.y):
+        cost, rows = np.log(state.candidates.macs + 1), _refit(state.high).rows
+        return expected_hypervolume(known.mean, std, cost, known.y, cost[rows])
+    return known.mean + rules.beta * std
+
+
+def _top(value: Array) -> Rows:
+    """Rows of the SHORTLIST greatest values, finite ones only, in descending order."""
+    count = min(SHORTLIST, len(value))
+    rows = np.argpartition(-value, count - 1)[:count]
+    rows = rows[np.isfinite(value[rows])]
+    return np.asarray(rows[np.lexsort((rows, -value[rows]))], dtype=np.int64)

@@ -1,0 +1,64 @@
+"""Which architecture a search recommends in the end, and what a second measurement of it would be worth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.config import Plan
+from engine.search.journal import History
+from engine.search.policies.estimate import ENOUGH_LOW, Use, estimate
+from engine.search.policies.known import Array, Scores, scores
+from engine.space import Candidates
+from engine.trial import Evaluation
+from surrogate.linear import Linear
+
+
+def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
+    """The full-fidelity answer to recommend, None where none succeeded: the best measured score, each shrunk towards
+    what the surrogate makes of the others (half way, unless repeats have shown how noisy a measurement is)."""
+    full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+    high = scores(candidates, history, plan.high)
+    if len(high) < ENOUGH_LOW:
+        return max(full, key=lambda e: e.accuracy, default=None)
+    lows = [scores(candidates, history, low) for low in plan.lows]
+    known = estimate(candidates, lows, high, abs(plan.seed), Use())
+    noise = noise_variance(candidates, history, plan, high, known.y)
+    best = candidates.architecture(int(high.rows[np.argmax(posterior(known.linear, known.y, high.counts, noise)[0])]))
+    return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
+
+
+def front(history: History, plan: Plan) -> list[Evaluation]:
+    """The full-fidelity answers that no other one beats in both accuracy and multiply-accumulates, cheapest first.
+
+    Of an architecture that was trained more than once the best answer counts, as for the winner.
+    """
+    full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+    best: list[Evaluation] = []
+    for evaluation in sorted(full, key=lambda e: (e.macs, -e.accuracy)):
+        if not best or evaluation.accuracy > best[-1].accuracy:
+            best.append(evaluation)
+    return best
+
+
+def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> tuple[Array, Array]:
+    """Mean and variance (m,) of the measured architectures' true scores: the measurement y (m,), a mean of `counts`
+    (m,), and the prediction from the others, weighed by their variances. `noise` None: as uncertain as that one."""
+    model = linear.left_out_variance
+    luck = (model if noise is None else np.full(len(y), noise)) / counts
+    weight = model / (model + luck)
+    return linear.left_out + weight * (y - linear.left_out), weight * luck
+
+
+def noise_variance(
+    candidates: Candidates, history: History, plan: Plan, high: Scores, y: Array
+) -> float | None:
+    """Variance of one full measurement on the scale of y, from repeats; None where there are none."""
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for e in history.answered:
+        if e.ok and e.trial.fidelity == plan.high:
+            groups.setdefault(e.trial.architecture.choices, []).append(e.accuracy)
+    repeated = [np.var(v, ddof=1) for v in groups.values() if len(v) > 1]
+    spread = float(np.std(high.values))
+    if not repeated or spread == 0:
+        return None
+    return float(np.mean(repeated)) * (float(np.std(y)) / spread) ** 2

@@ -1,0 +1,77 @@
+"""What a search shows while it runs, on stderr: bars on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import AbstractContextManager
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from engine.search.log import Log
+from engine.trial import Evaluation
+
+Style = Literal["auto", "bar", "lines", "none"]
+
+
+class Display(AbstractContextManager["Display"]):
+    """Shows phases and evaluations in one of three styles; `auto` is bars where stderr is a terminal, else lines."""
+
+    def __init__(self, style: Style) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
+        self._start = time.monotonic()
+        self.log: Log = lambda evaluation: None  # told of each evaluation too
+        self._best = 0.0
+        self._tasks: dict[str, TaskID] = {}
+        self._counts: dict[str, int] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=self._style != "bar",
+        )
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line about what happens now."""
+        if self._style != "none":
+            seconds = time.monotonic() - self._start
+            self._console.print(f"[{seconds:7.1f} s] {text}", markup=False)
+
+    def expect(self, phase: str, total: int) -> None:
+        """A bar for a phase of `total` evaluations."""
+        self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
+
+    def show(self, evaluation: Evaluation, full: bool) -> None:
+        """An evaluation that has come in; `full`: it counts for the best so far."""
+        self.log(evaluation)
+        phase = evaluation.trial.fidelity.name
+        if full and evaluation.ok:
+            self._best = max(self._best, evaluation.accuracy)
+        rate = evaluation.costs.get("images_per_s", 0.0)
+        best = f"best {self._best:.4f}" if self._best else ""
+        self._counts[phase] = self._counts.get(phase, 0) + 1
+        if phase in self._tasks:
+            bar = self._bars.tasks[self._tasks[phase]]
+            total = max(bar.total or 0, self._counts[phase])
+            self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {rate:,.0f} images/s")
+        if self._style == "lines":
+            result = f"{evaluation.accuracy:.4f}" if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
+            self.say(
+                f"{phase} {self._counts[phase]:>3}  {evaluation.trial.architecture}  {result}  "
+                f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}"
+            )
+        elif not evaluation.ok:
+            self.say(f"{phase} {evaluation.trial.architecture} {evaluation.status}: {evaluation.error}")

@@ -1,0 +1,474 @@
+"""A search: replay the journal, propose, submit, collect, append, until nothing is left to ask; then the winner."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import config
+from engine.config import Budget, Plan, Resources, Slots, Study
+from engine.fleet.deadline import remaining
+from engine.fleet.devices import describe, layout
+from engine.fleet.drain import Drain
+from engine.fleet.fleet import Fleet, FleetLost, completed, open_fleet
+from engine.orders import withdraw
+from engine.search import journal, policy
+from engine.search.adopt import adopt
+from engine.search.clock import drive
+from engine.search.dispatch import Dispatch
+from engine.search.journal import History, Journal
+from engine.search.log import Kind, open_log
+from engine.search.progress import Display
+from engine.search.speed import fast_enough
+from engine.space import Candidates, SearchSpace, candidates, load_space
+from engine.trial import (
+    Architecture,
+    Drained,
+    EnvironmentUnusable,
+    Evaluation,
+    NoWinner,
+    Trial,
+    UsageError,
+    trial_to_json,
+)
+from surrogate.quality import kendall_tau
+
+Json = dict[str, Any]
+FILE_SCHEMA = 1
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search stands on once data, teacher and space are known."""
+
+    study: Study
+    plan: Plan
+    candidates: Candidates
+    facts: Json
+    run_dir: Path
+
+    def cost(self, trial: Trial) -> float:
+        """Expected price of a trial, up to a constant: passes over the data times MACs.
+
+        It orders the virtual clock and is what policies see as seconds. Measured seconds would do that better, but
+        differ between a run and its continuation elsewhere; decisions must not.
+        """
+        fidelity = trial.fidelity
+        row = self.candidates.row(trial.architecture)
+        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
+        scale = fidelity.width * (fidelity.resolution or self.facts["resolution"]) / self.facts["resolution"]
+        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
+
+
+# A network without operations still takes time per image (loading, normalisation, the classifier).
+OVERHEAD_MACS = 1e6
+
+
+def search(
+    study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display, log: Kind = "none"
+) -> Json:
+    """Runs or continues the search of a run folder; returns what the command prints.
+
+    Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
+    """
+    start = time.monotonic()
+
+    def end(ground: Ground, history: History, fleet: Fleet) -> Json:
+        best = policy.winner(ground.candidates, visible(history, ground.cost), ground.plan)
+        if best is None:
+            raise NoWinner(_why_none(history))
+        best = next(e for e in history.answered if e.trial == best.trial)
+        return conclude(ground, history, best, fleet, time.monotonic() - start)
+
+    return run(study, budget, resources, run_dir, show, config.plan(study, budget), propose, end, log)
+
+
+def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """What the plan's method asks next; in the end, what the report lacks."""
+    trials = policy.propose(candidates, history, plan, slots)
+    return trials if trials or history.pending or not plan.max_low else unpaired(history, plan)[:slots]
+
+
+def run(
+    study: Study,
+    budget: Budget,
+    resources: Resources,
+    run_dir: Path,
+    show: Display,
+    plan: Plan,
+    method: policy.Method,
+    end: Callable[[Ground, History, Fleet], Json],
+    log: Kind = "none",
+) -> Json:
+    """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
+    space = checked(study, budget, resources)
+    config.check_files(study)
+    wanted = layout(resources)
+    run_dir = run_dir.absolute()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+    with (
+        stoppable(resources, run_dir) as drain,
+        Journal(run_dir / "journal.jsonl") as book,
+        open_log(log, study, run_dir) as show.log,
+    ):
+        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
+            (run_dir / "config.yaml").unlink(missing_ok=True)
+        side = config.side_by_side(resources, gpu=wanted.device == "cuda")
+        slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, side))
+        show.say(f"run folder {run_dir}; {describe(wanted)}")
+        withdraw(run_dir / "logs")
+        fleet = open_fleet(resources, wanted, run_dir / "logs")
+        try:
+            drain.tell(fleet.drain)
+            ground = replace(prepare(study, budget, space, fleet, run_dir, show), plan=plan)
+            write_run_file(run_dir, ground.facts)
+            if study.pilot:
+                adopt(Path(study.pilot), study, run_dir, book, show)
+            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method, drain)
+            return end(ground, history, fleet)
+        finally:
+            drain.rest()
+            fleet.close()
+
+
+@contextmanager
+def stoppable(resources: Resources, run_dir: Path) -> Iterator[Drain]:
+    """What the work on a run folder happens in: told to stop it ends with Drained, on a full disk with exit code 3."""
+    with Drain(resources.grace_s, remaining(resources.time_limit)) as drain:
+        try:
+            yield drain
+        except Drained as stopped:
+            raise Drained(str(stopped), {"run_dir": str(run_dir), "status": "drained"}) from None
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise unwritable(run_dir, error) from error
+
+
+def unwritable(run_dir: Path, error: OSError) -> EnvironmentUnusable:
+    return EnvironmentUnusable(
+        f"{run_dir} cannot be written: {error}; free space or change its permissions, then repeat the command, "
+        "or choose another --run-dir"
+    )
+
+
+def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
+    """The space of a configuration that can work; UsageError for one that cannot, before anything is started."""
+    config.check(study, budget, resources)
+    if study.method not in policy.METHODS:
+        raise UsageError(f"no method '{study.method}'; there are {', '.join(policy.METHODS)}")
+    return load_space(study.space)
+
+
+def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
+    """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
+    facts = probe(study, run_dir, fleet, show)
+    everything, fit = fitting(space, study, facts, show)
+    if study.max_latency_ms < math.inf:
+        fit = fast(fit, study, fleet, run_dir, show)
+    if study.low.kd_loss != "none":
+        path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
+        network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
+        task = _task(study, run_dir, fleet)
+        facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
+    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
+
+
+def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tuple[Candidates, Candidates]:
+    """All members of the space, and those that meet the constraints: the candidates."""
+    only = [space.check(Architecture.parse(word.strip())) for word in study.only.split(",") if word.strip()]
+    taught = study.teacher == "auto" and study.low.kd_loss != "none"  # by the largest of all
+    everything = members(space, study, facts, () if taught else only)
+    named = members(space, study, facts, only) if only else everything
+    inside = (named.macs >= study.min_macs) & (named.macs <= study.max_macs) & (named.params <= study.max_params)
+    fit = named.where(inside)
+    if not len(fit):
+        raise UsageError(
+            f"no architecture of {space.name} fits --max-macs {study.max_macs:g} and --max-params "
+            f"{study.max_params:g} with --min-macs {study.min_macs:g}; the smallest has "
+            f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
+        )
+    show.say(
+        f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
+        f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
+    )
+    return everything, fit
+
+
+def fast(fit: Candidates, study: Study, fleet: Fleet, run_dir: Path, show: Display) -> Candidates:
+    """The candidates that meet the limit on latency, by what a worker measures before anything else is asked."""
+    path = run_dir / "latency.json"
+
+    def measure(sample: Sequence[Architecture]) -> list[float]:
+        show.say(f"latency: measuring {len(sample)} architectures on a batch of {study.latency_batch}")
+        chosen = [list(architecture.choices) for architecture in sample]
+        taken: list[float] = completed(fleet, "run_latency", {**_task(study, run_dir, fleet), "architectures": chosen})
+        return taken
+
+    begun = bool(journal.read(run_dir / "journal.jsonl").asked)
+    left, how = fast_enough(fit, study.max_latency_ms, path, begun, study.seed, measure)
+    show.say(how)
+    return left
+
+
+def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
+    """Has a worker check data and device; returns what it found."""
+    facts: Json = completed(fleet, "run_probe", _task(study, run_dir, fleet))
+    images, classes = facts["images"], len(facts["classes"])
+    if images["train"] < study.batch_size:
+        raise UsageError(f"--batch-size {study.batch_size}: there are {images['train']} training images; lower it")
+    show.say(f"data {study.data}: {images['train']} train, {images['valid']} valid, {classes} classes")
+    return facts
+
+
+def members(space: SearchSpace, study: Study, facts: Json, only: Sequence[Architecture] = ()) -> Candidates:
+    """All candidates of the space, or those of `only`, with their cost at full fidelity."""
+    resolution = study.high.resolution or facts["resolution"]
+    return candidates(space, len(facts["classes"]), study.high.width, resolution, study.seed, only)
+
+
+def largest(everything: Candidates) -> Architecture:
+    """The member with the most multiply-accumulates: the teacher of a run that is given none."""
+    return everything.architecture(int(everything.macs.argmax()))
+
+
+def teacher_path(study: Study, run_dir: Path) -> Path:
+    """The weights file that the study names, or the one that the run makes itself."""
+    if study.teacher.endswith(".safetensors"):
+        return Path(study.teacher).absolute()
+    return run_dir / "teacher" / "teacher.safetensors"
+
+
+def obtain_teacher(
+    network: str, pretrained: bool, path: Path, task: Json, fleet: Fleet, show: Display
+) -> Json:
+    """The weights file at `path`: checked against the data if it is there, else made; what it says of itself."""
+    show.say(f"teacher: {path if path.exists() else network}")
+    whole = {**task, "path": str(path), "network": network, "pretrained": pretrained}
+    card: Json = completed(fleet, "run_teacher", whole)
+    show.say(f"teacher: {card['network']}, validation accuracy {card['accuracy']:.4f}, trained {card['seconds']:.0f} s")
+    return card
+
+
+def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display, given: Json) -> Json:
+    """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME, timm:NAME,
+    FILE.py:NAME) if `path` is not there, and checks the file against the data. With `given` (weights, mean, std) there
+    is nothing to train."""
+    space = load_space(study.space)
+    run_dir = path.absolute().parent
+    fleet = open_fleet(resources, replace(layout(resources), workers=1, nodes=1), run_dir / "logs")
+    try:
+        facts = probe(study, run_dir, fleet, show)
+        if arch == "auto":
+            arch = str(largest(members(space, study, facts)))
+        foreign = config.ready_made(arch) or ".py:" in arch
+        network = arch if foreign else f"{study.space}#{space.check(Architecture.parse(arch))}"
+        task = {**_task(study, run_dir, fleet), **given}
+        return obtain_teacher(network, False, path.absolute(), task, fleet, show)
+    finally:
+        fleet.close()
+
+
+def evaluate_all(
+    ground: Ground,
+    budget: Budget,
+    resources: Resources,
+    book: Journal,
+    fleet: Fleet,
+    slots: Slots,
+    show: Display,
+    method: policy.Method,
+    drain: Drain,
+) -> History:
+    """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
+    start = time.monotonic()
+    record = journal.read(book.path)
+    teacher = str(teacher_path(ground.study, ground.run_dir))
+    how = {"teacher": teacher, "resources": config.to_dict(resources)}
+    plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), **how}
+    if record.answers:
+        show.say(f"continuing: {len(record.answers)} evaluations in the journal")
+    for low in plan.lows:
+        show.expect(low.name, plan.max_low)
+    show.expect(plan.high.name, plan.max_high)
+
+    def stop(history: History) -> bool:
+        full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+        last = history.answered[-budget.max_failures :]
+        if len(last) == budget.max_failures and not any(e.ok for e in last):
+            raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {_why_none(history)}")
+        return (
+            drain.asked
+            or history.seconds() >= budget.gpu_hours * 3600
+            or time.monotonic() - start >= budget.wall_time * 3600
+            or max(full, default=0.0) >= budget.target_accuracy
+        )
+
+    def ask(history: History, free: int) -> list[Trial]:
+        return method(ground.candidates, visible(history, ground.cost), plan, free)
+
+    def shares(trial: Trial) -> int:
+        return slots.cohort if trial.fidelity == plan.high else 1
+
+    def cost(trial: Trial) -> float:
+        return ground.cost(trial) * slots.cohort / shares(trial)  # a worker is shared by the cohort
+
+    def received(evaluation: Evaluation) -> None:
+        show.show(evaluation, evaluation.trial.fidelity == plan.high)
+
+    limit = resources.trial_timeout
+    desk = Dispatch(fleet, task, book, record.answers, slots.cohort, plan.high, received, limit)
+    try:
+        history = drive(
+            ask,
+            slots.total,
+            desk.submit,
+            cost,
+            record.asked,
+            book.ask,
+            stop,
+            shares,
+            at_least=slots.cohort,
+            flush=desk.flush,
+            seen=record.seen,
+        )
+    except (Drained, FleetLost):
+        if not drain.asked:
+            raise
+    if drain.asked:
+        drain.settle(desk.open())
+        raise drain.end()
+    return history
+
+
+def unpaired(history: History, plan: Plan) -> list[Trial]:
+    """Low-fidelity trials of the architectures that were trained in full without one, asked when all else is done.
+
+    They decide nothing: without them nobody could say how well the low fidelity ranks what matters.
+    """
+    low = {e.trial.architecture for e in history.answered if e.trial.fidelity == plan.lows[0]}
+    full = dict.fromkeys(e.trial.architecture for e in history.answered if e.ok and e.trial.fidelity == plan.high)
+    missing = [architecture for architecture in full if architecture not in low]
+    return [
+        Trial(history.asked + place, architecture, plan.lows[0], plan.seed)
+        for place, architecture in enumerate(missing)
+    ]
+
+
+def visible(history: History, cost: Callable[[Trial], float]) -> History:
+    """The history as a policy sees it: with the expected price of a trial for its seconds, see `Ground.cost`."""
+    answered = [replace(e, seconds=cost(e.trial), test_accuracy=None) for e in history.answered]
+    return History(answered, list(history.pending))
+
+
+def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:
+    """Scores the winner on the test part, the only time it is read, and writes result.json."""
+    task = {**_task(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
+    tested = completed(fleet, "run_test", task)
+    ok = [e for e in history.answered if e.ok]
+    low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
+    high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
+    macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
+    result: Json = {
+        "run_dir": str(ground.run_dir),
+        "status": "finished",
+        "winner": {
+            "architecture": str(best.trial.architecture),
+            "valid_accuracy": best.accuracy,
+            "test_accuracy": tested["test_accuracy"],
+            "macs": best.macs,
+            "params": best.params,
+            "weights": tested["weights"],
+        },
+        "evaluations": {
+            "low": len([e for e in ok if e.trial.fidelity in ground.plan.lows]),
+            "high": len([e for e in ok if e.trial.fidelity == ground.plan.high]),
+            "failed": len(history.answered) - len(ok),
+        },
+        "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
+        "seconds": round(seconds, 1),
+    }
+    if "latency_ms" in best.costs:
+        result["winner"]["latency_ms"] = round(best.costs["latency_ms"], 3)
+    if ground.study.objectives != "accuracy":
+        result["front"] = [
+            {
+                "architecture": str(e.trial.architecture),
+                "valid_accuracy": e.accuracy,
+                "macs": e.macs,
+                "params": e.params,
+            }
+            for e in policy.front(history, ground.plan)
+        ]
+    config.write_whole(ground.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _tau(one: dict[Any, float], other: dict[Any, float]) -> float | None:
+    """Kendall's tau over the architectures that both have; None for fewer than three."""
+    both = [key for key in other if key in one]
+    if len(both) < 3:
+        return None
+    return round(kendall_tau(np.array([one[key] for key in both]), np.array([other[key] for key in both])), 3)
+
+
+def _why_none(history: History) -> str:
+    failed = [e for e in history.answered if not e.ok]
+    if not failed:
+        return "no full-fidelity evaluation was made: raise the budget (--max-high, --gpu-hours, --wall-time)"
+    return f"the last failure: {failed[-1].trial.architecture}: {failed[-1].status}: {failed[-1].error}"
+
+
+def _task(study: Study, run_dir: Path, fleet: Fleet) -> Json:
+    return {"study": config.to_dict(study), "run_dir": str(run_dir), "device": fleet.device}
+
+
+def write_run_file(run_dir: Path, facts: Json) -> None:
+    """run.json: which versions, machines and commands this run has seen; refuses data that have changed."""
+    path = run_dir / "run.json"
+    try:
+        stored: Json = json.loads(path.read_text()) if path.exists() else {"schema": FILE_SCHEMA, "calls": []}
+    except ValueError as error:
+        raise EnvironmentUnusable(f"{path} cannot be read ({error}); delete it and repeat the command") from error
+    if stored["schema"] != FILE_SCHEMA:
+        raise UsageError(
+            f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}; "
+            "use the version that wrote it, or another --run-dir"
+        )
+    before = stored.setdefault("fingerprint", facts["fingerprint"])
+    if before != facts["fingerprint"]:
+        raise UsageError(f"the data have changed since {run_dir} was begun; restore them, or choose another --run-dir")
+    stored["data"] = {name: facts[name] for name in ("classes", "resolution", "mean", "std", "images")}
+    stored["calls"].append(
+        {
+            "command": sys.argv,
+            "device": facts["device"],
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in VERSIONED},
+        }
+    )
+    config.write_whole(path, json.dumps(stored, indent=2) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,56 @@
+"""The state of a student in training on disk, so that a killed full-fidelity run goes on at its last epoch."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.training.student import Student
+from engine.training.weights import aside
+
+
+def save(path: Path, member: Student, epochs: int) -> None:
+    """Writes what `member` is after `epochs` epochs, aside first, so that a crash leaves the last state or this one."""
+    state = {
+        "epochs": epochs,
+        "network": member.network.state_dict(),
+        "objective": member.objective.state_dict(),
+        "optimiser": member.optimiser.state_dict(),
+        "loss_sum": member.loss_sum,
+        "average": member.average,
+    }
+    with aside(path) as partial:
+        torch.save(state, partial)
+
+
+def restore(path: Path, member: Student) -> int:
+    """Puts a student into the state of a file; returns how many epochs it has behind it, 0 where there is no file.
+
+    A file that does not fit (written by another version) counts as none: training from the start gives the same end.
+    """
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location=member.loss_sum.device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        state = {}
+    # All is compared before anything is loaded: a student that is half of another would be worse than a fresh one.
+    fits = _fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))
+    if not fits or (state.get("average") is None) != (member.average is None):
+        path.unlink()
+        return 0
+    member.network.load_state_dict(state["network"])
+    member.objective.load_state_dict(state["objective"])
+    member.optimiser.load_state_dict(state["optimiser"])
+    member.loss_sum.copy_(state["loss_sum"])
+    for mine, stored in zip(member.average or [], state.get("average") or [], strict=True):
+        mine.copy_(stored)
+    return int(state["epochs"])
+
+
+def _fits(module: nn.Module, stored: dict[str, Tensor] | None) -> bool:
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    return stored is not None and {name: value.shape for name, value in stored.items()} == shapes

@@ -1,0 +1,220 @@
+"""Students side by side on a CUDA device: each on a stream of its own, its whole step one CUDA graph.
+
+At 64 images a student's step is some 600 kernels of a few microseconds, and starting them one by one takes longer than
+running them. A graph starts them all at once; graphs on several streams fill the device. The calls into CUDA are in
+`Lane`; what is decided, and what is put back after a trial step, are functions of plain numbers and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.config import Execution
+from engine.training.student import Inputs, Student, fatal, reseed, status_of, take_step, update_average
+
+WARM_UP = 3  # steps before a capture: cuDNN chooses, Triton compiles, autograd and the optimiser allocate
+# A capture costs the warm-up (3 steps of about 6 ms), the recording (10 to 20 ms) and its instantiation (some ms):
+# 40 to 50 ms. A replay saves about 4 ms a step, 5 to 6 ms launched one by one against 1.5. Estimates, not measured.
+LEAST_STEPS = 20
+# cuDNN's trying of algorithms costs some ms per shape of convolution, a second per network of the larger spaces, for
+# perhaps half a millisecond per step.
+BENCHMARK_STEPS = 2000
+ROOM = 1.1  # of what the largest student took: free memory that another one is let in with
+
+
+def reason_for_eager(execution: Execution, device: torch.device, steps: int) -> str:
+    """Why a training of so many steps runs without graphs; empty where it has them."""
+    if execution == "eager":
+        return "asked for"
+    if device.type != "cuda":
+        return "no CUDA device"
+    if execution == "auto" and steps < LEAST_STEPS:
+        return f"{steps} steps do not pay for a capture"
+    return ""
+
+
+def has_room(free: int, taken: Sequence[int]) -> bool:
+    """Whether another student fits into `free` bytes beside those that took `taken`; the first one always may try."""
+    return not taken or free >= ROOM * max(taken)
+
+
+@torch.no_grad()
+def without_trace(member: Student, trial: Callable[[], None]) -> None:
+    """Runs `trial` steps, then puts the student back into the state it was in, in place: a graph knows the memory.
+
+    A momentum that did not exist before becomes 0, which a first step adds its gradient to: the same as none.
+    """
+    saved = [(tensor, tensor.clone()) for tensor in member.state()]
+    known = {id(tensor) for tensor, _ in saved}
+    try:
+        with torch.enable_grad():
+            trial()
+    finally:
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+        for buffer in member.momentum():
+            if id(buffer) not in known:
+                buffer.zero_()
+
+
+@dataclass
+class Lane:
+    """A student, its stream, and the graph of its step once that is captured. Each graph has a memory pool of its own:
+    graphs that run at the same time must not share one."""
+
+    member: Student
+    stream: torch.cuda.Stream
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def advance(self, inputs: Inputs, step: int, decay: float) -> None:
+        """One step, after what the current stream has been given so far."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                reseed(self.member, step)
+                take_step(self.member, inputs)
+            update_average(self.member, step, decay)
+
+    def capture(self, inputs: Inputs) -> str:
+        """Records the student's step on `inputs`; returns why that could not be done, or nothing.
+
+        Raises what the step itself raises, out of memory, and the loss of the device.
+        """
+        before = _random_state(self.stream.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                take_step(self.member, inputs)
+        self.stream.synchronize()
+        if before != _random_state(self.stream.device):
+            # Graphs that run side by side share one generator: what each draws would depend on the others.
+            return "its layers draw random numbers"
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the loader's threads may go on calling CUDA.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                take_step(self.member, inputs)
+        except RuntimeError as error:
+            torch.cuda.synchronize()  # raises again where more was lost than the capture
+            self.member.optimiser.zero_grad(set_to_none=True)
+            if status_of(error) == "oom":
+                raise
+            cause = error.__context__ or error  # ending a broken capture raises once more
+            return f"{type(cause).__name__}: {cause}"
+        self.graph = graph
+        return ""
+
+    def join(self) -> None:
+        """What the current stream does next comes after all that this lane was given."""
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def close(self) -> None:
+        """Gives the graph's memory back."""
+        self.join()
+        self.stream.synchronize()
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
+
+class Lanes:
+    """The students of a cohort in their lanes. They read inputs that stay where they are: each step's are copied there
+    when all lanes are done with the last one's, while the loader and the teacher are already at the next."""
+
+    def __init__(
+        self, cohort: Sequence[Student], first: Inputs, execution: Execution, steps: int, decay: float
+    ) -> None:
+        """Captures the students' steps one after the other; who finds no room leaves as "oom", for another cohort."""
+        self.inputs, self.decay = first.held(), decay
+        device = first.images.device
+        torch.backends.cudnn.benchmark = steps >= BENCHMARK_STEPS
+        eager = reason_for_eager(execution, device, steps)
+        self.lanes: list[Lane] = []
+        taken: list[int] = []
+        for member in cohort:
+            free = _free_memory(device)
+            if not has_room(free, taken):
+                member.leave("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
+                continue
+            lane = Lane(member, torch.cuda.Stream(device))
+            self.lanes.append(lane)
+            reason = eager or self._capture(lane)
+            member.execution = f"eager: {reason}" if reason else "graph"
+            if reason and execution == "graph" and member.status == "ok":
+                member.leave("error", f"no graph: {reason}")
+            taken.append(free - _free_memory(device))
+
+    def _capture(self, lane: Lane) -> str:
+        reasons: list[str] = []
+        guarded(lane.member, partial(without_trace, lane.member, lambda: reasons.append(lane.capture(self.inputs))))
+        return reasons[0] if reasons else lane.member.error
+
+    def advance(self, inputs: Inputs, step: int) -> None:
+        """The step of every student that is still in the cohort."""
+        self.join()
+        self.inputs.take(inputs)
+        for lane in self.lanes:
+            if lane.member.status == "ok":
+                guarded(lane.member, partial(lane.advance, self.inputs, step, self.decay))
+
+    def join(self) -> None:
+        for lane in self.lanes:
+            lane.join()
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+
+
+class Line:
+    """The students of a cohort one after the other, as a CPU has them. `Lanes` without the lanes."""
+
+    def __init__(self, cohort: Sequence[Student], decay: float) -> None:
+        self.cohort, self.decay = cohort, decay
+
+    def advance(self, inputs: Inputs, step: int) -> None:
+        """The step of every student that is still in the cohort."""
+        for member in self.cohort:
+            if member.status == "ok":
+                guarded(member, partial(self._one, member, inputs, step))
+
+    def _one(self, member: Student, inputs: Inputs, step: int) -> None:
+        reseed(member, step)
+        take_step(member, inputs)
+        update_average(member, step, self.decay)
+
+    def join(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def guarded(member: Student, work: Callable[[], None]) -> None:
+    """Does a student's work; what that raises makes it leave with its status. Raises only where the device is lost."""
+    try:
+        work()
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        if fatal(error):
+            raise
+        member.leave(status_of(error), f"{type(error).__name__}: {error}")
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that the device has left, without what the allocator keeps for itself."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _random_state(device: torch.device) -> tuple[bytes, bytes]:
+    states: Iterable[Tensor] = (torch.get_rng_state(), torch.cuda.get_rng_state(device))
+    one, other = (state.numpy().tobytes() for state in states)
+    return one, other

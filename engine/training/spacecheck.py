@@ -1,0 +1,211 @@
+"""Whether a search space does what a search asks of it: says what is wrong with a user's own, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import Study
+from engine.networks import count_cost
+from engine.space import IntMatrix, SearchSpace, load_space
+from engine.training import teacher as teachers
+from engine.training.distill import Objective, lesson, pair
+from engine.trial import Architecture, UsageError
+
+Json = dict[str, Any]
+RANDOM_MEMBERS = 4
+MOST_OPTIONS = 127  # option indices are kept in int8
+WIDTHS = (1.0, 0.5)
+IMAGES = 4
+
+
+def run_check(task: Json) -> Json:
+    """Checks `task["space"]` on members of it, for {"classes", "resolution", "teacher", "seed"}; what it found.
+
+    Raises UsageError for the first thing that would go wrong in a search.
+    """
+    torch.set_num_threads(1)
+    space, classes, resolution = load_space(task["space"]), task["classes"], task["resolution"]
+    check_choices(space)
+    members = some_members(space, task["seed"])
+    check_canonical(space, members)
+    shapes = [check_network(space, member, classes, width, resolution) for width in WIDTHS for member in members]
+    costs = check_cost(space, members, classes, resolution)
+    name, teacher = teacher_of(task, space, members)
+    pairs = [check_lessons(space, member, teacher, name, classes, resolution) for member in members]
+    return {
+        "space": task["space"],
+        "architectures": len(space),
+        "checked": [str(member) for member in members],
+        "features": [list(shape[1:]) for shape in shapes[0]],
+        "macs": [int(costs[:, 0].min()), int(costs[:, 0].max())],
+        "params": [int(costs[:, 1].min()), int(costs[:, 1].max())],
+        "cost": "closed form" if space.cost is not None else "counted on built networks",
+        "teacher": name,
+        "pairs": pairs[0],
+    }
+
+
+def glance(spec: str, classes: int, width: float, resolution: int) -> None:
+    """Builds and runs the first and the last member: what can be known before a search has trained anything."""
+    space = load_space(spec)
+    check_choices(space)
+    for member in some_members(space, 0)[:2]:
+        network = built(space, member, classes, width).eval()
+        with torch.no_grad():
+            outputs(network, torch.zeros(2, 3, resolution, resolution), classes, f"{spec}, architecture {member}")
+
+
+def some_members(space: SearchSpace, seed: int) -> list[Architecture]:
+    """The first option of each choice, the last of each, and some at random."""
+    ends = [Architecture((0,) * len(space.choices)), Architecture(tuple(r - 1 for r in space.radices))]
+    return list(dict.fromkeys([*ends, *space.sample(RANDOM_MEMBERS, seed)]))
+
+
+def check_choices(space: SearchSpace) -> None:
+    for choice in space.choices:
+        if not 1 <= len(choice.options) <= MOST_OPTIONS:
+            raise UsageError(f"choice '{choice.name}' has {len(choice.options)} options; it takes 1 to {MOST_OPTIONS}")
+        twice = next((option for option in choice.options if choice.options.count(option) > 1), None)
+        if twice is not None:
+            raise UsageError(f"choice '{choice.name}' has the option {twice!r} twice; leave one out")
+    if len(space) < 2:
+        raise UsageError(f"{space.name} has {len(space)} architecture; give a choice more than one option")
+
+
+def check_canonical(space: SearchSpace, members: list[Architecture]) -> None:
+    """`canonical` names a member that stands for itself."""
+    for member in members if space.canonical else []:
+        assert space.canonical is not None
+        stands = tuple(space.canonical(member.choices))
+        space.check(Architecture(stands))
+        if tuple(space.canonical(stands)) != stands:
+            raise UsageError(f"canonical({member}) is {Architecture(stands)}, and canonical of that is another one")
+
+
+def check_network(
+    space: SearchSpace, member: Architecture, classes: int, width: float, resolution: int
+) -> list[torch.Size]:
+    """Builds, runs and trains a member once; returns the shapes of its features."""
+    who = f"architecture {member} at width {width:g}"
+    network = built(space, member, classes, width)
+    again = built(space, member, classes, width).state_dict()
+    if any(not torch.equal(value, again[name]) for name, value in network.state_dict().items()):
+        raise UsageError(f"{who}: two builds from one seed have different weights; draw them with torch alone")
+    images = torch.randn(IMAGES, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    logits, features = outputs(network.train(), images, classes, who)
+    (logits.square().sum() + sum(f.float().mean() for f in features)).backward()
+    if any(p.grad is not None and not torch.isfinite(p.grad).all() for p in network.parameters()):
+        raise UsageError(f"{who}: gradients are not finite on the first batch; look at its initialisation")
+    network.eval()
+    with torch.no_grad():
+        whole, _ = outputs(network, images, classes, who)
+        one, _ = outputs(network, images[:1], classes, who)
+    if not torch.allclose(whole[:1], one, rtol=1e-3, atol=1e-4):
+        raise UsageError(f"{who}: logits of an image depend on the others in its batch, in evaluation mode too")
+    return [feature.shape for feature in features]
+
+
+def built(space: SearchSpace, member: Architecture, classes: int, width: float) -> nn.Module:
+    torch.manual_seed(0)
+    try:
+        network = space.build(member.choices, classes, width)
+    except Exception as error:
+        raise UsageError(f"build({member.choices}, {classes}, {width:g}) raises {_said(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"build returns a {type(network).__name__}; it must be a torch.nn.Module")
+    return network
+
+
+def outputs(network: nn.Module, images: Tensor, classes: int, who: str) -> tuple[Tensor, list[Tensor]]:
+    """(logits, features) of a network whose forward gives what it should."""
+    try:
+        output = network(images)
+    except Exception as error:
+        raise UsageError(f"{who}: its forward on images {tuple(images.shape)} raises {_said(error)}") from error
+    if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], list | tuple)):
+        raise UsageError(f"{who}: its forward must return (logits, [features]), as engine.networks.Staged does")
+    logits, features = output[0], list(output[1])
+    if not isinstance(logits, Tensor) or logits.shape != (len(images), classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"{who}: logits are {found}; they must be {(len(images), classes)}")
+    if not features or any(not isinstance(f, Tensor) or f.ndim != 4 or len(f) != len(images) for f in features):
+        raise UsageError(f"{who}: features must be one or more tensors (N, C, H, W), of which a teacher's are matched")
+    sizes = [feature.shape[2] * feature.shape[3] for feature in features]
+    if sizes != sorted(sizes, reverse=True):
+        raise UsageError(f"{who}: features must come finest first; theirs are {_sizes(features)}")
+    return logits, features
+
+
+def check_cost(space: SearchSpace, members: list[Architecture], classes: int, resolution: int) -> Any:
+    """MACs and parameters (n, 2) as torch counts them; a closed form must say the same."""
+    counted = np.zeros((len(members), 2))
+    rows: IntMatrix = np.array([member.choices for member in members], dtype=np.int8)
+    for width, pixels in ((1.0, resolution), (WIDTHS[-1], resolution), (1.0, 2 * resolution)):
+        with torch.device("meta"):
+            now = np.array([count_cost(built(space, member, classes, width), pixels) for member in members])
+        if space.cost is not None:
+            said = np.stack(space.cost(rows, classes, width, pixels), axis=1)
+            wrong = np.flatnonzero((said != now).any(axis=1))
+            if len(wrong):
+                (macs, params), (true_macs, true_params) = said[wrong[0]], now[wrong[0]]
+                raise UsageError(
+                    f"cost of {members[wrong[0]]} at width {width:g}, {pixels} pixels: it says {macs:,.0f} MACs and "
+                    f"{params:,.0f} parameters, torch counts {true_macs:,} and {true_params:,}; correct it, or leave "
+                    "`cost` out"
+                )
+        if (width, pixels) == (1.0, resolution):
+            counted = now
+    return counted
+
+
+def teacher_of(task: Json, space: SearchSpace, members: list[Architecture]) -> tuple[str, nn.Module]:
+    """Name and network of the teacher that features are paired with: a file, or an untrained one of the same shape."""
+    given, classes, resolution = task["teacher"], task["classes"], task["resolution"]
+    if given.endswith(".safetensors"):
+        return given, teachers.freeze(teachers.load(Path(given)), torch.device("cpu"))
+    if given != "auto":
+        return given, teachers.freeze(teachers.build(given, classes, resolution), torch.device("cpu"))
+    # The largest member is the one with the last option of each choice, in most spaces; its shapes are what counts.
+    with torch.device("meta"):
+        costs = [count_cost(space.build(member.choices, classes, 1.0), resolution)[0] for member in members]
+    largest = members[int(np.argmax(costs))]
+    return f"{space.name} {largest}", teachers.freeze(built(space, largest, classes, 1.0), torch.device("cpu"))
+
+
+def check_lessons(
+    space: SearchSpace, member: Architecture, teacher: nn.Module, name: str, classes: int, resolution: int
+) -> list[list[list[int]]]:
+    """One step's losses against the teacher; returns the pairs of features, each as two shapes (C, H, W)."""
+    who = f"architecture {member}"
+    images = torch.randn(IMAGES, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    student = outputs(built(space, member, classes, 1.0).train(), images, classes, who)
+    with torch.no_grad():
+        taught = teacher(images)
+    shapes = [f.shape for f in student[1]], [f.shape for f in taught[1]]
+    pairs = [(shapes[0][mine], shapes[1][theirs]) for mine, theirs in pair(*shapes)]
+    if any(mine[2:] != theirs[2:] for mine, theirs in pairs):
+        raise UsageError(
+            f"{who}: no feature has the size of one of the teacher {name}'s: {_sizes(student[1])} here, "
+            f"{_sizes(taught[1])} there; change the strides, or choose another teacher"
+        )
+    labels = torch.arange(IMAGES) % classes
+    for terms in ("kd+at", "kd+nst"):
+        objective = Objective(Study(), terms, student, taught)
+        loss = objective(student, lesson(taught, objective.taps), labels)
+        if not torch.isfinite(loss):
+            raise UsageError(f"{who}: the loss {terms} is not finite on the first batch; look at its features")
+        loss.backward(retain_graph=True)
+    return [[list(mine[1:]), list(theirs[1:])] for mine, theirs in pairs]
+
+
+def _sizes(features: list[Tensor]) -> str:
+    return ", ".join(f"{feature.shape[2]}x{feature.shape[3]}" for feature in features)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

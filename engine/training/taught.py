@@ -1,0 +1,71 @@
+"""What a teacher says of each batch: asked once for a cohort, and kept for the next cohort that sees the same batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from engine.data.batches import Batches
+from engine.training.distill import Lesson, Tap, lesson
+from engine.training.student import autocast
+
+# On a device the lessons stay where they are needed, unless they may take more than this part of its memory.
+DEVICE_SHARE = 1 / 8
+
+
+@dataclass
+class Teacher:
+    """A frozen network and what it said, up to `budget` bytes (0: nothing is kept).
+
+    What a batch holds depends on (seed, epoch, place in the epoch) and the subset alone, and a search asks for the same
+    steps with every cohort. So what is kept is what came first: of steps 0..n-1 asked again and again, a cache that
+    drops the oldest would hold none by the time it is asked for.
+    """
+
+    network: nn.Module
+    budget: int = 0
+    kept: dict[Hashable, Lesson] = field(default_factory=dict)
+    bytes: int = 0
+
+    def course(self, batches: Batches, taps: Collection[Tap]) -> Callable[[int, Tensor], Lesson]:
+        """The function (step, its images (N, 3, R, R)) -> lesson, for the training on `batches`."""
+        place = (*_identity(batches), tuple(sorted(taps)))
+        onto_host = batches.device.type == "cuda" and self.budget > DEVICE_SHARE * _memory(batches.device)
+
+        def at(step: int, images: Tensor) -> Lesson:
+            key = (*place, step, images.dtype)
+            known = self.kept.get(key)
+            if known is not None:
+                return _map(lambda tensor: tensor.to(images.device, non_blocking=True), known)
+            with torch.no_grad(), autocast(images):
+                answer = lesson(self.network(images), taps)
+            size = sum(tensor.nbytes for tensor in (answer[0], *answer[1].values()))
+            if self.bytes + size <= self.budget:
+                self.kept[key] = _map(_pinned, answer) if onto_host else answer
+                self.bytes += size
+            return answer
+
+        return at
+
+
+def _identity(batches: Batches) -> tuple[Hashable, ...]:
+    """What the images of a step depend on, within one data set: not where an iteration begins or ends."""
+    indices = b"" if batches.indices is None else batches.indices.tobytes()
+    return hashlib.sha256(indices).digest(), batches.seed, batches.batch_size, batches.resolution, batches.source
+
+
+def _map(change: Callable[[Tensor], Tensor], answer: Lesson) -> Lesson:
+    return change(answer[0]), {tap: change(tensor) for tap, tensor in answer[1].items()}
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in memory of the host that the device reads by itself; in order with the work of the current stream."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,281 @@
+"""Teachers: networks to train or load, their weights on disk, and what a weights file says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.data.parts import IMAGENET_MEAN, IMAGENET_STD
+from engine.space import from_file, load_space
+from engine.training.student import place
+from engine.training.weights import load_weights, save_weights
+from engine.trial import Architecture, EnvironmentUnusable, UsageError
+
+TORCHVISION, TIMM = "torchvision:", "timm:"
+
+# Mean and std of each channel, of pixels in 0..1.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a weights file says of itself.
+
+    `network` is what `build` takes: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy` is on
+    the validation part, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are
+    the means over each epoch of its training; () where the weights were made elsewhere.
+    """
+
+    network: str
+    classes: tuple[str, ...]
+    data: str
+    fingerprint: str
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    epochs: int
+    accuracy: float
+    seconds: float
+    losses: tuple[float, ...] = ()
+
+
+class Tapped(nn.Module):
+    """A classifier of others (logits alone) that returns (logits, stage features), like the networks of the spaces.
+
+    The stages are the last map of each spatial size larger than 1x1 (by torchvision's feature extraction).
+    """
+
+    def __init__(self, model: nn.Module, resolution: int) -> None:
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+        try:
+            names = get_graph_node_names(model)[1]
+            probe = create_feature_extractor(model, {name: name for name in names[1:]}).eval()
+        except Exception as error:
+            raise UsageError(
+                f"the stages of {type(model).__name__} cannot be found by tracing it ({_first_line(error)}); let its "
+                "forward return (logits, [features (N, C, H, W), coarse last])"
+            ) from error
+        with torch.no_grad():
+            shapes = {
+                name: tuple(value.shape)
+                for name, value in probe(torch.zeros(1, 3, resolution, resolution)).items()
+                if isinstance(value, Tensor)
+            }
+        stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and shape[2] == shape[3] > 1}
+        # Images are square; some networks hold maps as (N, H, W, C) in between.
+        # The stem's full-size maps are no stage; four at most, as residual networks have.
+        self.stages = list(stages.values())[-4:]
+        if not self.stages:
+            raise UsageError(
+                f"{type(model).__name__} has no feature maps at {resolution} pixels; give it larger images or "
+                "choose a convolutional teacher"
+            )
+        self.extract = create_feature_extractor(model, [*self.stages, names[-1]])
+        self.head = names[-1]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out = self.extract(images)
+        return out[self.head], [out[name] for name in self.stages]
+
+
+class Renormalised(nn.Module):
+    """A network that was trained with another mean and std than the images that it is asked about have."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, here: Statistics, there: Statistics) -> None:
+        super().__init__()
+        self.network = network
+        (mean, std), (other_mean, other_std) = (map(torch.tensor, statistics) for statistics in (here, there))
+        self.register_buffer("scale", (std / other_std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - other_mean) / other_std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        output: tuple[Tensor, list[Tensor]] = self.network(images * self.scale + self.shift)
+        return output
+
+
+def renormalised(network: nn.Module, here: Statistics, there: Statistics) -> nn.Module:
+    """The network for images normalised by the mean and std of `here`, if it was trained with those of `there`."""
+    return network if here == there else Renormalised(network, here, there)
+
+
+def build(
+    network: str, classes: int, resolution: int, pretrained: bool = False, weights: Path | None = None
+) -> nn.Module:
+    """A network by name: SPACE#ARCHITECTURE, torchvision:NAME or timm:NAME (with the library's own weights if
+    `pretrained`), or FILE.py:NAME, a function of the number of classes in a user's file. `weights` is a file for it.
+
+    Its forward returns (logits (N, classes), [stage features]). Raises UsageError for a name that does not exist and
+    for weights that do not fit, EnvironmentUnusable where pretrained weights or timm cannot be had.
+    """
+    model = _raw(network, classes, pretrained)
+    if weights is not None:
+        load_weights(weights, model)
+    with torch.no_grad():
+        training, _ = model.training, model.eval()
+        output = _answer(model, network, resolution)
+        model.train(training)
+    logits = output if isinstance(output, Tensor) else output[0]
+    if logits.shape != (1, classes):
+        raise UsageError(f"{network} gives {tuple(logits.shape)} for one image; the data has {classes} classes")
+    return Tapped(model, resolution) if isinstance(output, Tensor) else model
+
+
+def _answer(model: nn.Module, network: str, resolution: int) -> Tensor | tuple[Tensor, list[Tensor]]:
+    try:
+        output = model(torch.zeros(1, 3, resolution, resolution))
+    except Exception as error:
+        raise UsageError(f"{network} fails on an image of {resolution} pixels: {_first_line(error)}") from error
+    if isinstance(output, Tensor):
+        return output
+    logits, features = output
+    return logits, list(features)
+
+
+def _raw(network: str, classes: int, pretrained: bool) -> nn.Module:
+    """The network as its library, space or file makes it."""
+    if "#" in network:
+        spec, _, architecture = network.partition("#")
+        space = load_space(spec)
+        return space.build(space.check(Architecture.parse(architecture)).choices, classes, 1.0)
+    if network.startswith(TORCHVISION):
+        return _from_torchvision(network, classes, pretrained)
+    if network.startswith(TIMM):
+        return _from_timm(network, classes, pretrained)
+    path, _, name = network.rpartition(":")
+    made = from_file(Path(path), name)
+    model = made(classes) if callable(made) and not isinstance(made, nn.Module) else made
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{path} has no '{name}' that takes the number of classes and returns a torch.nn.Module")
+    return model
+
+
+def _from_timm(network: str, classes: int, pretrained: bool) -> nn.Module:
+    timm, name = _timm(), network.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:10]
+        raise UsageError(f"timm has no model '{name}'" + (f"; near it are {', '.join(near)}" if near else ""))
+    if pretrained:
+        known = timm.get_pretrained_cfg(name).num_classes
+        if known != classes:
+            raise UsageError(_other_classes(network, known, classes))
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes)
+    except (OSError, RuntimeError) as error:
+        raise EnvironmentUnusable(f"the weights of {network} could not be had: {_first_line(error)}") from error
+    return model
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise EnvironmentUnusable("timm is not installed: pip install 'mfkd[timm]'") from error
+    return timm
+
+
+def normalisation(network: str) -> Statistics | None:
+    """Mean and std of the images that a library's weights were trained on; None for a network of no library."""
+    if network.startswith(TORCHVISION):
+        return IMAGENET_MEAN, IMAGENET_STD
+    if network.startswith(TIMM):
+        known = _timm().get_pretrained_cfg(network.removeprefix(TIMM))
+        return tuple(known.mean), tuple(known.std)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def _other_classes(network: str, known: int, classes: int) -> str:
+    return (
+        f"the library's weights of {network} know {known} classes, the data has {classes}; "
+        f"train it on your data first: cli.py teacher --arch {network} --data ..., then --teacher FILE"
+    )
+
+
+def _from_torchvision(network: str, classes: int, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    name = network.removeprefix(TORCHVISION)
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(f"torchvision has no classification model '{name}'; it has {', '.join(known)}")
+    if not pretrained:
+        plain: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+        return plain
+    weights = models.get_model_weights(name).DEFAULT
+    if len(weights.meta["categories"]) != classes:
+        raise UsageError(_other_classes(network, len(weights.meta["categories"]), classes))
+    try:
+        model: nn.Module = models.get_model(name, weights=weights)
+        return model
+    except OSError as error:
+        raise EnvironmentUnusable(
+            f"the weights of {name} could not be downloaded ({error}); put them into torch's cache, or train a teacher"
+        ) from error
+
+
+def save(path: Path, network: nn.Module, card: Card) -> None:
+    """Writes weights and card as one safetensors file, aside first, so that a reader never sees half of it."""
+    save_weights(path, network, {"card": json.dumps(dataclasses.asdict(card))})
+
+
+def read_card(path: Path) -> Card:
+    """What the weights file says of itself; UsageError where it is not one of ours."""
+    if not path.is_file():
+        raise UsageError(f"no teacher file {path}; make one with: cli.py teacher --data ... --out {path}")
+    try:
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata() or {}
+        values: dict[str, Any] = json.loads(metadata["card"])
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return Card(**fields)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is no teacher of this program ({error}); make one with: cli.py teacher --data ..."
+        ) from error
+
+
+def load(path: Path) -> nn.Module:
+    """The network of a weights file, as `build` makes it, with its weights."""
+    card = read_card(path)
+    network = build(card.network, len(card.classes), card.resolution)
+    weights = {}
+    with safe_open(path, "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+            weights[name] = stored.get_tensor(name)
+    network.load_state_dict(weights)
+    return network
+
+
+def freeze(network: nn.Module, device: torch.device) -> nn.Module:
+    """A teacher ready to be asked: on the device, channels_last, in evaluation mode, without gradients."""
+    return place(network, device).eval().requires_grad_(False)
+
+
+def check_fits(card: Card, classes: tuple[str, ...]) -> None:
+    """Raises UsageError where a teacher's classes are not those of the data, in the same order."""
+    if len(card.classes) != len(classes):
+        raise UsageError(
+            f"the teacher knows {len(card.classes)} classes, the data has {len(classes)}; "
+            "train one on this data: cli.py teacher --data ..."
+        )
+    if card.classes != classes:
+        place = next(i for i, (a, b) in enumerate(zip(card.classes, classes, strict=True)) if a != b)
+        raise UsageError(
+            f"the teacher's class {place} is '{card.classes[place]}', the data's is '{classes[place]}'; "
+            "the order of the classes must be the same"
+        )
