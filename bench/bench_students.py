@@ -43,8 +43,9 @@ from engine.space import load_space
 from engine.training import evaluate
 from engine.training import teacher as teachers
 from engine.training.distill import Objective, Output, lesson, pair
-from engine.training.evaluate import Bench, build_student, keep_freed_memory
+from engine.training.evaluate import build_student
 from engine.training.train import learning_rate
+from engine.training.workbench import Bench, keep_freed_memory
 from engine.trial import Architecture, Evaluation, Fidelity, KDLoss, Trial
 from kernels.functional import pooled
 

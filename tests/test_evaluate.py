@@ -15,9 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import orders
 from engine.config import Study, to_dict
 from engine.training import evaluate, teacher
-from engine.trial import Architecture, Evaluation, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
+from engine.training.checkpoint import Progress
+from engine.trial import (
+    Architecture,
+    Drained,
+    Evaluation,
+    Fidelity,
+    Trial,
+    UsageError,
+    evaluation_from_json,
+    trial_to_json,
+)
 
 SPACE = "nasbench201:channels=4,cells=1"
 LOW = Fidelity("low", Fraction(1, 2), 2, kd_loss="kd+at")
@@ -108,10 +119,10 @@ def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch:
     epochs: list[int] = []
     save = evaluate.checkpoint.save
 
-    def die_after_two(path: Path, member: Any, done: int) -> None:
-        save(path, member, done)
-        epochs.append(done)
-        if done == 2:
+    def die_after_two(path: Path, member: Any, progress: Progress, of: str) -> None:
+        save(path, member, progress, of)
+        epochs.append(progress.epochs)
+        if progress.epochs == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate.checkpoint, "save", die_after_two)
@@ -266,6 +277,21 @@ def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, study: Study
     assert card.epochs == study.teacher_epochs
     assert len(card.losses) == study.teacher_epochs
     assert 0 < card.losses[-1] < card.losses[0]  # means of an epoch, falling
+
+
+def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
+    """Another training that is to end in the same file begins anew."""
+    path, folder = tmp_path / "t.safetensors", orders.give(tmp_path)
+    asked, another = task(path=str(path), orders=str(folder)), task({"lr": 0.01}, path=str(path), orders=str(folder))
+    orders.drain(folder)
+    for this in (another, asked):
+        with pytest.raises(Drained, match="epoch 1 of 2"):
+            evaluate.run_teacher(this)
+    evaluate.run_teacher(asked)
+    card, unbroken = teacher.read_card(path), teacher.read_card(Path(task()["path"]))
+    assert (card.accuracy, card.losses) == (unbroken.accuracy, unbroken.losses)
+    assert all(load_file(task()["path"])[name].equal(value) for name, value in load_file(path).items())
+    assert list(tmp_path.glob("*.state.pt")) == []
 
 
 def test_a_teacher_of_other_classes_is_refused(task: Tasks, tmp_path: Path) -> None:

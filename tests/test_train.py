@@ -13,9 +13,10 @@ from engine.config import Study
 from engine.data.loader import Batches, eval_batches, train_batches
 from engine.data.parts import Data, load
 from engine.training import checkpoint
+from engine.training.checkpoint import Progress
 from engine.training.student import Student, prepare, status_of
 from engine.training.taught import Teacher
-from engine.training.train import Stopwatch, accuracy, learning_rate, train
+from engine.training.train import Stopwatch, accuracies, learning_rate, train
 from engine.trial import KDLoss
 
 STUDY = Study(batch_size=16, lr=0.05)
@@ -88,7 +89,7 @@ def weights(member: Student) -> list[Tensor]:
 def test_a_student_learns(data: Data) -> None:
     (member,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracy(member.network, valid, torch.float32) > 0.9
+    assert accuracies([member.network], valid, torch.float32)[0] > 0.9
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
@@ -135,7 +136,7 @@ def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
     member.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     train([member], taught, batches(data, epochs=12), study, Stopwatch())
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracy(member.network, valid, torch.bfloat16) > 0.9
+    assert accuracies([member.network], valid, torch.bfloat16)[0] > 0.9
     assert set(seen) == {torch.bfloat16}
     assert member.network.head.weight.dtype == torch.float32
 
@@ -182,13 +183,13 @@ def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
     path = tmp_path / "state.pt"
 
     def keep(epochs: int) -> None:
-        checkpoint.save(tmp_path / f"{epochs}.pt", whole, epochs)
+        checkpoint.save(tmp_path / f"{epochs}.pt", whole, Progress(epochs))
 
     train([whole], Teacher(taught), batches(data, epochs=3), study, Stopwatch(), keep)
     for epochs in (1, 2, 3):
         (tmp_path / f"{epochs}.pt").rename(path)
         member = prepare(network(7), taught, study, kd_loss, EXAMPLE, average=average)
-        assert checkpoint.restore(path, member) == epochs
+        assert checkpoint.restore(path, member) == Progress(epochs)
         train([member], Teacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), study, Stopwatch())
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
 
@@ -196,11 +197,11 @@ def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
 def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
     before = weights(member)
-    assert checkpoint.restore(tmp_path / "none.pt", member) == 0
+    assert checkpoint.restore(tmp_path / "none.pt", member) == Progress()
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    assert checkpoint.restore(tmp_path / "bad.pt", member) == 0
-    checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), 3)
-    assert checkpoint.restore(tmp_path / "wide.pt", member) == 0
+    assert checkpoint.restore(tmp_path / "bad.pt", member) == Progress()
+    checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), Progress(3))
+    assert checkpoint.restore(tmp_path / "wide.pt", member) == Progress()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(member), strict=True))
 
 

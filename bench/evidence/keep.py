@@ -20,12 +20,17 @@ KEPT = ROOT / "docs" / "evidence"
 
 
 def main(run_dir: Path) -> None:
+    write(run_dir.name, "\n".join(kept(run_dir)))
+
+
+def kept(run_dir: Path) -> list[str]:
+    """Copies the raw results and the picture to docs/evidence; returns what the page says of the study."""
     name = run_dir.name
     result = json.loads((run_dir / "fidelity.json").read_text())
     KEPT.mkdir(exist_ok=True)
     shutil.copyfile(run_dir / "evaluations.csv", KEPT / f"{name}.csv")
     shutil.copyfile(run_dir / "fidelity.png", KEPT / f"{name}.png")
-    write(name, "\n".join([*facts(run_dir, result), "", *table(result), "", f"![{name}](evidence/{name}.png)"]))
+    return [*facts(run_dir, result), "", *table(result), "", f"![{name}](evidence/{name}.png)"]
 
 
 def write(name: str, text: str) -> None:
@@ -56,12 +61,20 @@ def facts(run_dir: Path, result: dict[str, Any]) -> list[str]:
 
 
 def teacher(run_dir: Path) -> str:
+    """The teacher of a run, what it is worth and what it took."""
+    card = teacher_card(run_dir)
+    good, seconds = 100 * card["accuracy"], card["seconds"]
+    return f"`{card['network']}`, {good:.1f} % on the validation part, trained in {seconds:.0f} s"
+
+
+def teacher_card(run_dir: Path) -> dict[str, Any]:
     import yaml
 
-    study = yaml.safe_load((run_dir / "config.yaml").read_text())["study"]
-    with safe_open(study["teacher"], "np") as file:
-        card = json.loads(file.metadata()["card"])
-    return f"`{card['network']}`, {100 * card['accuracy']:.1f} % on the validation part"
+    named = yaml.safe_load((run_dir / "config.yaml").read_text())["study"]["teacher"]
+    path = run_dir / "teacher" / "teacher.safetensors" if named == "auto" else Path(named)
+    with safe_open(path, "np") as file:
+        card: dict[str, Any] = json.loads(file.metadata()["card"])
+    return card
 
 
 def table(result: dict[str, Any]) -> list[str]:

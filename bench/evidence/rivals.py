@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
-from bench.evidence.keep import KEPT, row, write
+from bench.evidence.keep import KEPT, kept, row, teacher_card, write
 from engine.search import journal, tables
 from engine.search.replay import Replay, replay
 from engine.space import SearchSpace, load_space
@@ -33,7 +32,7 @@ METHODS = (
     ("most MACs first", "macs", "none"),
     ("successive halving, no teacher", "halving", "none"),
     ("mfkd, no teacher", "mfkd", "none"),
-    ("mfkd, KD", "mfkd", "kd"),
+    ("mfkd, KD (ours)", "mfkd", "kd"),
     ("mfkd, NST (ours)", "mfkd", "nst"),
 )
 
@@ -45,7 +44,7 @@ def main(run_dir: Path) -> None:
     path = KEPT / f"{run_dir.name}-table.csv"
     tables.dump(list(tabulate(answers, tested(run_dir, study, answers), load_space(study["space"]))), path)
     full = [e.seconds for e in answers if e.trial.fidelity.name == "high"]
-    unit, taught = sum(full) / len(full), teacher_seconds(run_dir)
+    unit, taught = sum(full) / len(full), float(teacher_card(run_dir)["seconds"])
     lines = [
         f"{len(full)} architectures, {unit:.1f} s a full training on the average; the teacher took {taught:.0f} s. "
         f"{SEEDS} searches a method, {WORKERS} workers. The trainings: [csv](evidence/{path.name}).",
@@ -60,7 +59,7 @@ def main(run_dir: Path) -> None:
         lines.append(row([called, *cells]))
     best = replay(Replay(path, ("random",), seeds=1, workers=1, gpu_hours=1e-3, at=(0.0,), processes=1))["optimum"]
     lines.append(row(["the best of the pool", *[f"{best:.2f}"] * len(BUDGETS)]))
-    write(run_dir.name, "\n".join(lines))
+    write(run_dir.name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *kept(run_dir)]))
 
 
 def score(path: Path, method: str, low: str, seconds: float) -> str:
@@ -107,11 +106,6 @@ def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSp
             line[f"valid:{name}"] = f"{e.accuracy:.6f}" if e else ""
             line[f"seconds:{name}"] = f"{e.seconds:.3f}" if e else ""
         yield line | {f"test:{tables.FULL}": f"{tests[str(architecture)]:.6f}" if whole else ""}
-
-
-def teacher_seconds(run_dir: Path) -> float:
-    with safe_open(run_dir / "teacher" / "teacher.safetensors", "np") as file:
-        return float(json.loads(file.metadata()["card"])["seconds"])
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from engine.export.standalone import Imported, NotSelfContained, call_of, closur
 from engine.networks import count_cost
 from engine.space import SearchSpace, load_space
 from engine.training import teacher as teachers
-from engine.training.evaluate import device_name
 from engine.training.latency import least_median, measure
 from engine.training.weights import load_weights, save_weights
+from engine.training.workbench import device_name
 from engine.trial import Architecture, EngineError, EnvironmentUnusable, UsageError, trial_from_json, weights_path
 
 if TYPE_CHECKING:

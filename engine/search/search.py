@@ -155,7 +155,8 @@ def stoppable(resources: Resources, run_dir: Path) -> Iterator[Drain]:
         try:
             yield drain
         except Drained as stopped:
-            raise Drained(str(stopped), {"run_dir": str(run_dir), "status": "drained"}) from None
+            told = str(drain.end() if drain.asked else stopped)
+            raise Drained(told, {"run_dir": str(run_dir), "status": "drained"}) from None
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise

@@ -1,8 +1,9 @@
-"""The state of a student in training on disk, so that a killed full-fidelity run goes on at its last epoch."""
+"""The state of a student in training on disk, so that a killed training goes on at its last epoch."""
 
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +13,23 @@ from engine.training.student import Student
 from engine.training.weights import aside
 
 
-def save(path: Path, member: Student, epochs: int) -> None:
-    """Writes what `member` is after `epochs` epochs, aside first, so that a crash leaves the last state or this one."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: epochs behind it; where they are kept, the mean loss of each, and the seconds spent."""
+
+    epochs: int = 0
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+
+def save(path: Path, member: Student, progress: Progress, of: str = "") -> None:
+    """Writes what `member` is by now, aside first, so that a crash leaves the last state or this one. `of` names the
+    training, where the path alone does not."""
     state = {
-        "epochs": epochs,
+        "of": of,
+        "epochs": progress.epochs,
+        "losses": list(progress.losses),
+        "seconds": progress.seconds,
         "network": member.network.state_dict(),
         "objective": member.objective.state_dict(),
         "optimiser": member.optimiser.state_dict(),
@@ -26,29 +40,30 @@ def save(path: Path, member: Student, epochs: int) -> None:
         torch.save(state, partial)
 
 
-def restore(path: Path, member: Student) -> int:
-    """Puts a student into the state of a file; returns how many epochs it has behind it, 0 where there is no file.
+def restore(path: Path, member: Student, of: str = "") -> Progress:
+    """Puts a student into the state of a file; returns how far that is, nothing where there is no file.
 
-    A file that does not fit (written by another version) counts as none: training from the start gives the same end.
+    A file that does not fit (of another training, or another version's) counts as none: training from the start gives
+    the same end.
     """
     if not path.exists():
-        return 0
+        return Progress()
     try:
         state = torch.load(path, map_location=member.loss_sum.device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         state = {}
     # All is compared before anything is loaded: a student that is half of another would be worse than a fresh one.
     fits = _fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))
-    if not fits or (state.get("average") is None) != (member.average is None):
+    if not fits or state.get("of") != of or (state.get("average") is None) != (member.average is None):
         path.unlink()
-        return 0
+        return Progress()
     member.network.load_state_dict(state["network"])
     member.objective.load_state_dict(state["objective"])
     member.optimiser.load_state_dict(state["optimiser"])
     member.loss_sum.copy_(state["loss_sum"])
     for mine, stored in zip(member.average or [], state.get("average") or [], strict=True):
         mine.copy_(stored)
-    return int(state["epochs"])
+    return Progress(int(state["epochs"]), tuple(state["losses"]), float(state["seconds"]))
 
 
 def _fits(module: nn.Module, stored: dict[str, Tensor] | None) -> bool:

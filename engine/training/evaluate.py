@@ -4,45 +4,39 @@ becomes a status. Tasks take and return plain JSON values, so that any engine ca
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
-from engine import orders
-from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side, study_from_dict
-from engine.data.loader import Batches, eval_batches, train_batches
-from engine.data.parts import Data, Part, fingerprint, load, subset
+from engine.config import Resources, Study, for_fidelity, parse_bytes, side_by_side
+from engine.data.parts import fingerprint
 from engine.networks import count_cost
 from engine.space import load_space
 from engine.training import checkpoint
 from engine.training import teacher as teachers
-from engine.training.latency import measure
+from engine.training.checkpoint import Progress
 from engine.training.spacecheck import glance
-from engine.training.student import Student, fatal, place, precision, prepare, status_of
+from engine.training.student import Student, fatal, place, prepare, status_of
 from engine.training.taught import Teacher
-from engine.training.train import Stopwatch, accuracies, accuracy, train
+from engine.training.teaching import adopt_teacher, fetch_teacher, train_teacher
+from engine.training.train import Stopwatch, train
 from engine.training.weights import load_weights, save_weights
+from engine.training.workbench import Bench, device_name, open_bench, peak_memory
 from engine.trial import (
     Drained,
     EnvironmentUnusable,
     Evaluation,
     Fidelity,
-    NoWinner,
     Trial,
     UsageError,
     evaluation_to_json,
@@ -51,23 +45,9 @@ from engine.trial import (
 )
 
 Json = dict[str, Any]
-IntArray = npt.NDArray[np.int64]
 DEFAULT = Resources()
 # Python's words, and those of torch and safetensors, which raise errors of their own.
 UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "StreamWriter failed writing")
-
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """What stays on a worker between tasks: the study, its data, its device, and what it has learnt of its memory:
-    how many students of a fidelity it holds at once, where a cohort was too large. `orders` are its driver's."""
-
-    study: Study
-    data: Data
-    device: torch.device
-    run_dir: Path
-    room: dict[Fidelity, int] = field(default_factory=dict)
-    orders: Path | None = None
 
 
 def run_probe(task: Json) -> Json:
@@ -77,11 +57,11 @@ def run_probe(task: Json) -> Json:
             "a GPU was given to this worker but torch cannot use it; check the driver with nvidia-smi, "
             "or take --device cpu"
         )
-    bench = _bench(task)
+    bench = open_bench(task)
     study, classes = bench.study, len(bench.data.classes)
     if ".py:" in study.space:
         for fidelity in (study.low, study.high):
-            glance(study.space, classes, fidelity.width, _resolution(bench, fidelity))
+            glance(study.space, classes, fidelity.width, bench.resolution(fidelity))
     return {
         "classes": list(bench.data.classes),
         "resolution": bench.data.resolution,
@@ -97,7 +77,7 @@ def run_trials(task: Json) -> list[Json]:
     """Trains and scores a cohort: {"trials", "teacher" (its file), "resources" (or the defaults), ...} -> an evaluation
     for each trial."""
     cohort = [trial_from_json(trial) for trial in task["trials"]]
-    return [evaluation_to_json(one) for one in evaluate(_bench(task), task["teacher"], cohort, _resources(task))]
+    return [evaluation_to_json(one) for one in evaluate(open_bench(task), task["teacher"], cohort, _resources(task))]
 
 
 def run_teacher(task: Json) -> Json:
@@ -107,11 +87,15 @@ def run_teacher(task: Json) -> Json:
     and `std` are then those of the images that it knows (default: the data's). Returns the card of the weights file.
     An existing file is checked against the data.
     """
-    bench, path = _bench(task), Path(task["path"])
-    if not path.exists() and task.get("weights"):
-        _adopt_teacher(bench, task, path)
-    elif not path.exists():
-        _train_teacher(bench, task["network"], task["pretrained"], path, _resources(task))
+    bench, path = open_bench(task), Path(task["path"])
+    if path.exists():
+        pass
+    elif task.get("weights"):
+        adopt_teacher(bench, task, path)
+    elif task["pretrained"]:
+        fetch_teacher(bench, task["network"], path)
+    else:
+        train_teacher(bench, task["network"], path, _resources(task))
     card = teachers.read_card(path)
     teachers.check_fits(card, bench.data.classes)
     return {"path": str(path), "network": card.network, "accuracy": card.accuracy, "seconds": card.seconds}
@@ -120,22 +104,22 @@ def run_teacher(task: Json) -> Json:
 def run_test(task: Json) -> Json:
     """Accuracy of a full-fidelity trial's stored weights on the test part: {"trial", ...} -> {"test_accuracy",
     "weights" (their file)}."""
-    bench = _bench(task)
+    bench = open_bench(task)
     trial = trial_from_json(task["trial"])
     space = load_space(bench.study.space)
     network = space.build(trial.architecture.choices, len(bench.data.classes), trial.fidelity.width)
     stored = weights_path(bench.run_dir, trial)
     load_weights(stored, network)
     network = place(network, bench.device)
-    return {"test_accuracy": _accuracy(bench, network, bench.data.test, trial.fidelity), "weights": str(stored)}
+    return {"test_accuracy": bench.accuracy(network, bench.data.test, trial.fidelity), "weights": str(stored)}
 
 
 def run_latency(task: Json) -> list[float]:
     """Milliseconds of a forward pass of each of `task["architectures"]`, at full fidelity's width and resolution."""
-    bench = _bench(task)
+    bench = open_bench(task)
     space, width = load_space(bench.study.space), bench.study.high.width
     return [
-        _latency(bench, space.build(tuple(choices), len(bench.data.classes), width))
+        bench.latency_ms(space.build(tuple(choices), len(bench.data.classes), width))
         for choices in task["architectures"]
     ]
 
@@ -146,7 +130,7 @@ def run_score(task: Json) -> Json:
 
     Raises UsageError where the classes are not those, in the same order.
     """
-    bench, trial, known = _bench(task), trial_from_json(task["trial"]), task["trained_on"]
+    bench, trial, known = open_bench(task), trial_from_json(task["trial"]), task["trained_on"]
     if known:
         if tuple(known["classes"]) != bench.data.classes:
             raise UsageError(
@@ -159,7 +143,7 @@ def run_score(task: Json) -> Json:
     )
     load_weights(Path(task["weights"]), network)
     part = getattr(bench.data, task["part"])
-    score = _accuracy(bench, place(network, bench.device), part, trial.fidelity)
+    score = bench.accuracy(place(network, bench.device), part, trial.fidelity)
     return {"accuracy": score, "images": len(part), "device": device_name(bench.device)}
 
 
@@ -177,8 +161,8 @@ def evaluate(
         torch.cuda.reset_peak_memory_stats(bench.device)
     answers = _in_rounds(bench, trials, resources, lambda group: _attempt(bench, teacher_file, group, watch, resources))
     seconds = time.perf_counter() - start
-    images = sum(_images(bench, answer.trial.fidelity) for answer in answers if answer.ok)
-    costs = {**watch.seconds, "images_per_s": images / seconds, "peak_memory_bytes": _peak_memory(bench.device)}
+    images = sum(bench.images(answer.trial.fidelity) for answer in answers if answer.ok)
+    costs = {**watch.seconds, "images_per_s": images / seconds, "peak_memory_bytes": peak_memory(bench.device)}
     # The cohort shares its costs: each trial carries an equal part, so that the sum over trials is what was spent.
     shared = {name: value / len(trials) if name in watch.seconds else value for name, value in costs.items()}
     device = device_name(bench.device)
@@ -234,7 +218,6 @@ def _evaluate(
     if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
         raise ValueError("the trials of a cohort share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
-        indices, batch_size = _subset(bench, fidelity)
         teacher = _teacher(teacher_file, bench) if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
@@ -242,49 +225,36 @@ def _evaluate(
         students = [member for member in cohort if isinstance(member, Student)]
         # Seconds of work are not worth a file; a full training, which is alone, goes on where it was killed.
         state = state_path(bench.run_dir, trials[0]) if fidelity == bench.study.high and len(trials) == 1 else None
-        done = checkpoint.restore(state, students[0]) if state and students else 0
+        done = checkpoint.restore(state, students[0]).epochs if state and students else 0
     if students:
-        batches = train_batches(
-            bench.data.train,
-            indices,
-            data=bench.data,
-            batch_size=batch_size,
-            epochs=fidelity.epochs,
-            resolution=_resolution(bench, fidelity),
-            seed=seed,
-            device=str(bench.device),
-            backend=bench.study.data_backend,
-            first_epoch=done,
-        )
-        keep = partial(_epoch_done, bench, state, students[0], fidelity.epochs) if state else None
+        batches = bench.lessons(fidelity, seed, done)
+        keep = partial(_keep, bench, state, students[0], fidelity) if state else None
         train(students, teacher, batches, bench.study, watch, keep, resources.execution)
     with watch.phase("evaluate"):
         trained = [member for member in students if member.status == "ok"]
-        scores = dict(zip(map(id, trained), _scores(bench, [m.network for m in trained], fidelity), strict=True))
+        found = bench.scores([member.network for member in trained], bench.data.valid, fidelity)
+        scores = dict(zip(map(id, trained), found, strict=True))
         return [
             _answer(bench, trial, member, scores.get(id(member), 0.0)) if isinstance(member, Student) else member
             for trial, member in zip(trials, cohort, strict=True)
         ]
 
 
-def _epoch_done(bench: Bench, state: Path, member: Student, epochs: int, done: int) -> None:
-    """Keeps the state of a full training; raises Drained where the driver wants no more than that now."""
-    checkpoint.save(state, member, done)
-    if done < epochs and bench.orders is not None and not orders.working(bench.orders):
-        raise Drained(f"stopped after epoch {done} of {epochs}; the same command continues")
+def _keep(bench: Bench, state: Path, member: Student, fidelity: Fidelity, done: int) -> None:
+    bench.keep(state, member, Progress(done), fidelity.epochs)
 
 
 def _admit(bench: Bench, trial: Trial, teacher: Teacher | None, resources: Resources) -> Student | Evaluation:
     """A student ready to train, or why it cannot be had. A space that a user wrote may raise anything."""
     try:
         network = build_student(bench.study, trial, len(bench.data.classes))
-        size = _resolution(bench, trial.fidelity)
+        size = bench.resolution(trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=bench.device).contiguous(memory_format=torch.channels_last)
         full = trial.fidelity == bench.study.high
         if full and bench.study.initial_weights:
             load_weights(Path(bench.study.initial_weights), network)
         limit = bench.study.max_latency_ms
-        taken = _latency(bench, network) if full and limit < math.inf else 0.0
+        taken = bench.latency_ms(network) if full and limit < math.inf else 0.0
         if taken > limit:
             why = f"measured {taken:.3g} ms, over --max-latency-ms {limit:g}"
             return Evaluation(trial, "unfit", error=why, costs={"latency_ms": taken})
@@ -324,7 +294,7 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
     try:
         if isinstance(score, Exception):
             raise score
-        macs, params = count_cost(member.network, _resolution(bench, trial.fidelity))
+        macs, params = count_cost(member.network, bench.resolution(trial.fidelity))
         if trial.fidelity == bench.study.high:
             save_weights(weights_path(bench.run_dir, trial), member.network)
             state_path(bench.run_dir, trial).unlink(missing_ok=True)
@@ -336,122 +306,12 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
     return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=member.execution)
 
 
-def _latency(bench: Bench, network: nn.Module) -> float:
-    return measure(network, _resolution(bench, bench.study.high), bench.study.latency_batch, bench.device)
-
-
 def _failed(trial: Trial, error: Exception) -> Evaluation:
     if fatal(error):
         os._exit(70)  # a lost CUDA context cannot be had back in this process; the fleet starts another
     if any(words in str(error) for words in UNWRITABLE):
         raise EnvironmentUnusable(f"the run folder cannot be written: {error}; free space and repeat the command")
     return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
-
-
-def _accuracy(bench: Bench, network: nn.Module, part: Part, fidelity: Fidelity) -> float:
-    return accuracy(network, _views(bench, part, fidelity), precision(bench.study, bench.device))
-
-
-def _scores(bench: Bench, networks: list[nn.Module], fidelity: Fidelity) -> list[float | Exception]:
-    """Validation accuracies of a cohort, on one pass over the images."""
-    views = _views(bench, bench.data.valid, fidelity) if networks else ()
-    return accuracies(networks, views, precision(bench.study, bench.device))
-
-
-def _views(bench: Bench, part: Part, fidelity: Fidelity) -> Batches:
-    return eval_batches(
-        part,
-        data=bench.data,
-        batch_size=256,
-        resolution=_resolution(bench, fidelity),
-        device=str(bench.device),
-        backend=bench.study.data_backend,
-    )
-
-
-def _subset(bench: Bench, fidelity: Fidelity) -> tuple[IntArray, int]:
-    """Indices of the training images that a fidelity sees, and the batch size: the study's, or all if fewer."""
-    indices = subset(bench.data.train.labels, fidelity.fraction, bench.study.seed)
-    return indices, min(bench.study.batch_size, len(indices))
-
-
-def _images(bench: Bench, fidelity: Fidelity) -> int:
-    indices, batch_size = _subset(bench, fidelity)
-    return fidelity.epochs * (len(indices) // batch_size) * batch_size
-
-
-def _resolution(bench: Bench, fidelity: Fidelity) -> int:
-    return fidelity.resolution or bench.data.resolution
-
-
-def _train_teacher(bench: Bench, network: str, pretrained: bool, path: Path, resources: Resources) -> None:
-    start, study, data = time.perf_counter(), bench.study, bench.data
-    torch.manual_seed(study.seed)
-    built = teachers.build(network, len(data.classes), data.resolution, pretrained)
-    fidelity = Fidelity("teacher", epochs=study.teacher_epochs)
-    losses: tuple[float, ...] = ()
-    if not pretrained:
-        indices, batch_size = _subset(bench, fidelity)
-        example = torch.zeros(2, 3, data.resolution, data.resolution, device=bench.device)
-        pupil = prepare(built, None, study, "none", example)
-        batches = train_batches(
-            data.train,
-            indices,
-            data=data,
-            batch_size=batch_size,
-            epochs=fidelity.epochs,
-            resolution=data.resolution,
-            seed=study.seed,
-            device=str(bench.device),
-            backend=study.data_backend,
-        )
-        totals = [0.0]
-        train(
-            [pupil], None, batches, study, Stopwatch(), lambda _: totals.append(pupil.loss_sum.item()),
-            resources.execution,
-        )  # fmt: skip
-        losses = tuple((b - a) / batches.steps_per_epoch for a, b in pairwise(totals))
-        if pupil.status != "ok":
-            raise NoWinner(f"the teacher's training failed: {pupil.error}; try a lower --lr")
-    statistics = teachers.normalisation(network) if pretrained else None
-    epochs = 0 if pretrained else study.teacher_epochs
-    _keep_teacher(bench, built, network, path, epochs, statistics or (data.mean, data.std), losses, start)
-
-
-def _adopt_teacher(bench: Bench, task: Json, path: Path) -> None:
-    start, data = time.perf_counter(), bench.data
-    built = teachers.build(task["network"], len(data.classes), data.resolution, weights=Path(task["weights"]))
-    statistics = tuple(task.get("mean") or data.mean), tuple(task.get("std") or data.std)
-    _keep_teacher(bench, built, task["network"], path, 0, statistics, (), start)
-
-
-def _keep_teacher(
-    bench: Bench,
-    built: nn.Module,
-    network: str,
-    path: Path,
-    epochs: int,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]],
-    losses: tuple[float, ...],
-    start: float,
-) -> None:
-    """Scores a teacher on the validation part and saves it with its card."""
-    data, (mean, std) = bench.data, statistics
-    asked = teachers.freeze(teachers.renormalised(built, (data.mean, data.std), statistics), bench.device)
-    card = teachers.Card(
-        network=network,
-        classes=data.classes,
-        data=data.name,
-        fingerprint=fingerprint(data),
-        resolution=data.resolution,
-        mean=mean,
-        std=std,
-        epochs=epochs,
-        accuracy=_accuracy(bench, asked, data.valid, Fidelity("teacher")),
-        seconds=time.perf_counter() - start,
-        losses=losses,
-    )
-    teachers.save(path, built, card)
 
 
 @lru_cache(maxsize=1)
@@ -465,43 +325,3 @@ def _teacher(path: str, bench: Bench) -> Teacher:
 
 def _resources(task: Json) -> Resources:
     return Resources(**task.get("resources", {}))
-
-
-def _bench(task: Json) -> Bench:
-    study = json.dumps(task["study"], sort_keys=True)
-    return _open_bench(study, task["run_dir"], task["device"], task.get("orders"))
-
-
-@lru_cache(maxsize=1)
-def _open_bench(study_json: str, run_dir: str, device: str, folder: str | None) -> Bench:
-    study = study_from_dict(json.loads(study_json))
-    data = load(
-        study.data, seed=study.seed, valid_fraction=study.valid_fraction, resolution=study.resolution
-    )
-    if device == "cpu":
-        torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
-        keep_freed_memory()
-    return Bench(study, data, torch.device(device), Path(run_dir), orders=Path(folder) if folder else None)
-
-
-def keep_freed_memory() -> None:
-    """Has the C library keep what tensors give back, for the next step's, as torch does by itself on a GPU.
-
-    By default glibc returns blocks of some MB to the kernel at once; a step of MobileNetV2 then takes up to 90,000 page
-    faults and a third of its time to get them anew (docs/training.md). Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a block is mapped by itself
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end that are kept
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the device's allocator on CUDA, of the whole process (its peak so far) on CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -103,17 +103,10 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
             member.leave("diverged", f"the loss was no longer finite within the first {step} steps")
 
 
-def accuracy(network: nn.Module, batches: Iterable[Batch], dtype: torch.dtype) -> float:
-    """Share of images (0..1) whose largest logit is the label; leaves the network in evaluation mode."""
-    (share,) = accuracies([network], batches, dtype)
-    if isinstance(share, Exception):
-        raise share
-    return share
-
-
 @torch.no_grad()
 def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch], dtype: torch.dtype) -> list[float | Exception]:
-    """`accuracy` of each network, on one pass over the batches; in its place the exception of one that raises."""
+    """Share of images (0..1) whose largest logit is the label, for each network, on one pass over the batches; in its
+    place the exception of one that raises. Leaves the networks in evaluation mode."""
     hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
     total = 0
     for batch in batches:
