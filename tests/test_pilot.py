@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from concurrent.futures import Future
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine.search.policies.ranking import Measured, difference, macs_alone, ran
 from engine.search.progress import Display
 from engine.space import candidates, load_space
 from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
 STUDY = Study(space=SPACE, high=Fidelity("high", epochs=9))
@@ -30,40 +30,24 @@ GOOD, FAIR, NOISE = Fidelity.parse("kd@1/9x3"), Fidelity.parse("at@1/9x3"), Fide
 LUCK = {GOOD: 0.01, FAIR: 0.15, NOISE: 10.0}
 
 
-class Formula:
+class Formula(AtOnce):
     """A fleet whose answers are a function of the trial: quality is no function of MACs; `LUCK` is added to it."""
 
-    device = "cpu"
     capacity = 2
 
     def __init__(self, broken: Fidelity | None = None) -> None:
         self.broken = broken
         self.asked: list[tuple[Architecture, Fidelity, int]] = []
 
-    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(getattr(self, name)(task))
-        return future
-
-    def drain(self) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-    def run_probe(self, task: dict[str, Any]) -> dict[str, Any]:
-        found = {"classes": ["a", "b"], "resolution": 32, "fingerprint": "f", "images": {"train": 80, "valid": 20}}
-        return {**found, "device": "cpu", "mean": [0.5] * 3, "std": [0.2] * 3}
-
     def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
         Path(task["path"]).parent.mkdir(exist_ok=True)
         Path(task["path"]).touch()
-        return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
+        return super().run_teacher(task)
 
     def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
-        return [evaluation_to_json(self.answer(trial_from_json(data), task)) for data in task["trials"]]
+        return [evaluation_to_json(self.measure(trial_from_json(data), task)) for data in task["trials"]]
 
-    def answer(self, trial: Any, task: dict[str, Any]) -> Evaluation:
+    def measure(self, trial: Any, task: dict[str, Any]) -> Evaluation:
         self.asked.append((trial.architecture, trial.fidelity, trial.seed))
         if trial.fidelity == self.broken:
             return Evaluation(trial, "oom", error="no memory")
@@ -76,9 +60,6 @@ class Formula:
         quality = np.random.default_rng(trial.architecture.choices).random()
         score = 0.5 + 0.1 * (quality + luck * np.random.default_rng(int(trial.key, 16)).normal())
         return Evaluation(trial, "ok", score, seconds=9.0 if full else 1.0, macs=10, params=5)
-
-    def run_test(self, task: dict[str, Any]) -> dict[str, Any]:
-        return {"test_accuracy": 0.75, "weights": "none"}
 
 
 @pytest.fixture

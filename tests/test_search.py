@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,43 +17,19 @@ from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search import journal, search
 from engine.search.progress import Display
 from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
 STUDY = Study(space=SPACE, low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
 BUDGET = Budget(max_low=8, max_high=4)
 
 
-class Recorded:
+class Recorded(AtOnce):
     """A fleet whose answers are a function of the trial; counts what it was asked."""
-
-    device = "cpu"
 
     def __init__(self, capacity: int = 3, broken: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         self.capacity, self.broken = capacity, broken
         self.trials: list[int] = []
-
-    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(getattr(self, name)(task))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def drain(self) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-    def run_probe(self, task: dict[str, Any]) -> dict[str, Any]:
-        images = {"train": 80, "valid": 20}
-        classes = ["a", "b"]
-        scale = {"mean": [0.5] * 3, "std": [0.2] * 3}
-        return {"classes": classes, "resolution": 32, "fingerprint": "f", "images": images, "device": "cpu", **scale}
-
-    def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
-        return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
 
     def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
         answers = []
@@ -68,9 +43,6 @@ class Recorded:
             quality = sum(trial.architecture.choices) / 24
             answers.append(Evaluation(trial, "ok", 0.5 + 0.3 * quality + noise, seconds=2.0, macs=10, params=5))
         return [evaluation_to_json(answer) for answer in answers]
-
-    def run_test(self, task: dict[str, Any]) -> dict[str, Any]:
-        return {"test_accuracy": 0.75, "weights": "none"}
 
 
 def run(

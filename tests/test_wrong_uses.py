@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import cli
 from engine.config import Resources
 from engine.fleet.devices import Layout
 from engine.search import search
+from tests.at_once import AtOnce, Task
 
 SMALL = [
     "--space=nasbench201:channels=4,cells=1", "--batch-size=16", "--teacher-epochs=1", "--low.fraction=1/2",
@@ -34,26 +34,13 @@ SMALL = [
 Ends = Callable[[list[str], int, str], None]
 
 
-class Here:
+class Here(AtOnce):
     """A fleet of one worker: this process."""
 
-    capacity, device = 1, "cpu"
-
-    def submit(self, name: str, task: dict[str, Any]) -> Future[Any]:
+    def answer(self, name: str, task: Task) -> Any:
         from engine.training import evaluate
 
-        future: Future[Any] = Future()
-        try:
-            future.set_result(json.loads(json.dumps(getattr(evaluate, name)(task))))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def drain(self) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
+        return json.loads(json.dumps(getattr(evaluate, name)(task)))
 
 
 @pytest.fixture
