@@ -46,3 +46,14 @@ def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     assert "nothing has been started" in err
     assert [path.name for path in run_dir.iterdir()] == ["journal.jsonl"]
     assert (run_dir / "journal.jsonl").read_bytes() == before
+
+
+def test_a_dry_run_minds_the_limit_on_latency(
+    tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["search", *FLAGS, f"--data={tiny_npz}", f"--run-dir={tmp_path / 'run'}", "--dry-run"]
+    assert cli.main([*arguments, "--max-latency-ms=1e-6"]) == 2
+    err = capsys.readouterr().err
+    assert "latency: measuring" in err
+    assert "--max-latency-ms" in err
+    assert not (tmp_path / "run").exists()

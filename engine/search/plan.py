@@ -18,7 +18,7 @@ from engine.fleet.devices import describe, layout
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search import journal
 from engine.search.progress import Display
-from engine.search.search import checked, fitting, largest, probe, teacher_path
+from engine.search.search import checked, fast, fitting, largest, probe, teacher_path
 from engine.space import Candidates
 from engine.trial import (
     Architecture,
@@ -69,6 +69,9 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
         try:
             facts = probe(study, folder, fleet, show)
             everything, fit = fitting(space, study, facts, show)
+            if study.max_latency_ms < float("inf"):  # as the run has measured it, if it has
+                known = (run_dir / "latency.json").exists()
+                fit = fast(fit, study, fleet, run_dir.absolute() if known else folder, show)
             task = _task(study, resources, fleet, folder)
             teacher = teacher_path(study, run_dir.absolute())
             to_train = study.teacher == "auto" and study.low.kd_loss != "none" and not teacher.exists()
