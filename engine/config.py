@@ -50,7 +50,7 @@ class Study:
     )
     teacher_epochs: int = option(60, "epochs that a teacher trained by the run gets")
     low: Fidelity = option(
-        Fidelity("low", Fraction(1, 9), 20, kd_loss="kd+at"), "the cheap judgement that every candidate starts with"
+        Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the cheap judgement that every candidate starts with"
     )
     high: Fidelity = option(Fidelity("high", Fraction(1), 60), "the full judgement that the winner is named by")
     kd_temperature: float = option(4.0, "softmax temperature of the distillation term")

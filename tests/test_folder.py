@@ -131,10 +131,36 @@ def test_a_class_with_one_image_cannot_be_split(tmp_path: Path) -> None:
         load(str(root), cache=tmp_path)
 
 
-def test_a_folder_that_is_arranged_otherwise_is_told_how(tmp_path: Path) -> None:
-    picture(tmp_path / "flat/class0/0.jpg")
-    with pytest.raises(EnvironmentUnusable, match=r"no folder train/.*arrange the images as train/<class>/"):
+def test_of_class_folders_alone_a_fifth_is_for_testing_whatever_else_comes(tmp_path: Path) -> None:
+    for c in range(3):
+        for i in range(20):
+            picture(tmp_path / f"flat/class{c}/{i}.jpg", seed=100 * c + i)
+    data = load(str(tmp_path / "flat"), cache=tmp_path)
+    np.testing.assert_array_equal(np.bincount(data.test.labels), [4, 4, 4])
+    parts = [{Path(file) for file in part.files or ()} for part in (data.train, data.valid, data.test)]
+    assert len(set.union(*parts)) == 60
+    assert not parts[2] & (parts[0] | parts[1])
+    (tmp_path / "flat").rename(tmp_path / "moved")
+    picture(tmp_path / "moved/class0/20.jpg")
+    again = load(str(tmp_path / "moved"), cache=tmp_path, seed=1)
+    names = [{"/".join(Path(file).parts[-2:]) for file in d.test.files or ()} for d in (data, again)]
+    assert len(names[0] ^ names[1]) <= 2
+
+
+def test_a_class_of_two_images_cannot_be_divided_in_three(tmp_path: Path) -> None:
+    for name in ("0.jpg", "1.jpg"):
+        picture(tmp_path / "flat/class0" / name)
+    with pytest.raises(EnvironmentUnusable, match=r"at least 3 images.*class0 \(2\)"):
         load(str(tmp_path / "flat"), cache=tmp_path)
+
+
+def test_a_folder_that_is_arranged_otherwise_is_told_how(tmp_path: Path) -> None:
+    picture(tmp_path / "loose/0.jpg")
+    with pytest.raises(EnvironmentUnusable, match=r"no class folder.*arrange the images as train/<class>/"):
+        load(str(tmp_path / "loose"), cache=tmp_path)
+    picture(tmp_path / "untested/test/class0/0.jpg")
+    with pytest.raises(EnvironmentUnusable, match=r"no folder train/.*arrange the images"):
+        load(str(tmp_path / "untested"), cache=tmp_path)
     picture(tmp_path / "half/train/class0/0.jpg")
     with pytest.raises(EnvironmentUnusable, match=r"no folder test or val/.*arrange the images"):
         load(str(tmp_path / "half"), cache=tmp_path)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engine.trial import EnvironmentUnusable, UsageError
 
-FORMS = "glyphs, glyphs:N, cifar10, cifar100, a .npz file, or a folder with train/<class>/ and test/<class>/"
+FORMS = "glyphs, glyphs:N, cifar10, cifar100, a .npz file, or a folder with <class>/ in it or in its train/ and test/"
 
 # The *binary* archives of CIFAR: records of plain bytes, so no pickle is ever loaded. Digests from the data's page.
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"

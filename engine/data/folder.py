@@ -18,7 +18,12 @@ from engine.trial import EnvironmentUnusable
 ENDINGS = (".jpg", ".jpeg", ".png")
 _NAMED = 200  # bad files that an error names one by one; more than that is another problem
 
-_LAYOUT = "arrange the images as train/<class>/*.jpg and test/<class>/*.jpg (JPEG or PNG; val/ serves as test/)"
+# The files of each class.
+Listed = dict[str, list[os.DirEntry[str]]]
+_LAYOUT = (
+    "arrange the images as train/<class>/*.jpg and test/<class>/*.jpg (JPEG or PNG; val/ serves as test/), or as "
+    "<class>/*.jpg alone"
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,17 @@ class Folder:
 
 
 def checked_folder(root: Path, cache: Path) -> Folder:
-    """List `root` (train/<class>/*, test|val/<class>/*) and decode each file once.
+    """List `root` (train/<class>/*, test|val/<class>/*, or <class>/* alone) and decode each file once.
 
-    A check that passed is remembered in `cache` by path, size and time of change of every file, so that the next
-    one only lists. Hidden files and other endings than ENDINGS are passed over. Raises EnvironmentUnusable for a
-    part that is missing, class folders that differ between the parts or are empty, and files that do not decode.
+    Of <class>/* alone a fifth is for testing, see `_divided`. A check that passed is remembered in `cache` by path,
+    size and time of change of every file, so that the next one only lists. Hidden files and other endings than ENDINGS
+    are passed over. Raises EnvironmentUnusable for a part that is missing, class folders that differ between the parts
+    or are empty, and files that do not decode.
     """
-    train = _listed(_part(root, "train"))
-    test = _listed(_part(root, "test", "val"))
+    if any((root / name).is_dir() for name in ("train", "test", "val")):
+        train, test = _listed(_part(root, "train")), _listed(_part(root, "test", "val"))
+    else:
+        train, test = _divided(_listed(root))
     if train.keys() != test.keys():
         only = [f"{name} only in train" for name in sorted(train.keys() - test.keys())]
         only += [f"{name} only in test" for name in sorted(test.keys() - train.keys())]
@@ -78,9 +86,9 @@ def _part(root: Path, *names: str) -> Path:
     raise EnvironmentUnusable(f"--data {root}: there is no folder {' or '.join(names)}/ in it; {_LAYOUT}")
 
 
-def _listed(part: Path) -> dict[str, list[os.DirEntry[str]]]:
+def _listed(part: Path) -> Listed:
     """The image files of each class folder, sorted by name; a class without one is an error."""
-    classes: dict[str, list[os.DirEntry[str]]] = {}
+    classes: Listed = {}
     for folder in sorted(os.scandir(part), key=lambda entry: entry.name):
         if folder.is_dir() and not folder.name.startswith("."):
             classes[folder.name] = sorted(filter(_is_image, os.scandir(folder)), key=lambda entry: entry.name)
@@ -91,13 +99,29 @@ def _listed(part: Path) -> dict[str, list[os.DirEntry[str]]]:
     return classes
 
 
+def _divided(classes: Listed) -> tuple[Listed, Listed]:
+    """Files to train on and files to test with, a fifth of each class and at least one, chosen by the digest of their
+    names: the same in every run, wherever the folder lies, and nearly the same when images have come to it."""
+    few = [f"{name} ({len(files)})" for name, files in classes.items() if len(files) < 3]
+    if few:
+        raise EnvironmentUnusable(
+            f"every class needs at least 3 images, one each to train, to validate and to test; too few in: "
+            f"{', '.join(few)}. Add images to these classes or leave them out"
+        )
+    train, test = {}, {}
+    for name, files in classes.items():
+        order = sorted(files, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
+        drawn = set(order[: max(1, len(files) // 5)])
+        train[name] = [entry for entry in files if entry not in drawn]
+        test[name] = [entry for entry in files if entry in drawn]
+    return train, test
+
+
 def _is_image(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".") and entry.name.lower().endswith(ENDINGS) and entry.is_file()
 
 
-def _flat(
-    listed: dict[str, list[os.DirEntry[str]]], classes: Sequence[str]
-) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+def _flat(listed: Listed, classes: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     files = tuple(entry.path for name in classes for entry in listed[name])
     return files, np.repeat(np.arange(len(classes)), [len(listed[name]) for name in classes])
 

@@ -26,7 +26,7 @@ Json = dict[str, Any]
 def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
     """What is compared unless it is said: with and without a teacher on a ninth of the data, and a cheaper one."""
     ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
-    return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd+at@{less}")))
+    return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"kd+at@{ninth}", f"kd@{less}")))
 
 
 def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display) -> Study:
