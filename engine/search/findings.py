@@ -148,7 +148,7 @@ def draw(path: Path, result: Json) -> None:
     except ImportError:
         return  # an extra; fidelity.json has the same figures
     rows = result["fidelities"][::-1]
-    figure = Figure(figsize=(8, 1.6 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.4 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for key, bounds, shift, label in (
         ("tau", "tau_interval", 0.12, "tau with full accuracy"),
@@ -165,5 +165,5 @@ def draw(path: Path, result: Json) -> None:
     axes.axvline(0, color="grey", linewidth=0.5)
     axes.set_yticks(range(len(rows)), [f"{row['name']}  ({row['price']:.3f})" for row in rows])
     axes.set(xlabel=f"Kendall's tau, {result['full']} architectures, 95 % intervals; (price in full trainings)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=4, fontsize="small", frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
