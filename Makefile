@@ -74,6 +74,7 @@ gpu-check:
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make rivals          the search against its rivals on real training, resumable
+# make authors         what the paper's authors measured, read as such a study: seconds
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
@@ -83,7 +84,10 @@ STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar
 WHY       = why-settings why-teacher
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
-.PHONY: evidence why rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES) $(WHY)
+authors: | install
+	$(BIN)/python -m bench.evidence.recorded $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
+
+.PHONY: authors evidence why rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
 why: $(WHY)
 

@@ -89,10 +89,12 @@ def table(result: dict[str, Any]) -> list[str]:
     lines.append(row(["MACs alone", "", f"{macs['tau']:.2f}", span(macs["interval"]), *[""] * 5, "0"]))
     if result["repeatability"] is not None:
         lines.append(row(["full, another seed", "", f"{result['repeatability']:.2f}", *[""] * 6, "1"]))
-    lines += ["", row(["distilled", "without a teacher", "difference of tau given MACs"]), row(["---"] * 3)]
+    lines += ["", row(["distilled", "price", "without a teacher", "price", "difference of tau given MACs"])]
+    lines.append(row(["---"] * 5))
+    prices = {r["name"]: f"{r['price']:.2f}" for r in result["fidelities"]}
     for gap in result["distilled_less_undistilled"]:
-        names = [f"`{gap['name']}`", f"`{gap['against']}`"]
-        lines.append(row([*names, f"{gap['tau_given_macs']:+.2f} ± {gap['stderr']:.2f}"]))
+        pair = [cell for name in (gap["name"], gap["against"]) for cell in (f"`{name}`", prices[name])]
+        lines.append(row([*pair, f"{gap['tau_given_macs']:+.2f} ± {gap['stderr']:.2f}"]))
     return [*lines, "", f"Recommended: `{result['recommended']}`: {result['reason']}."]
 
 

@@ -59,16 +59,19 @@ def recommend(found: Measured, rankings: list[Ranking]) -> tuple[Ranking, str]:
 
 
 def against_undistilled(found: Measured) -> list[Difference]:
-    """Each distilled fidelity against every one without a teacher on the same part of the data."""
-    plain = [low for low in found.lows if low.kd_loss == "none"]
-    pairs = [
-        (low, other)
-        for low in found.lows
-        for other in plain
-        if low.kd_loss != "none"
-        and (low.fraction, low.width, low.resolution) == (other.fraction, other.width, other.resolution)
-    ]
-    return [gap for low, other in pairs if (gap := difference(found, low, other)) is not None]
+    """Each distilled fidelity against every one without a teacher on the same part of the data, and against the
+    cheapest without a teacher that costs as much, or up to twice that: what the money buys without one."""
+    plain = sorted((low for low in found.lows if low.kd_loss == "none"), key=found.price)
+    gaps = []
+    for low in found.lows:
+        if low.kd_loss == "none":
+            continue
+        part = (low.fraction, low.width, low.resolution)
+        same = [other for other in plain if (other.fraction, other.width, other.resolution) == part]
+        dearer = [other for other in plain if 1 <= found.price(other) / max(found.price(low), 1e-9) <= 2]
+        others = dict.fromkeys([*same, *dearer[:1]])
+        gaps += [gap for other in others if (gap := difference(found, low, other)) is not None]
+    return gaps
 
 
 def statistic_to_json(statistic: Statistic) -> Json:
