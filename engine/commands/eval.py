@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -15,9 +15,13 @@ from engine.commands.flags import (
     add_run_options,
     command_parser,
     gather,
+    run_first,
 )
 from engine.config import Resources, Study
 from engine.trial import Architecture, Fidelity, Trial, UsageError, weights_path
+
+if TYPE_CHECKING:
+    from engine.search.runs import Run
 
 EXAMPLES = """\
 photos                                    the winner of runs/photos on the validation images
@@ -43,16 +47,14 @@ def parser() -> ArgumentParser:
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """The settings of RUN, if it comes first, before the flags that change them."""
-    if not arguments or arguments[0].startswith("-"):
-        return arguments
-    from engine.search.runs import open_run
+    return run_first(arguments, _settings)
+
+
+def _settings(found: Run) -> dict[str, Any]:
     from engine.search.single import data_of
 
-    found = open_run(arguments[0])
     # Another data set is brought to the size of the run's.
-    settings = {name: getattr(found.study, name) for name in USED} | {"resolution": data_of(found)["resolution"]}
-    return [arguments[0], *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()), *arguments[1:]]
+    return {name: getattr(found.study, name) for name in USED} | {"resolution": data_of(found)["resolution"]}
 
 
 def run(values: Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -20,6 +20,9 @@ from jsonargparse.typing import register_type
 
 from engine.config import Resources, flatten
 from engine.trial import Fidelity, UsageError
+
+if TYPE_CHECKING:
+    from engine.search.runs import Run
 
 
 def _fraction(text: str) -> Fraction:
@@ -224,6 +227,15 @@ def add_optional_run(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or name under runs/")
     parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
 
+
+def run_first(arguments: list[str], settings: Callable[[Run], dict[str, Any]]) -> list[str]:
+    """The command line with the settings of RUN, where that is its first word, before the flags that change them."""
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    from engine.search.runs import open_run
+
+    found = settings(open_run(arguments[0]))
+    return [arguments[0], *(f"--{name.replace('_', '-')}={value}" for name, value in found.items()), *arguments[1:]]
 
 
 def add_device_option(parser: ArgumentParser) -> None:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_optional_run, add_options, add_run_options, command_parser, gather
+from engine.commands.flags import (
+    add_optional_run,
+    add_options,
+    add_run_options,
+    command_parser,
+    gather,
+    run_first,
+)
 from engine.config import Resources, Study
 from engine.trial import Fidelity, UsageError, weights_path
 
@@ -49,20 +56,14 @@ def parser() -> ArgumentParser:
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """The settings of RUN, if it comes first, before the flags that change them."""
-    if not arguments or arguments[0].startswith("-"):
-        return arguments
-    from engine.search.runs import open_run
+    return run_first(arguments, _settings)
 
-    found = open_run(arguments[0])
-    study = found.study
-    own = found.folder / "teacher" / "teacher.safetensors"
-    settings: dict[str, Any] = {f.name: getattr(study, f.name) for f in dataclasses.fields(Study)}
+
+def _settings(found: Run) -> dict[str, Any]:
+    study, own = found.study, found.folder / "teacher" / "teacher.safetensors"
+    settings = {f.name: getattr(study, f.name) for f in dataclasses.fields(Study) if f.name not in LEFT_OUT}
     settings |= {"epochs": study.high.epochs, "kd_loss": study.high.kd_loss}
-    if study.teacher == "auto" and own.is_file():
-        settings["teacher"] = own
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if name not in LEFT_OUT]
-    return [arguments[0], *flags, *arguments[1:]]
+    return settings | ({"teacher": own} if study.teacher == "auto" and own.is_file() else {})
 
 
 def run(values: Namespace) -> dict[str, Any]:
