@@ -21,7 +21,7 @@ FLAGS = [
 def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    low = Fidelity("low", Fraction(1, 2), 3, kd_loss="kd+at")
+    low = Fidelity("low", Fraction(1, 2), 3, kd_loss="kd")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with Journal(run_dir / "journal.jsonl") as book:

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.search import replay
 from engine.search import replay as replays
-from engine.search.replay import Replay, recorded, simulate
+from engine.search.replay import Replay, recorded, replay, simulate
 from engine.search.tables import load
 from engine.trial import Fidelity, Trial, UsageError
 

@@ -175,8 +175,8 @@ def test_an_empty_class_folder(ends: Ends, photos: Path) -> None:
     ends(["search", *SMALL, f"--data={photos}"], 3, "no JPEG or PNG file in bird")
 
 
-def test_a_folder_of_images_without_parts(ends: Ends, photos: Path) -> None:
-    ends(["search", *SMALL, f"--data={photos / 'train'}"], 3, "arrange the images as train/<class>")
+def test_a_folder_of_images_without_classes(ends: Ends, photos: Path) -> None:
+    ends(["search", *SMALL, f"--data={photos / 'train' / 'cat'}"], 3, "arrange the images as train/<class>")
 
 
 def test_one_class_only(ends: Ends, photos: Path) -> None:
