@@ -36,6 +36,7 @@ METHODS = (
     ("successive halving, no teacher", "halving", "none"),
     ("mfkd, no teacher", "mfkd", "none"),
     ("mfkd, NST", "mfkd", "nst"),
+    ("mfkd, attention of weight 10", "mfkd", "at"),
     (OURS, "mfkd", "kd"),
 )
 
