@@ -16,7 +16,7 @@ import cli
 from engine import config
 from engine.config import Budget, Resources, Study
 from engine.search import journal, search
-from engine.search.pilot import recommended, study_fidelities, study_first, usual_lows
+from engine.search.pilot import little_learned, recommended, study_fidelities, study_first, usual_lows
 from engine.search.policies.pilot import Pilot, chosen
 from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.search.progress import Display
@@ -252,6 +252,13 @@ def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -
     scores = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
     seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in scores}
     return Measured([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
+
+
+def test_full_trainings_that_learned_nothing_are_said_to_rank_by_luck() -> None:
+    full = np.array([[0.51], [0.53], [0.52]])
+    found = fake({GOOD: full[:, 0]}, full, np.ones(3))
+    assert "52.0 % of 2 classes" in little_learned(found, 2)
+    assert little_learned(found, 100) == ""
 
 
 def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:

@@ -16,11 +16,14 @@ from engine.fleet.fleet import Fleet
 from engine.search import findings, search
 from engine.search.journal import History
 from engine.search.policies.pilot import Pilot, measured, pilot
-from engine.search.policies.ranking import clearly_worse
+from engine.search.policies.ranking import Measured, clearly_worse
 from engine.search.progress import Display
 from engine.trial import Fidelity, NoWinner, UsageError
 
 Json = dict[str, Any]
+
+# Part of the way from guessing to all right that full training must come on the average for its ranking to mean much.
+LEARNED = 0.1
 
 
 def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
@@ -87,7 +90,8 @@ def conclude(ground: search.Ground, plan: Pilot, history: History, show: Display
         raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
     run_dir = ground.run_dir
     result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
-    for line in findings.table(result):
+    result["warning"] = little_learned(found, len(ground.facts["classes"]))
+    for line in [*findings.table(result), *filter(None, [result["warning"]])]:
         show.say(line)
     config.write_whole(run_dir / "evaluations.csv", findings.evaluations_csv(history.answered))
     best = next(low for low in plan.lows if low.name == result["recommended"])
@@ -95,6 +99,17 @@ def conclude(ground: search.Ground, plan: Pilot, history: History, show: Display
     findings.draw(run_dir / "fidelity.png", result)
     config.write_whole(run_dir / "fidelity.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def little_learned(found: Measured, classes: int) -> str:
+    """What to say where full training hardly beats guessing, so that there is nothing to rank; "" where it does."""
+    full = float(found.means(found.high, found.having(found.high)).mean())
+    if full - 1 / classes >= LEARNED * (1 - 1 / classes):
+        return ""
+    return (
+        f"warning: full training comes to {100 * full:.1f} % of {classes} classes on the average, hardly more than "
+        "guessing, and what is ranked here is mostly luck; give it more images, more --high.epochs, or another --lr"
+    )
 
 
 def recommended(study: Study, low: Fidelity, run_dir: Path) -> Study:
