@@ -158,8 +158,11 @@ def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
 def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
     """Busy and idle ones, by SIGKILL."""
     crew = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    three, four = ({"folder": str(tmp_path / f"meet{count}"), "count": count} for count in (3, 4))
+    for place in (three, four):
+        Path(place["folder"]).mkdir()
     try:
-        first = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        first = [crew.submit("meet", three) for _ in range(3)]
         assert len({future.result(60)["pid"] for future in first}) == 3
         assert listening([psutil.Process(), interchange(), *mark()]) == {"127.0.0.1"}
         assert listening([interchange()]) == {"127.0.0.1"}
@@ -167,12 +170,12 @@ def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], 
         assert keys.stat().st_mode & 0o077 == 0  # what opens the channels is for this account alone
         for process in workers(mark):  # idle
             process.kill()
-        running = {crew.submit("report", {"seconds": 2.0}) for _ in range(3)}
-        until(lambda: len(workers(mark)) == 3)
+        running = {crew.submit("meet", four) for _ in range(3)}
+        until(lambda: len(list(Path(four["folder"]).iterdir())) == 3)
         workers(mark)[0].kill()  # busy
+        assert crew.submit("meet", four).result(60)  # whom the others wait for
         died = [future for future in running if isinstance(future.exception(60), WorkerDied)]
         assert len(died) == 1
-        assert crew.submit("report", {}).result(60)
     finally:
         crew.close()
     until(lambda: mark() == [])
