@@ -81,7 +81,7 @@ EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
-WHY       = why-settings why-teacher
+WHY       = why-settings why-teacher cifar100-nasbench201-kd
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
 authors: | install
@@ -94,6 +94,7 @@ why: $(WHY)
 $(filter glyphs-%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
 $(filter cifar100-%,$(STUDIES)): $(EVIDENCE)/teachers/cifar100.safetensors
 why-settings: glyphs-nasbench201-cap
+cifar100-nasbench201-kd: build/cifar100.npz
 why-teacher: glyphs-nasbench201-cap $(EVIDENCE)/teachers/glyphs-weak.safetensors
 $(STUDIES) $(WHY): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
