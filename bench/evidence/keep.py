@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from engine.search.runs import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -68,12 +68,9 @@ def teacher(run_dir: Path) -> str:
 
 
 def teacher_card(run_dir: Path) -> dict[str, Any]:
-    import yaml
-
-    named = yaml.safe_load((run_dir / "config.yaml").read_text())["study"]["teacher"]
-    path = run_dir / "teacher" / "teacher.safetensors" if named == "auto" else Path(named)
-    with safe_open(path, "np") as file:
-        card: dict[str, Any] = json.loads(file.metadata()["card"])
+    card = open_run(str(run_dir)).teacher_card()
+    if card is None:
+        raise SystemExit(f"{run_dir} has no teacher, or its file cannot be read")
     return card
 
 
