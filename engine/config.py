@@ -339,8 +339,8 @@ def slots(workers: int, cohort: int) -> Slots:
 def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     """Writes config.yaml into a run folder; refuses a study that differs from the one already there.
 
-    Decisions depend on the slots, so the first call's hold for the life of the run, whatever machine continues it;
-    they are returned.
+    Decisions depend on the slots, so they hold for the life of the run, whatever machine continues it, and grow only
+    where a later call brings more workers: those would be idle. They are returned.
     """
     path = run_dir / "config.yaml"
     if path.exists():
@@ -354,7 +354,8 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
                 f"{run_dir} holds a search with other settings ({'; '.join(changed)}); "
                 "repeat its settings to continue it, or choose another --run-dir"
             )
-        wanted = Slots(**stored["slots"])
+        held = Slots(**stored["slots"])
+        wanted = Slots(max(held.total, wanted.total // wanted.cohort * held.cohort), held.cohort)
     content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
     write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted

@@ -111,6 +111,29 @@ def test_decisions_that_the_record_shows_whole_are_not_made_again(total, slots, 
     assert all(count >= last for count in calls)
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 25), st.integers(1, 4), st.integers(1, 6), st.integers(0, 25))
+def test_continued_on_more_workers_the_record_holds_and_then_they_all_work(total, slots, more, cut):
+    asked, seen, later, open_at_once = [], [], [], []
+
+    def ask(trials, count):
+        asked.extend(trials)
+        seen.extend([count] * len(trials))
+
+    def propose(history, free):
+        open_at_once.append(len(history.pending) + free)
+        return policy(total)(history, free)
+
+    drive(policy(total), slots, at_once, cost, asked=ask)
+    got = drive(
+        propose, slots + more, at_once, cost, asked[:cut], seen=seen[:cut], asked=lambda trials, _: later.extend(trials)
+    )
+    assert sorted(e.trial.number for e in got.answered) == list(range(total))
+    assert {e.trial.number: e.trial for e in got.answered} == {t.number: t for t in [*asked[:cut], *later]}
+    assert got.times == sorted(got.times)
+    assert set(open_at_once) <= {slots + more}
+
+
 def test_the_record_wins_where_the_policy_now_says_otherwise():
     asked = []
     drive(policy(8), 2, at_once, cost, asked=lambda trials, seen: asked.extend(trials))

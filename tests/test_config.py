@@ -24,6 +24,13 @@ def test_the_same_study_continues_with_the_slots_it_began_with(tmp_path: Path) -
     assert config.fix(tmp_path, STUDY, Budget(max_high=9), config.slots(workers=1, cohort=1)) == first
 
 
+def test_more_workers_in_a_later_call_find_something_to_do_and_the_call_after_it_keeps_that(tmp_path: Path) -> None:
+    config.fix(tmp_path, STUDY, Budget(), config.slots(workers=1, cohort=4))
+    grown = config.fix(tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=1))
+    assert grown == config.slots(workers=8, cohort=4)
+    assert config.fix(tmp_path, STUDY, Budget(), config.slots(workers=2, cohort=4)) == grown
+
+
 def test_another_study_in_the_same_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
     config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
     changed = replace(STUDY, lr=0.3, low=replace(STUDY.low, epochs=5))
