@@ -72,9 +72,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from engine import config
     from engine.config import Budget, Slots, Study
-    from engine.search import policy, search
+    from engine.search import ground, policy, search
     from engine.search.clock import drive
     from engine.search.journal import History, Journal
+    from engine.space import load_space
     from engine.trial import Evaluation, Fidelity, Trial
 
     study = Study(
@@ -89,7 +90,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     config.fix(folder, study, budget, Slots(2, 1))
     search.write_run_file(folder, data)
-    candidates, plan = search.members(search.load_space(study.space), study, data), config.plan(study, budget)
+    candidates, plan = ground.members(load_space(study.space), study, data), config.plan(study, budget)
 
     def answer(trial: Trial) -> Evaluation:
         luck = np.random.default_rng(int(trial.key, 16)).normal(0, 0.01)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import cli
 from engine.config import Resources
 from engine.fleet.devices import Layout
-from engine.search import search
+from engine.search import ground, search
 from tests.at_once import AtOnce, Task
 
 SMALL = [
@@ -51,6 +51,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return Here()
 
     monkeypatch.setattr(search, "open_fleet", here)
+    monkeypatch.setattr(ground, "open_fleet", here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

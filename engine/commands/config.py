@@ -33,7 +33,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
-    from engine.search.search import checked
+    from engine.search.ground import checked
 
     checked(gather(Study, values), gather(Budget, values), gather(Resources, values))
     found = list(origins(values))

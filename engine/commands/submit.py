@@ -60,7 +60,7 @@ def parser() -> ArgumentParser:
 
 def run(values: Namespace) -> dict[str, Any]:
     from engine.fleet.submit import Job, render
-    from engine.search.search import checked
+    from engine.search.ground import checked
 
     study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
     checked(study, budget, resources)

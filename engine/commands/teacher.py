@@ -37,8 +37,8 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.ground import make_teacher
     from engine.search.progress import Display
-    from engine.search.search import make_teacher
 
     if values.check and not Path(values.check).is_file():
         raise UsageError(f"no teacher file {values.check}")

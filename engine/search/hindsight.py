@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from engine.search import search
+from engine.search import ground
 from engine.search.journal import History
 from engine.search.policies.estimate import Estimate, Use, estimate
 from engine.search.policies.known import find_rows, scores
@@ -114,7 +114,7 @@ def look_back(run: Run) -> Hindsight:
             "search was stopped before it began; call it once more (the same command continues it)"
         )
     space = load_space(run.study.space)
-    _, fit = search.fitting(space, run.study, run.facts["data"], Display("none"))
+    _, fit = ground.fitting(space, run.study, run.facts["data"], Display("none"))
     if run.study.max_latency_ms < math.inf:
         fit, _ = fast_enough(fit, run.study.max_latency_ms, run.folder / "latency.json", True, 0, _measured_already)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE

@@ -14,6 +14,7 @@ from engine import config
 from engine.config import Budget, Plan, Resources, Study
 from engine.fleet.fleet import Fleet
 from engine.search import findings, search
+from engine.search.ground import Ground
 from engine.search.journal import History
 from engine.search.policies.pilot import Pilot, measured, pilot
 from engine.search.policies.ranking import Measured, clearly_worse
@@ -63,7 +64,7 @@ def study_fidelities(
     budget = replace(budget, target_accuracy=float("inf"), **counts)
     asks = Plan(plan.lows, study.high, study.method, budget.max_low, budget.max_high, study.seed)
 
-    def end(ground: search.Ground, history: History, fleet: Fleet) -> Json:
+    def end(ground: Ground, history: History, fleet: Fleet) -> Json:
         return conclude(ground, plan, history, show)
 
     return search.run(study, budget, resources, run_dir, show, asks, partial(pilot, study=plan), end)
@@ -82,7 +83,7 @@ def _check(plan: Pilot) -> None:
         raise UsageError("--lows names a fidelity twice")
 
 
-def conclude(ground: search.Ground, plan: Pilot, history: History, show: Display) -> Json:
+def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Json:
     """What the answers say, written to the run folder; raises NoWinner where they are too few to say anything."""
     found = measured(ground.candidates, history, ground.plan, plan)
     said = findings.summarise(found, clearly_worse(found) if plan.drop else set())

@@ -17,8 +17,8 @@ from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search import journal
+from engine.search.ground import checked, fast, fitting, largest, probe, teacher_path
 from engine.search.progress import Display
-from engine.search.search import checked, fast, fitting, largest, probe, teacher_path
 from engine.space import Candidates
 from engine.trial import (
     Architecture,

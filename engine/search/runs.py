@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine import config
 from engine.config import Budget, Plan, Study
-from engine.search import journal, search
+from engine.search import ground, journal
 from engine.search.journal import Record
 from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
@@ -59,7 +59,7 @@ class Run:
 
     def teacher_card(self) -> Json | None:
         """What the file of the run's teacher says of itself (teacher.Card), None where there is none."""
-        path = search.teacher_path(self.study, self.folder)
+        path = ground.teacher_path(self.study, self.folder)
         try:
             with safe_open(path, "np") as stored:
                 card: Json = json.loads(stored.metadata()["card"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,12 @@ from engine.search import journal, policy
 from engine.search.adopt import adopt
 from engine.search.clock import drive
 from engine.search.dispatch import Dispatch
+from engine.search.ground import Ground, checked, prepare, task_for, teacher_path
 from engine.search.journal import History, Journal
 from engine.search.log import Kind, open_log
 from engine.search.progress import Display
-from engine.search.speed import fast_enough
-from engine.space import Candidates, SearchSpace, candidates, load_space
+from engine.space import Candidates
 from engine.trial import (
-    Architecture,
     Drained,
     EnvironmentUnusable,
     Evaluation,
@@ -49,33 +47,6 @@ Json = dict[str, Any]
 FILE_SCHEMA = 1
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What a search stands on once data, teacher and space are known."""
-
-    study: Study
-    plan: Plan
-    candidates: Candidates
-    facts: Json
-    run_dir: Path
-
-    def cost(self, trial: Trial) -> float:
-        """Expected price of a trial, up to a constant: passes over the data times MACs.
-
-        It orders the virtual clock and is what policies see as seconds. Measured seconds would do that better, but
-        differ between a run and its continuation elsewhere; decisions must not.
-        """
-        fidelity = trial.fidelity
-        row = self.candidates.row(trial.architecture)
-        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
-        scale = fidelity.width * (fidelity.resolution or self.facts["resolution"]) / self.facts["resolution"]
-        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
-
-
-# A network without operations still takes time per image (loading, normalisation, the classifier).
-OVERHEAD_MACS = 1e6
 
 
 def search(
@@ -170,123 +141,6 @@ def unwritable(run_dir: Path, error: OSError) -> EnvironmentUnusable:
     )
 
 
-def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
-    """The space of a configuration that can work; UsageError for one that cannot, before anything is started."""
-    config.check(study, budget, resources)
-    if study.method not in policy.METHODS:
-        raise UsageError(f"no method '{study.method}'; there are {', '.join(policy.METHODS)}")
-    return load_space(study.space)
-
-
-def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
-    """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
-    facts = probe(study, run_dir, fleet, show)
-    everything, fit = fitting(space, study, facts, show)
-    if study.max_latency_ms < math.inf:
-        fit = fast(fit, study, fleet, run_dir, show)
-    if study.low.kd_loss != "none":
-        path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
-        network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
-        task = _task(study, run_dir, fleet)
-        facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
-    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
-
-
-def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tuple[Candidates, Candidates]:
-    """All members of the space, and those that meet the constraints: the candidates."""
-    only = [space.check(Architecture.parse(word.strip())) for word in study.only.split(",") if word.strip()]
-    taught = study.teacher == "auto" and study.low.kd_loss != "none"  # by the largest of all
-    everything = members(space, study, facts, () if taught else only)
-    named = members(space, study, facts, only) if only else everything
-    inside = (named.macs >= study.min_macs) & (named.macs <= study.max_macs) & (named.params <= study.max_params)
-    fit = named.where(inside)
-    if not len(fit):
-        raise UsageError(
-            f"no architecture of {space.name} fits --max-macs {study.max_macs:g} and --max-params "
-            f"{study.max_params:g} with --min-macs {study.min_macs:g}; the smallest has "
-            f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
-        )
-    show.say(
-        f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
-        f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
-    )
-    return everything, fit
-
-
-def fast(fit: Candidates, study: Study, fleet: Fleet, run_dir: Path, show: Display) -> Candidates:
-    """The candidates that meet the limit on latency, by what a worker measures before anything else is asked."""
-    path = run_dir / "latency.json"
-
-    def measure(sample: Sequence[Architecture]) -> list[float]:
-        show.say(f"latency: measuring {len(sample)} architectures on a batch of {study.latency_batch}")
-        chosen = [list(architecture.choices) for architecture in sample]
-        taken: list[float] = completed(fleet, "run_latency", {**_task(study, run_dir, fleet), "architectures": chosen})
-        return taken
-
-    begun = bool(journal.read(run_dir / "journal.jsonl").asked)
-    left, how = fast_enough(fit, study.max_latency_ms, path, begun, study.seed, measure)
-    show.say(how)
-    return left
-
-
-def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
-    """Has a worker check data and device; returns what it found."""
-    facts: Json = completed(fleet, "run_probe", _task(study, run_dir, fleet))
-    images, classes = facts["images"], len(facts["classes"])
-    if images["train"] < study.batch_size:
-        raise UsageError(f"--batch-size {study.batch_size}: there are {images['train']} training images; lower it")
-    show.say(f"data {study.data}: {images['train']} train, {images['valid']} valid, {classes} classes")
-    return facts
-
-
-def members(space: SearchSpace, study: Study, facts: Json, only: Sequence[Architecture] = ()) -> Candidates:
-    """All candidates of the space, or those of `only`, with their cost at full fidelity."""
-    resolution = study.high.resolution or facts["resolution"]
-    return candidates(space, len(facts["classes"]), study.high.width, resolution, study.seed, only)
-
-
-def largest(everything: Candidates) -> Architecture:
-    """The member with the most multiply-accumulates: the teacher of a run that is given none."""
-    return everything.architecture(int(everything.macs.argmax()))
-
-
-def teacher_path(study: Study, run_dir: Path) -> Path:
-    """The weights file that the study names, or the one that the run makes itself."""
-    if study.teacher.endswith(".safetensors"):
-        return Path(study.teacher).absolute()
-    return run_dir / "teacher" / "teacher.safetensors"
-
-
-def obtain_teacher(
-    network: str, pretrained: bool, path: Path, task: Json, fleet: Fleet, show: Display
-) -> Json:
-    """The weights file at `path`: checked against the data if it is there, else made; what it says of itself."""
-    show.say(f"teacher: {path if path.exists() else network}")
-    whole = {**task, "path": str(path), "network": network, "pretrained": pretrained}
-    card: Json = completed(fleet, "run_teacher", whole)
-    show.say(f"teacher: {card['network']}, validation accuracy {card['accuracy']:.4f}, trained {card['seconds']:.0f} s")
-    return card
-
-
-def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display, given: Json) -> Json:
-    """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME, timm:NAME,
-    FILE.py:NAME) if `path` is not there, and checks the file against the data. With `given` (weights, mean, std) there
-    is nothing to train."""
-    space = load_space(study.space)
-    run_dir = path.absolute().parent
-    fleet = open_fleet(resources, replace(layout(resources), workers=1, nodes=1), run_dir / "logs")
-    try:
-        facts = probe(study, run_dir, fleet, show)
-        if arch == "auto":
-            arch = str(largest(members(space, study, facts)))
-        foreign = config.ready_made(arch) or ".py:" in arch
-        network = arch if foreign else f"{study.space}#{space.check(Architecture.parse(arch))}"
-        task = {**_task(study, run_dir, fleet), **given}
-        return obtain_teacher(network, False, path.absolute(), task, fleet, show)
-    finally:
-        fleet.close()
-
-
 def evaluate_all(
     ground: Ground,
     budget: Budget,
@@ -303,7 +157,7 @@ def evaluate_all(
     record = journal.read(book.path)
     teacher = str(teacher_path(ground.study, ground.run_dir))
     how = {"teacher": teacher, "resources": config.to_dict(resources)}
-    plan, task = ground.plan, {**_task(ground.study, ground.run_dir, fleet), **how}
+    plan, task = ground.plan, {**task_for(ground.study, ground.run_dir, fleet), **how}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     for low in plan.lows:
@@ -381,7 +235,7 @@ def visible(history: History, cost: Callable[[Trial], float]) -> History:
 
 def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:
     """Scores the winner on the test part, the only time it is read, and writes result.json."""
-    task = {**_task(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
+    task = {**task_for(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
     tested = completed(fleet, "run_test", task)
     ok = [e for e in history.answered if e.ok]
     low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
@@ -435,10 +289,6 @@ def _why_none(history: History) -> str:
     if not failed:
         return "no full-fidelity evaluation was made: raise the budget (--max-high, --gpu-hours, --wall-time)"
     return f"the last failure: {failed[-1].trial.architecture}: {failed[-1].status}: {failed[-1].error}"
-
-
-def _task(study: Study, run_dir: Path, fleet: Fleet) -> Json:
-    return {"study": config.to_dict(study), "run_dir": str(run_dir), "device": fleet.device}
 
 
 def write_run_file(run_dir: Path, facts: Json) -> None:

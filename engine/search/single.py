@@ -14,9 +14,10 @@ from engine import config
 from engine.config import Budget, Resources, Study
 from engine.fleet.devices import layout
 from engine.fleet.fleet import Fleet, open_fleet
+from engine.search.ground import teacher_path
 from engine.search.progress import Display
 from engine.search.runs import Run
-from engine.search.search import search, teacher_path
+from engine.search.search import search
 from engine.space import load_space
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError, trial_to_json
 
