@@ -232,6 +232,29 @@ def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet
     assert [row["n"] for row in result["fidelities"]] == [6, 6]
 
 
+@pytest.mark.parametrize("teacher", ["the same", "another"])
+def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, tmp_path: Path, fleet: Formula) -> None:
+    plain = Fidelity.parse("none@1/9x10")
+    run(tmp_path / "one", Pilot((plain, GOOD), 6, drop=False))
+    (tmp_path / "one" / "teacher" / "teacher.safetensors").write_text("the same")
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text(teacher)
+    fleet.asked.clear()
+    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(mine))
+    run(tmp_path / "two", Pilot((plain, GOOD, NOISE), 6, drop=False), study)
+    assert {f for _, f, _ in fleet.asked} == ({NOISE} if teacher == "the same" else {GOOD, NOISE})
+    journalled = journal.read(tmp_path / "two" / "journal.jsonl").asked
+    assert {t.fidelity for t in journalled} == {STUDY.high, plain, GOOD, NOISE}
+
+
+def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "one", Pilot((GOOD,), 6), replace(STUDY, kd_temperature=2.0))
+    fleet.asked.clear()
+    teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
+    run(tmp_path / "two", Pilot((GOOD,), 6), replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(teacher)))
+    assert {f for _, f, _ in fleet.asked} == {GOOD}
+
+
 def test_low_auto_studies_first_and_is_not_repeated(tmp_path: Path, fleet: Formula) -> None:
     command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "-q"]
     command += ["--run-dir", str(tmp_path / "run")]

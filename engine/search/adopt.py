@@ -3,57 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from engine import config
-from engine.config import Study
+from engine.config import Plan, Study
 from engine.search import journal
+from engine.search.ground import teacher_path
 from engine.search.journal import Journal
 from engine.search.progress import Display
-from engine.trial import LOSS_WEIGHTS, Fidelity, Trial, UsageError
+from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Fidelity, Trial, UsageError
 
 # Settings of a study that decide what is proposed or how it is called, not what an evaluation comes to.
 FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "objectives", "only", "teacher"}
 FREE |= {"max_latency_ms", "latency_batch", *LOSS_WEIGHTS}
 
 
-def adopt(source: Path, study: Study, run_dir: Path, book: Journal, show: Display) -> None:
-    """Begins an empty journal with the study's successful answers at the search's two fidelities, and links the weights
-    of the full ones. They count towards the budget, since they are what the budget would have bought.
+def adopt(source: Path, study: Study, plan: Plan, run_dir: Path, book: Journal, show: Display) -> None:
+    """Begins an empty journal with the study's successful answers at the fidelities of the plan, and links the weights
+    of the full ones. They count towards the budget, since they are what the budget would have bought. What another
+    teacher has taught is left out.
 
     Raises UsageError where the study is missing or was made with other settings.
     """
-    _check(source, study)
+    theirs = _settings(source, study)
+    same_teacher = _same_file(teacher_path(theirs, source), teacher_path(study, run_dir))
     answers = [e for e in journal.read(source / "journal.jsonl").answers.values() if e.ok]
-    kept = [(e, own) for e in answers if (own := _same(e.trial.fidelity, study)) is not None]
+    comparable = [e for e in answers if e.trial.fidelity.kd_loss == "none" or same_teacher]
+    kept = [(e, own) for e in comparable if (own := _same(e.trial.fidelity, theirs, study, plan)) is not None]
     mine = [
         replace(e, trial=replace(e.trial, number=place, fidelity=own)) for place, (e, own) in enumerate(kept)
     ]
     record = journal.read(book.path)
     if [e.trial for e in mine[: len(record.asked)]] != record.asked:
         return  # the search has gone on from there: its journal is the truth
-    show.say(f"beginning with {len(mine)} evaluations of {source}")
-    for (theirs, _), evaluation in zip(kept, mine, strict=True):
+    left = f"; its teacher is another one, so {len(answers) - len(comparable)} are left out"
+    show.say(f"beginning with {len(mine)} evaluations of {source}{left if len(comparable) < len(answers) else ''}")
+    for (before, _), evaluation in zip(kept, mine, strict=True):
         trial = evaluation.trial
         if trial.fidelity == study.high:
-            _link_weights(source, run_dir, theirs.trial, trial)
+            _link_weights(source, run_dir, before.trial, trial)
         if trial.number >= len(record.asked):
             book.ask([trial])
         if trial.number not in record.answers:
             book.answer(evaluation)
 
 
-def _same(fidelity: Fidelity, study: Study) -> Fidelity | None:
-    """The search's fidelity that judges as this one does, whatever it is called."""
-    if fidelity == study.high:
-        return study.high
-    taught = replace(study.low, weights=_weights(study, study.low))
-    return study.low if replace(fidelity, name=study.low.name, weights=_weights(study, fidelity)) == taught else None
+def _same(fidelity: Fidelity, theirs: Study, study: Study, plan: Plan) -> Fidelity | None:
+    """The fidelity of the plan that judges as that one of the other study does, whatever it is called."""
+    judged = replace(fidelity, name="", weights=_weights(theirs, fidelity))
+    for own in (plan.high, *plan.lows):
+        if replace(own, name="", weights=_weights(study, own)) == judged:
+            return own
+    return None
 
 
 def _weights(study: Study, fidelity: Fidelity) -> tuple[tuple[str, float], ...]:
@@ -64,10 +69,17 @@ def _weights(study: Study, fidelity: Fidelity) -> tuple[tuple[str, float], ...]:
     return tuple((name, float(getattr(whole, name))) for name in LOSS_WEIGHTS)
 
 
-def _check(source: Path, study: Study) -> None:
+def _same_file(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return filecmp.cmp(one, other, shallow=False)
+    return one.absolute() == other.absolute()
+
+
+def _settings(source: Path, study: Study) -> Study:
+    """The settings of the study to begin with; UsageError where they are missing or would come to other answers."""
     try:
-        stored = yaml.safe_load((source / "config.yaml").read_text())["study"]
-    except (OSError, KeyError, yaml.YAMLError) as error:
+        stored = config.read_stored(source / "config.yaml")["study"]
+    except EnvironmentUnusable as error:
         raise UsageError(f"--pilot {source} is no run folder of the fidelity command ({error})") from error
     theirs, mine = {**config.to_dict(Study()), **stored}, config.to_dict(study)
     free = FREE if study.high.kd_loss == "none" else FREE - {"teacher", *LOSS_WEIGHTS}
@@ -78,6 +90,7 @@ def _check(source: Path, study: Study) -> None:
     ]
     if changed:
         raise UsageError(f"--pilot {source} was measured with other settings ({'; '.join(changed)}); repeat them")
+    return config.study_from_dict(theirs)
 
 
 def _link_weights(source: Path, run_dir: Path, theirs: Trial, mine: Trial) -> None:

@@ -111,7 +111,7 @@ def run(
             ground = replace(prepare(study, budget, space, fleet, run_dir, show), plan=plan)
             write_run_file(run_dir, ground.facts)
             if study.pilot:
-                adopt(Path(study.pilot), study, run_dir, book, show)
+                adopt(Path(study.pilot), study, plan, run_dir, book, show)
             history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method, drain)
             return end(ground, history, fleet)
         finally:
