@@ -81,13 +81,14 @@ EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
+RIVALS    = rivals-glyphs rivals-cifar100 rivals-glyphs-weak rivals-cifar100-weak
 WHY       = why-settings why-teacher cifar100-nasbench201-kd
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
 authors: | install
 	$(BIN)/python -m bench.evidence.recorded $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
 
-.PHONY: authors evidence why rivals rivals-glyphs rivals-cifar100 gpu-evidence $(STUDIES) $(WHY)
+.PHONY: authors evidence why rivals $(RIVALS) gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
 why: $(WHY)
 
@@ -100,9 +101,11 @@ $(STUDIES) $(WHY): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
-rivals: rivals-glyphs rivals-cifar100
+rivals: $(RIVALS)
 rivals-cifar100: build/cifar100.npz
-rivals-glyphs rivals-cifar100: | install
+rivals-glyphs-weak: rivals-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
+rivals-cifar100-weak: rivals-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors
+$(RIVALS): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.rivals $(EVIDENCE)/$@
 
@@ -111,6 +114,9 @@ $(EVIDENCE)/teachers/glyphs.safetensors: | install
 
 $(EVIDENCE)/teachers/glyphs-weak.safetensors: | install
 	$(TEACHER) --space nasbench201:channels=8,cells=1 --data glyphs --teacher-epochs 4 --out $@
+
+$(EVIDENCE)/teachers/cifar100-weak.safetensors: build/cifar100.npz | install
+	$(TEACHER) --space nasbench201:channels=8,cells=1 --data build/cifar100.npz --teacher-epochs 2 --out $@
 
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) --data build/cifar100.npz --teacher-epochs 6 --out $@

@@ -60,6 +60,7 @@ def main(run_dir: Path) -> None:
             for budget in BUDGETS
         ]
         for called, method, loss in METHODS
+        if loss in names
     }
     lines = [
         f"{len(full)} architectures, {unit:.1f} s a full training on the average; the teacher took {taught:.0f} s. "
