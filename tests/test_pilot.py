@@ -240,7 +240,7 @@ def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, t
     mine = tmp_path / "mine.safetensors"
     mine.write_text(teacher)
     fleet.asked.clear()
-    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(mine))
+    study = replace(STUDY, pilot=str(tmp_path / "one"), teacher=str(mine), teacher_epochs=7)
     run(tmp_path / "two", Pilot((plain, GOOD, NOISE), 6, drop=False), study)
     assert {f for _, f, _ in fleet.asked} == ({NOISE} if teacher == "the same" else {GOOD, NOISE})
     journalled = journal.read(tmp_path / "two" / "journal.jsonl").asked

@@ -18,8 +18,9 @@ from engine.search.progress import Display
 from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Fidelity, Trial, UsageError
 
 # Settings of a study that decide what is proposed or how it is called, not what an evaluation comes to.
-FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "objectives", "only", "teacher"}
-FREE |= {"max_latency_ms", "latency_batch", *LOSS_WEIGHTS}
+FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "objectives", "only"}
+TEACHING = {"teacher", "teacher_epochs", *LOSS_WEIGHTS}  # looked at by answer: some have no teacher
+FREE |= {"max_latency_ms", "latency_batch", *TEACHING}
 
 
 def adopt(source: Path, study: Study, plan: Plan, run_dir: Path, book: Journal, show: Display) -> None:
@@ -82,7 +83,7 @@ def _settings(source: Path, study: Study) -> Study:
     except EnvironmentUnusable as error:
         raise UsageError(f"--pilot {source} is no run folder of the fidelity command ({error})") from error
     theirs, mine = {**config.to_dict(Study()), **stored}, config.to_dict(study)
-    free = FREE if study.high.kd_loss == "none" else FREE - {"teacher", *LOSS_WEIGHTS}
+    free = FREE if study.high.kd_loss == "none" else FREE - TEACHING
     changed = [
         f"{item.name}: {theirs[item.name]} there, {mine[item.name]} here"
         for item in dataclasses.fields(Study)
