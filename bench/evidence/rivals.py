@@ -26,7 +26,7 @@ from engine.space import SearchSpace, load_space
 from engine.training.evaluate import run_test
 from engine.trial import Evaluation, trial_to_json
 
-BUDGETS = (8, 12, 20)  # in mean full trainings
+BUDGETS = (4, 6, 8, 12, 20)  # in mean full trainings
 SEARCHES, POOL, WORKERS = 20, 0.75, 2
 OURS = "mfkd, KD (ours)"
 # Called, method, low fidelity (the part of its name before the @).
