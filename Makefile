@@ -74,11 +74,12 @@ gpu-check:
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make rivals          the search against its rivals on real training, resumable
-# make authors         what the paper's authors measured, read as such a study: seconds
+# make authors         what the paper's authors measured, read as such a study: seconds; TABLE=FILE
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
+TABLE    ?= $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
 RIVALS    = rivals-glyphs rivals-cifar100 rivals-glyphs-weak rivals-cifar100-weak
@@ -86,7 +87,7 @@ WHY       = why-settings why-teacher cifar100-nasbench201-kd
 TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
 
 authors: | install
-	$(BIN)/python -m bench.evidence.recorded $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
+	$(BIN)/python -m bench.evidence.recorded $(TABLE)
 
 .PHONY: authors evidence why rivals $(RIVALS) gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
@@ -125,9 +126,13 @@ $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 MINUTES ?= 20
 gpu-evidence:
 	mkdir -p build
-	test -f build/cifar100.npz || $(GPU_PYTHON) $(SHARED)/unpack.py $(SHARED)/cifar100.npz build/cifar100.npz
+	test -f build/cifar100.npz || $(call cifar100,$(GPU_PYTHON),build/cifar100.npz)
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES)
 
 build/cifar100.npz: | install
 	mkdir -p build
-	$(BIN)/python $(SHARED)/unpack.py $(SHARED)/cifar100.npz $@
+	$(call cifar100,$(BIN)/python,$@)
+
+# From a folder of data in or beside the checkout; without one, what `--data cifar100` downloads.
+cifar100 = $(if $(SHARED),$(1) $(SHARED)/unpack.py $(SHARED)/cifar100.npz $(2),$(1) -c "import numpy, pathlib; \
+from engine.data.arrays import cifar; numpy.savez('$(2)', **cifar('cifar100', pathlib.Path('build')))")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_S = 450  # of the 480 promised; the rest is for starting up and writing
+TOTAL_S = 450  # of 480; the rest is for starting up and writing
 TESTS_S = 150
 # The benches that run on a device, in this order, and at most so many seconds each.
 BENCHES_S = {"bench_kernels.py": 130, "bench_students.py": 200, "bench_step.py": 60}

@@ -144,7 +144,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_of_timm() -> None:
-    pytest.importorskip("timm", reason="timm is an optional extra: pip install 'mfkd[timm]'")
+    pytest.importorskip("timm", reason="timm is an optional extra: pip install -e '.[timm]'")
     logits, features = teacher.build("timm:resnet10t", 5, 64)(torch.zeros(2, 3, 64, 64))
     assert logits.shape == (2, 5)
     assert [f.shape[-1] for f in features] == [16, 8, 4, 2]

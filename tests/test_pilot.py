@@ -16,7 +16,7 @@ import cli
 from engine import config
 from engine.config import Budget, Resources, Study
 from engine.search import journal, search
-from engine.search.pilot import little_learned, recommended, study_fidelities, study_first, usual_lows
+from engine.search.pilot import by_luck, recommended, study_fidelities, study_first, usual_lows
 from engine.search.policies.pilot import Pilot, chosen
 from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.search.progress import Display
@@ -277,11 +277,16 @@ def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -
     return Measured([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
 
 
-def test_full_trainings_that_learned_nothing_are_said_to_rank_by_luck() -> None:
-    full = np.array([[0.51], [0.53], [0.52]])
-    found = fake({GOOD: full[:, 0]}, full, np.ones(3))
-    assert "52.0 % of 2 classes" in little_learned(found, 2)
-    assert little_learned(found, 100) == ""
+def test_full_trainings_that_rank_by_luck_are_told_by_a_second_seed_or_else_by_what_they_learned() -> None:
+    once = np.array([[0.51], [0.53], [0.52]])
+    found = fake({GOOD: once[:, 0]}, once, np.ones(3))
+    assert "52.0 % of 2 classes" in by_luck(found, 2)
+    assert by_luck(found, 100) == ""
+    # Near guessing, but two seeds agree: there is something to rank.
+    alike = np.array([[0.03, 0.04], [0.05, 0.06], [0.07, 0.08]])
+    assert by_luck(fake({GOOD: alike[:, 0]}, alike, np.ones(3)), 100) == ""
+    apart = np.array([[0.81, 0.84], [0.82, 0.83], [0.83, 0.82]])
+    assert "a tau of only -1.00" in by_luck(fake({GOOD: apart[:, 0]}, apart, np.ones(3)), 10)
 
 
 def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:

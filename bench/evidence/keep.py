@@ -30,7 +30,8 @@ def kept(run_dir: Path) -> list[str]:
     KEPT.mkdir(exist_ok=True)
     shutil.copyfile(run_dir / "evaluations.csv", KEPT / f"{name}.csv")
     shutil.copyfile(run_dir / "fidelity.png", KEPT / f"{name}.png")
-    return [*facts(run_dir, result), "", *table(result), "", f"![{name}](evidence/{name}.png)"]
+    warning = [result["warning"], ""] if result["warning"] else []
+    return [*facts(run_dir, result), "", *table(result), "", *warning, f"![{name}](evidence/{name}.png)"]
 
 
 def write(name: str, text: str) -> None:

@@ -48,6 +48,6 @@ def plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise EnvironmentUnusable("the report needs plotly: pip install 'mfkd[report]'") from None
+        raise EnvironmentUnusable("the report needs plotly; run: pip install -c constraints.txt -e '.[report]'") from None
     source: str = get_plotlyjs()
     return source

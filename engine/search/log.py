@@ -81,7 +81,7 @@ def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
-        raise EnvironmentUnusable("--log tensorboard needs TensorBoard: pip install 'mfkd[tensorboard]'") from None
+        raise EnvironmentUnusable("--log tensorboard needs TensorBoard; run: pip install -c constraints.txt -e '.[tensorboard]'") from None
     folder = run_dir / "tensorboard"
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
@@ -104,7 +104,7 @@ def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
     except ImportError:
-        raise EnvironmentUnusable("--log mlflow needs MLflow's client: pip install 'mfkd[mlflow]'") from None
+        raise EnvironmentUnusable("--log mlflow needs MLflow's client; run: pip install -c constraints.txt -e '.[mlflow]'") from None
     try:
         client = MlflowClient()
         run_id = _mlflow_run(client, run_dir)

@@ -17,14 +17,15 @@ from engine.search import findings, search
 from engine.search.ground import Ground
 from engine.search.journal import History
 from engine.search.policies.pilot import Pilot, measured, pilot
-from engine.search.policies.ranking import Measured, clearly_worse
+from engine.search.policies.ranking import Measured, clearly_worse, repeatability
 from engine.search.progress import Display
 from engine.trial import Fidelity, NoWinner, UsageError
 
 Json = dict[str, Any]
 
-# Part of the way from guessing to all right that full training must come on the average for its ranking to mean much.
-LEARNED = 0.1
+# Below it a study warns that it ranks by luck: the tau of one full training with another of the same architectures;
+# where none was trained twice, the part of the way from guessing to all right that full training comes.
+REPEATABLE, LEARNED = 0.3, 0.1
 
 
 def usual_lows(high: Fidelity) -> tuple[Fidelity, ...]:
@@ -91,7 +92,7 @@ def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Js
         raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
     run_dir = ground.run_dir
     result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
-    result["warning"] = little_learned(found, len(ground.facts["classes"]))
+    result["warning"] = by_luck(found, len(ground.facts["classes"]))
     for line in [*findings.table(result), *filter(None, [result["warning"]])]:
         show.say(line)
     config.write_whole(run_dir / "evaluations.csv", findings.evaluations_csv(history.answered))
@@ -102,14 +103,20 @@ def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Js
     return result
 
 
-def little_learned(found: Measured, classes: int) -> str:
-    """What to say where full training hardly beats guessing, so that there is nothing to rank; "" where it does."""
+def by_luck(found: Measured, classes: int) -> str:
+    """What to say where full training ranks mostly by luck, so that there is little to predict; else ""."""
     full = float(found.means(found.high, found.having(found.high)).mean())
-    if full - 1 / classes >= LEARNED * (1 - 1 / classes):
+    again = repeatability(found)
+    if again is not None:
+        sure, why = again >= REPEATABLE, f"agrees with another of the same architectures by a tau of only {again:.2f}"
+    else:
+        sure = full - 1 / classes >= LEARNED * (1 - 1 / classes)
+        why = f"comes to {100 * full:.1f} % of {classes} classes on the average, hardly more than guessing"
+    if sure:
         return ""
     return (
-        f"warning: full training comes to {100 * full:.1f} % of {classes} classes on the average, hardly more than "
-        "guessing, and what is ranked here is mostly luck; give it more images, more --high.epochs, or another --lr"
+        f"warning: a full training {why}, and what is ranked here is mostly luck; "
+        "give it more images, more --high.epochs, or another --lr"
     )
 
 

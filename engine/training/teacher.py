@@ -181,7 +181,7 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise EnvironmentUnusable("timm is not installed: pip install 'mfkd[timm]'") from error
+        raise EnvironmentUnusable("timm is not installed; run: pip install -c constraints.txt -e '.[timm]'") from error
     return timm
 
 

@@ -158,8 +158,8 @@ def macs_alone(measured: Measured) -> Statistic:
 
 
 def repeatability(measured: Measured) -> float | None:
-    """Mean tau between two full trainings of the same architectures with different seeds: about what one full training
-    says of another, and more than can be expected of a cheap one. None without repeats."""
+    """Mean tau between two full trainings of the same architectures with different seeds; None without repeats. The
+    mean over several seeds, which is the truth of a study, can be ranked better than that."""
     full = measured.scores[measured.high]
     times = min(map(len, full), default=0)
     if times < 2 or len(full) < 3:
