@@ -46,6 +46,11 @@ class EnvironmentUnusable(EngineError):
     exit_code = 3
 
 
+def not_installed(what: str, extra: str) -> EnvironmentUnusable:
+    """The error for a package of an optional extra of pyproject.toml that is not there."""
+    return EnvironmentUnusable(f"{what}; run: pip install -c constraints.txt -e '.[{extra}]'")
+
+
 class NoWinner(EngineError):
     """Too many evaluations failed, or none can be called the winner."""
 

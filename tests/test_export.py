@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,10 +135,11 @@ def own(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_space_that_needs_more_than_torch_has_the_other_forms_and_the_reason(own: dict[str, Any]) -> None:
-    older = Path(own["out"]) / "of-another-run"
-    older.mkdir(parents=True)
+    older = Path(own["out"])
+    older.mkdir()
+    for name in ("README.md", "model.py", "weights.safetensors"):
+        (older / name).write_text("of an earlier export")
     report = export.run_export(own)
-    assert not older.exists()
     assert report["no_model_py"] == "own.py imports numpy"
     assert {path.name for path in Path(own["out"]).iterdir()} == {
         "README.md", "model.onnx", "model.pt2", "weights.safetensors",
@@ -146,6 +148,31 @@ def test_a_space_that_needs_more_than_torch_has_the_other_forms_and_the_reason(o
     assert "no `model.py`: own.py imports numpy" in card
     for text in ("91.25 %", "not measured", "5,000 images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}"):
         assert text in card, text
+
+
+def test_an_export_removes_nothing_but_an_earlier_export(
+    own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the folder that one is in, an export with notes beside it, somebody's file, or what a link leads to."""
+    here, export_with_notes, link = tmp_path / "here", tmp_path / "phone", tmp_path / "link"
+    for folder in (here, export_with_notes):
+        folder.mkdir()
+        for name in ("README.md", "weights.safetensors"):
+            (folder / name).write_text("of an earlier export")
+    (export_with_notes / "notes.txt").write_text("mine")
+    link.symlink_to(export_with_notes)
+    monkeypatch.chdir(here)
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in (
+        (here, f"you are in {here}; give --out a folder that is new, empty, or an earlier export"),
+        (tmp_path, f"you are in {tmp_path}; give --out a folder"),
+        (export_with_notes, "holds notes.txt, which would be lost; give --out a folder"),
+        (link, f"{export_with_notes} holds notes.txt, which would be lost; give --out a folder"),
+        (export_with_notes / "notes.txt", "notes.txt is a file; give --out a folder"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            export.run_export({**own, "out": str(out)})
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_form_with_other_logits_is_an_error_and_leaves_nothing(

@@ -24,7 +24,7 @@ from engine.training import teacher as teachers
 from engine.training.latency import least_median, measure
 from engine.training.weights import load_weights, save_weights
 from engine.training.workbench import device_name
-from engine.trial import Architecture, EngineError, EnvironmentUnusable, UsageError, trial_from_json, weights_path
+from engine.trial import Architecture, EngineError, UsageError, not_installed, trial_from_json, weights_path
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -35,6 +35,8 @@ Forward = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-4  # largest difference of a logit, float32
 CHECKED_BATCHES = (1, 3)
 LATENCY_BATCHES = (1, 64)
+ALWAYS = {"README.md", "weights.safetensors"}
+WRITTEN = ALWAYS | {"model.onnx", "model.pt2", "model.py", "__pycache__"}  # the last by whoever imports model.py
 
 # The part of model.py that is the same for every network; with the lines of `_constants` above it.
 LOADER = '''
@@ -95,11 +97,12 @@ def run_export(task: Json) -> Json:
 
     `task` holds the space, classes, resolution, mean and std beside it, the run's teacher, and `card`, what the run
     knows for the model card. The folder is written aside and replaces an older one. Returns what the command prints.
-    Raises UsageError where there are no weights or torch cannot export the network, EngineError where a form gives
-    other logits.
+    Raises UsageError where the folder is not free, there are no weights or torch cannot export the network, EngineError
+    where a form gives other logits.
     """
     torch.set_num_threads(1)
-    trial, out = trial_from_json(task["trial"]), Path(task["out"])
+    trial, out = trial_from_json(task["trial"]), Path(task["out"]).resolve()
+    check_free(out)
     stored = weights_path(Path(task["run_dir"]), trial)
     space = load_space(task["space"])
     network = space.build(trial.architecture.choices, len(task["classes"]), trial.fidelity.width)
@@ -115,6 +118,19 @@ def run_export(task: Json) -> Json:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {**report, "folder": str(out)}
+
+
+def check_free(out: Path) -> None:
+    """Raises UsageError unless a folder is new, empty, or an earlier export alone: what is in it will be removed."""
+    way_out = "give --out a folder that is new, empty, or an earlier export"
+    if Path.cwd().is_relative_to(out):
+        raise UsageError(f"an export replaces its folder, and you are in {out}; {way_out}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; {way_out}")
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    if held and not ALWAYS <= held <= WRITTEN:
+        first = min(held - WRITTEN or held)
+        raise UsageError(f"an export replaces its folder, and {out} holds {first}, which would be lost; {way_out}")
 
 
 def write_forms(
@@ -211,7 +227,7 @@ def to_onnx(program: torch.export.ExportedProgram, task: Json, path: Path) -> In
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise EnvironmentUnusable(f"export needs {error.name}; install it: pip install 'mfkd[export]'") from error
+        raise not_installed(f"export needs {error.name}", "export") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself

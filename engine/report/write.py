@@ -9,7 +9,7 @@ from engine.report.page import page
 from engine.report.timeline import timeline
 from engine.search.hindsight import look_back
 from engine.search.runs import Run, as_csv, row
-from engine.trial import EnvironmentUnusable
+from engine.trial import not_installed
 
 
 def write(run: Run) -> Json:
@@ -48,6 +48,6 @@ def plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise EnvironmentUnusable("the report needs plotly; run: pip install -c constraints.txt -e '.[report]'") from None
+        raise not_installed("the report needs plotly", "report") from None
     source: str = get_plotlyjs()
     return source

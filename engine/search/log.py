@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import Study, flatten, to_dict
-from engine.trial import EnvironmentUnusable, Evaluation
+from engine.trial import EnvironmentUnusable, Evaluation, not_installed
 
 Kind = Literal["none", "tensorboard", "mlflow"]
 Log = Callable[[Evaluation], None]
@@ -81,7 +81,7 @@ def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
-        raise EnvironmentUnusable("--log tensorboard needs TensorBoard; run: pip install -c constraints.txt -e '.[tensorboard]'") from None
+        raise not_installed("--log tensorboard needs TensorBoard", "tensorboard") from None
     folder = run_dir / "tensorboard"
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
@@ -104,7 +104,7 @@ def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
     except ImportError:
-        raise EnvironmentUnusable("--log mlflow needs MLflow's client; run: pip install -c constraints.txt -e '.[mlflow]'") from None
+        raise not_installed("--log mlflow needs MLflow's client", "mlflow") from None
     try:
         client = MlflowClient()
         run_id = _mlflow_run(client, run_dir)

@@ -16,7 +16,7 @@ from engine.data.parts import IMAGENET_MEAN, IMAGENET_STD
 from engine.space import from_file, load_space
 from engine.training.student import place
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Architecture, EnvironmentUnusable, UsageError
+from engine.trial import Architecture, EnvironmentUnusable, UsageError, not_installed
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 
@@ -181,7 +181,7 @@ def _timm() -> Any:
     try:
         import timm
     except ImportError as error:
-        raise EnvironmentUnusable("timm is not installed; run: pip install -c constraints.txt -e '.[timm]'") from error
+        raise not_installed("timm is not installed", "timm") from error
     return timm
 
 
