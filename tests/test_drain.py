@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ from tests.searches import finish, measured, processes, read, search, start, unt
 SPACE = "nasbench201:channels=4,cells=1"
 RUNS = int(os.environ.get("DRAIN_RUNS", "1"))  # make test-faults takes 20
 LONG = ("--high.epochs=30",)  # so that there is something to be stopped
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a script starts in the background ignores INT, what nohup starts HUP: these tests shall do without."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
@@ -94,6 +106,21 @@ def test_a_second_signal_stops_at_once(number: int, code: int, tmp_path: Path) -
     process.send_signal(number)
     finish(process, code)
     assert processes(tmp_path) == []
+
+
+def test_what_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    """A search under nohup goes on at logout, and one that a script started in the background when Ctrl-C is typed."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    process = start(tmp_path, "--grace-s=1", FAULTS="hang=*")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    until(lambda: (tmp_path / "hangs").exists())
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    err = finish(process, 75)[1]
+    assert "stopped by SIGTERM" in err
+    assert "SIGHUP" not in err
+    assert "SIGINT" not in err
 
 
 def test_a_time_limit_drains(tmp_path: Path) -> None:

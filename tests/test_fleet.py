@@ -6,7 +6,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import parsl
 import psutil
@@ -17,7 +19,19 @@ from engine.config import Resources
 from engine.fleet.devices import Layout, choose_devices, layout, visible_devices
 from engine.fleet.fleet import Fleet, FleetLost, open_fleet
 from engine.fleet.supervisor import Post, TaskFailed, TimedOut, WorkerDied
-from engine.trial import Drained, EnvironmentUnusable, UsageError
+from engine.search.dispatch import Dispatch
+from engine.search.journal import Journal
+from engine.trial import (
+    Architecture,
+    Drained,
+    EnvironmentUnusable,
+    Evaluation,
+    Fidelity,
+    Trial,
+    UsageError,
+    evaluation_to_json,
+)
+from tests.at_once import AtOnce, Task
 
 
 @pytest.mark.parametrize(
@@ -222,3 +236,31 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file in its place")
     with pytest.raises(EnvironmentUnusable, match="cannot be written.*choose --run-dir"):
         open_fleet(Resources(device="cpu"), Layout(1), tmp_path / "logs")
+
+
+class InAThread(AtOnce):
+    """Answers every trial in a thread, as fleets do."""
+
+    def submit(self, name: str, task: Task) -> Future[Any]:
+        return ThreadPoolExecutor(1).submit(self.answer, name, task)
+
+    def run_trials(self, task: Task) -> list[Any]:
+        return [evaluation_to_json(Evaluation(TRIAL, "ok", 0.5))]
+
+
+TRIAL = Trial(0, Architecture((1, 2)), Fidelity("low"))
+
+
+@pytest.mark.parametrize("raised", [ValueError, SystemExit])
+def test_a_search_does_not_wait_for_an_answer_that_could_not_be_taken(
+    raised: type[BaseException], tmp_path: Path
+) -> None:
+    def received(evaluation: Evaluation) -> None:
+        raise raised("while it was shown")
+
+    with Journal(tmp_path / "journal.jsonl") as book:
+        desk = Dispatch(InAThread(), {}, book, {}, 1, Fidelity("high"), received)
+        answer = desk.submit(TRIAL)
+        desk.flush()
+        with pytest.raises(raised, match="while it was shown"):
+            answer.result(60)

@@ -75,6 +75,19 @@ def test_a_run_keeps_what_it_measured(everything: Candidates, tmp_path: Path) ->
         fast_enough(everything, 5.0, path, True, 0, device)
 
 
+def test_what_a_call_measured_that_did_not_begin_is_not_taken_for_another_calls(
+    everything: Candidates, tmp_path: Path
+) -> None:
+    """It may have been for another batch, space, resolution or device: nothing rests on it yet."""
+    path, slow = tmp_path / "latency.json", Device(everything)
+    slow.ms = 100 * slow.ms
+    with pytest.raises(UsageError, match="no architecture takes at most 5 ms here"):
+        fast_enough(everything, 5.0, path, False, 0, slow)
+    kept, _ = fast_enough(everything, 5.0, path, False, 0, Device(everything))
+    fresh, _ = fast_enough(everything, 5.0, tmp_path / "new.json", False, 0, Device(everything))
+    np.testing.assert_array_equal(kept.choices, fresh.choices)
+
+
 def test_few_candidates_are_all_measured(everything: Candidates, tmp_path: Path) -> None:
     few = everything.where(np.arange(len(everything)) % 2000 == 0)
     device = Device(few)

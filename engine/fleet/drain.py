@@ -19,8 +19,9 @@ class Drain:
     """Whether to stop. Within `with`, signals ask for it, see `DRAINING`, and so does the end of a time limit.
 
     The first one has `order` called, see `tell`; Drained is raised in the main thread `grace_s` seconds later, if it
-    has not come to its end by then. A second INT or TERM stops at once. The time limit is `remaining_s` seconds from
-    now, less the grace; None is none.
+    has not come to its end by then. A second INT or TERM stops at once. HUP and INT stay ignored where they were: by
+    nohup, by a shell for what it starts in the background. The time limit is `remaining_s` seconds from now, less the
+    grace; None is none.
     """
 
     def __init__(self, grace_s: float, remaining_s: float | None) -> None:
@@ -33,6 +34,8 @@ class Drain:
         if threading.current_thread() is not threading.main_thread():
             return self  # Python lets only the main thread hear signals
         for number in (*DRAINING, signal.SIGALRM):
+            if number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # not meant for this process
             self._before[number] = signal.signal(number, self._hear)
         if self._remaining is not None:
             _alarm(self._remaining - self._grace)

@@ -105,7 +105,7 @@ def pbs(job: Job) -> str:
         fi
         qsub -v MFKD_REQUEUES="$((${{MFKD_REQUEUES:-0}} + 1))" {shlex.quote(job.script)}
     """
-    limit = [f"--time-limit={walltime_s(job.resources.time)}"] if job.resources.time_limit == "auto" else []
+    limit = [f"--time-limit={walltime_s(job.resources.time) - MARGIN_S}"] if job.resources.time_limit == "auto" else []
     return _script(job, "qsub", [f"#PBS {line}" for line in directives], again, *limit)
 
 
@@ -136,9 +136,9 @@ def lsf(job: Job) -> str:
 def _script(job: Job, hand_in: str, directives: list[str], again: str, *more: str) -> str:
     """A bash script: directives, the search, and `again` when it has drained.
 
-    The search runs in the background, because bash looks at a signal only when what it waits for has ended. INT and
-    TERM go to every process of a job: it is cancelled, or preempted and requeued by the scheduler. In neither case is
-    it for the script to queue it again.
+    The search runs in the background, because bash looks at a signal only when what it waits for has ended, and bash
+    has it ignore INT there. INT and TERM go to every process of a job: it is cancelled, or preempted and requeued by
+    the scheduler. In neither case is it for the script to queue it again.
     """
     command = " \\\n    ".join([shlex.join(job.program), *map(shlex.quote, job.words), *more])
     setup = f"{job.resources.worker_init}\n" if job.resources.worker_init else ""
@@ -149,7 +149,8 @@ cd {shlex.quote(job.folder)} || exit 3
 {setup}
 ended= signalled=
 trap 'signalled=yes; kill -USR1 "$search" 2> /dev/null' USR1 USR2  # the warning: drain
-trap 'signalled=yes; ended=yes' TERM INT                           # the search has been told, too
+trap 'signalled=yes; ended=yes' TERM                               # the search has been told, too
+trap 'signalled=yes; ended=yes; kill "$search" 2> /dev/null' INT   # the search does not hear it
 {command} &
 search=$!
 while

@@ -77,10 +77,10 @@ class Dispatch:
         self.fleet.submit("run_trials", task).add_done_callback(lambda done: self._take(group, done))
 
     def _take(self, group: Sequence[Open], done: Future[Any]) -> None:
-        """Called by a thread of the fleet: an exception must reach the loop through the futures."""
+        """Called by a thread of the fleet: whatever is raised must reach the loop, which waits for the futures."""
         try:
             self._settle(group, done)
-        except Exception as error:
+        except BaseException as error:  # SystemExit, too, would only end the thread
             for _, answer in group:
                 if not answer.done():
                     answer.set_exception(error)

@@ -70,7 +70,8 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
             facts = probe(study, folder, fleet, show)
             everything, fit = fitting(space, study, facts, show)
             if study.max_latency_ms < float("inf"):  # as the run has measured it, if it has
-                known = (run_dir / "latency.json").exists()
+                # What was measured before a search has begun is measured again, and here without its file.
+                known = bool(journal.read(run_dir / "journal.jsonl").asked)
                 fit = fast(fit, study, fleet, run_dir.absolute() if known else folder, show)
             task = _task(study, resources, fleet, folder)
             teacher = teacher_path(study, run_dir.absolute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -16,11 +17,26 @@ from engine.trial import Evaluation
 Style = Literal["auto", "bar", "lines", "none"]
 
 
+class Unheard(Console):
+    """Prints as long as it can: nobody reading the progress of a search is no reason to stop it."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a terminal that has gone, a full disk: this is lost, what follows may not be
+            del self._buffer[:]
+
+    def on_broken_pipe(self) -> None:
+        """The reader has gone for good. What others write to stderr must not fail, nor must Python's flush at exit."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Display(AbstractContextManager["Display"]):
     """Shows phases and evaluations in one of three styles; `auto` is bars where stderr is a terminal, else lines."""
 
     def __init__(self, style: Style) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Unheard(stderr=True, highlight=False, soft_wrap=True)
         self._style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
         self._start = time.monotonic()
         self.log: Log = lambda evaluation: None  # told of each evaluation too

@@ -43,15 +43,16 @@ def fast_enough(
 ) -> tuple[Candidates, str]:
     """The candidates that take at most `limit` milliseconds, and a line about how that is known.
 
-    What is measured once is kept in the file `path` and read by every later call: decisions depend on it. Raises
-    UsageError where no candidate fits, EngineError where a search that has `begun` has lost its file.
+    What was measured before the search had `begun` is kept in the file `path` and read ever after: decisions depend on
+    it. Until then none does, and each call measures anew: its settings and its device may be others. Raises UsageError
+    where no candidate fits, EngineError where a search that has begun has lost its file.
     """
-    if not path.exists():
-        if begun:
-            raise EngineError(f"{path} is gone, on which this search's candidates depend; restore it from a copy")
+    if not begun:
         sample = [candidates.architecture(row) for row in spread(candidates, seed)]
         taken = dict(zip(map(str, sample), measure(sample), strict=True))
         write_whole(path, json.dumps({"milliseconds": taken}, indent=1) + "\n")
+    elif not path.exists():
+        raise EngineError(f"{path} is gone, on which this search's candidates depend; restore it from a copy")
     stored: dict[str, Any] = json.loads(path.read_text())
     speeds = estimate(candidates, stored["milliseconds"])
     keep = speeds.within(limit)
