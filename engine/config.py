@@ -18,6 +18,7 @@ from engine.trial import EnvironmentUnusable, Fidelity, UsageError, fidelity_fro
 T = TypeVar("T")
 DATA_MADE = ("glyphs", "cifar10", "cifar100")  # data that are made or fetched; all other names are paths
 Execution = Literal["auto", "graph", "eager"]
+Kind = Literal["search", "fidelity"]  # of a run folder
 
 
 def option(default: T, text: str) -> T:
@@ -229,6 +230,8 @@ def check_files(study: Study) -> None:
         raise EnvironmentUnusable(
             f"--data {study.data}: no such file or folder; give a folder of images, a .npz file, {', '.join(DATA_MADE)}"
         )
+    if study.initial_weights and not Path(study.initial_weights).is_file():
+        raise UsageError(f"--initial-weights {study.initial_weights}: no such file")
     if study.low.kd_loss == "none" or study.teacher == "auto" or ready_made(study.teacher):
         return
     if not study.teacher.endswith(".safetensors"):
@@ -336,8 +339,9 @@ def slots(workers: int, cohort: int) -> Slots:
     return Slots((workers + math.ceil((workers - 1) / 4)) * cohort, cohort)
 
 
-def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
-    """Writes config.yaml into a run folder; refuses a study that differs from the one already there.
+def fix(kind: Kind, run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
+    """Writes config.yaml into a run folder; refuses a study that differs from the one already there, but in the low
+    fidelity of a study that compares several: it may have more of them later.
 
     Decisions depend on the slots, so they hold for the life of the run, whatever machine continues it, and grow only
     where a later call brings more workers: those would be idle. They are returned.
@@ -345,18 +349,22 @@ def fix(run_dir: Path, study: Study, budget: Budget, wanted: Slots) -> Slots:
     path = run_dir / "config.yaml"
     if path.exists():
         stored = read_stored(path)
+        there = stored.get("kind", kind)
+        if there != kind:
+            raise UsageError(f"{run_dir} is a run of `{there}`; for `{kind}` choose another --name or --run-dir")
         # A setting that an older version did not have is at its default.
         before = {**dict(flatten(to_dict(Study()))), **dict(flatten(stored["study"]))}
         now = dict(flatten(to_dict(study)))
-        changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
+        held = [key for key in now if kind == "search" or not key.startswith("low.")]
+        changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in held if now[key] != before.get(key)]
         if changed:
             raise UsageError(
                 f"{run_dir} holds a search with other settings ({'; '.join(changed)}); "
                 "repeat its settings to continue it, or choose another --run-dir"
             )
-        held = Slots(**stored["slots"])
-        wanted = Slots(max(held.total, wanted.total // wanted.cohort * held.cohort), held.cohort)
-    content = {"study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
+        first = Slots(**stored["slots"])
+        wanted = Slots(max(first.total, wanted.total // wanted.cohort * first.cohort), first.cohort)
+    content = {"kind": kind, "study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
     write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted
 
@@ -375,7 +383,7 @@ def read_stored(path: Path) -> dict[str, Any]:
 def begun(run_dir: Path) -> bool:
     """Whether a run folder holds what took work: a teacher, or a trial in its journal."""
     book = run_dir / "journal.jsonl"
-    return (run_dir / "teacher").exists() or (book.exists() and book.read_bytes().count(b"\n") > 1)
+    return any((run_dir / "teacher").glob("*")) or (book.exists() and book.read_bytes().count(b"\n") > 1)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -88,7 +88,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu"}
     folder = tmp_path_factory.mktemp("runs") / "finished"
     folder.mkdir()
-    config.fix(folder, study, budget, Slots(2, 1))
+    config.fix("search", folder, study, budget, Slots(2, 1))
     search.write_run_file(folder, data)
     candidates, plan = ground.members(load_space(study.space), study, data), config.plan(study, budget)
 

@@ -23,6 +23,7 @@ from engine import config
 from engine.config import Budget
 from engine.search import journal
 from engine.search.policy import METHODS
+from tests import searches
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -112,6 +113,18 @@ def test_a_reader_that_has_had_enough_is_no_error(finished_run: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_search_goes_on_when_nobody_reads_its_progress_any_more(tmp_path: Path) -> None:
+    """As with `2>&1 | head`, or a terminal that is gone."""
+    process = searches.start(tmp_path, "--progress=lines")
+    assert process.stderr
+    assert "run folder" in process.stderr.readline()
+    process.stderr.close()
+    process.stderr = None
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert json.loads(out)["status"] == "finished"
+
+
 def test_quiet_shows_errors_only_and_verbose_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["search", "-q", "--data=nowhere"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
@@ -169,6 +182,24 @@ def test_flags_may_come_from_a_file_and_the_line_wins(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("max_low: 7\nmax_high: 3\nlow:\n  fraction: 1/27\n  kd_loss: nst\n")
     values = cli.parse(["search", "-c", str(tmp_path / "c.yaml"), "--max-high=5"])[1]
     assert (values.max_low, values.max_high, str(values.low.fraction), values.low.kd_loss) == (7, 5, "1/27", "nst")
+
+
+def test_text_in_a_file_of_flags_needs_no_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML takes these for numbers, the time for one to base 60, the name for a date; an empty one is no text."""
+    file = tmp_path / "c.yaml"
+    text = "gpus: 8\ntime: 24:00:00\nteacher_cache: 0\nstudents_per_gpu: 4\ntime_limit: 3600\nrun_dir: null\n"
+    file.write_text(f"{text}name: 2026-01-31\nmax_low: 7\nlr: 1e-3\nlow: {{fraction: 1/27}}\n")
+    values = cli.parse(["search", "-c", str(file)])[1]
+    assert (values.gpus, values.time, values.teacher_cache, values.students_per_gpu) == ("8", "24:00:00", "0", "4")
+    assert (values.time_limit, values.name, values.run_dir) == ("3600", "2026-01-31", None)
+    assert (values.max_low, values.lr, str(values.low.fraction)) == (7, 0.001, "1/27")
+    assert cli.main(["config", "-c", str(file), "--device=cuda", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"] == {"value": "8", "from": str(file)}
+    file.write_text("gpus: [0, 2]\n")
+    with pytest.raises(SystemExit):
+        cli.parse(["search", "-c", str(file)])
+    assert "--gpus: Expected a text. Got value: [0, 2]" in capsys.readouterr().err
 
 
 def test_a_search_of_nothing_is_the_demo() -> None:

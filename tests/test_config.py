@@ -19,23 +19,23 @@ def test_a_study_survives_json() -> None:
 
 
 def test_the_same_study_continues_with_the_slots_it_began_with(tmp_path: Path) -> None:
-    first = config.fix(tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=4))
+    first = config.fix("search", tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=4))
     assert first == Slots(total=40, cohort=4)
-    assert config.fix(tmp_path, STUDY, Budget(max_high=9), config.slots(workers=1, cohort=1)) == first
+    assert config.fix("search", tmp_path, STUDY, Budget(max_high=9), config.slots(workers=1, cohort=1)) == first
 
 
 def test_more_workers_in_a_later_call_find_something_to_do_and_the_call_after_it_keeps_that(tmp_path: Path) -> None:
-    config.fix(tmp_path, STUDY, Budget(), config.slots(workers=1, cohort=4))
-    grown = config.fix(tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=1))
+    config.fix("search", tmp_path, STUDY, Budget(), config.slots(workers=1, cohort=4))
+    grown = config.fix("search", tmp_path, STUDY, Budget(), config.slots(workers=8, cohort=1))
     assert grown == config.slots(workers=8, cohort=4)
-    assert config.fix(tmp_path, STUDY, Budget(), config.slots(workers=2, cohort=4)) == grown
+    assert config.fix("search", tmp_path, STUDY, Budget(), config.slots(workers=2, cohort=4)) == grown
 
 
 def test_another_study_in_the_same_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
-    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
+    config.fix("search", tmp_path, STUDY, Budget(), Slots(1, 1))
     changed = replace(STUDY, lr=0.3, low=replace(STUDY.low, epochs=5))
     with pytest.raises(UsageError, match=r"low.epochs: 30 there, 5 here; lr: 0.1 there, 0.3 here"):
-        config.fix(tmp_path, changed, Budget(), Slots(1, 1))
+        config.fix("search", tmp_path, changed, Budget(), Slots(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_graphs_are_for_gpus() -> None:
 
 
 def test_a_run_of_an_older_version_has_the_defaults_of_what_it_did_not_know(tmp_path: Path) -> None:
-    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
+    config.fix("search", tmp_path, STUDY, Budget(), Slots(1, 1))
     path = tmp_path / "config.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "ema_decay" not in line))
-    config.fix(tmp_path, STUDY, Budget(), Slots(1, 1))
+    config.fix("search", tmp_path, STUDY, Budget(), Slots(1, 1))
     with pytest.raises(UsageError, match=r"ema_decay: 0.0 there, 0.9 here"):
-        config.fix(tmp_path, replace(STUDY, ema_decay=0.9), Budget(), Slots(1, 1))
+        config.fix("search", tmp_path, replace(STUDY, ema_decay=0.9), Budget(), Slots(1, 1))

@@ -15,13 +15,24 @@ import pytest
 import cli
 from engine import config
 from engine.config import Budget, Resources, Study
-from engine.search import journal, search
+from engine.search import journal, search, single
+from engine.search.adopt import adopt
+from engine.search.journal import Journal
 from engine.search.pilot import by_luck, recommended, study_fidelities, study_first, usual_lows
 from engine.search.policies.pilot import Pilot, chosen
 from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.search.progress import Display
 from engine.space import candidates, load_space
-from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+from engine.trial import (
+    Architecture,
+    Evaluation,
+    Fidelity,
+    NoWinner,
+    Trial,
+    UsageError,
+    evaluation_to_json,
+    trial_from_json,
+)
 from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
@@ -133,6 +144,7 @@ def test_a_fidelity_that_is_clearly_worse_is_asked_no_more(tmp_path: Path, fleet
     assert counts[GOOD.name] == 24
     assert 8 <= counts[NOISE.name] < 24
     assert [row["dropped"] for row in result["fidelities"]] == [True, False]
+    assert result["complete"]
 
 
 def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet: Formula) -> None:
@@ -153,9 +165,9 @@ def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet:
 
 def test_a_study_grows(tmp_path: Path, fleet: Formula) -> None:
     """More architectures and another fidelity are asked for later; nothing is measured twice."""
-    run(tmp_path / "study", Pilot((GOOD,), 6))
-    result = run(tmp_path / "study", Pilot((GOOD, FAIR), 12, drop=False))
-    assert {row["name"]: row["n"] for row in result["fidelities"]} == {GOOD.name: 12, FAIR.name: 12}
+    run(tmp_path / "study", Pilot((NOISE,), 6))
+    result = run(tmp_path / "study", Pilot((FAIR, GOOD, NOISE), 12, drop=False))
+    assert {row["name"]: row["n"] for row in result["fidelities"]} == {FAIR.name: 12, GOOD.name: 12, NOISE.name: 12}
     assert len(set(fleet.asked)) == len(fleet.asked)
 
 
@@ -230,6 +242,91 @@ def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet
     result = run(tmp_path / "two", Pilot((FAIR, NOISE), 6, repeats=2, drop=False), study)
     assert {f for _, f, _ in fleet.asked} == {FAIR, NOISE}
     assert [row["n"] for row in result["fidelities"]] == [6, 6]
+
+
+def test_a_study_and_a_search_do_not_share_a_run_folder(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    low = replace(GOOD, name="low")
+    with pytest.raises(UsageError, match="is a run of `fidelity`; for `search` choose another --name"):
+        search.search(replace(STUDY, low=low), Budget(), Resources(device="cpu"), tmp_path / "study", Display("none"))
+
+
+def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    studied = {e.trial.architecture for e in journal.read(tmp_path / "study" / "journal.jsonl").answers.values()}
+    members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
+    limit = float(np.median([members.macs[members.row(a)] for a in studied]))
+    study = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=limit)
+    budget = Budget(max_low=12, max_high=10)
+    search.search(study, budget, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+    record = journal.read(tmp_path / "run" / "journal.jsonl")
+    assert all(members.macs[members.row(t.architecture)] <= limit for t in record.asked)
+    assert studied & {t.architecture for t in record.asked}
+    timed = replace(study, max_macs=float("inf"), max_latency_ms=5.0)
+    assert not [t for t in _adopted(timed, tmp_path / "timed") if t.fidelity == STUDY.high]
+
+
+def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limited_to(
+    tmp_path: Path, fleet: Formula
+) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    study = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=3e6, max_latency_ms=5.0)
+    wanted = "3-3-3-3-3-3"  # the largest
+    fleet.asked.clear()
+    resources = Resources(device="cpu", workers=1)
+    result = single.train(study, wanted, resources, tmp_path / "one", Display("none"))
+    assert result["architecture"] == wanted
+    assert [str(architecture) for architecture, _, _ in fleet.asked] == [wanted]
+
+
+def _adopted(study: Study, folder: Path) -> list[Trial]:
+    """What a search of the study begins with."""
+    folder.mkdir()
+    members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
+    with Journal(folder / "journal.jsonl") as book:
+        adopt(Path(study.pilot), study, config.plan(study, Budget()), members, folder, book, Display("none"))
+    return journal.read(folder / "journal.jsonl").asked
+
+
+def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
+    tmp_path: Path, fleet: Formula
+) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    facts = json.loads((tmp_path / "study" / "run.json").read_text())
+    (tmp_path / "study" / "run.json").write_text(json.dumps({**facts, "fingerprint": "of other images"}))
+    study = replace(STUDY, pilot=str(tmp_path / "study"), low=replace(GOOD, name="low"))
+    for pilot, says in ((study.pilot, "measured on other data"), (str(tmp_path / "typo"), "is no run folder of the")):
+        wrong = replace(study, pilot=pilot)
+        with pytest.raises(UsageError, match=says):
+            search.search(wrong, Budget(), Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+        assert not (tmp_path / "run" / "teacher").exists()
+    # The folder is bound to nothing by then.
+    right, few = replace(study, pilot=""), Budget(max_low=8, max_high=4)
+    search.search(right, few, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+
+
+def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
+    """And the search that follows begins with the study."""
+    study = replace(STUDY, high=replace(STUDY.high, kd_loss="kd"))
+    result = run(tmp_path / "study", Pilot((NOISE, FAIR), 8, drop=False), study)
+    assert result["recommended"] == FAIR.name
+    fleet.asked.clear()
+    command = ["search", "-c", result["config"], "--max-high", "10", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    assert len([f for _, f, _ in fleet.asked if f == study.high]) == 2
+
+
+def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
+    tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, show = Resources(device="cpu", workers=2), Display("none")
+    short = Budget(max_high=20, gpu_hours=60 / 3600)
+    with pytest.raises(NoWinner, match="is not finished"):
+        study_first(STUDY, short, resources, tmp_path / "run", show)
+    assert not json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["complete"]
+    study = study_first(STUDY, Budget(max_high=20), resources, tmp_path / "run", show)
+    assert study.pilot == str(tmp_path / "run" / "pilot")
+    assert json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["full"] == 10
 
 
 @pytest.mark.parametrize("teacher", ["the same", "another"])

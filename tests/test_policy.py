@@ -138,6 +138,12 @@ def test_a_plan_with_many_low_runs_a_full_one_spends_them_first():
     assert kinds == ["low"] * 24 + ["full"] * 6
 
 
+def test_a_space_smaller_than_the_low_budget_is_looked_at_whole_and_then_trained_in_full():
+    history = run(Plan((LOW,), FULL, max_low=50, max_high=10), space=space(side=2))
+    kinds = [e.trial.fidelity.name for e in history.answered]
+    assert kinds == ["low"] * 32 + ["full"] * 10
+
+
 def test_more_is_looked_at_where_looking_is_cheap():
     def lows(epochs):
         plan = Plan((Fidelity("low", epochs=epochs),), Fidelity("full", epochs=20), max_low=200, max_high=60)

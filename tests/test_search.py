@@ -203,6 +203,17 @@ def test_an_unknown_method_is_refused_before_anything_starts(tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("lowered", [{"gpu_hours": 1e-9}, {"target_accuracy": 0.01}, {"wall_time": 1e-9}])
+def test_a_budget_that_was_lowered_ends_a_run_with_all_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lowered: dict[str, float]
+) -> None:
+    first = run(tmp_path, monkeypatch, Recorded(capacity=1))
+    more = Recorded(capacity=1)
+    again = run(tmp_path, monkeypatch, more, budget=replace(BUDGET, max_high=9, **lowered))  # type: ignore[arg-type]
+    assert (again["winner"], again["evaluations"]) == (first["winner"], first["evaluations"])
+    assert more.trials == []
+
+
 def test_a_reached_target_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(tmp_path, monkeypatch, Recorded(capacity=1), budget=replace(BUDGET, target_accuracy=0.01))
     assert result["evaluations"]["high"] == 1

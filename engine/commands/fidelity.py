@@ -42,7 +42,7 @@ def parser() -> ArgumentParser:
     add_options(made, Study, skip=("low", "method", "objectives"))
     add_options(made, Budget, skip=("max_low", "max_high", "target_accuracy"))
     add_options(made, Resources)
-    add_run_options(made)
+    add_run_options(made, name="fidelity")
     return made
 
 

@@ -82,6 +82,20 @@ class Parser(ArgumentParser):
         print(f"{self.prog}: {file}{text}\nSee {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
+        """The flags of a YAML text."""
+        return super().parse_string(self.as_written(content), *more, **options)
+
+    def as_written(self, content: str) -> str:
+        """The YAML with quotes around what flags take as text: `gpus: 8` is no number there, nor `24:00:00` one of
+        base 60."""
+        root = yaml.compose(content, yaml.SafeLoader)
+        texts = [action.dest for action in self._actions if getattr(action, "_typehint", None) in (str, str | None)]
+        for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+            if key.value in texts and isinstance(value, yaml.ScalarNode) and not value.tag.endswith(":null"):
+                value.tag, value.style = "tag:yaml.org,2002:str", '"'
+        return yaml.serialize(root, Dumper=yaml.SafeDumper) if root else content
+
     def _way_out(self, message: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         keys = {option.lstrip("-").replace("-", "_"): option for option in known}
@@ -105,7 +119,7 @@ def plain(message: str) -> str:
     text = re.sub(r'Parser key "([\w.]+)":', lambda found: f"--{found[1].replace('_', '-')}:", text)
     text = re.sub(r"Not of type \w+: |--config: ", "", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"value out of {found[1]}", text)
-    for kind, word in (("float", "number"), ("int", "whole number"), ("bool", "true or false")):
+    for kind, word in (("float", "number"), ("int", "whole number"), ("bool", "true or false"), ("str", "text")):
         text = text.replace(f"<class '{kind}'>", word)
     return text
 
@@ -117,7 +131,7 @@ class ConfigFile(ActionConfigFile):
         parser.reading = f"-c {values}"
         try:
             if Path(values).is_file():
-                check_sections(yaml.safe_load(Path(values).read_text()), parser)
+                check_sections(yaml.safe_load(parser.as_written(Path(values).read_text())), parser)
             super().__call__(parser, cfg, values, option_string)
         except yaml.YAMLError as error:
             parser.error(f"not YAML: {error}")
@@ -188,11 +202,11 @@ def command_parser(description: str, examples: str = "") -> ArgumentParser:
     return parser
 
 
-def add_run_options(parser: ArgumentParser, run_dir: bool = True) -> Any:
+def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "search") -> Any:
     """Where the run folder is, and what is shown; returns the group of these flags."""
     group = parser.add_argument_group("This call")
     if run_dir:
-        group.add_argument("--name", type=str, default="search", help="name of the run: its folder is runs/NAME")
+        group.add_argument("--name", type=str, default=name, help="name of the run: its folder is runs/NAME")
         group.add_argument("--run-dir", type=str | None, default=None, help="run folder, instead of runs/NAME")
     group.add_argument(
         "--progress",

@@ -30,7 +30,7 @@ photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other     distilled from th
 # What is about choosing among architectures, or has a flag of its own here.
 LEFT_OUT = (
     *("method", "objectives", "only", "low", "high", "initial_weights"),
-    *("max_macs", "max_params", "max_latency_ms", "latency_batch"),
+    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", "pilot"),
 )
 
 

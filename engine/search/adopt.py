@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
+import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -15,24 +17,27 @@ from engine.search import journal
 from engine.search.ground import teacher_path
 from engine.search.journal import Journal
 from engine.search.progress import Display
-from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Fidelity, Trial, UsageError
+from engine.space import Candidates
+from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
 # Settings of a study that decide what is proposed or how it is called, not what an evaluation comes to.
-FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "objectives", "only"}
-TEACHING = {"teacher", "teacher_epochs", *LOSS_WEIGHTS}  # looked at by answer: some have no teacher
-FREE |= {"max_latency_ms", "latency_batch", *TEACHING}
+FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives", "only"}
+FREE |= {"teacher", "teacher_epochs", *LOSS_WEIGHTS}  # looked at by answer: some have no teacher
 
 
-def adopt(source: Path, study: Study, plan: Plan, run_dir: Path, book: Journal, show: Display) -> None:
+def adopt(
+    source: Path, study: Study, plan: Plan, candidates: Candidates, run_dir: Path, book: Journal, show: Display
+) -> None:
     """Begins an empty journal with the study's successful answers at the fidelities of the plan, and links the weights
     of the full ones. They count towards the budget, since they are what the budget would have bought. What another
-    teacher has taught is left out.
+    teacher has taught is left out, and so is what the search may not propose.
 
     Raises UsageError where the study is missing or was made with other settings.
     """
-    theirs = _settings(source, study)
+    theirs = settings(source, study)
     same_teacher = _same_file(teacher_path(theirs, source), teacher_path(study, run_dir))
-    answers = [e for e in journal.read(source / "journal.jsonl").answers.values() if e.ok]
+    measured = [e for e in journal.read(source / "journal.jsonl").answers.values() if e.ok]
+    answers = [e for e in measured if _may(e, study, candidates)]
     comparable = [e for e in answers if e.trial.fidelity.kd_loss == "none" or same_teacher]
     kept = [(e, own) for e in comparable if (own := _same(e.trial.fidelity, theirs, study, plan)) is not None]
     mine = [
@@ -51,6 +56,13 @@ def adopt(source: Path, study: Study, plan: Plan, run_dir: Path, book: Journal, 
             book.ask([trial])
         if trial.number not in record.answers:
             book.answer(evaluation)
+
+
+def _may(evaluation: Evaluation, study: Study, candidates: Candidates) -> bool:
+    """Whether the search could have asked for it: a full training under a limit on latency is timed as well."""
+    full = evaluation.trial.fidelity == study.high
+    in_time = not full or evaluation.costs.get("latency_ms", math.inf) <= study.max_latency_ms
+    return in_time and candidates.row(evaluation.trial.architecture) is not None
 
 
 def _same(fidelity: Fidelity, theirs: Study, study: Study, plan: Plan) -> Fidelity | None:
@@ -76,18 +88,24 @@ def _same_file(one: Path, other: Path) -> bool:
     return one.absolute() == other.absolute()
 
 
-def _settings(source: Path, study: Study) -> Study:
+def same_data(source: Path, fingerprint: str) -> None:
+    """UsageError where the study to begin with was made on other images, whatever they are called."""
+    path = source / "run.json"
+    if path.exists() and json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
+        raise UsageError(f"--pilot {source} was measured on other data than these; leave --pilot out")
+
+
+def settings(source: Path, study: Study) -> Study:
     """The settings of the study to begin with; UsageError where they are missing or would come to other answers."""
     try:
         stored = config.read_stored(source / "config.yaml")["study"]
     except EnvironmentUnusable as error:
         raise UsageError(f"--pilot {source} is no run folder of the fidelity command ({error})") from error
     theirs, mine = {**config.to_dict(Study()), **stored}, config.to_dict(study)
-    free = FREE if study.high.kd_loss == "none" else FREE - TEACHING
     changed = [
         f"{item.name}: {theirs[item.name]} there, {mine[item.name]} here"
         for item in dataclasses.fields(Study)
-        if item.name not in free and theirs[item.name] != mine[item.name]
+        if item.name not in FREE and theirs[item.name] != mine[item.name]
     ]
     if changed:
         raise UsageError(f"--pilot {source} was measured with other settings ({'; '.join(changed)}); repeat them")

@@ -29,7 +29,8 @@ def summarise(found: Measured, dropped: Collection[Fidelity] = ()) -> Json | Non
     rankings = [ranking for low in found.lows if (ranking := rank(found, low)) is not None]
     if not rankings:
         return None
-    best, reason = recommend(found, rankings)
+    # A search whose full trainings are distilled has a teacher for its low ones too.
+    best, reason = recommend(found, [r for r in rankings if found.high.kd_loss == "none" or taught(r)] or rankings)
     return {
         "full": len(found.architectures),
         "repeatability": repeatability(found),
@@ -39,6 +40,10 @@ def summarise(found: Measured, dropped: Collection[Fidelity] = ()) -> Json | Non
         "recommended": best.fidelity.name,
         "reason": reason,
     }
+
+
+def taught(ranking: Ranking) -> bool:
+    return ranking.fidelity.kd_loss != "none"
 
 
 def recommend(found: Measured, rankings: list[Ranking]) -> tuple[Ranking, str]:

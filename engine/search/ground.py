@@ -57,9 +57,10 @@ def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
     return load_space(study.space)
 
 
-def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_dir: Path, show: Display) -> Ground:
-    """Checks data and device on a worker, lists the candidates, and has the teacher trained or loaded."""
-    facts = probe(study, run_dir, fleet, show)
+def prepare(
+    study: Study, plan: Plan, space: SearchSpace, facts: Json, fleet: Fleet, run_dir: Path, show: Display
+) -> Ground:
+    """Lists the candidates, and has the teacher trained or loaded; `facts` is what `probe` has found."""
     everything, fit = fitting(space, study, facts, show)
     if study.max_latency_ms < math.inf:
         fit = fast(fit, study, fleet, run_dir, show)
@@ -68,7 +69,7 @@ def prepare(study: Study, budget: Budget, space: SearchSpace, fleet: Fleet, run_
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
         task = task_for(study, run_dir, fleet)
         facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
-    return Ground(study, config.plan(study, budget), fit, facts, run_dir)
+    return Ground(study, plan, fit, facts, run_dir)
 
 
 def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:

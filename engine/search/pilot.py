@@ -14,7 +14,7 @@ from engine import config
 from engine.config import Budget, Plan, Resources, Study
 from engine.fleet.fleet import Fleet
 from engine.search import findings, search
-from engine.search.ground import Ground
+from engine.search.ground import Ground, teacher_path
 from engine.search.journal import History
 from engine.search.policies.pilot import Pilot, measured, pilot
 from engine.search.policies.ranking import Measured, clearly_worse, repeatability
@@ -45,10 +45,16 @@ def study_first(study: Study, budget: Budget, resources: Resources, run_dir: Pat
     if budget.max_high <= count:
         raise UsageError(f"--low auto trains {count} architectures in full first: --max-high must be over {count}")
     done = folder / "fidelity.json"
-    if not done.exists():
+    found: Json = json.loads(done.read_text()) if done.exists() else {}
+    if not found.get("complete"):
         plan = Pilot(usual_lows(study.high), count)
-        study_fidelities(replace(study, pilot=""), plan, budget, resources, folder, show)
-    return recommended(study, Fidelity.parse(json.loads(done.read_text())["recommended"]), folder)
+        found = study_fidelities(replace(study, pilot=""), plan, budget, resources, folder, show)
+    if not found["complete"]:
+        raise NoWinner(
+            f"the study of low fidelities in {folder} is not finished, so there is nothing to search with yet: "
+            "repeat the command to go on (--wall-time), or raise --gpu-hours"
+        )
+    return recommended(study, Fidelity.parse(found["recommended"]), folder)
 
 
 def study_fidelities(
@@ -68,7 +74,7 @@ def study_fidelities(
     def end(ground: Ground, history: History, fleet: Fleet) -> Json:
         return conclude(ground, plan, history, show)
 
-    return search.run(study, budget, resources, run_dir, show, asks, partial(pilot, study=plan), end)
+    return search.run("fidelity", study, budget, resources, run_dir, show, asks, partial(pilot, study=plan), end)
 
 
 def _check(plan: Pilot) -> None:
@@ -87,13 +93,17 @@ def _check(plan: Pilot) -> None:
 def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Json:
     """What the answers say, written to the run folder; raises NoWinner where they are too few to say anything."""
     found = measured(ground.candidates, history, ground.plan, plan)
-    said = findings.summarise(found, clearly_worse(found) if plan.drop else set())
+    seen = search.visible(history, ground.cost)
+    worse = clearly_worse(measured(ground.candidates, seen, ground.plan, plan)) if plan.drop else set()
+    said = findings.summarise(found, {low for low in worse if len(found.having(low)) < len(found.architectures)})
     if said is None:
         raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
     run_dir = ground.run_dir
     result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
+    result["complete"] = not pilot(ground.candidates, seen, ground.plan, 1, plan)
     result["warning"] = by_luck(found, len(ground.facts["classes"]))
-    for line in [*findings.table(result), *filter(None, [result["warning"]])]:
+    more = "" if result["complete"] else "not all has been measured yet: the same command goes on"
+    for line in [*findings.table(result), *filter(None, [result["warning"], more])]:
         show.say(line)
     config.write_whole(run_dir / "evaluations.csv", findings.evaluations_csv(history.answered))
     best = next(low for low in plan.lows if low.name == result["recommended"])
@@ -123,9 +133,8 @@ def by_luck(found: Measured, classes: int) -> str:
 def recommended(study: Study, low: Fidelity, run_dir: Path) -> Study:
     """The study of a search with that low fidelity, which begins with the results of this run folder."""
     weights: dict[str, Any] = dict(low.weights)
-    teacher = study.teacher
-    if teacher == "auto" and low.kd_loss != "none":
-        teacher = str(run_dir / "teacher" / "teacher.safetensors")
+    # The study's own file, also of a library's network: every file has the seconds that it took in it.
+    teacher = study.teacher if low.kd_loss == "none" else str(teacher_path(study, run_dir))
     renamed = replace(low, name="low", weights=())
     return replace(study, low=renamed, teacher=teacher, pilot=str(run_dir), **weights)
 

@@ -18,16 +18,16 @@ import numpy as np
 
 from engine import config
 from engine.config import Budget, Plan, Resources, Slots, Study
-from engine.fleet.deadline import remaining
+from engine.fleet.deadline import START, remaining
 from engine.fleet.devices import describe, layout
 from engine.fleet.drain import Drain
 from engine.fleet.fleet import Fleet, FleetLost, completed, open_fleet
 from engine.orders import withdraw
 from engine.search import journal, policy
-from engine.search.adopt import adopt
+from engine.search.adopt import adopt, same_data, settings
 from engine.search.clock import drive
 from engine.search.dispatch import Dispatch
-from engine.search.ground import Ground, checked, prepare, task_for, teacher_path
+from engine.search.ground import Ground, checked, prepare, probe, task_for, teacher_path
 from engine.search.journal import History, Journal
 from engine.search.log import Kind, open_log
 from engine.search.progress import Display
@@ -65,7 +65,7 @@ def search(
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(ground, history, best, fleet, time.monotonic() - start)
 
-    return run(study, budget, resources, run_dir, show, config.plan(study, budget), propose, end, log)
+    return run("search", study, budget, resources, run_dir, show, config.plan(study, budget), propose, end, log)
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
@@ -75,6 +75,7 @@ def propose(candidates: Candidates, history: History, plan: Plan, slots: int) ->
 
 
 def run(
+    kind: config.Kind,
     study: Study,
     budget: Budget,
     resources: Resources,
@@ -88,6 +89,8 @@ def run(
     """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
     space = checked(study, budget, resources)
     config.check_files(study)
+    if study.pilot:
+        settings(Path(study.pilot), study)
     wanted = layout(resources)
     run_dir = run_dir.absolute()
     try:
@@ -102,16 +105,19 @@ def run(
         if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
             (run_dir / "config.yaml").unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")
-        slots = config.fix(run_dir, study, budget, config.slots(wanted.workers, side))
+        slots = config.fix(kind, run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
         withdraw(run_dir / "logs")
         fleet = open_fleet(resources, wanted, run_dir / "logs")
         try:
             drain.tell(fleet.drain)
-            ground = replace(prepare(study, budget, space, fleet, run_dir, show), plan=plan)
+            facts = probe(study, run_dir, fleet, show)
+            if study.pilot:
+                same_data(Path(study.pilot), facts["fingerprint"])
+            ground = prepare(study, plan, space, facts, fleet, run_dir, show)
             write_run_file(run_dir, ground.facts)
             if study.pilot:
-                adopt(Path(study.pilot), study, plan, run_dir, book, show)
+                adopt(Path(study.pilot), study, plan, ground.candidates, run_dir, book, show)
             history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method, drain)
             return end(ground, history, fleet)
         finally:
@@ -153,7 +159,6 @@ def evaluate_all(
     drain: Drain,
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
-    start = time.monotonic()
     record = journal.read(book.path)
     teacher = str(teacher_path(ground.study, ground.run_dir))
     how = {"teacher": teacher, "resources": config.to_dict(resources)}
@@ -165,6 +170,8 @@ def evaluate_all(
     show.expect(plan.high.name, plan.max_high)
 
     def stop(history: History) -> bool:
+        if history.asked < len(record.asked) and not drain.asked:
+            return False  # a budget that was lowered since then does not undo what has been measured
         full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
         last = history.answered[-budget.max_failures :]
         if len(last) == budget.max_failures and not any(e.ok for e in last):
@@ -172,7 +179,7 @@ def evaluate_all(
         return (
             drain.asked
             or history.seconds() >= budget.gpu_hours * 3600
-            or time.monotonic() - start >= budget.wall_time * 3600
+            or time.monotonic() - START >= budget.wall_time * 3600
             or max(full, default=0.0) >= budget.target_accuracy
         )
 

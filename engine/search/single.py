@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from engine.space import load_space
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError, trial_to_json
 
 Json = dict[str, Any]
+# An architecture that is named is trained, whatever the search that found it was limited to.
+NO_LIMITS: Json = {"min_macs": 0.0, "max_macs": math.inf, "max_params": math.inf, "max_latency_ms": math.inf}
 
 
 def train(study: Study, architecture: str, resources: Resources, out: Path, show: Display) -> Json:
@@ -30,7 +33,7 @@ def train(study: Study, architecture: str, resources: Resources, out: Path, show
     It is a search among one: `out` is a run folder like any other, which `eval`, `export` and `report` read.
     """
     low = replace(study.high, name="low")  # not asked for; the teacher is made where it says that there is one
-    alone = replace(study, low=low, only=architecture, method="random", objectives="accuracy")
+    alone = replace(study, low=low, only=architecture, method="random", objectives="accuracy", pilot="", **NO_LIMITS)
     result = search(alone, Budget(max_low=0, max_high=1, max_failures=1), resources, out, show)
     return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
 

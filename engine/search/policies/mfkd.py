@@ -184,9 +184,9 @@ def _looks(state: State, known: Estimate, slots: int, rules: Rules) -> tuple[lis
     # grows about as the root of n.
     workers = slots + len(state.history.pending)
     rate = now * state.price / np.sqrt(workers)
-    if state.scarce or more > rate * len(picks):
+    if picks and (state.scarce or more > rate * len(picks)):
         return [int(rows[p]) for p in picks[: min(slots, state.lows_left)]], True
-    return [], len(state.at_low.pending) > 0 and waiting > rate
+    return [], len(state.at_low.pending) > 0 and (state.scarce or waiting > rate)
 
 
 def _to_beat(known: Estimate) -> float:
