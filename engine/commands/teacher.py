@@ -9,12 +9,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_options, add_run_options, command_parser, gather
 from engine.config import Resources, Study
-from engine.trial import UsageError
+from engine.trial import LOSS_WEIGHTS, UsageError
 
-# What is about choosing among architectures.
+# What is about choosing among architectures, or about students.
 LEFT_OUT = (
-    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights"),
-    *("max_macs", "max_params", "max_latency_ms", "latency_batch"),
+    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "pilot"),
+    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
 )
 
 
