@@ -54,7 +54,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # ---- kernels -------------------------------------------------------------
 # make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
 # make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
-# make gpu-check       all GPU tests and benches, one JSON in OUT; PYTHON=python3 where the GPU is
+# make gpu-check       all GPU tests and benches, a JSON in OUT; PYTHON=python3 where the GPU is; 19 minutes at most,
+#                      ONLY=tests and ONLY=benches 10 minutes each
 OUT     ?= build/bench
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -68,7 +69,7 @@ aot: install
 	$(BIN)/python -m kernels.aot --report
 
 gpu-check:
-	$(GPU_PYTHON) bench/gpu_check.py $(OUT)
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(ONLY),--only $(ONLY))
 
 # ---- evidence ------------------------------------------------------------
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
@@ -84,7 +85,7 @@ STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
 RIVALS    = rivals-glyphs rivals-cifar100 rivals-glyphs-weak rivals-cifar100-weak
 WHY       = why-settings why-teacher cifar100-nasbench201-kd
-TEACHER   = $(BIN)/python cli.py teacher --space nasbench201:channels=16,cells=1 --resolution 16 --batch-size 64
+TEACHER   = $(BIN)/python cli.py teacher --batch-size 64 --space
 
 authors: | install
 	$(BIN)/python -m bench.evidence.recorded $(TABLE)
@@ -93,7 +94,8 @@ authors: | install
 evidence: $(STUDIES)
 why: $(WHY)
 
-$(filter glyphs-%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
+$(filter glyphs-nas%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs.safetensors
+$(filter glyphs-mob%,$(STUDIES)): $(EVIDENCE)/teachers/glyphs-32.safetensors
 $(filter cifar100-%,$(STUDIES)): $(EVIDENCE)/teachers/cifar100.safetensors
 why-settings: glyphs-nasbench201-cap
 cifar100-nasbench201-kd: build/cifar100.npz
@@ -111,16 +113,19 @@ $(RIVALS): | install
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.rivals $(EVIDENCE)/$@
 
 $(EVIDENCE)/teachers/glyphs.safetensors: | install
-	$(TEACHER) --data glyphs --teacher-epochs 12 --out $@
+	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data glyphs --teacher-epochs 12 --out $@
 
 $(EVIDENCE)/teachers/glyphs-weak.safetensors: | install
-	$(TEACHER) --space nasbench201:channels=8,cells=1 --data glyphs --teacher-epochs 4 --out $@
+	$(TEACHER) nasbench201:channels=8,cells=1 --resolution 16 --data glyphs --teacher-epochs 4 --out $@
+
+$(EVIDENCE)/teachers/glyphs-32.safetensors: | install
+	$(TEACHER) nasbench201:channels=8,cells=1 --resolution 32 --data glyphs --teacher-epochs 4 --out $@
 
 $(EVIDENCE)/teachers/cifar100-weak.safetensors: build/cifar100.npz | install
-	$(TEACHER) --space nasbench201:channels=8,cells=1 --data build/cifar100.npz --teacher-epochs 2 --out $@
+	$(TEACHER) nasbench201:channels=8,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 2 --out $@
 
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
-	$(TEACHER) --data build/cifar100.npz --teacher-epochs 6 --out $@
+	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 6 --out $@
 
 # Where the GPU is: PYTHON=python3. Ends within MINUTES; the same line goes on.
 MINUTES ?= 20

@@ -5,11 +5,17 @@ import functools
 import importlib.util
 import os
 import warnings
+from contextvars import ContextVar
 
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
 ENVIRONMENT = "KERNELS_BACKEND"  # replaces "auto" for a whole process
+# Asked at import: torch.compile of torch 2.11 cannot trace the question.
+TRITON = importlib.util.find_spec("triton") is not None
+# Whether the call comes from compiled code, where nothing that a call allocates may outlive it: with
+# mode="reduce-overhead" its memory is a CUDA graph's.
+COMPILED: ContextVar[bool] = ContextVar("compiled", default=False)
 
 
 def interpreting() -> bool:
@@ -37,14 +43,17 @@ def resolve(backend: str, device: torch.device) -> str:
     return "reference"
 
 
-@functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed; says once that it is not."""
-    if importlib.util.find_spec("triton") is not None:
-        return True
+    if not TRITON and not torch.compiler.is_compiling():
+        _warn()
+    return TRITON
+
+
+@functools.cache
+def _warn() -> None:
     warnings.warn(
         "Triton is not installed: the distillation losses use their PyTorch reference on every device",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return False

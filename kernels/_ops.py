@@ -6,6 +6,7 @@ fake kernel, which `torch.compile(fullgraph=True)` can trace. `backend` is "trit
 """
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from kernels import _tiles, reference
+from kernels import _dispatch, _tiles, reference
 from kernels.reference import CEKDSpec
 
 Parts = tuple[float, float, float]
@@ -43,6 +44,20 @@ def _function(forward: Callable[..., Any], save: Callable[..., None], differenti
     return type(forward.__name__, (torch.autograd.Function,), members)
 
 
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    """The function as the operator that compiled code calls."""
+
+    @functools.wraps(function)
+    def run(*inputs: Any) -> Any:
+        token = _dispatch.COMPILED.set(True)
+        try:
+            return function(*inputs)
+        finally:
+            _dispatch.COMPILED.reset(token)
+
+    return custom_op(f"mfkd_kernels::{name}", run, mutates_args=())
+
+
 def _register(
     name: str,
     forward: Callable[..., Any],
@@ -52,10 +67,10 @@ def _register(
     differentiate: Callable[..., Any],
 ) -> tuple[Any, Any]:
     """The operators of a loss and of its gradient, which looks like the student, as `torch.compile` traces them."""
-    operator = custom_op(f"mfkd_kernels::{name}", forward, mutates_args=())
+    operator = _operator(name, forward)
     operator.register_fake(fake)
     operator.register_autograd(differentiate, setup_context=save)
-    gradient = custom_op(f"mfkd_kernels::{name}_backward", backward, mutates_args=())
+    gradient = _operator(f"{name}_backward", backward)
     gradient.register_fake(lambda student, *_: torch.empty_like(student))
     return operator, gradient
 
@@ -120,10 +135,10 @@ def _ce_kd_differentiate(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | 
     return (grad, *(None,) * (ctx.inputs - 1))
 
 
-ce_kd_op = custom_op("mfkd_kernels::ce_kd", ce_kd_forward, mutates_args=())
+ce_kd_op = _operator("ce_kd", ce_kd_forward)
 ce_kd_op.register_fake(_ce_kd_fake)
 ce_kd_op.register_autograd(_ce_kd_differentiate, setup_context=_ce_kd_save)
-ce_kd_backward_op = custom_op("mfkd_kernels::ce_kd_backward", ce_kd_backward, mutates_args=())
+ce_kd_backward_op = _operator("ce_kd_backward", ce_kd_backward)
 ce_kd_backward_op.register_fake(
     lambda grad, *_: torch.empty_strided(grad.shape, grad.stride(), dtype=grad.dtype, device=grad.device)
 )

@@ -394,7 +394,7 @@ def nst_forward(
 def nst_backward(
     student: Tensor, teacher: Tensor, first: Tensor, second: Tensor, upstream: Tensor, method: str, eps: float
 ) -> Tensor:
-    """The student's gradient, (N, S, H, W) in the student's dtype."""
+    """The student's gradient, (N, S, H, W) in the student's dtype and memory format."""
     f_s = _rows(student)
     with torch.autocast(student.device.type, enabled=False):
         if method == "channel":
@@ -405,7 +405,8 @@ def nst_backward(
             grad = torch.baddbmm(a, a, first, beta=0, alpha=4 / (samples * channels))
             along = (a * grad).sum(2, keepdim=True) * (second * eps < 1 - 1e-6)
             grad = grad.addcmul_(a, along, value=-1).mul_(second * upstream)
-    return grad.view(student.shape).to(student.dtype)
+    grad = grad.view(student.shape)
+    return grad.to(student.dtype) if student.is_contiguous() else torch.empty_like(student).copy_(grad)
 
 
 def _rows(feature_NFHW: Tensor) -> Tensor:

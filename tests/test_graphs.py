@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from engine.config import Study
 from engine.data.loader import Batches, train_batches
 from engine.data.parts import Data, Part
-from engine.training.graphs import has_room, reason_for_eager, without_trace
-from engine.training.student import Inputs, Student, prepare, take_step
+from engine.training import graphs
+from engine.training.graphs import has_room, reason_for_eager, waits_for_device, why_not_recorded, without_trace
+from engine.training.student import Inputs, ProcessLost, Student, fatal, prepare, take_step
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, train
 
@@ -108,6 +110,61 @@ def test_a_graph_is_made_where_it_can_be_and_pays(execution: str, device: str, s
     assert bool(said) == bool(reason)
 
 
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """What PyTorch was told of steps that wait for the device, beginning with what holds."""
+    told: list[int | str] = [1]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: told[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told.append)
+    return told
+
+
+def test_a_step_that_waits_for_the_device_is_found_before_the_capture(modes: list[int | str]) -> None:
+    def asks() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert waits_for_device(asks) == "it waits for the device in each step (called a synchronizing CUDA operation)"
+    assert waits_for_device(lambda: None) == ""
+    assert modes == [1, "error", 1, "error", 1]
+
+
+def test_a_step_that_fails_otherwise_is_no_reason_for_eager_steps(modes: list[int | str]) -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        waits_for_device(fails)
+    assert modes == [1, "error", 1]
+
+
+def broken_capture(cause: Exception) -> RuntimeError:
+    """As torch has it where ending the capture raises once more."""
+    error = torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = cause
+    return error
+
+
+def test_a_failed_capture_is_a_reason_or_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = broken_capture(RuntimeError("not permitted when stream is capturing"))
+    monkeypatch.setattr(graphs, "FAILURES_STAY", False)
+    assert why_not_recorded(error) == "RuntimeError: not permitted when stream is capturing"
+    monkeypatch.setattr(graphs, "FAILURES_STAY", True)
+    with pytest.raises(ProcessLost, match="cannot go on .* not permitted when stream is capturing") as lost:
+        why_not_recorded(error)
+    assert fatal(lost.value)
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["old", "new"])
+def test_memory_that_runs_out_in_a_capture_is_said_to_have(stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "FAILURES_STAY", stays)
+    out = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        why_not_recorded(out)
+    with pytest.raises(ProcessLost if stays else torch.OutOfMemoryError):
+        why_not_recorded(broken_capture(out))
+
+
 def test_a_student_is_let_in_where_the_largest_so_far_would_fit() -> None:
     assert has_room(0, [])
     assert has_room(1100, [1000, 10])
@@ -189,10 +246,10 @@ def test_a_graph_reads_the_learning_rate_of_each_step() -> None:
 def test_who_cannot_be_captured_is_trained_eagerly_beside_the_others() -> None:
     asking, good, dropping = trained([Asking(0), Net(1), Net(2, drop=0.5)], "auto")
     assert (asking.status, good.status, dropping.status) == ("ok", "ok", "ok"), asking.error
-    assert asking.execution.startswith("eager: ")
-    assert asking.execution != "eager: "
+    assert asking.execution.startswith("eager: it waits for the device in each step")
     assert good.execution == "graph"
     assert dropping.execution == "eager: its layers draw random numbers"
+    assert torch.cuda.get_sync_debug_mode() == 0
     (strict, other) = trained([Asking(0), Net(1)], "graph")
     assert (strict.status, other.status) == ("error", "ok")
     torch.testing.assert_close(weights(good), weights(other), rtol=0.05, atol=0.02)
@@ -229,13 +286,16 @@ def test_a_kept_lesson_teaches_the_same_on_a_device(budget: int, monkeypatch: py
 @pytest.mark.gpu
 @CUDA
 def test_memory_is_given_back() -> None:
-    trained([Net(i) for i in range(4)], "graph")
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    for _ in range(5):
+    def reserved() -> int:
         trained([Net(i) for i in range(4)], "graph")
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= 1.03 * before
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # much beside what is looked for
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    # torch hands out 32 streams in turn, and what is kept for a stream comes with its first use.
+    readings = [reserved() for _ in range(32 // 4 + 5)]
+    assert readings[-1] <= 1.03 * readings[7]
 
 
 @pytest.mark.gpu

@@ -111,6 +111,17 @@ def test_compiled_whole_is_the_eager_step(name: str) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("name", ["ce_kd", "attention", "nst channel"])
+def test_compiled_into_cuda_graphs_is_the_eager_step(name: str) -> None:
+    """They own the memory of what they call, and refuse a kernel that keeps some of it."""
+    loss, student = case(name)
+    compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # compiled, warmed up, recorded, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        for got, wanted in zip(step(compiled, student), step(loss, student), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_autocast_and_a_gradient_scaler_reach_the_reference() -> None:
     """float16 logits of a big batch, scaled as GradScaler does: nothing flushed to zero before its time."""
     generator = torch.Generator("cuda").manual_seed(0)

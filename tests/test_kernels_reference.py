@@ -539,18 +539,15 @@ def test_triton_on_the_cpu_is_refused_with_the_way_out(monkeypatch: pytest.Monke
 
 
 def test_missing_triton_is_said_once_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    _dispatch.has_triton.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="Triton is not installed"):
-            assert _dispatch.resolve("auto", torch.device("cuda")) == "reference"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert _dispatch.resolve("auto", torch.device("cuda")) == "reference"
-        with pytest.raises(RuntimeError, match="pip install triton"):
-            _dispatch.resolve("triton", torch.device("cuda"))
-    finally:
-        _dispatch.has_triton.cache_clear()
+    monkeypatch.setattr(_dispatch, "TRITON", False)
+    _dispatch._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        assert _dispatch.resolve("auto", torch.device("cuda")) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _dispatch.resolve("auto", torch.device("cuda")) == "reference"
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        _dispatch.resolve("triton", torch.device("cuda"))
 
 
 def test_modules_are_the_functions_with_their_options() -> None:
@@ -617,3 +614,19 @@ def test_operators_keep_pytorchs_contract() -> None:
     torch.library.opcheck(_ops.attention_op, (f, g, 2.0, "mean", 1e-12, "reference"), test_utils=tests)
     for method in ("spatial", "channel"):
         torch.library.opcheck(_ops.nst_op, (f, g, method, True, 1e-12, "reference"), test_utils=tests)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_operators_give_the_strides_they_promise(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Compiled code reads what an operator gives by what its fake promised."""
+    f, g = (draw(2, 3, 4, 5, seed=i, dtype=dtype).to(memory_format=layout) for i in (0, 1))
+    upstream, eps, tests = torch.tensor(1.7), 1e-12, ("test_schema", "test_faketensor")
+    torch.library.opcheck(_ops.attention_op, (f, g, 2.0, "mean", eps, "reference"), test_utils=tests)
+    _, coef = kernels.reference.attention_forward(f, g, 2.0, "mean", eps)
+    torch.library.opcheck(_ops.attention_backward_op, (f, coef, upstream, 2.0, "reference"), test_utils=tests)
+    for method in ("spatial", "channel"):
+        torch.library.opcheck(_ops.nst_op, (f, g, method, True, eps, "reference"), test_utils=tests)
+        _, one, two = kernels.reference.nst_forward(f, g, method, True, eps)
+        inputs = (f, g, one, two, upstream, method, eps, "reference")
+        torch.library.opcheck(_ops.nst_backward_op, inputs, test_utils=tests)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from engine.data.loader import Batches, eval_batches, train_batches
 from engine.data.parts import Data, load
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
-from engine.training.student import Student, prepare, status_of
+from engine.training.student import ProcessLost, Student, fatal, prepare, status_of
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
 from engine.trial import KDLoss
@@ -245,3 +246,43 @@ def test_decay_is_for_matrices_only() -> None:
 )
 def test_what_ran_out_is_told_from_what_broke(error: Exception, status: str) -> None:
     assert status_of(error) == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"), "oom", False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom", False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "oom", False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "oom", False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", True),
+        (ProcessLost("torch 2.11.0 cannot go on after a capture that failed: out of memory"), "oom", True),
+        (RuntimeError("shapes"), "error", False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_device_without_memory_is_not_a_lost_device(error: Exception, status: str, lost: bool) -> None:
+    assert status_of(error) == status
+    assert fatal(error) == lost
+
+
+def test_a_ninth_compiled_network_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All run one forward, and torch.compile stops after 8 for one code; beside each other, and one after another."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        compiled.append(len(compiled))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+
+    def ready(number: int) -> Student:
+        return prepare(Net(0, width=4 + number), None, STUDY, "none", EXAMPLE, compiled=True)
+
+    for member in [ready(number) for number in range(9)]:
+        member.forward(EXAMPLE)
+    assert len(compiled) == 9
+    ready(9).forward(EXAMPLE)
+    kept = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Net.forward.__code__)
+    assert (len(compiled), len(kept)) == (10, 1), "what earlier cohorts compiled is kept"

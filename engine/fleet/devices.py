@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -30,18 +31,28 @@ class Layout:
 def visible_devices() -> tuple[str, ...]:
     """The GPUs that this process may use, as opaque tokens: numbers, UUIDs or MIG names.
 
-    CUDA_VISIBLE_DEVICES where it is set (a scheduler sets it), else all that nvidia-smi lists.
+    CUDA_VISIBLE_DEVICES where it is set (a scheduler sets it), else all that nvidia-smi lists: GPUs by number, the
+    slices (MIG) of one that is cut up by UUID.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         tokens = [token.strip() for token in visible.split(",")]
-        # CUDA itself stops at the first entry that it does not know; -1 is the usual way to say "none".
-        stop = next((i for i, token in enumerate(tokens) if token in ("", "-1")), len(tokens))
+        # CUDA itself stops at the first entry that it does not know; -1 is the usual way to say "none", NoDevFiles
+        # that of Slurm where a job was given no GPU.
+        stop = next((i for i, token in enumerate(tokens) if token in ("", "-1", "NoDevFiles")), len(tokens))
         return tuple(tokens[:stop])
     if shutil.which("nvidia-smi") is None:
         return ()
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return tuple(str(i) for i, line in enumerate(li for li in listed.stdout.splitlines() if li.startswith("GPU ")))
+    return _listed(listed.stdout)
+
+
+def _listed(said: str) -> tuple[str, ...]:
+    """The tokens of `nvidia-smi -L`: a line per GPU, an indented one per slice below its GPU."""
+    tokens = []
+    for number, gpu in enumerate(re.split(r"^GPU ", said, flags=re.MULTILINE)[1:]):
+        tokens += re.findall(r"^\s+MIG .*UUID: (MIG-[\w/-]+)", gpu, flags=re.MULTILINE) or [str(number)]
+    return tuple(tokens)
 
 
 def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ running them. A graph starts them all at once; graphs on several streams fill th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor
 
 from engine.config import Execution
-from engine.training.student import Inputs, Student, fatal, reseed, status_of, take_step, update_average
+from engine.training.student import (
+    Inputs,
+    ProcessLost,
+    Student,
+    fatal,
+    reseed,
+    status_of,
+    take_step,
+    update_average,
+)
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses, Triton compiles, autograd and the optimiser allocate
 # A capture costs the warm-up (3 steps of about 6 ms), the recording (10 to 20 ms) and its instantiation (some ms):
@@ -25,6 +35,9 @@ LEAST_STEPS = 20
 # perhaps half a millisecond per step.
 BENCHMARK_STEPS = 2000
 ROOM = 1.1  # of what the largest student took: free memory that another one is let in with
+# Before 2.12 a capture that fails is under way for ever to the allocator, which then refuses to free anything
+# (pytorch/pytorch#180395).
+FAILURES_STAY = torch.__version__ < "2.12"  # a TorchVersion: by number
 
 
 def reason_for_eager(execution: Execution, device: torch.device, steps: int) -> str:
@@ -41,6 +54,39 @@ def reason_for_eager(execution: Execution, device: torch.device, steps: int) -> 
 def has_room(free: int, taken: Sequence[int]) -> bool:
     """Whether another student fits into `free` bytes beside those that took `taken`; the first one always may try."""
     return not taken or free >= ROOM * max(taken)
+
+
+def waits_for_device(step: Callable[[], None]) -> str:
+    """Does a step; says so where it makes the host wait for the device, at which point it ends.
+
+    No graph can record that, and a capture must not meet it: one that fails keeps its memory, and before torch 2.12
+    costs the process. The mode is the whole process's: no other thread of ours calls CUDA through torch.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return f"it waits for the device in each step ({error})"
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return ""
+
+
+def why_not_recorded(error: RuntimeError) -> str:
+    """Why a capture failed. Raises out of memory, and `ProcessLost` where this version of torch cannot go on."""
+    cause = error.__context__ or error  # ending a broken capture raises once more
+    if status_of(error) == "oom":
+        raise error
+    if FAILURES_STAY:
+        raise ProcessLost(f"torch {torch.__version__} cannot go on after a capture that failed: {cause}") from error
+    if status_of(cause) == "oom":
+        raise cause
+    return f"{type(cause).__name__}: {cause}"
 
 
 @torch.no_grad()
@@ -90,24 +136,29 @@ class Lane:
         before = _random_state(self.stream.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP - 1):
                 take_step(self.member, inputs)
+            reason = waits_for_device(partial(take_step, self.member, inputs))
         self.stream.synchronize()
+        if reason:
+            self.member.optimiser.zero_grad(set_to_none=True)
+            return reason
         if before != _random_state(self.stream.device):
             # Graphs that run side by side share one generator: what each draws would depend on the others.
             return "its layers draw random numbers"
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's threads may go on calling CUDA.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            # thread_local: the loader's threads may go on calling CUDA. The stream around it: some versions of torch
+            # leave the graph's current when the capture fails.
+            with (
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 take_step(self.member, inputs)
         except RuntimeError as error:
             torch.cuda.synchronize()  # raises again where more was lost than the capture
             self.member.optimiser.zero_grad(set_to_none=True)
-            if status_of(error) == "oom":
-                raise
-            cause = error.__context__ or error  # ending a broken capture raises once more
-            return f"{type(cause).__name__}: {cause}"
+            return why_not_recorded(error)
         self.graph = graph
         return ""
 

@@ -129,13 +129,25 @@ def prepare(
     )
     return Student(
         network,
-        torch.compile(network) if compiled else network,
+        compile_anew(network) if compiled else network,
         objective,
         optimiser,
         torch.zeros((), device=example.device),
         seed,
         [value.detach().clone() for value in _averaged(network)] if average else None,
     )
+
+
+def compile_anew(network: nn.Module) -> Callable[[Tensor], Output]:
+    """The network, to be compiled in its first step.
+
+    Networks of a space share the code of one forward, and torch.compile counts by code: past its 8 it would run the
+    next one eagerly, with a warning. So what was compiled for earlier cohorts is let go, and one cohort may have 64.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compiled: Callable[[Tensor], Output] = torch.compile(network)
+    return compiled
 
 
 def take_step(member: Student, inputs: Inputs) -> None:
@@ -179,13 +191,21 @@ def _averaged(network: nn.Module) -> list[Tensor]:
     return [value.detach() for value in network.state_dict().values() if value.is_floating_point()]
 
 
+class ProcessLost(RuntimeError):
+    """This process can no longer use its device."""
+
+
+# As said by PyTorch's allocators, by the CUDA runtime and Triton's launcher ("CUDA error: out of memory", "Triton Error
+# [CUDA]: out of memory"), and by cuBLAS and its kin (CUBLAS_STATUS_ALLOC_FAILED).
+NO_MEMORY = ("not enough memory", "out of memory", "ALLOC_FAILED")
+
+
 def status_of(error: BaseException) -> Status:
-    """"oom" for either device's way of saying that memory ran out, else "error"."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
-        return "oom"
-    return "error"
+    """"oom" for either device's ways of saying that memory ran out, else "error"."""
+    said = any(words in str(error) for words in NO_MEMORY)
+    return "oom" if said or isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
 
 
 def fatal(error: BaseException) -> bool:
-    """Whether the CUDA context is lost with this error, and the process with it."""
-    return isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError)
+    """Whether the CUDA context is lost with this error, and the process with it; want of memory leaves it whole."""
+    return isinstance(error, ProcessLost) or (isinstance(error, torch.AcceleratorError) and status_of(error) != "oom")

@@ -18,9 +18,9 @@ def ticket(device: torch.device) -> Tensor:
     """A zeroed int32 counter for `is_last`, left at zero by every launch.
 
     One a stream, since the kernels of a stream follow each other. A CUDA graph gets its own, zeroed by a
-    node of the graph: its replays may run beside the stream that captured it.
+    node of the graph: its replays may run beside the stream that captured it. So does each call of compiled code.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or _dispatch.COMPILED.get() or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
     key = index, torch.cuda.current_stream(device).cuda_stream
