@@ -17,6 +17,7 @@ from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search import journal
+from engine.search.adopt import settings
 from engine.search.ground import checked, fast, fitting, largest, probe, teacher_path
 from engine.search.progress import Display
 from engine.space import Candidates
@@ -61,6 +62,11 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
     """
     space, wanted = checked(study, budget, resources), layout(resources)
     config.check_files(study)
+    if study.pilot == "auto":
+        show.say("the study of low fidelities that comes first is not in these figures")
+    elif study.pilot:
+        settings(Path(study.pilot), study)
+        show.say(f"what has been measured in {study.pilot} is in these figures as if it were still to be done")
     if not providers.local(resources):
         raise UsageError("--dry-run times steps on this machine; leave --executor out, or call it inside a job")
     with tempfile.TemporaryDirectory(prefix="mfkd-plan-") as scratch:
