@@ -49,7 +49,7 @@ class Study:
         "auto (train the largest member of the space), a weights FILE of the teacher command, or torchvision:NAME or "
         "timm:NAME with the weights that the library has for it",
     )
-    teacher_epochs: int = option(60, "epochs that a teacher trained by the run gets")
+    teacher_epochs: int = option(20, "epochs that a teacher trained by the run gets")
     low: Fidelity = option(
         Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the cheap judgement that every candidate starts with"
     )
