@@ -92,7 +92,7 @@ def test_a_missing_library_is_said_with_how_to_get_it(
     for name in [name for name in sys.modules if name.split(".")[0] == library] + [library]:
         monkeypatch.setitem(sys.modules, name, None)
     with (
-        pytest.raises(EnvironmentUnusable, match=rf"pip install 'mfkd\[{library}\]'"),
+        pytest.raises(EnvironmentUnusable, match=rf"pip install -c constraints.txt -e '.\[{library}\]'"),
         open_log(library, run.study, tmp_path),
     ):
         pass

@@ -21,14 +21,19 @@ STANDARDIZE_EPS = tl.constexpr(1e-7)
 
 
 @triton.jit
+def log_quotient(a, b):
+    """log(a / b), exactly 0 where they are equal: Triton's `/` may be 2 ulp off there too."""
+    return tl.log(tl.where(a == b, 1.0, a / b))
+
+
+@triton.jit
 def _kl(s, t, inverse):
     """Rows of KL(t || s), gradient, softmax and (max, sum of exp) of both sides; -inf leaves a class out."""
     m_s, m_t = tl.max(s, 1), tl.max(t, 1)
     e_s, e_t = tl.exp((s - m_s[:, None]) * inverse), tl.exp((t - m_t[:, None]) * inverse)
     z_s, z_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
     p_s, p_t = e_s / z_s[:, None], e_t / z_t[:, None]
-    # `/` may be 2 ulp off: equal sums have the quotient 1 and the logarithm 0 only when it is rounded correctly.
-    shift = (m_t - m_s) * inverse + tl.log(tl.div_rn(z_t, z_s))
+    shift = (m_t - m_s) * inverse + log_quotient(z_t, z_s)
     addend, grad = divergence((s - t) * inverse + shift[:, None], p_s, p_t)
     return tl.sum(addend, 1), grad, p_s, shift
 
@@ -262,7 +267,7 @@ def _emit(
     if KD:
         t = tl.load(t_ptr + i_class, mask=mask, other=other).to(tl.float32)
         p_s, p_t = tl.exp((s - m_s) * inverse) / z_s, tl.exp((t - m_t) * inverse) / z_t
-        v = (s - t) * inverse + ((m_t - m_s) * inverse + tl.log(tl.div_rn(z_t, z_s)))
+        v = (s - t) * inverse + ((m_t - m_s) * inverse + log_quotient(z_t, z_s))
         addend, grad_kd = divergence(v, p_s, p_t)
         kd = tl.sum(addend, 0)
         grad += grad_kd * (temperature * kd_weight)
