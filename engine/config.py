@@ -80,7 +80,8 @@ class Study:
     )
     latency_batch: int = option(1, "images in the forward pass that --max-latency-ms is about")
     objectives: Literal["accuracy", "accuracy,macs"] = option(
-        "accuracy", "what to look for: the most accurate network, or the front of accuracy against multiply-accumulates"
+        "accuracy",
+        "`accuracy` looks for the most accurate network, `accuracy,macs` for the front against multiply-accumulates",
     )
     only: str = option("", "ARCHITECTUREs that may be proposed, joined by commas; empty is the whole space")
     initial_weights: str = option("", "FILE of weights that full trainings start from (of one network: see --only)")

@@ -20,6 +20,7 @@ from typing import Literal
 
 from engine import __version__
 from engine.fleet.devices import visible_devices
+from engine.trial import install
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED_EXTRAS = ("", "cli")
@@ -74,7 +75,7 @@ def _packages() -> Iterator[Finding]:
     try:
         required = importlib.metadata.requires("mfkd") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("packages", "broken", "mfkd is not installed in this environment", "run: pip install -e '.[cli]'")
+        yield Finding("packages", "broken", "mfkd is not installed in this environment", install("cli"))
         return
     extras: dict[str, list[str]] = {}
     for line in required:
@@ -86,8 +87,7 @@ def _packages() -> Iterator[Finding]:
         name = f"packages [{extra}]" if extra else "packages"
         if any(wrong):
             status: Literal["note", "broken"] = "broken" if needed else "note"
-            remedy = f"run: pip install -c constraints.txt -e '.[{extra or 'cli'}]'"
-            yield Finding(name, status, "; ".join(filter(None, wrong)), remedy)
+            yield Finding(name, status, "; ".join(filter(None, wrong)), install(extra or "cli"))
         else:
             yield Finding(name, "ok", ", ".join(found))
 

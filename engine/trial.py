@@ -46,9 +46,14 @@ class EnvironmentUnusable(EngineError):
     exit_code = 3
 
 
+def install(extra: str) -> str:
+    """What to do about a package of an extra of pyproject.toml that is not there."""
+    return f"run: pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def not_installed(what: str, extra: str) -> EnvironmentUnusable:
-    """The error for a package of an optional extra of pyproject.toml that is not there."""
-    return EnvironmentUnusable(f"{what}; run: pip install -c constraints.txt -e '.[{extra}]'")
+    """The error for a package of an optional extra that is not there."""
+    return EnvironmentUnusable(f"{what}; {install(extra)}")
 
 
 class NoWinner(EngineError):

@@ -74,7 +74,8 @@ def study_fidelities(
     def end(ground: Ground, history: History, fleet: Fleet) -> Json:
         return conclude(ground, plan, history, show)
 
-    return search.run("fidelity", study, budget, resources, run_dir, show, asks, partial(pilot, study=plan), end)
+    purpose = search.Purpose("fidelity", asks, partial(pilot, study=plan), end)
+    return search.run(purpose, study, budget, resources, run_dir, show)
 
 
 def _check(plan: Pilot) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a run folder is filled for: how it is called there, what it asks for, and what is made of the answers."""
+
+    kind: config.Kind
+    plan: Plan
+    method: policy.Method
+    end: Callable[[Ground, History, Fleet], Json]
+
+
 def search(
     study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display, log: Kind = "none"
 ) -> Json:
@@ -65,7 +75,8 @@ def search(
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(ground, history, best, fleet, time.monotonic() - start)
 
-    return run("search", study, budget, resources, run_dir, show, config.plan(study, budget), propose, end, log)
+    purpose = Purpose("search", config.plan(study, budget), propose, end)
+    return run(purpose, study, budget, resources, run_dir, show, log)
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
@@ -75,18 +86,15 @@ def propose(candidates: Candidates, history: History, plan: Plan, slots: int) ->
 
 
 def run(
-    kind: config.Kind,
+    purpose: Purpose,
     study: Study,
     budget: Budget,
     resources: Resources,
     run_dir: Path,
     show: Display,
-    plan: Plan,
-    method: policy.Method,
-    end: Callable[[Ground, History, Fleet], Json],
     log: Kind = "none",
 ) -> Json:
-    """Opens or continues a run folder, has what the method proposes evaluated, and returns what `end` makes of it."""
+    """Opens or continues a run folder, has what the method proposes evaluated, and returns what is made of it."""
     space = checked(study, budget, resources)
     config.check_files(study)
     if study.pilot:
@@ -105,7 +113,7 @@ def run(
         if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
             (run_dir / "config.yaml").unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")
-        slots = config.fix(kind, run_dir, study, budget, config.slots(wanted.workers, side))
+        slots = config.fix(purpose.kind, run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
         withdraw(run_dir / "logs")
         fleet = open_fleet(resources, wanted, run_dir / "logs")
@@ -114,12 +122,12 @@ def run(
             facts = probe(study, run_dir, fleet, show)
             if study.pilot:
                 same_data(Path(study.pilot), facts["fingerprint"])
-            ground = prepare(study, plan, space, facts, fleet, run_dir, show)
+            ground = prepare(study, purpose.plan, space, facts, fleet, run_dir, show)
             write_run_file(run_dir, ground.facts)
             if study.pilot:
-                adopt(Path(study.pilot), study, plan, ground.candidates, run_dir, book, show)
-            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, method, drain)
-            return end(ground, history, fleet)
+                adopt(Path(study.pilot), study, purpose.plan, ground.candidates, run_dir, book, show)
+            history = evaluate_all(ground, budget, resources, book, fleet, slots, show, purpose.method, drain)
+            return purpose.end(ground, history, fleet)
         finally:
             drain.rest()
             fleet.close()

@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -308,6 +310,8 @@ def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exceptio
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:
     if fatal(error):
+        traceback.print_exception(error)  # the supervisor tells the end of the log
+        sys.stderr.flush()
         os._exit(70)  # a lost CUDA context cannot be had back in this process; the fleet starts another
     if any(words in str(error) for words in UNWRITABLE):
         raise EnvironmentUnusable(f"the run folder cannot be written: {error}; free space and repeat the command")
