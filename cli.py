@@ -99,7 +99,9 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
         ) from error
     parser = command.parser()
     parser.prog = f"{program()} {name}"
-    return command, parser.parse_args(command.with_defaults(rest) if hasattr(command, "with_defaults") else rest)
+    if hasattr(command, "with_defaults"):
+        rest = command.with_defaults(parser, rest)
+    return command, parser.parse_args(rest)
 
 
 def overview() -> str:

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 Task = dict[str, Any]
+CARD = {"epochs": 20, "accuracy": 0.9, "seconds": 1.0, "elsewhere": False}
 
 
 class AtOnce:
@@ -37,7 +38,7 @@ class AtOnce:
         return {**found, "device": "cpu", "mean": [0.5] * 3, "std": [0.2] * 3}
 
     def run_teacher(self, task: Task) -> dict[str, Any]:
-        return {"path": task["path"], "network": task["network"], "accuracy": 0.9, "seconds": 1.0}
+        return {"path": task["path"], "network": task["network"], **CARD}
 
     def run_test(self, task: Task) -> dict[str, Any]:
         return {"test_accuracy": 0.75, "weights": "none"}

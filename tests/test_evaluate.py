@@ -279,6 +279,11 @@ def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, study: Study
     assert 0 < card.losses[-1] < card.losses[0]  # means of an epoch, falling
 
 
+def test_a_teacher_of_another_split_is_told(task: Tasks) -> None:
+    assert not evaluate.run_teacher(task())["elsewhere"]
+    assert evaluate.run_teacher(task({"seed": 1}))["elsewhere"], "it knows some of what is a validation image now"
+
+
 def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
     """Another training that is to end in the same file begins anew."""
     path, folder = tmp_path / "t.safetensors", orders.give(tmp_path)

@@ -58,6 +58,16 @@ def run(
     return search.search(study, budget, resources, tmp_path / "run", Display("none"))
 
 
+def test_the_way_that_steps_run_is_the_teacher_s_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    fleet = Recorded()
+    monkeypatch.setattr(fleet, "run_teacher", lambda task: asked.append(task) or AtOnce().run_teacher(task))
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: fleet)
+    resources = Resources(device="cpu", execution="eager")
+    search.search(STUDY, BUDGET, resources, tmp_path / "run", Display("none"))
+    assert [task["resources"]["execution"] for task in asked] == ["eager"]
+
+
 def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Recorded()
     result = run(tmp_path, monkeypatch, fleet)

@@ -127,9 +127,11 @@ def test_wrong_uses_say_what_to_do(
 
 
 def test_flags_of_a_run_come_before_those_of_the_line(run: Path) -> None:
-    line = train_command.with_defaults([str(run), "--epochs", "9"])
-    assert line[0] == str(run)
-    assert line.index("--epochs=6") < line.index("--epochs")
-    assert "--lr=0.05" in line
-    assert "--resolution=32" in eval_command.with_defaults([str(run)])
-    assert train_command.with_defaults(["--arch", "1"]) == ["--arch", "1"]
+    parser = train_command.parser()
+    for given in ([str(run), "--epochs", "9"], ["--epochs", "9", str(run)], ["-q", str(run), "--epochs=9"]):
+        line = train_command.with_defaults(parser, given)
+        assert line[-len(given) :] == given
+        assert {"--epochs=6", "--lr=0.05"} <= set(line[: -len(given)])
+        assert parser.parse_args(line).epochs == 9
+    assert "--resolution=32" in eval_command.with_defaults(eval_command.parser(), [str(run)])
+    assert train_command.with_defaults(parser, ["--arch", "1"]) == ["--arch", "1"]

@@ -84,6 +84,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --max-high=many", 2, "--max-high: Expected a whole number"),
         ("search --max-macs=60M", 2, "write 60e6"),
         ("search --name=../elsewhere", 2, "--run-dir takes a path"),
+        ("search --name=..", 2, "--run-dir takes a path"),
         ("search --device=gpu", 2, "value out of 'auto', 'cuda', 'cpu'"),
         ("search --low.kd-loss=magic", 2, "--low.kd-loss"),
         ("search --low.fraction=third", 2, "write 1/27"),
@@ -196,7 +197,19 @@ def test_constraints_that_nothing_meets(ends: Ends, tiny_npz: Path) -> None:
 
 def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
     words = ["teacher", f"--data={tiny_npz}", "--arch=torchvision:resnet18", "--resolution=1", "--progress=none"]
-    ends([*words, "--device=cpu", "--workers=1"], 2, "give it larger images")
+    ends([*words, "--device=cpu"], 2, "give it larger images")
+
+
+def test_a_teacher_s_file_that_is_there_already(
+    ends: Ends, tiny_npz: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["teacher", f"--data={tiny_npz}", "--space=nasbench201:channels=4,cells=1", "--device=cpu", "-q"]
+    assert cli.main([*words, "--teacher-epochs=1", "--batch-size=16", "--arch=0-0-0-1-0-0"]) == 0
+    assert json.loads(capsys.readouterr().out)["epochs"] == 1
+    ends([*words, "--teacher-epochs=1", "--arch=1-0-0-1-0-0"], 2, "trained for 1 epochs; remove it, or choose another")
+    ends([*words, "--teacher-epochs=2", "--arch=0-0-0-1-0-0"], 2, "remove it, or choose another --out")
+    ends([*words, "--out=teacher.pt"], 2, "a teacher is a .safetensors file")
+    ends([*words, "--lr=-1"], 2, "--lr is -1.0; it must be over 0")
 
 
 def test_a_file_that_is_no_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:

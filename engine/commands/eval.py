@@ -15,7 +15,7 @@ from engine.commands.flags import (
     add_run_options,
     command_parser,
     gather,
-    run_first,
+    with_settings,
 )
 from engine.config import Resources, Study
 from engine.trial import Architecture, Fidelity, Trial, UsageError, weights_path
@@ -46,8 +46,8 @@ def parser() -> ArgumentParser:
     return made
 
 
-def with_defaults(arguments: list[str]) -> list[str]:
-    return run_first(arguments, _settings)
+def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    return with_settings(parser, arguments, _settings)
 
 
 def _settings(found: Run) -> dict[str, Any]:

@@ -238,18 +238,21 @@ def add_run_argument(parser: ArgumentParser) -> None:
 def add_optional_run(parser: ArgumentParser) -> None:
     """RUN, which gives the settings where it is named, and the architecture that is meant."""
     parser.usage = "%(prog)s [RUN] [options]"
-    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="first word: run folder, or name under runs/")
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="run folder, or name under runs/")
     parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
 
 
-def run_first(arguments: list[str], settings: Callable[[Run], dict[str, Any]]) -> list[str]:
-    """The command line with the settings of RUN, where that is its first word, before the flags that change them."""
-    if not arguments or arguments[0].startswith("-"):
+def with_settings(
+    parser: ArgumentParser, arguments: list[str], settings: Callable[[Run], dict[str, Any]]
+) -> list[str]:
+    """The command line with the settings of RUN, where there is one, before the flags that change them."""
+    run = parser.parse_args(arguments).run
+    if not run:
         return arguments
     from engine.search.runs import open_run
 
-    found = settings(open_run(arguments[0]))
-    return [arguments[0], *(f"--{name.replace('_', '-')}={value}" for name, value in found.items()), *arguments[1:]]
+    found = settings(open_run(run))
+    return [*(f"--{name.replace('_', '-')}={value}" for name, value in found.items()), *arguments]
 
 
 def add_device_option(parser: ArgumentParser) -> None:
@@ -259,6 +262,6 @@ def add_device_option(parser: ArgumentParser) -> None:
 
 def run_folder(values: Namespace) -> Path:
     """The run folder that --run-dir or --name means; UsageError for a name that is a path."""
-    if not values.run_dir and (Path(values.name).name != values.name or not values.name):
+    if not values.run_dir and (Path(values.name).name != values.name or values.name in ("", "..")):
         raise UsageError(f"--name '{values.name}' is no name of a folder under runs/; --run-dir takes a path")
     return Path(values.run_dir) if values.run_dir else Path("runs") / values.name

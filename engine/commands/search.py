@@ -75,7 +75,7 @@ def _front(front: list[dict[str, Any]]) -> str:
     return "".join(f"\n            front {line}" for line in lines)
 
 
-def with_defaults(arguments: list[str]) -> list[str]:
+def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     """A search that is not told what to search runs the demo, on whatever device it is told to.
 
     `--low auto` is another word for `--pilot auto`.

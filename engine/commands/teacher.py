@@ -8,13 +8,17 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_options, add_run_options, command_parser, gather
-from engine.config import Resources, Study
+from engine.config import Budget, Resources, Study, check
 from engine.trial import LOSS_WEIGHTS, UsageError
 
 # What is about choosing among architectures, or about students.
 LEFT_OUT = (
     *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "pilot"),
     *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
+)
+OF_A_SEARCH = (
+    *("students_per_gpu", "teacher_cache", "compile", "workers", "min_nodes", "max_nodes"),
+    *("trial_timeout", "grace_s", "time_limit"),
 )
 
 
@@ -31,7 +35,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
     made.add_argument("--check", type=str | None, default=None, help="only check that this FILE fits --data")
     add_options(made, Study, skip=LEFT_OUT)
-    add_options(made, Resources)
+    add_options(made, Resources, skip=OF_A_SEARCH)
     add_run_options(made, run_dir=False)
     return made
 
@@ -42,12 +46,16 @@ def run(values: Namespace) -> dict[str, Any]:
 
     if values.check and not Path(values.check).is_file():
         raise UsageError(f"no teacher file {values.check}")
+    if Path(values.out).suffix != ".safetensors":
+        raise UsageError(f"--out {values.out}: a teacher is a .safetensors file")
     if values.weights and Path(values.out).exists():
         raise UsageError(f"{values.out} is there already; remove it, or choose another --out")
     given = {"weights": values.weights or "", "mean": _channels("mean", values), "std": _channels("std", values)}
     study, resources = gather(Study, values), gather(Resources, values)
+    check(study, Budget(), resources)
+    path = Path(values.check or values.out)
     with Display(values.progress) as show:
-        return make_teacher(study, values.arch, resources, Path(values.check or values.out), show, given)
+        return make_teacher(study, values.arch, resources, path, show, given, bool(values.check))
 
 
 def _channels(name: str, values: Namespace) -> list[float]:

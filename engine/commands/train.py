@@ -14,7 +14,7 @@ from engine.commands.flags import (
     add_run_options,
     command_parser,
     gather,
-    run_first,
+    with_settings,
 )
 from engine.config import Resources, Study
 from engine.trial import Fidelity, UsageError, weights_path
@@ -55,8 +55,8 @@ def parser() -> ArgumentParser:
     return made
 
 
-def with_defaults(arguments: list[str]) -> list[str]:
-    return run_first(arguments, _settings)
+def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    return with_settings(parser, arguments, _settings)
 
 
 def _settings(found: Run) -> dict[str, Any]:
@@ -94,5 +94,5 @@ def _weights(asked: str | None, found: Run | None, architecture: str) -> str:
             raise UsageError(f"no file of weights {asked}")
         return str(Path(asked).absolute())
     if found is None:
-        raise UsageError("--weights run: say which RUN, as the first word")
+        raise UsageError("--weights run: say of which RUN")
     return str(weights_path(found.folder, chosen(found, architecture).trial))

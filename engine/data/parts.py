@@ -110,8 +110,8 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 def fingerprint(data: Data) -> str:
     """16 hex digits that stand for the content: classes, every label, the split, and a sample of the images.
 
-    Equal wherever the data lies. It changes with the split, so that a teacher which was trained on what is now a
-    validation image can be refused.
+    Equal wherever the data lies. It changes with the split, so that a teacher which may have been trained on what is
+    now a validation image is known.
     """
     digest = hashlib.sha256(json.dumps([data.classes, data.flip]).encode())
     for part in (data.train, data.valid, data.test):

@@ -28,13 +28,14 @@ OVERHEAD_MACS = 1e6
 
 @dataclass(frozen=True)
 class Ground:
-    """What a search stands on once data, teacher and space are known."""
+    """What a search stands on once data, teacher and space are known; `task` is what every task of a worker holds."""
 
     study: Study
     plan: Plan
     candidates: Candidates
     facts: Json
     run_dir: Path
+    task: Json
 
     def cost(self, trial: Trial) -> float:
         """Expected price of a trial, up to a constant: passes over the data times MACs.
@@ -58,23 +59,22 @@ def checked(study: Study, budget: Budget, resources: Resources) -> SearchSpace:
 
 
 def prepare(
-    study: Study, plan: Plan, space: SearchSpace, facts: Json, fleet: Fleet, run_dir: Path, show: Display
+    study: Study, plan: Plan, space: SearchSpace, facts: Json, task: Json, fleet: Fleet, run_dir: Path, show: Display
 ) -> Ground:
-    """Lists the candidates, and has the teacher trained or loaded; `facts` is what `probe` has found."""
+    """Lists the candidates, and has the teacher trained or loaded; `facts` is what `probe` has found with `task`."""
     everything, fit = fitting(space, study, facts, show)
     if study.max_latency_ms < math.inf:
-        fit = fast(fit, study, fleet, run_dir, show)
+        fit = fast(fit, study, task, fleet, run_dir, show)
     if study.low.kd_loss != "none":
         path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
-        task = task_for(study, run_dir, fleet)
         facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
-    return Ground(study, plan, fit, facts, run_dir)
+    return Ground(study, plan, fit, facts, run_dir, task)
 
 
-def probe(study: Study, run_dir: Path, fleet: Fleet, show: Display) -> Json:
+def probe(study: Study, task: Json, fleet: Fleet, show: Display) -> Json:
     """Has a worker check data and device; returns what it found."""
-    facts: Json = completed(fleet, "run_probe", task_for(study, run_dir, fleet))
+    facts: Json = completed(fleet, "run_probe", task)
     images, classes = facts["images"], len(facts["classes"])
     if images["train"] < study.batch_size:
         raise UsageError(f"--batch-size {study.batch_size}: there are {images['train']} training images; lower it")
@@ -114,15 +114,14 @@ def largest(everything: Candidates) -> Architecture:
     return everything.architecture(int(everything.macs.argmax()))
 
 
-def fast(fit: Candidates, study: Study, fleet: Fleet, run_dir: Path, show: Display) -> Candidates:
+def fast(fit: Candidates, study: Study, task: Json, fleet: Fleet, run_dir: Path, show: Display) -> Candidates:
     """The candidates that meet the limit on latency, by what a worker measures before anything else is asked."""
     path = run_dir / "latency.json"
 
     def measure(sample: Sequence[Architecture]) -> list[float]:
         show.say(f"latency: measuring {len(sample)} architectures on a batch of {study.latency_batch}")
         chosen = [list(architecture.choices) for architecture in sample]
-        task = {**task_for(study, run_dir, fleet), "architectures": chosen}
-        taken: list[float] = completed(fleet, "run_latency", task)
+        taken: list[float] = completed(fleet, "run_latency", {**task, "architectures": chosen})
         return taken
 
     begun = bool(journal.read(run_dir / "journal.jsonl").asked)
@@ -146,28 +145,45 @@ def obtain_teacher(
     whole = {**task, "path": str(path), "network": network, "pretrained": pretrained}
     card: Json = completed(fleet, "run_teacher", whole)
     show.say(f"teacher: {card['network']}, validation accuracy {card['accuracy']:.4f}, trained {card['seconds']:.0f} s")
+    if card["elsewhere"]:
+        show.say("teacher: trained on other images, or with another --seed: it may know some of this validation part")
     return card
 
 
-def make_teacher(study: Study, arch: str, resources: Resources, path: Path, show: Display, given: Json) -> Json:
+def make_teacher(
+    study: Study, arch: str, resources: Resources, path: Path, show: Display, given: Json, check: bool
+) -> Json:
     """The `teacher` command: trains `arch` (auto, an architecture of the space, torchvision:NAME, timm:NAME,
     FILE.py:NAME) if `path` is not there, and checks the file against the data. With `given` (weights, mean, std) there
-    is nothing to train."""
+    is nothing to train; `check` takes whatever network the file holds, else another one than `arch` is a UsageError.
+    """
     space = load_space(study.space)
     run_dir = path.absolute().parent
     fleet = open_fleet(resources, replace(layout(resources), workers=1, nodes=1), run_dir / "logs")
     try:
-        facts = probe(study, run_dir, fleet, show)
+        task, there = task_for(study, resources, run_dir, fleet), path.exists()
+        facts = probe(study, task, fleet, show)
         if arch == "auto":
             arch = str(largest(members(space, study, facts)))
         foreign = config.ready_made(arch) or ".py:" in arch
         network = arch if foreign else f"{study.space}#{space.check(Architecture.parse(arch))}"
-        task = {**task_for(study, run_dir, fleet), **given}
-        return obtain_teacher(network, False, path.absolute(), task, fleet, show)
+        card = obtain_teacher(network, False, path.absolute(), {**task, **given}, fleet, show)
     finally:
         fleet.close()
+    asked = (network, card["epochs"] and study.teacher_epochs)  # what was not trained by us has 0
+    if there and not check and asked != (card["network"], card["epochs"]):
+        raise UsageError(
+            f"{path} holds {card['network']}, trained for {card['epochs']} epochs; remove it, or choose another --out "
+            f"for {network} and {study.teacher_epochs} epochs"
+        )
+    return card
 
 
-def task_for(study: Study, run_dir: Path, fleet: Fleet) -> Json:
+def task_for(study: Study, resources: Resources, run_dir: Path, fleet: Fleet) -> Json:
     """What every task of a worker holds (engine/training/evaluate.py)."""
-    return {"study": config.to_dict(study), "run_dir": str(run_dir), "device": fleet.device}
+    return {
+        "study": config.to_dict(study),
+        "resources": config.to_dict(resources),
+        "run_dir": str(run_dir),
+        "device": fleet.device,
+    }

@@ -18,7 +18,7 @@ from engine.fleet.devices import describe, layout
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search import journal
 from engine.search.adopt import settings
-from engine.search.ground import checked, fast, fitting, largest, probe, teacher_path
+from engine.search.ground import checked, fast, fitting, largest, probe, task_for, teacher_path
 from engine.search.progress import Display
 from engine.space import Candidates
 from engine.trial import (
@@ -73,13 +73,14 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
         folder = Path(scratch)
         fleet = open_fleet(resources, replace(wanted, workers=1, nodes=1), folder / "logs")
         try:
-            facts = probe(study, folder, fleet, show)
+            # Without the cache of the teacher: what it saves depends on how much of it later cohorts find.
+            task = task_for(study, replace(resources, teacher_cache="0"), folder, fleet)
+            facts = probe(study, task, fleet, show)
             everything, fit = fitting(space, study, facts, show)
             if study.max_latency_ms < float("inf"):  # as the run has measured it, if it has
                 # What was measured before a search has begun is measured again, and here without its file.
                 known = bool(journal.read(run_dir / "journal.jsonl").asked)
-                fit = fast(fit, study, fleet, run_dir.absolute() if known else folder, show)
-            task = _task(study, resources, fleet, folder)
+                fit = fast(fit, study, task, fleet, run_dir.absolute() if known else folder, show)
             teacher = teacher_path(study, run_dir.absolute())
             to_train = study.teacher == "auto" and study.low.kd_loss != "none" and not teacher.exists()
             if study.low.kd_loss != "none" and not teacher.exists():
@@ -106,12 +107,6 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
             fleet.close()
     show.say(summary(works, run_dir, wanted.workers, describe(wanted)))
     return as_json(works, run_dir, wanted.workers, len(fit))
-
-
-def _task(study: Study, resources: Resources, fleet: Fleet, folder: Path) -> Json:
-    # Without the cache of the teacher: what it saves depends on how much of it later cohorts find.
-    how = config.to_dict(replace(resources, teacher_cache="0"))
-    return {"study": config.to_dict(study), "run_dir": str(folder), "device": fleet.device, "resources": how}
 
 
 def _stand_in(study: Study, architecture: Architecture, path: Path, task: Json, fleet: Fleet) -> None:

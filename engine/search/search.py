@@ -119,10 +119,11 @@ def run(
         fleet = open_fleet(resources, wanted, run_dir / "logs")
         try:
             drain.tell(fleet.drain)
-            facts = probe(study, run_dir, fleet, show)
+            task = task_for(study, resources, run_dir, fleet)
+            facts = probe(study, task, fleet, show)
             if study.pilot:
                 same_data(Path(study.pilot), facts["fingerprint"])
-            ground = prepare(study, purpose.plan, space, facts, fleet, run_dir, show)
+            ground = prepare(study, purpose.plan, space, facts, task, fleet, run_dir, show)
             write_run_file(run_dir, ground.facts)
             if study.pilot:
                 adopt(Path(study.pilot), study, purpose.plan, ground.candidates, run_dir, book, show)
@@ -168,9 +169,7 @@ def evaluate_all(
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     record = journal.read(book.path)
-    teacher = str(teacher_path(ground.study, ground.run_dir))
-    how = {"teacher": teacher, "resources": config.to_dict(resources)}
-    plan, task = ground.plan, {**task_for(ground.study, ground.run_dir, fleet), **how}
+    plan, task = ground.plan, {**ground.task, "teacher": str(teacher_path(ground.study, ground.run_dir))}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     for low in plan.lows:
@@ -250,8 +249,7 @@ def visible(history: History, cost: Callable[[Trial], float]) -> History:
 
 def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, seconds: float) -> Json:
     """Scores the winner on the test part, the only time it is read, and writes result.json."""
-    task = {**task_for(ground.study, ground.run_dir, fleet), "trial": trial_to_json(best.trial)}
-    tested = completed(fleet, "run_test", task)
+    tested = completed(fleet, "run_test", {**ground.task, "trial": trial_to_json(best.trial)})
     ok = [e for e in history.answered if e.ok]
     low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
     high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}

@@ -86,8 +86,9 @@ def run_teacher(task: Json) -> Json:
     """Trains `task["network"]` on the full training part and saves it at `task["path"]`, if it is not there yet.
 
     With task["weights"], a file for that network, or task["pretrained"], a library's, there is nothing to train; `mean`
-    and `std` are then those of the images that it knows (default: the data's). Returns the card of the weights file.
-    An existing file is checked against the data.
+    and `std` are then those of the images that it knows (default: the data's). Returns what the card of
+    the weights file says, and whether we trained it on other data or on another split of them. Raises UsageError where
+    its classes are not the data's.
     """
     bench, path = open_bench(task), Path(task["path"])
     if path.exists():
@@ -100,7 +101,14 @@ def run_teacher(task: Json) -> Json:
         train_teacher(bench, task["network"], path, _resources(task))
     card = teachers.read_card(path)
     teachers.check_fits(card, bench.data.classes)
-    return {"path": str(path), "network": card.network, "accuracy": card.accuracy, "seconds": card.seconds}
+    return {
+        "path": str(path),
+        "network": card.network,
+        "epochs": card.epochs,
+        "accuracy": card.accuracy,
+        "seconds": card.seconds,
+        "elsewhere": card.epochs > 0 and card.fingerprint != fingerprint(bench.data),
+    }
 
 
 def run_test(task: Json) -> Json:
