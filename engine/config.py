@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -365,19 +366,29 @@ def fix(kind: Kind, run_dir: Path, study: Study, budget: Budget, wanted: Slots) 
             )
         first = Slots(**stored["slots"])
         wanted = Slots(max(first.total, wanted.total // wanted.cohort * first.cohort), first.cohort)
-    content = {"kind": kind, "study": to_dict(study), "budget": to_dict(budget), "slots": dataclasses.asdict(wanted)}
+    slots = dataclasses.asdict(wanted)
+    content = {"kind": kind, "study": to_dict(study), "budget": to_dict(budget), "slots": slots, "folder": str(run_dir)}
     write_whole(path, yaml.safe_dump(content, sort_keys=False))
     return wanted
 
 
 def read_stored(path: Path) -> dict[str, Any]:
-    """What config.yaml of a run folder holds; EnvironmentUnusable where this program did not write it."""
+    """What config.yaml of a run folder holds, with the paths inside it as they are now that it may have been moved.
+
+    Raises EnvironmentUnusable where this program did not write it.
+    """
     try:
         stored = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise EnvironmentUnusable(f"{path} cannot be read ({error}); restore it, or take another --run-dir") from error
     if not isinstance(stored, dict) or not {"study", "slots"} <= stored.keys():
         raise EnvironmentUnusable(f"{path} is no configuration of a run; restore it, or choose another --run-dir")
+    here = str(path.absolute().parent)
+    there = stored.get("folder", here)
+    for name in ("pilot", "teacher"):
+        inside = str(stored["study"].get(name, "")).removeprefix(there + os.sep)
+        if (Path(here) / inside).exists() and inside != stored["study"].get(name, ""):
+            stored["study"][name] = str(Path(here) / inside)
     return stored
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -113,13 +114,15 @@ class Fidelity:
             raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be over 0 and at most 1")
         if self.epochs < 1:
             raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 1")
-        if self.width <= 0:
+        if not 0 < self.width < math.inf:
             raise UsageError(f"{self.name}.width is {self.width}; it must be over 0")
         if self.resolution < 0:
             raise UsageError(f"{self.name}.resolution is {self.resolution}; it is in pixels, 0 for the data's own")
-        for name, _ in self.weights:
+        for name, value in self.weights:
             if name not in LOSS_WEIGHTS:
                 raise UsageError(f"{self.name} has no weight '{name}'; there are {', '.join(LOSS_WEIGHTS)}")
+            if not 0 <= value < math.inf or (name == "kd_temperature" and value == 0):
+                raise UsageError(f"{self.name}: {name} is {value}; it must be over 0")
 
     @classmethod
     def parse(cls, text: str) -> Fidelity:
@@ -136,10 +139,10 @@ class Fidelity:
             raise UsageError(f"'{text}': no loss '{loss}'; there are {', '.join(get_args(KDLoss))}")
         try:
             own = {name: float(value) for name, value in (word.split("=") for word in rest.split(",") if word)}
+            width, resolution = own.pop("width", 1.0), int(own.pop("resolution", 0))
             part = Fraction(fraction)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, OverflowError, ZeroDivisionError):
             raise UsageError(f"'{text}' is no fidelity; {example}") from None
-        width, resolution = own.pop("width", 1.0), int(own.pop("resolution", 0))
         return cls(text, part, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:

@@ -65,7 +65,17 @@ def test_text_of_a_failure_cannot_become_part_of_the_page(copy: Path, capsys: py
     reported(copy, capsys)
     page = (copy / "report" / "index.html").read_text()
     assert "no memory left </script>" not in page
-    assert r"no memory left \u003c/script>" in page
+    assert r"no memory left &lt;/script&gt;" in page
+
+
+def test_a_report_of_a_run_that_cannot_be_written(
+    copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (copy / "report").write_text("in the way")
+    assert cli.main(["report", str(copy)]) == 3
+    assert "choose another folder with --out" in capsys.readouterr().err
+    assert cli.main(["report", str(copy), "--out", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "index.html").is_file()
 
 
 def test_a_run_that_has_just_begun_has_a_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cli
+from engine.config import Budget, Slots, fix
 from engine.search import runs
 from engine.search.hindsight import look_back
 from engine.search.journal import Journal
@@ -89,8 +91,62 @@ def test_status_says_what_state_a_run_is_in(copy: Path, capsys: pytest.CaptureFi
     assert "oom: no memory left" in screen
 
 
-def test_status_watches_until_the_search_ends(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_watches_until_the_search_ends(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "result.json").rename(copy / "kept.json")
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            (copy / "kept.json").rename(copy / "result.json")
+
+    monkeypatch.setattr("time.sleep", wait)
     assert "finished" in command(f"status {copy} --watch", capsys)
+    assert len(waits) == 2
+
+
+def test_text_in_brackets_is_shown_as_it_is(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "journal.jsonl"
+    path.write_text(path.read_text().replace("no memory left", "[enforce fail] [/data/x] left"))
+    (copy / "result.json").unlink()
+    assert "oom: [enforce fail] [/data/x] left" in command(f"status {copy}", capsys)
+
+
+def test_a_damaged_configuration_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "config.yaml").write_text("study: [1\n")
+    assert cli.main(["status", str(copy)]) == 3
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+
+
+def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("kind: search", "kind: fidelity"))
+    (copy / "result.json").unlink()
+    (copy / "fidelity.json").write_text('{"complete": false}')
+    assert json.loads(command(f"status {copy} --json", capsys))["state"] == "stopped"
+    (copy / "fidelity.json").write_text('{"complete": true}')
+    assert "finished" in command(f"status {copy} --watch", capsys)
+    architecture = runs.open_run(str(copy)).answers[0].trial.architecture
+    assert "asks no surrogate; this is one of them" in command(f"explain {copy} {architecture}", capsys)
+    assert cli.main(["export", str(copy)]) == 2
+    assert "is a study, which names no winner" in capsys.readouterr().err
+
+
+def test_a_run_that_was_moved_finds_what_lies_in_it(copy: Path, tmp_path: Path) -> None:
+    """As `--low auto` leaves one: it begins with the study in its own folder, and has the teacher of that."""
+    path = copy / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["study"] |= {"pilot": str(copy / "pilot"), "teacher": str(copy / "pilot" / "t.safetensors")}
+    path.write_text(yaml.safe_dump({**stored, "folder": str(copy)}))
+    (copy / "pilot").mkdir()
+    (copy / "pilot" / "t.safetensors").touch()
+    there = copy.rename(tmp_path / "there")
+    study = runs.open_run(str(there)).study
+    assert (study.pilot, study.teacher) == (str(there / "pilot"), str(there / "pilot" / "t.safetensors"))
+    budget, slots = Budget(**stored["budget"]), Slots(2, 1)
+    assert fix("search", there, study, budget, slots) == slots, "the same settings, so the same run"
 
 
 def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

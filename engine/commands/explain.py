@@ -51,6 +51,8 @@ def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
     then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number) if asked else None
     now = past.opinion(architecture)
+    if run.kind == "fidelity":
+        then = now = None
     choices = zip(past.space.choices, architecture.choices, strict=True)
     return {
         "architecture": str(architecture),
@@ -80,6 +82,11 @@ def why(
 ) -> list[str]:
     """Why it was trained in full, or was not, in sentences."""
     plan, study = past.run.plan, past.run.study
+    if past.run.kind == "fidelity":
+        return [
+            "A study of low fidelities trains architectures that are spread over multiply-accumulates, and asks no "
+            f"surrogate; this is {'one' if scores else 'none'} of them."
+        ]
     reasons = []
     if study.method.split(":")[0] not in SURROGATE_METHODS:
         reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")

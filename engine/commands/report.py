@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,6 +17,7 @@ def parser() -> ArgumentParser:
         "search runs: call it again for the newest."
     )
     add_run_argument(made)
+    made.add_argument("--out", type=str | None, default=None, help="folder to write, instead of RUN/report")
     return made
 
 
@@ -23,4 +25,5 @@ def run(values: Namespace) -> dict[str, Any]:
     from engine.report.write import write
     from engine.search.runs import open_run, with_answers
 
-    return write(with_answers(open_run(values.run)))
+    found = with_answers(open_run(values.run))
+    return write(found, Path(values.out).absolute() if values.out else found.folder / "report")

@@ -26,7 +26,7 @@ def parser() -> ArgumentParser:
     made = command_parser("One screen about a run: how far it is, its best so far, what failed. Works while it runs.")
     add_run_argument(made)
     made.add_argument("--json", action="store_true", help="one JSON object instead of the screen")
-    made.add_argument("--watch", action="store_true", help="show it anew every 2 s until the search has finished")
+    made.add_argument("--watch", action="store_true", help="show it anew every 2 s until it has finished")
     return made
 
 
@@ -42,7 +42,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
     state = summary(open_run(values.run))
     if values.json:
         return state
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not values.watch:
         console.print(screen(state))
         return None
@@ -61,13 +61,14 @@ def summary(run: Run) -> dict[str, Any]:
 
     path = run.folder / "journal.jsonl"
     best, plan = run.best, run.plan
-    fidelities = {"low": (plan.lows, plan.max_low), "high": ((plan.high,), plan.max_high)}
+    most = plan.max_low * len(plan.lows)  # a study compares several
+    fidelities = {"low": (plan.lows, most), "high": ((plan.high,), plan.max_high)}
     return {
         "run_dir": str(run.folder),
-        "state": "running" if written_to(path.stat().st_ino) else "finished" if run.result else "stopped",
+        "state": "running" if written_to(path.stat().st_ino) else "finished" if run.finished else "stopped",
         "space": run.study.space,
         "data": run.study.data,
-        "method": run.study.method,
+        "method": run.study.method if run.kind == "search" else "a study of low fidelities",
         "evaluations": {
             name: {
                 "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),

@@ -53,7 +53,7 @@ def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
     rows = [
         one
         for one in rows
-        if values.fidelity in ("all", one["fidelity"])
+        if values.fidelity in ("all", "high" if one["fidelity"] == run.plan.high.name else "low")
         and _has_status(one["status"], values.status)
         and fnmatch.fnmatchcase(one["architecture"], values.arch)
     ]
@@ -84,7 +84,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for one in rows:
         table.add_row(*(_text(name, one.get(name)) for name in SHOWN))
     # What goes into a pipe is not cut to the width of a terminal that is not there.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _text(name: str, value: Any) -> str:

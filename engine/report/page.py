@@ -25,12 +25,13 @@ BEST = 10
 def page(run: Run, charts: list[Chart], library: str) -> str:
     """The whole HTML text; `library` is the source of plotly.js."""
     best = run.best
-    state = "finished" if run.result else "not finished"
+    state = "finished" if run.finished else "not finished"
     study = run.study
+    method = study.method if run.kind == "search" else "a study of low fidelities"
     return Template(_part("page.html")).substitute(
         title=escape(f"{run.folder.name}: search report"),
         name=escape(run.folder.name),
-        about=escape(f"{study.method} in {study.space} on {study.data}; {state}"),
+        about=escape(f"{method} in {study.space} on {study.data}; {state}"),
         claim="The winner" if run.result else "The best so far",
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from engine.report.chart import FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, time_unit
 from engine.search.runs import Run, failed
@@ -109,4 +110,5 @@ def _bars(spans: Sequence[Span], name: str, colour: str, divisor: float) -> Json
 
 def _words(evaluation: Evaluation) -> str:
     outcome = f"{100 * evaluation.accuracy:.2f} %" if evaluation.ok else f"{evaluation.status}: {evaluation.error[:80]}"
+    outcome = escape(outcome)  # hover texts are read as a kind of HTML
     return f"<b>{evaluation.trial.architecture}</b> {outcome}"

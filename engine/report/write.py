@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from engine import config
 from engine.report import charts, predictions
 from engine.report.chart import Chart, Json
@@ -9,17 +11,22 @@ from engine.report.page import page
 from engine.report.timeline import timeline
 from engine.search.hindsight import look_back
 from engine.search.runs import Run, as_csv, row
-from engine.trial import not_installed
+from engine.trial import EnvironmentUnusable, not_installed
 
 
-def write(run: Run) -> Json:
-    """Writes both files and returns where they are, and which charts there was too little data for."""
+def write(run: Run, folder: Path) -> Json:
+    """Writes both files into a folder and returns where they are, and which charts there was too little data for.
+
+    Raises EnvironmentUnusable where it cannot be written.
+    """
     library = plotly()
     drawn = make(run)
-    folder = run.folder / "report"
-    folder.mkdir(exist_ok=True)
-    config.write_whole(folder / "index.html", page(run, drawn, library))
-    config.write_whole(folder / "trials.csv", as_csv(map(row, run.answers)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_whole(folder / "index.html", page(run, drawn, library))
+        config.write_whole(folder / "trials.csv", as_csv(map(row, run.answers)))
+    except OSError as error:
+        raise EnvironmentUnusable(f"{folder} cannot be written: {error}; choose another folder with --out") from error
     return {
         "run_dir": str(run.folder),
         "report": str(folder / "index.html"),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from engine import config
@@ -27,9 +26,11 @@ PHASES = ("setup", "data", "teacher", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: `facts` is run.json, `result` is result.json where it is that of the whole journal."""
+    """What a run folder holds: `facts` is run.json, `result` is result.json where it is that of the whole journal; a
+    fidelity study has none."""
 
     folder: Path
+    kind: config.Kind
     study: Study
     budget: Budget
     record: Record
@@ -42,6 +43,13 @@ class Run:
         plan = config.plan(self.study, self.budget)
         asked = dict.fromkeys(trial.fidelity for trial in self.record.asked if trial.fidelity != plan.high)
         return plan if not asked or self.study.low in asked else replace(plan, lows=tuple(asked))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has named its winner, or the study has measured all that it was to."""
+        if self.kind == "fidelity":
+            return bool((_read(self.folder / "fidelity.json") or {}).get("complete"))
+        return self.result is not None
 
     @property
     def answers(self) -> list[Evaluation]:
@@ -83,7 +91,7 @@ def open_run(name: str) -> Run:
     Raises UsageError where there is none, EngineError where another version wrote it.
     """
     folder = find(name)
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    stored = config.read_stored(folder / "config.yaml")
     try:
         study, budget = config.study_from_dict(stored["study"]), Budget(**stored["budget"])
     except (KeyError, TypeError) as error:
@@ -94,7 +102,8 @@ def open_run(name: str) -> Run:
     if not path.is_file():
         raise UsageError(f"{folder} has no journal.jsonl, which is all that is known of a run; restore it from a copy")
     record = journal.read(path)
-    return Run(folder, study, budget, record, _read(folder / "run.json") or {}, _result(folder, record))
+    facts, kind = _read(folder / "run.json") or {}, stored.get("kind", "search")
+    return Run(folder, kind, study, budget, record, facts, _result(folder, record))
 
 
 def find(name: str) -> Path:

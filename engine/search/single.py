@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from engine.search.progress import Display
 from engine.search.runs import Run
 from engine.search.search import search
 from engine.space import load_space
-from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError, trial_to_json
+from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError, trial_to_json
 
 Json = dict[str, Any]
 # An architecture that is named is trained, whatever the search that found it was limited to.
@@ -70,7 +71,8 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, sh
         "card": card_facts(run, evaluation),
     }
     show.say(f"exporting {trial.architecture} of {run.folder}")
-    with worker(resources, run.folder / "logs", "engine.export.forms") as (fleet, _):
+    logs = run.folder / "logs" if os.access(run.folder, os.W_OK) else None  # others' runs may be exported too
+    with worker(resources, logs, "engine.export.forms") as (fleet, _):
         report: Json = fleet.submit("run_export", {**task, "device": fleet.device}).result()
     worst = max(report["differences"].values())
     show.say(f"{', '.join(report['differences'])}: logits within {worst:.1e} of the checkpoint's")
@@ -124,6 +126,8 @@ def _taught(study: Study, fidelity: Fidelity) -> str:
 def chosen(run: Run, architecture: str | None) -> Evaluation:
     """The full-fidelity evaluation that a command means: of an architecture, or of the winner where none is named."""
     if architecture is None:
+        if run.kind == "fidelity":
+            raise UsageError(f"{run.folder} is a study, which names no winner; name an architecture with --arch")
         if run.result is None or run.best is None:
             raise UsageError(
                 f"{run.folder} has no winner yet; let its search come to its end, or name an architecture with --arch"
@@ -144,7 +148,8 @@ def data_of(run: Run) -> Json:
     """What run.json says of the data: classes, resolution, images, mean, std."""
     data: Json = run.facts.get("data", {})
     if "mean" not in data:
-        raise EngineError(f"{run.folder / 'run.json'} does not describe the data; call its search again: it adds that")
+        path = run.folder / "run.json"
+        raise EnvironmentUnusable(f"{path} does not describe the data; call its search again: it adds that")
     return data
 
 

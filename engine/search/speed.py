@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from engine.config import write_whole
 from engine.space import Candidates
-from engine.trial import Architecture, EngineError, UsageError
+from engine.trial import Architecture, EnvironmentUnusable, UsageError
 from surrogate.linear import Prior, fit_linear
 
 Array = npt.NDArray[np.float64]
@@ -45,14 +45,14 @@ def fast_enough(
 
     What was measured before the search had `begun` is kept in the file `path` and read ever after: decisions depend on
     it. Until then none does, and each call measures anew: its settings and its device may be others. Raises UsageError
-    where no candidate fits, EngineError where a search that has begun has lost its file.
+    where no candidate fits, EnvironmentUnusable where a search that has begun has lost its file.
     """
     if not begun:
         sample = [candidates.architecture(row) for row in spread(candidates, seed)]
         taken = dict(zip(map(str, sample), measure(sample), strict=True))
         write_whole(path, json.dumps({"milliseconds": taken}, indent=1) + "\n")
     elif not path.exists():
-        raise EngineError(f"{path} is gone, on which this search's candidates depend; restore it from a copy")
+        raise EnvironmentUnusable(f"{path} is gone, on which this search's candidates depend; restore it from a copy")
     stored: dict[str, Any] = json.loads(path.read_text())
     speeds = estimate(candidates, stored["milliseconds"])
     keep = speeds.within(limit)
