@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,12 +51,14 @@ class SearchSpace:
     cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
     canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 
-    def __len__(self) -> int:
-        return int(np.prod([len(choice.options) for choice in self.choices], dtype=object))
-
     @cached_property
     def radices(self) -> tuple[int, ...]:
         return tuple(len(choice.options) for choice in self.choices)
+
+    @property
+    def size(self) -> int:
+        """How many architectures there are; `len` could not say it of more than 2**63."""
+        return math.prod(self.radices)
 
     def check(self, architecture: Architecture) -> Architecture:
         """The architecture itself if it belongs to the space; UsageError says what does not fit."""
@@ -77,8 +81,8 @@ class SearchSpace:
 
     def at(self, index: int) -> Architecture:
         """The architecture of a number: the inverse of `index`."""
-        if not 0 <= index < len(self):
-            raise UsageError(f"index {index} is outside {self.name}, which has {len(self)} architectures")
+        if not 0 <= index < self.size:
+            raise UsageError(f"index {index} is outside {self.name}, which has {self.size} architectures")
         values = []
         for radix in reversed(self.radices):
             index, value = divmod(index, radix)
@@ -91,7 +95,7 @@ class SearchSpace:
         return [Architecture(tuple(int(rng.integers(radix)) for radix in self.radices)) for _ in range(count)]
 
     def all(self) -> IntMatrix:
-        """Every architecture as a row of option indices (len(self), d), in the order of `index`."""
+        """Every architecture as a row of option indices (size, d), in the order of `index`."""
         grid = np.indices(self.radices, dtype=np.int8)
         return np.ascontiguousarray(grid.reshape(len(self.radices), -1).T)
 
@@ -146,8 +150,9 @@ class Candidates:
         return self._found[architecture]
 
 
-# A space without a closed form for its cost is represented by this many random members.
-POOL_WITHOUT_COST = 512
+# A space of more members is represented by so many random ones: without a closed form for its cost (each has to be
+# built to be counted), and with one (features of all must fit into memory).
+POOL_WITHOUT_COST, POOL = 512, 2**22
 
 
 def candidates(
@@ -158,27 +163,34 @@ def candidates(
     seed: int = 0,
     only: Sequence[Architecture] = (),
 ) -> Candidates:
-    """All members of a space, one of each class of identical networks, with their MACs and parameters; those of
-    `only`, if it names any.
-
-    Without a closed form for the cost the candidates are `POOL_WITHOUT_COST` random members, each built once on
-    the meta device to count its operations.
+    """The members of a space, one of each class of identical networks, with their MACs and parameters; those of `only`,
+    if it names any. Of a space of more than POOL members, or POOL_WITHOUT_COST without a closed form for the cost,
+    they are so many random ones.
     """
-    if space.cost is None:
+    choices = np.unique(np.array([a.choices for a in only], dtype=np.int8), axis=0) if only else _members(space, seed)
+    if space.cost is not None:
+        macs, params = space.cost(choices, classes, width, resolution)
+    else:
         from torch import device  # torch, only here
 
-        pool = sorted({a.choices for a in only or space.sample(POOL_WITHOUT_COST, seed)})
-        choices = np.array(pool, dtype=np.int8)
         with device("meta"):
-            counted = [_counted(space, row, classes, width, resolution) for row in pool]
+            counted = [_counted(space, tuple(row), classes, width, resolution) for row in choices.tolist()]
         macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
-    else:
-        choices = np.array([a.choices for a in only], dtype=np.int8) if only else space.all()
-        if space.canonical is not None and not only:
-            keep = np.array([space.canonical(tuple(row)) == tuple(row) for row in choices.tolist()])
-            choices = choices[keep]
-        macs, params = space.cost(choices, classes, width, resolution)
     return Candidates(choices, space.encode(choices), macs, params)
+
+
+def _members(space: SearchSpace, seed: int) -> IntMatrix:
+    """Option indices (n, d) of one member of each class of identical networks, in the order of `index`."""
+    pool = POOL_WITHOUT_COST if space.cost is None else POOL
+    if space.size <= pool:
+        choices = space.all()
+    else:
+        rng = np.random.default_rng(seed)
+        drawn = [rng.integers(radix, size=pool, dtype=np.int8) for radix in space.radices]
+        choices = np.unique(np.stack(drawn, axis=1), axis=0)
+    if space.canonical is None:
+        return choices
+    return np.array(sorted({space.canonical(tuple(row)) for row in choices.tolist()}), dtype=np.int8)
 
 
 def _counted(space: SearchSpace, row: tuple[int, ...], classes: int, width: float, resolution: int) -> tuple[int, int]:
@@ -245,12 +257,14 @@ def from_file(path: Path, name: str) -> Any:
         raise UsageError(f"no file {path}; your own is named FILE.py:NAME")
     if not name:
         raise UsageError(f"say which name of {path} is meant: {path}:NAME")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"{path.absolute()}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for what the file defines
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     return getattr(module, name, None)

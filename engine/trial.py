@@ -231,6 +231,11 @@ def trial_from_json(data: dict[str, Any]) -> Trial:
     )
 
 
+def failed(status: str) -> bool:
+    """Whether a status is of an evaluation that went wrong: "unfit" is one that was over the limit on latency."""
+    return status not in ("ok", "unfit", "pending")
+
+
 def weights_path(run_dir: Path, trial: Trial) -> Path:
     """Where a run folder keeps the weights of a full-fidelity trial."""
     return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"

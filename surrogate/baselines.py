@@ -1,4 +1,4 @@
-"""Plain regressors: ridge, and the Gaussian process of the paper."""
+"""The Gaussian process of the paper."""
 
 from __future__ import annotations
 
@@ -12,36 +12,6 @@ Matrix = npt.NDArray[np.float32] | Array
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """A linear fit; `predict` maps X (n, d) to (n,)."""
-
-    centre: Array
-    weights: Array
-    intercept: float
-
-    def predict(self, x: Matrix) -> Array:
-        return np.asarray((x - self.centre) @ self.weights + self.intercept, dtype=np.float64)
-
-
-def fit_ridge(x: Matrix, y: Array, penalty: float = 1.0, sample_weight: Array | None = None) -> Ridge:
-    """Ridge regression of y (n,) on x (n, d), intercept unpenalised, weighted by `sample_weight` (n,).
-
-    Solved in the smaller of the two dimensions n and d.
-    """
-    weight = np.ones(len(y)) if sample_weight is None else sample_weight
-    total = weight.sum()
-    x = np.asarray(x, dtype=np.float64)
-    centre, mean = weight @ x / total, float(weight @ y / total)
-    root = np.sqrt(weight)[:, None]
-    a, b = (x - centre) * root, (y - mean) * root[:, 0]
-    if len(y) <= x.shape[1]:
-        weights = a.T @ np.linalg.solve(a @ a.T + penalty * np.eye(len(y)), b)
-    else:
-        weights = np.linalg.solve(a.T @ a + penalty * np.eye(x.shape[1]), a.T @ b)
-    return Ridge(centre, weights, mean)
-
-
-@dataclass(frozen=True)
 class GaussianProcess:
     """Exact regression with a squared-exponential kernel; targets standardised inside."""
 
@@ -51,7 +21,6 @@ class GaussianProcess:
     alpha: Array
     mean: float
     scale: float
-    noise: float
 
     def predict(self, x: Matrix) -> tuple[Array, Array]:
         """Mean and standard deviation (n,) of the noiseless function at x (n, d), in chunks of bounded memory."""
@@ -90,7 +59,7 @@ def fit_gp(x: Matrix, y: Array) -> GaussianProcess:
     white = np.linalg.solve(factor, target)
     spread = max(float(np.sqrt((white @ white) / len(y))), 1e-6)
     alpha = np.linalg.solve(factor.T, white) / spread
-    return GaussianProcess(x, length, factor, alpha, mean, scale * spread, noise)
+    return GaussianProcess(x, length, factor, alpha, mean, scale * spread)
 
 
 def _squared_distances(a: Array, b: Array) -> Array:

@@ -45,6 +45,21 @@ def at_once(trial):
     return future
 
 
+def test_what_a_study_brought_is_known_to_what_is_asked_beside_it():
+    """A record without `seen` that the policy would not have asked: nothing of it is asked again."""
+    members = [Architecture((i,)) for i in range(8)]
+
+    def propose(history, slots):
+        asked = {e.trial.architecture for e in history.answered} | {t.architecture for t in history.pending}
+        free = [one for one in members if one not in asked]
+        return [Trial(history.asked + i, one, LOW) for i, one in enumerate(free[:slots])]
+
+    brought = [Trial(0, members[5], LOW), Trial(1, members[2], LOW), Trial(2, members[7], LOW)]
+    history = drive(propose, 4, at_once, cost, recorded=brought)
+    assert [e.trial for e in history.answered if e.trial.number < 3] == brought
+    assert sorted(e.trial.architecture.choices for e in history.answered) == [(i,) for i in range(8)]
+
+
 def plain(total, slots):
     return drive(policy(total), slots, at_once, cost)
 

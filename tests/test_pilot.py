@@ -316,6 +316,13 @@ def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_
     assert len([f for _, f, _ in fleet.asked if f == study.high]) == 2
 
 
+def test_weights_of_a_low_fidelity_alone_are_refused_where_both_are_distilled(tmp_path: Path, fleet: Formula) -> None:
+    study, warm = replace(STUDY, high=replace(STUDY.high, kd_loss="kd")), Fidelity.parse("kd@1/9x3:kd_temperature=2")
+    with pytest.raises(UsageError, match="a search has one set of weights for both"):
+        run(tmp_path, Pilot((NOISE, warm), 8), study)
+    assert fleet.asked == []
+
+
 def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
     tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +429,8 @@ def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None
     assert repeatability(sharp) > 0.95
     assert repeatability(noisy) < 0.6
     assert repeatability(fake({GOOD: quality}, quality[:, None], macs)) is None
+    sharp.scores[sharp.high][4] = sharp.scores[sharp.high][4][:1]  # two of its trainings failed
+    assert repeatability(sharp) > 0.95
     sure, unsure = rank(sharp, GOOD), rank(noisy, GOOD)
     assert sure is not None
     assert unsure is not None

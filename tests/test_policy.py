@@ -1,5 +1,7 @@
 """Every method on a space made by a formula: the contract of `propose`, and what ours decides."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -224,6 +226,64 @@ def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over(
         return min(SPACE.macs[find_rows(SPACE, [e.trial.architecture])[0]] for e in full(history))
 
     assert cheapest("mfkd-front") < cheapest("mfkd")
+
+
+def test_workers_of_a_front_search_do_not_train_twins():
+    """What is asked at once, or is under way, is spread over costs; what is best for the front alone is not."""
+    plan = Plan((LOW,), FULL, "mfkd-front", max_low=24, max_high=40)
+    seen = History(run(replace(plan, max_high=12)).answered)
+    together = propose(SPACE, seen, plan, 6)
+    macs = SPACE.macs[find_rows(SPACE, [t.architecture for t in together])]
+    assert len(set(macs)) >= 4
+    assert [t.fidelity for t in together] == [FULL] * 6
+    seen.pending.extend(together[:3])
+    later = propose(SPACE, seen, plan, 3)
+    assert [t.architecture for t in later] == [t.architecture for t in together[3:]]
+
+
+@pytest.mark.parametrize("free", [1, 4])
+def test_a_search_that_begins_with_a_study_asks_nothing_of_it_twice(free):
+    """Low scores of architectures that are not the first of our own spread, as `--pilot` brings them."""
+    plan = Plan((LOW,), FULL, max_low=40, max_high=20)
+    small = space(side=2)
+    begun = [answer(Trial(i, small.architecture(3 * i), LOW)) for i in range(9)]
+    history = History(list(begun))
+    while trials := propose(small, history, plan, free):
+        history.answered.extend(map(answer, trials))
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+    assert len(full(history)) == 20
+
+
+def test_all_low_runs_of_a_plan_with_many_are_waited_for():
+    plan = Plan((LOW,), FULL, max_low=24, max_high=6)
+    answered = run(plan).answered[:24]
+    cut = History(answered[:20], [e.trial for e in answered[20:]])
+    assert propose(SPACE, cut, plan, 4) == []
+    assert propose(SPACE, History(answered), plan, 4)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_trains_in_full_where_no_low_fidelity_run_is_allowed_or_all_fail(method):
+    def only_full(trial):
+        return answer(trial) if trial.fidelity == FULL else Evaluation(trial, "oom", error="too big")
+
+    assert len(full(run(Plan((LOW,), FULL, method, max_low=0, max_high=3)))) == 3
+    assert len(full(run(Plan((LOW,), FULL, method, max_low=12, max_high=3), answer=only_full))) == 3
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_asks_nothing_twice_of_a_few_candidates(method):
+    few = SPACE.where(np.arange(len(SPACE)) < 6)
+    history = run(Plan((LOW,), FULL, method, max_low=50, max_high=20), space=few)
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+
+
+def test_asha_looks_at_nothing_more_once_nothing_can_be_promoted():
+    history = run(Plan((LOW,), FULL, "asha", max_low=200, max_high=3))
+    assert len(full(history)) == 3
+    assert len(history.answered) < 40
 
 
 @settings(deadline=None, max_examples=30)

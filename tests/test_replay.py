@@ -11,7 +11,7 @@ import pytest
 
 from engine.search import replay as replays
 from engine.search.replay import Replay, recorded, replay, simulate
-from engine.search.tables import load
+from engine.search.tables import dump, load
 from engine.trial import Fidelity, Trial, UsageError
 
 SYNTHETIC = Path(__file__).parent / "data" / "synthetic_table.csv"
@@ -100,6 +100,16 @@ def test_constraints_leave_only_what_meets_them():
     assert summary["optimum"] == pytest.approx(100 * table.test[inside].max())
 
 
+def test_what_failed_in_full_is_never_the_incumbent(tmp_path):
+    """The best by its low score is recorded as failed: it has no test accuracy to show before the first full result."""
+    rows = list(csv.DictReader(SYNTHETIC.open()))
+    best = max(range(len(rows)), key=lambda i: float(rows[i]["valid:low"]))
+    rows[best] |= {"valid:full": "", "test:full": ""}
+    dump(rows, tmp_path / "t.csv")
+    summary = replay(replace(QUICK, table=tmp_path / "t.csv", gpu_hours=2.0, at=(0.5, 1.0), seeds=3, max_low=200))
+    assert all(np.isfinite(found[at]["mean"]) for found in summary["methods"].values() for at in ("0.5", "1"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -107,6 +117,7 @@ def test_constraints_leave_only_what_meets_them():
         ({"lows": ("e99",)}, "no low fidelity 'e99'; it has low"),
         ({"max_macs": 1.0}, r"meets the constraints; its MACs go from 1.2e\+06"),
         ({"workers": 0}, "workers and seeds must be at least 1"),
+        ({"at": (-1.0,)}, "the hours of --at must be at least 0"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused_with_the_way_out(change, message):

@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine import config
 from engine.config import Budget, Resources, Study
 from engine.fleet.fleet import TaskLost
 from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search import journal, search
+from engine.search.journal import History
 from engine.search.progress import Display
-from engine.trial import Evaluation, Fidelity, NoWinner, UsageError, evaluation_to_json, trial_from_json
+from engine.trial import (
+    Architecture,
+    Evaluation,
+    Fidelity,
+    NoWinner,
+    Trial,
+    UsageError,
+    evaluation_to_json,
+    trial_from_json,
+)
 from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
@@ -142,6 +153,32 @@ def test_too_many_failures_in_a_row_end_it(tmp_path: Path, monkeypatch: pytest.M
     fleet = Recorded(broken={"low", "high"})
     with pytest.raises(NoWinner, match="5 evaluations in a row failed.*no memory"):
         run(tmp_path, monkeypatch, fleet, budget=replace(BUDGET, max_failures=5))
+
+
+def test_what_was_repaired_goes_on_after_too_many_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(max_low=40, max_high=8, max_failures=5)
+    with pytest.raises(NoWinner, match="5 evaluations in a row failed"):
+        run(tmp_path, monkeypatch, Recorded(broken={"low", "high"}), budget=budget)
+    result = run(tmp_path, monkeypatch, Recorded(), budget=budget)
+    assert result["evaluations"]["failed"] >= 5
+    assert result["evaluations"]["high"] == 8
+
+
+def test_what_the_report_lacks_is_asked_of_all_workers_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full trainings at random have no low score to be compared with until the end."""
+    plan = config.plan(replace(STUDY, method="random"), replace(BUDGET, max_high=6))
+    trained = [Trial(i, Architecture((i % 5, 0, 0, 0, 0, i % 3)), plan.high) for i in range(6)]
+    record = [Evaluation(trial, "ok", 0.5) for trial in trained]
+    history = History(record)
+    first = search.unpaired(history, plan)[:2]
+    history.pending = list(first)
+    more = search.unpaired(history, plan)
+    assert [t.number for t in more] == [8, 9, 10, 11]
+    assert {t.architecture for t in [*first, *more]} == {e.trial.architecture for e in record}
+    history.pending.append(Trial(12, Architecture((4, 4, 4, 4, 4, 4)), plan.high))
+    assert search.unpaired(history, plan) == [], "something else is under way: the method is not at its end"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_a_training_step_with_features(spec: str) -> None:
 def test_evaluation_does_not_depend_on_the_batch(spec: str) -> None:
     torch.manual_seed(0)
     space = load_space(spec)
-    network = space.build(space.at(len(space) - 2).choices, 10, 1.0).eval().double()
+    network = space.build(space.at(space.size - 2).choices, 10, 1.0).eval().double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         both, one = network(images)[0], network(images[:1])[0]
@@ -398,11 +399,11 @@ def test_the_whole_of_mobilenetv2_is_costed_in_half_a_gigabyte() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 500e6
-    rows = np.random.default_rng(0).integers(len(space), size=100)
+    rows = np.random.default_rng(0).integers(space.size, size=100)
     again = space.cost(choices[rows], 100, 1.0, 32)
     assert np.array_equal([macs[rows], params[rows]], again)
     assert macs.argmin() == params.argmin() == 0
-    assert macs.argmax() == params.argmax() == len(space) - 1
+    assert macs.argmax() == params.argmax() == space.size - 1
 
 
 # Counting
@@ -452,13 +453,56 @@ def test_a_network_is_counted_wherever_it_is() -> None:
 def test_the_example_is_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space_module, "POOL_WITHOUT_COST", 6)
     space = load_space(EXAMPLE)
-    assert len(space) == 24**3
+    assert space.size == 24**3
     pool = candidates(space, 10, 1.0, 32)
     assert 1 < len(pool) <= 6
     for row in range(len(pool)):
         network = space.build(pool.architecture(row).choices, 10, 1.0)
         assert sum(p.numel() for p in network.parameters()) == pool.params[row]
     assert len(Path(EXAMPLE.rpartition(":")[0]).read_text().splitlines()) <= 36
+
+
+def _count(choices: np.ndarray, classes: int, width: float, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    total = 1.0 + choices.sum(axis=1)
+    return total, total
+
+
+@pytest.mark.parametrize("cost", [None, _count])
+def test_a_space_of_any_size_has_candidates(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More members than 64 bits can count are stood for by a pool of random ones."""
+    monkeypatch.setattr(space_module, "POOL_WITHOUT_COST", 20)
+    monkeypatch.setattr(space_module, "POOL", 20)
+    monkeypatch.setattr(space_module, "_counted", lambda space, row, *_: (sum(row) + 1, 1))
+    huge = SearchSpace("huge", tuple(Choice(f"c{i}", tuple(range(8))) for i in range(40)), no_network, cost)
+    assert huge.size == 8**40
+    assert len(candidates(huge, 10, 1.0, 32)) == 20
+    some = [huge.at(8**39), huge.at(5), huge.at(8**39)]
+    assert len(candidates(huge, 10, 1.0, 32, only=some)) == 2, "what is named twice is one candidate"
+
+
+@pytest.mark.parametrize("cost", [None, _count])
+def test_a_space_no_larger_than_its_pool_is_looked_at_whole(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space_module, "_counted", lambda space, row, *_: (sum(row) + 1, 1))
+    choices = tuple(Choice(f"c{i}", (1, 2, 3)) for i in range(5))
+    assert len(candidates(SearchSpace("plain", choices, no_network, cost), 10, 1.0, 32)) == 3**5
+    twins = SearchSpace("twins", choices, no_network, cost, canonical=lambda row: tuple(sorted(row)))
+    found = candidates(twins, 10, 1.0, 32)
+    assert len(found) == 21  # multisets of 5 out of 3
+    assert all(tuple(row) == tuple(sorted(row)) for row in found.choices.tolist())
+
+
+def no_network(choices: tuple[int, ...], classes: int, width: float) -> nn.Module:
+    raise AssertionError("nobody asked for a network")
+
+
+def test_a_file_with_a_dataclass_of_its_own_can_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from engine.space import Choice, SearchSpace\n\n"
+        "@dataclass\nclass Block:\n    size: int\n\n"
+        "SPACE = SearchSpace('mine', (Choice('size', (1, 2)),), lambda *_: Block(1))\n"
+    )
+    assert load_space(f"{tmp_path / 'mine.py'}:SPACE").size == 2
 
 
 def test_a_space_of_any_choices_may_be_built_from_the_shared_parts() -> None:

@@ -89,6 +89,7 @@ def test_empty_cells_are_failed_evaluations(tmp_path):
     [
         ({"valid:full": "60"}, "not within 0..1"),
         ({"valid:full": "good"}, "could not convert"),
+        ({"macs": ""}, "a row has no macs"),
     ],
 )
 def test_what_is_no_table_is_refused_with_the_reason(tmp_path, change, message):
@@ -101,6 +102,9 @@ def test_what_is_no_table_is_refused_with_the_reason(tmp_path, change, message):
 def test_unknown_columns_missing_files_and_empty_ones_are_errors_that_name_the_file(tmp_path):
     with pytest.raises(UsageError, match=r"t\.csv is no table of results: columns a, b are of no known format"):
         tables.load(write([{"a": "1", "b": "2"}], tmp_path / "t.csv"))
+    (tmp_path / "plain.csv.gz").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="cannot be read as a table"):
+        tables.load(tmp_path / "plain.csv.gz")
     with pytest.raises(EnvironmentUnusable, match=r"no table .*none\.csv"):
         tables.load(tmp_path / "none.csv")
     (tmp_path / "empty.csv").write_text("a,b\n")

@@ -13,8 +13,8 @@ from engine.commands.flags import add_options, add_run_options, command_parser, 
 from engine.config import Budget, Resources, Study
 
 EXAMPLES = """\
---data photos/ --space mobilenetv2 --name photos
---data photos/ --space mobilenetv2 --name photos --gpus 8     the same run, continued on eight GPUs
+--data photos/ --space mobilenetv2:stem_stride=2 --name photos
+--data photos/ --space mobilenetv2:stem_stride=2 --name photos --gpus 8     the same run, continued on eight GPUs
 -c configs/cifar100-mobilenetv2.yaml --max-macs 60e6          the paper's setting, small networks only
 -c my.yaml --dry-run                                          what it would cost here"""
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"

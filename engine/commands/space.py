@@ -61,7 +61,7 @@ def listed() -> dict[str, Any]:
         space, module = make(), inspect.getmodule(make)
         options = {name: p.default for name, p in inspect.signature(make).parameters.items()}
         about = (module.__doc__ or "").strip().splitlines()[0]
-        return {"choices": len(space.choices), "architectures": len(space), "options": options, "about": about}
+        return {"choices": len(space.choices), "architectures": space.size, "options": options, "about": about}
 
     return {name: facts(make) for name, make in SPACES.items()}
 
@@ -82,7 +82,7 @@ def shown(values: Namespace) -> dict[str, Any]:
     all_of = candidates(space, values.classes, 1.0, values.resolution, values.seed)
     return {
         "space": space.name,
-        "architectures": len(space),
+        "architectures": space.size,
         "candidates": len(all_of),
         "choices": [{"name": c.name, "options": list(c.options), "ordered": c.ordinal} for c in space.choices],
         "resolution": values.resolution,

@@ -57,7 +57,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values: state (running, finished, stopped: no search runs on this machine),
     evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
-    from engine.search.runs import failed
+    from engine.trial import failed
 
     path = run.folder / "journal.jsonl"
     best, plan = run.best, run.plan

@@ -68,7 +68,7 @@ def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
 
 def _has_status(status: str, wanted: str) -> bool:
-    from engine.search.runs import failed
+    from engine.trial import failed
 
     return wanted in ("all", status) or (wanted == "failed" and failed(status))
 

@@ -15,9 +15,9 @@ from engine import config
 from engine.report.chart import Chart, Json
 from engine.report.charts import means
 from engine.report.drawing import draw
-from engine.search.runs import Run, failed
+from engine.search.runs import Run
 from engine.space import load_space
-from engine.trial import Evaluation
+from engine.trial import Evaluation, failed
 
 BEST = 10
 

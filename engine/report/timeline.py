@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 from engine.report.chart import FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, time_unit
-from engine.search.runs import Run, failed
-from engine.trial import Evaluation
+from engine.search.runs import Run
+from engine.trial import Evaluation, failed
 
 # Where no worker was busy for longer, the search was not running: the axis leaves such a pause out.
 PAUSE_S = 300.0

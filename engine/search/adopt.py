@@ -18,7 +18,7 @@ from engine.search.ground import teacher_path
 from engine.search.journal import Journal
 from engine.search.progress import Display
 from engine.space import Candidates
-from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
+from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError, weights_path
 
 # Settings of a study that decide what is proposed or how it is called, not what an evaluation comes to.
 FREE = {"low", "method", "pilot", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives", "only"}
@@ -114,10 +114,7 @@ def settings(source: Path, study: Study) -> Study:
 
 def _link_weights(source: Path, run_dir: Path, theirs: Trial, mine: Trial) -> None:
     """The weights of a full training, without a second copy on the disk where that can be."""
-    old, new = (
-        folder / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
-        for folder, trial in ((source, theirs), (run_dir, mine))
-    )
+    old, new = weights_path(source, theirs), weights_path(run_dir, mine)
     new.parent.mkdir(parents=True, exist_ok=True)
     aside = new.with_suffix(".tmp")
     aside.unlink(missing_ok=True)

@@ -112,6 +112,10 @@ def _ask(
     busy = bool(history.pending)
     proposed = propose(history, free)
     old = recorded[history.asked : history.asked + (len(proposed) if proposed or busy else free)]
+    if list(old) != proposed[: len(old)]:  # then what is proposed next must know of what was asked instead
+        left = free - sum(map(shares, old))
+        seen = History(history.answered, [*history.pending, *old])
+        proposed = [*old, *(propose(seen, left) if left > 0 else [])]
     trials = [*old, *proposed[len(old) :]]
     taken = list(itertools.accumulate(map(shares, trials)))
     # One that needs more than there is goes alone: else it would wait for ever.

@@ -97,7 +97,7 @@ def fitting(space: SearchSpace, study: Study, facts: Json, show: Display) -> tup
             f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
         )
     show.say(
-        f"space {space.name}: {len(space):,} architectures, {len(fit):,} candidates, "
+        f"space {space.name}: {space.size:,} architectures, {len(fit):,} candidates, "
         f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
     )
     return everything, fit

@@ -83,7 +83,7 @@ class Hindsight:
         low = [e.ok for e in answers if e.trial.fidelity in self.run.plan.lows]
         return Opinion(
             mean=float(fitted.mean[row]),
-            std=float(np.sqrt(fitted.variance[row] + fitted.linear.noise)),
+            std=float(np.sqrt(fitted.variance[row] + fitted.noise)),
             rank=1 + int((bound[free] > bound[row]).sum()),
             among=int(free.sum()),
             low=sum(low),

@@ -64,7 +64,7 @@ def study_fidelities(
 
     Writes evaluations.csv, fidelity.json, fidelity.png (where matplotlib is installed) and recommended.yaml.
     """
-    _check(plan)
+    _check(plan, study)
     taught = [low for low in plan.lows if low.kd_loss != "none"]
     study = replace(study, low=replace((taught or plan.lows)[0], name="low"))  # the one that calls for a teacher
     counts = {"max_low": plan.architectures * plan.low_repeats, "max_high": plan.architectures * plan.repeats}
@@ -78,7 +78,7 @@ def study_fidelities(
     return search.run(purpose, study, budget, resources, run_dir, show)
 
 
-def _check(plan: Pilot) -> None:
+def _check(plan: Pilot, study: Study) -> None:
     for name, value, least in (
         ("architectures", plan.architectures, 4),
         ("repeats", plan.repeats, 1),
@@ -89,6 +89,11 @@ def _check(plan: Pilot) -> None:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
     if len(set(plan.lows)) < len(plan.lows):
         raise UsageError("--lows names a fidelity twice")
+    if study.high.kd_loss != "none" and any(low.weights for low in plan.lows):
+        raise UsageError(
+            "--lows with weights of their own need --high.kd-loss none: a search has one set of weights for both; "
+            "compare them in a study each (--kd-temperature, --at-weight and so on)"
+        )
 
 
 def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Json:

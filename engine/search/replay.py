@@ -24,7 +24,7 @@ from engine.search.clock import Timeline, drive
 from engine.search.journal import History
 from engine.search.policy import propose, winner
 from engine.search.tables import FULL, Table
-from engine.trial import Evaluation, Fidelity, Trial, UsageError
+from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
 Array = npt.NDArray[np.float64]
 
@@ -219,6 +219,13 @@ def _checked(settings: Replay, table: Table) -> Replay:
         raise UsageError(f"{settings.table} has no low fidelity; a table needs one besides '{FULL}'")
     if settings.workers < 1 or settings.seeds < 1 or settings.gpu_hours <= 0:
         raise UsageError("workers and seeds must be at least 1, gpu-hours over 0")
+    if min(settings.processes, settings.max_low, settings.noise, *settings.at) < 0:
+        raise UsageError("processes, max-low, noise and the hours of --at must be at least 0")
+    if settings.out is not None:
+        try:
+            settings.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentUnusable(f"--out {settings.out} cannot be written: {error}; choose another") from error
     return replace(settings, lows=settings.lows or table.lows)
 
 
@@ -259,8 +266,8 @@ def _summary_of_run(settings: Replay, table: Table, plan: Plan, history: Timelin
         if name == FULL and row == best:
             best_at = min(best_at, time * settings.workers)
         # Until there is a full result, the best low-fidelity score is the incumbent.
-        if not e.ok or not (name == FULL or (name == main and not full_yet)):
-            continue
+        if not e.ok or not (name == FULL or (name == main and not full_yet and table.test[row] >= 0)):
+            continue  # nor is one the incumbent whose full training is recorded as failed: it has no test accuracy
         if e.accuracy > value or (name == FULL and not full_yet):
             incumbent, value = row, e.accuracy
             curve.append((time * hour, 100 * float(table.test[incumbent])))

@@ -141,11 +141,6 @@ def _read(path: Path) -> Json | None:
     return content
 
 
-def failed(status: str) -> bool:
-    """Whether a status is of an evaluation that went wrong: "unfit" is one that was over the limit on latency."""
-    return status not in ("ok", "unfit", "pending")
-
-
 def row(evaluation: Evaluation) -> Json:
     """An evaluation as the columns of trials.csv: plain values, one level deep."""
     trial = evaluation.trial

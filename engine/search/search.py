@@ -39,6 +39,7 @@ from engine.trial import (
     NoWinner,
     Trial,
     UsageError,
+    failed,
     trial_to_json,
 )
 from surrogate.quality import kendall_tau
@@ -82,7 +83,7 @@ def search(
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
     """What the plan's method asks next; in the end, what the report lacks."""
     trials = policy.propose(candidates, history, plan, slots)
-    return trials if trials or history.pending or not plan.max_low else unpaired(history, plan)[:slots]
+    return trials if trials or not plan.max_low else unpaired(history, plan)[:slots]
 
 
 def run(
@@ -180,8 +181,9 @@ def evaluate_all(
         if history.asked < len(record.asked) and not drain.asked:
             return False  # a budget that was lowered since then does not undo what has been measured
         full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
-        last = history.answered[-budget.max_failures :]
-        if len(last) == budget.max_failures and not any(e.ok for e in last):
+        # Of this call: whoever calls again may have repaired what was broken.
+        last = [e for e in history.answered if e.trial.number not in record.answers][-budget.max_failures :]
+        if len(last) == budget.max_failures and all(failed(e.status) for e in last):
             raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {_why_none(history)}")
         return (
             drain.asked
@@ -235,9 +237,12 @@ def unpaired(history: History, plan: Plan) -> list[Trial]:
     low = {e.trial.architecture for e in history.answered if e.trial.fidelity == plan.lows[0]}
     full = dict.fromkeys(e.trial.architecture for e in history.answered if e.ok and e.trial.fidelity == plan.high)
     missing = [architecture for architecture in full if architecture not in low]
+    if any(t.fidelity != plan.lows[0] or t.architecture not in missing for t in history.pending):
+        return []  # the method only waits for these
+    asked = {trial.architecture for trial in history.pending}
     return [
         Trial(history.asked + place, architecture, plan.lows[0], plan.seed)
-        for place, architecture in enumerate(missing)
+        for place, architecture in enumerate(one for one in missing if one not in asked)
     ]
 
 
@@ -251,6 +256,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
     """Scores the winner on the test part, the only time it is read, and writes result.json."""
     tested = completed(fleet, "run_test", {**ground.task, "trial": trial_to_json(best.trial)})
     ok = [e for e in history.answered if e.ok]
+    unfit = sum(e.status == "unfit" for e in history.answered)
     low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
     high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
     macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
@@ -268,7 +274,8 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
         "evaluations": {
             "low": len([e for e in ok if e.trial.fidelity in ground.plan.lows]),
             "high": len([e for e in ok if e.trial.fidelity == ground.plan.high]),
-            "failed": len(history.answered) - len(ok),
+            "failed": sum(failed(e.status) for e in history.answered),
+            **({"unfit": unfit} if unfit else {}),
         },
         "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
         "seconds": round(seconds, 1),

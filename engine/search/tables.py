@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,11 @@ def load(path: Path) -> Table:
     """
     if not path.is_file():
         raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (its columns: docs/surrogate.md)")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a table ({error}); give a .csv, or a .csv.gz") from error
     if not rows:
         raise UsageError(f"{path} has no rows")
     try:
@@ -171,6 +175,8 @@ def _parse(name: str, rows: list[Row]) -> Table:
         _numbers(rows, "macs") if known else np.ones(len(rows)),
         _numbers(rows, "params") if "params" in rows[0] else np.ones(len(rows)),
     )
+    if np.isnan(candidates.macs).any() or np.isnan(candidates.params).any():
+        raise ValueError("a row has no macs or no params; fill them in, or leave the column out")
     valid = {low: _numbers(rows, f"valid:{low}") for low in lows}
     seconds = {low: _numbers(rows, f"seconds:{low}") for low in lows}
     test = _numbers(rows, f"test:{FULL}")

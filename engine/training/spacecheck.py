@@ -39,7 +39,7 @@ def run_check(task: Json) -> Json:
     pairs = [check_lessons(space, member, teacher, name, classes, resolution) for member in members]
     return {
         "space": task["space"],
-        "architectures": len(space),
+        "architectures": space.size,
         "checked": [str(member) for member in members],
         "features": [list(shape[1:]) for shape in shapes[0]],
         "macs": [int(costs[:, 0].min()), int(costs[:, 0].max())],
@@ -73,8 +73,8 @@ def check_choices(space: SearchSpace) -> None:
         twice = next((option for option in choice.options if choice.options.count(option) > 1), None)
         if twice is not None:
             raise UsageError(f"choice '{choice.name}' has the option {twice!r} twice; leave one out")
-    if len(space) < 2:
-        raise UsageError(f"{space.name} has {len(space)} architecture; give a choice more than one option")
+    if space.size < 2:
+        raise UsageError(f"{space.name} has {space.size} architecture; give a choice more than one option")
 
 
 def check_canonical(space: SearchSpace, members: list[Architecture]) -> None:

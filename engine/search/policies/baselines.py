@@ -14,7 +14,7 @@ from surrogate.baselines import fit_gp
 
 UCB = 0.5  # of the paper's own notebook
 POPULATION, TOURNAMENT = 20, 5
-RANDOM_START = 8  # full results before a model of the full fidelity alone is trusted
+RANDOM_START = 8  # full runs at most, one for each worker, before a model of the full fidelity alone is trusted
 ETA = 4
 
 
@@ -60,14 +60,17 @@ def halving(candidates: Candidates, history: History, plan: Plan, slots: int) ->
         return _random_low(candidates, history, plan, low, min(slots, wanted - low.trials))
     if len(low.pending):
         return []  # a rung is promoted as a whole
+    if not len(low):
+        return random(candidates, history, plan, slots)
     return _promote(candidates, history, plan, low, high, slots)
 
 
 def asha(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
     """ASHA (Li et al. 2020) with two rungs: whatever is in the best 1 / ETA of the low scores so far is promoted;
     otherwise another random low-fidelity run."""
-    trials: list[Trial] = []
     low, high = scores(candidates, history, plan.lows[0]), scores(candidates, history, plan.high)
+    if high.trials >= plan.max_high:
+        return []  # nothing could be promoted
     best = low.rows[np.argsort(-low.values, kind="stable")][: len(low) // ETA]
     promotable = [int(row) for row in best if row not in high.asked]
     trials = ask(candidates, history, plan, promotable[: _allowed(plan, high, slots, len(promotable))], plan.high)
@@ -77,7 +80,9 @@ def asha(candidates: Candidates, history: History, plan: Plan, slots: int) -> li
         rows = generator(history, plan).choice(free, more, replace=False)
         seen = History(history.answered, history.pending + trials)
         trials += ask(candidates, seen, plan, rows, plan.lows[0])
-    return trials or _promote(candidates, history, plan, low, high, slots)
+    if trials or len(low.pending) or len(low):
+        return trials or _promote(candidates, history, plan, low, high, slots)
+    return random(candidates, history, plan, slots)
 
 
 def gp(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
@@ -115,7 +120,7 @@ def mfkd2(candidates: Candidates, history: History, plan: Plan, slots: int) -> l
     """The paper's second algorithm: Gaussian-process search at low fidelity; the same at full fidelity, begun at the
     best low score."""
     low, high = scores(candidates, history, plan.lows[0]), scores(candidates, history, plan.high)
-    wanted = min(plan.max_low, 30, max(10, len(candidates) // 10))
+    wanted = min(plan.max_low, 30, max(10, len(candidates) // 10), len(candidates))
     if low.trials < wanted:
         if not len(low):
             return _random_low(candidates, history, plan, low, min(slots, wanted - low.trials))

@@ -72,8 +72,8 @@ class Level:
 @dataclass(frozen=True)
 class Estimate:
     """Full accuracy of each candidate: mean and variance (n,). `trend` (n, 1 + levels) is what its linear part rests
-    on; `levels` are the low fidelities in use and `slopes` their weight in it; `y` (m,) the full results so far, and
-    `dropped` the low fidelities that were found to say nothing."""
+    on; `levels` are the low fidelities in use and `slopes` their weight in it; `y` (m,) the full results so far,
+    `noise` the variance of one around its architecture's own; `dropped` the low fidelities found to say nothing."""
 
     mean: Array
     variance: Array
@@ -83,6 +83,7 @@ class Estimate:
     levels: list[Level]
     slopes: list[float]
     y: Array
+    noise: float
     dropped: list[int] = field(default_factory=list)
 
 
@@ -148,7 +149,7 @@ def estimate(candidates: Candidates, lows: Sequence[Scores], high: Scores, seed:
     slopes = [float(s) for s in model.linear.weights[2 : 2 + len(kept)]]
     for slope, one in zip(slopes, kept, strict=True):
         variance += slope**2 * one.variance
-    return Estimate(mean, variance, base, trend, model.linear, kept, slopes, y, dropped)
+    return Estimate(mean, variance, base, trend, model.linear, kept, slopes, y, model.noise, dropped)
 
 
 def _prior(base: Ground, levels: int) -> Prior:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.config import Plan
 from engine.search.journal import History
@@ -87,21 +88,19 @@ def mfkd(candidates: Candidates, history: History, plan: Plan, slots: int, rules
     )
     first = _first_batch(state) if rules.use.low else 0
     if asked_low < first:
-        rows = _spread(candidates, plan.seed, first)[asked_low : asked_low + slots]
-        return ask(candidates, history, plan, rows, plan.lows[0])
+        spread = _spread(candidates, plan.seed, first)
+        rows = spread[unasked(candidates, all_lows[0].asked)[spread]]  # some may come from a study made before
+        return ask(candidates, history, plan, rows[: min(slots, first - asked_low)], plan.lows[0])
     # Nothing is decided on a handful of scores while the rest of the batch is under way.
     if len(all_lows[0].pending) > first // 3 and not high.trials:
         return []
     known = _fitted(candidates, tuple(map(_refit, all_lows)), _refit(high), plan.seed, rules.use)
-    useful = [i for i in range(len(plan.lows)) if i not in known.dropped]
-    if useful and useful[0] > 0:
-        state = replace(state, low=plan.lows[useful[0]], at_low=all_lows[useful[0]])
-    trials: list[Trial] = []
-    if useful and rules.use.low and rules.guided and known.levels and state.lows_left:
+    if state.scarce and not state.lows_left and len(all_lows[0].pending):
+        return []
+    if 0 not in known.dropped and rules.use.low and rules.guided and known.levels and state.lows_left:
         looks, wait = _looks(state, known, slots, rules)
-        trials = ask(candidates, history, plan, looks, state.low)
         if looks or wait:
-            return trials
+            return ask(candidates, history, plan, looks, state.low)
     return _full(state, known, slots, rules)
 
 
@@ -200,22 +199,48 @@ def _next_improvement(state: State, known: Estimate, best: float) -> float:
 
 
 def _full(state: State, known: Estimate, slots: int, rules: Rules) -> list[Trial]:
-    """Full runs where the upper bound is highest, the pending ones counted as measured."""
-    high = _refit(state.high)
+    """Full runs where the upper bound is highest, or the front is expected to grow most, and repeats."""
     free = unasked(state.candidates, state.high.asked)
     if rules.gate and len(state.at_low):
         scored = ~unasked(state.candidates, state.at_low.rows)
         free &= scored
-    repeat = _repeat(state, known)
+    for_front = rules.front and len(known.y) > 0
+    repeat = [] if for_front else _repeat(state, known)
     count = min(slots, state.highs_left, int(free.sum())) - len(repeat)
-    value = _worth(state, known, rules)
-    rows = np.concatenate([high.pending, _top(np.where(free, value, -np.inf))])
+    picks = _for_front(state, known, free, count) if for_front else _highest(state, known, free, count, rules)
+    seen = replace(state.history, pending=state.history.pending + repeat)
+    return repeat + ask(state.candidates, seen, state.plan, picks, state.plan.high)
+
+
+def _highest(state: State, known: Estimate, free: npt.NDArray[np.bool_], count: int, rules: Rules) -> list[int]:
+    """Rows of highest upper bound, the pending ones counted as measured."""
+    pending = _refit(state.high).pending
+    value = known.mean + rules.beta * np.sqrt(known.variance)
+    rows = np.concatenate([pending, _top(np.where(free, value, -np.inf))])
     covariance = known.linear.joint(known.trend[rows], known.ground.x[rows])
     rest = np.maximum(known.variance[rows] - np.diag(covariance), 0.0)
-    mean = value[rows] - rules.beta * np.sqrt(known.variance[rows]) + rules.beta * np.sqrt(rest)
-    picks = spread_out(mean, covariance, rules.beta, known.linear.noise, len(high.pending), count)
-    seen = replace(state.history, pending=state.history.pending + repeat)
-    return repeat + ask(state.candidates, seen, state.plan, [int(rows[p]) for p in picks], state.plan.high)
+    mean = known.mean[rows] + rules.beta * np.sqrt(rest)
+    picks = spread_out(mean, covariance, rules.beta, known.linear.noise, len(pending), count)
+    return [int(rows[p]) for p in picks]
+
+
+def _for_front(state: State, known: Estimate, free: npt.NDArray[np.bool_], count: int) -> list[int]:
+    """Rows that are expected to add most to the area under the front of accuracy against log MACs; those under way and
+    those picked before count as measured, at what is expected of them."""
+    high, cost, std = _refit(state.high), np.log(state.candidates.macs + 1), np.sqrt(known.variance)
+    front = list(zip(known.y, cost[high.rows], strict=True))
+    front += [(known.mean[row], cost[row]) for row in high.pending]
+
+    def growth(rows: Rows) -> Array:
+        y, at = map(np.array, zip(*front, strict=True))
+        return expected_hypervolume(known.mean[rows], std[rows], cost[rows], y, at)
+
+    rows = _top(np.where(free, growth(np.arange(len(free))), -np.inf))
+    picks: list[int] = []
+    while len(picks) < min(count, len(rows)):
+        picks.append(int(rows[np.argmax(np.where(np.isin(rows, picks), -np.inf, growth(rows)))]))
+        front.append((known.mean[picks[-1]], cost[picks[-1]]))
+    return picks
 
 
 def _repeat(state: State, known: Estimate) -> list[Trial]:
@@ -224,7 +249,7 @@ def _repeat(state: State, known: Estimate) -> list[Trial]:
     high = _refit(state.high)
     if len(high) < BEFORE_REPEATS:
         return []
-    noise = noise_variance(state.candidates, state.history, state.plan, high, known.y)
+    noise = noise_variance(state.history, state.plan, high, known.y)
     mean, variance = posterior(known.linear, known.y, high.counts, noise)
     luck = known.linear.left_out_variance if noise is None else np.full(len(mean), noise)
     shift = variance / np.sqrt(variance + luck + 1e-12)
@@ -238,14 +263,6 @@ def _repeat(state: State, known: Estimate) -> list[Trial]:
         return []
     times = state.high.times[int(high.rows[row])]
     return ask(state.candidates, state.history, state.plan, [int(high.rows[row])], state.plan.high, times)
-
-
-def _worth(state: State, known: Estimate, rules: Rules) -> Array:
-    std = np.sqrt(known.variance)
-    if rules.front and len(known.y):
-        cost, rows = np.log(state.candidates.macs + 1), _refit(state.high).rows
-        return expected_hypervolume(known.mean, std, cost, known.y, cost[rows])
-    return known.mean + rules.beta * std
 
 
 def _top(value: Array) -> Rows:

@@ -160,10 +160,10 @@ def macs_alone(measured: Measured) -> Statistic:
 def repeatability(measured: Measured) -> float | None:
     """Mean tau between two full trainings of the same architectures with different seeds; None without repeats. The
     mean over several seeds, which is the truth of a study, can be ranked better than that."""
-    full = measured.scores[measured.high]
-    times = min(map(len, full), default=0)
-    if times < 2 or len(full) < 3:
+    full = [scores for scores in measured.scores[measured.high] if len(scores) > 1]  # some may have failed
+    if len(full) < 3:
         return None
+    times = min(map(len, full))
     seeds = np.array([scores[:times] for scores in full]).T
     return float(np.mean([kendall_tau(a, b) for a, b in itertools.combinations(seeds, 2)]))
 

@@ -22,7 +22,7 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
         return max(full, key=lambda e: e.accuracy, default=None)
     lows = [scores(candidates, history, low) for low in plan.lows]
     known = estimate(candidates, lows, high, abs(plan.seed), Use())
-    noise = noise_variance(candidates, history, plan, high, known.y)
+    noise = noise_variance(history, plan, high, known.y)
     best = candidates.architecture(int(high.rows[np.argmax(posterior(known.linear, known.y, high.counts, noise)[0])]))
     return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
 
@@ -49,9 +49,7 @@ def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> t
     return linear.left_out + weight * (y - linear.left_out), weight * luck
 
 
-def noise_variance(
-    candidates: Candidates, history: History, plan: Plan, high: Scores, y: Array
-) -> float | None:
+def noise_variance(history: History, plan: Plan, high: Scores, y: Array) -> float | None:
     """Variance of one full measurement on the scale of y, from repeats; None where there are none."""
     groups: dict[tuple[int, ...], list[float]] = {}
     for e in history.answered:
