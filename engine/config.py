@@ -40,6 +40,11 @@ class Study:
     data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
     resolution: int = option(0, "pixels that images are brought to; 0 is the data's own, and 224 for a folder")
     valid_fraction: float = option(0.2, "part of the training images kept for validation")
+    flip: Literal["auto", "always", "never"] = option(
+        "auto",
+        "mirror half of the training images; auto: as the data say, and always for a folder of images. never is for "
+        "digits, text, signs: where a mirror image is of another class",
+    )
     method: str = option(
         "mfkd",
         "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "

@@ -195,11 +195,21 @@ def test_two_processes_may_make_the_same_glyphs_at_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [f"glyphs-v{glyphs.VERSION}-1440"]  # nothing left aside
 
 
+def test_mirroring_is_what_the_data_say_unless_the_study_says_otherwise(tmp_path: Path) -> None:
+    there = saved(tmp_path)
+    assert [load(there, flip=flip, cache=tmp_path).flip for flip in ("auto", "always", "never")] == [True, True, False]
+    assert not load("glyphs:144", cache=tmp_path).flip
+    assert load("glyphs:144", flip="always", cache=tmp_path).flip
+
+
 def test_a_cache_that_cannot_be_used_says_what_to_do(tmp_path: Path) -> None:
     load("glyphs:144", cache=tmp_path)
     file = tmp_path / f"glyphs-v{glyphs.VERSION}-144" / "x_train.npy"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(EnvironmentUnusable, match=r"damaged .* delete it"):
+        load("glyphs:144", cache=tmp_path)
+    file.unlink()  # as a cleaner of scratch space does, which leaves the folder
+    with pytest.raises(EnvironmentUnusable, match=r"damaged \(it has only .*\); delete it"):
         load("glyphs:144", cache=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(EnvironmentUnusable, match="XDG_CACHE_HOME"):

@@ -125,7 +125,8 @@ def test_an_image_does_not_depend_on_batch_size_or_subset(backend: str) -> None:
 def test_another_seed_or_epoch_gives_other_pixels(backend: str, change: dict[str, int]) -> None:
     data = arrays()
     one = by_index(list(train(data, epochs=1, batch_size=50, backend=backend)))
-    other = by_index(list(train(data, **{"epochs": 1 + change.get("first_epoch", 0), "batch_size": 50} | change)))
+    epochs = 1 + change.get("first_epoch", 0)
+    other = by_index(list(train(data, **{"epochs": epochs, "batch_size": 50, "backend": backend} | change)))
     assert sum(torch.equal(one[i], other[i]) for i in one) < 5  # 1 in 162 by chance
 
 
@@ -211,7 +212,7 @@ def test_files_in_evaluation_give_what_torchvision_gives(files: Data) -> None:
     assert torch.cat([batch.labels for batch in got]).tolist() == files.test.labels.tolist()
     assert files.test.files is not None
     for index, image in by_index(got).items():
-        if index % 8 in (2, 6):  # CMYK and transparency: each library has its own way to RGB
+        if index % 8 in (2, 6):  # CMYK and transparency: each library has its own way to RGB, see below
             continue
         picture = v2.functional.resize(Image.open(files.test.files[index]).convert("RGB"), 36, antialias=True)
         have = image.permute(1, 2, 0).numpy() * STD + MEAN
@@ -221,6 +222,36 @@ def test_files_in_evaluation_give_what_torchvision_gives(files: Data) -> None:
             want = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
             errors.append(np.abs(have - want).mean())
         assert min(errors) < 0.02, files.test.files[index]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("mode", "tolerance"), [("RGB", 3), ("L", 3), ("CMYK", 40), ("RGBA", 3), ("EXIF", 8)])
+def test_colours_and_orientation_are_those_of_the_file(
+    tmp_path: Path, mode: str, tolerance: float, training: bool
+) -> None:
+    """A picture of one colour is that colour, inks by any library's way to RGB; one that a camera held upright is shown
+    upright: its upper half is the light one."""
+    colour = (200, 90, 40)
+    picture = Image.new("RGB", (64, 64), colour)
+    exif = Image.Exif()
+    if mode == "EXIF":
+        picture.paste((0, 0, 0), (0, 0, 32, 64))
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what is left in the file comes to the top
+        colour = (100, 45, 20)  # on the average
+    path = tmp_path / ("a.png" if mode == "RGBA" else "a.jpg")
+    options = {} if mode == "RGBA" else {"quality": 95}
+    picture.convert("RGB" if mode == "EXIF" else mode).save(path, exif=exif, **options)
+    part = Part(np.zeros(4, np.int64), None, (str(path),) * 4)
+    data = Data("files", part, part, part, ("a", "b"), MEAN, STD, 32, flip=True)
+    if training:
+        batches = train(data, epochs=1, batch_size=4)
+    else:
+        batches = loader.eval_batches(part, data=data, batch_size=4, resolution=0)
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy() * STD + MEAN
+    if not training or mode != "EXIF":  # a random crop of two halves may show more of either
+        assert np.abs(images.mean((0, 1, 2)) * 255 - np.array(colour if mode != "L" else [117] * 3)).max() < tolerance
+    if mode == "EXIF" and not training:
+        assert images[:, :12].mean() < 0.1 < images[:, -12:].mean()
 
 
 def test_files_in_training_are_keyed_by_seed_epoch_and_index(files: Data) -> None:

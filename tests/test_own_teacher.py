@@ -13,6 +13,7 @@ import torch
 from engine.config import Study, to_dict
 from engine.training import teacher
 from engine.training.evaluate import run_teacher
+from engine.training.weights import load_weights, save_weights
 from engine.trial import UsageError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,8 +140,25 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save({"first.weight": Evil()}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match="does not hold weights"):
         teacher.build(own(tmp_path), 5, 16, weights=tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match="does not hold weights"):
+        teacher.build(own(tmp_path), 5, 16, weights=tmp_path / "w.pt")
     with pytest.raises(UsageError, match="no file of weights"):
         teacher.build(own(tmp_path), 5, 16, weights=tmp_path / "none.pt")
+
+
+def test_the_normalisation_of_a_library_s_network_is_that_of_its_weights() -> None:
+    assert teacher.normalisation("torchvision:resnet18") == IMAGENET
+    assert teacher.normalisation("torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_tied_weights_are_saved_and_loaded(tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    network[1].weight = network[0].weight
+    save_weights(tmp_path / "w.safetensors", network)
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    load_weights(tmp_path / "w.safetensors", other)
+    assert torch.equal(other[1].weight, network[0].weight)
 
 
 def test_a_teacher_of_timm() -> None:

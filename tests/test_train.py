@@ -54,10 +54,16 @@ class Exploding(Net):
 
 
 class Raising(Net):
+    error: Exception = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.training:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+            raise self.error
         return super().forward(images)
+
+
+class Careless(Raising):
+    error = IndexError("list index out of range")
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +172,11 @@ def test_a_compiled_student_learns_and_keeps_its_names(data: Data, monkeypatch: 
 
 
 def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
-    good, exploding, raising = trained(data, [Net(0), Exploding(1), Raising(2)])
+    good, exploding, raising, careless = trained(data, [Net(0), Exploding(1), Raising(2), Careless(3)])
     (alone,) = trained(data, [Net(0)])
-    assert (good.status, exploding.status, raising.status) == ("ok", "diverged", "oom")
+    assert (good.status, exploding.status, raising.status, careless.status) == ("ok", "diverged", "oom", "error")
     assert "not enough memory" in raising.error
+    assert "IndexError: list index" in careless.error
     assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(good), strict=True))
 
 

@@ -150,7 +150,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _cached(folder: Path, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in `folder`, made first where it is missing; memory-mapped, so that workers share one copy.
+    """The arrays in `folder`, made first where it is missing; memory-mapped: what is read of them is shared.
 
     Written aside, then moved: of two processes that make it at once, one wins and both read whole files.
     """
@@ -160,6 +160,7 @@ def _cached(folder: Path, make: Callable[[], Arrays]) -> Arrays:
         try:
             for key, array in make().items():
                 np.save(aside / f"{key}.npy", array)
+            aside.chmod(0o755)  # other users may share the cache
             os.rename(aside, folder)
         except OSError as error:
             if not folder.exists():  # else another process was first
@@ -167,6 +168,9 @@ def _cached(folder: Path, make: Callable[[], Arrays]) -> Arrays:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     try:
-        return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
+        found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
+        if not {"x_train", "y_train", "x_test", "y_test"} <= found.keys():
+            raise ValueError(f"it has only {', '.join(sorted(found)) or 'nothing that can be read'}")
+        return found
     except (OSError, ValueError, EOFError) as error:
         raise EnvironmentUnusable(f"the cache {folder} is damaged ({error}); delete it and run again") from error

@@ -71,8 +71,10 @@ class Batches:
 def to_batch(images: Tensor, part: Part, rows: NDArray[np.int64]) -> Batch:
     """HWC images to a Batch, without a copy: a permuted view of HWC memory is channels_last."""
     device = images.device
-    labels = torch.from_numpy(part.labels[rows]).to(device, non_blocking=True)
-    return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows).to(device, non_blocking=True))
+    labels = torch.from_numpy(part.labels[rows])
+    if device.type == "cuda":
+        labels = labels.pin_memory().to(device, non_blocking=True)
+    return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows))
 
 
 def image_dtype(device: torch.device) -> torch.dtype:

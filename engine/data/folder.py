@@ -69,12 +69,15 @@ def unreadable(files: Sequence[str]) -> list[str]:
 
 def _why_unreadable(file: str) -> str:
     try:
+        file.encode()  # the loader reads names as UTF-8; those of old archives may not be
         if os.path.getsize(file) == 0:
             return "is empty"
         with Image.open(file, formats=("JPEG", "PNG")) as image:
             image.load()
     # Pillow reports broken files by any of these, SyntaxError among them (a PNG's bad chunk).
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnicodeEncodeError):
+            return "its name is not UTF-8"
         return "is no JPEG or PNG" if isinstance(error, UnidentifiedImageError) else str(error)
     return ""
 
@@ -110,7 +113,7 @@ def _divided(classes: Listed) -> tuple[Listed, Listed]:
         )
     train, test = {}, {}
     for name, files in classes.items():
-        order = sorted(files, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
+        order = sorted(files, key=lambda entry: hashlib.sha256(os.fsencode(entry.name)).digest())
         drawn = set(order[: max(1, len(files) // 5)])
         train[name] = [entry for entry in files if entry not in drawn]
         test[name] = [entry for entry in files if entry in drawn]
@@ -131,7 +134,7 @@ def _check(root: Path, files: tuple[str, ...], checked: Path) -> None:
     digest = hashlib.sha256()
     for file in files:
         status = os.stat(file)
-        digest.update(f"{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     passed = checked / digest.hexdigest()
     if passed.exists():
         return

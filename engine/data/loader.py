@@ -13,7 +13,7 @@ from engine.data import augment
 from engine.data.batches import Batch, Batches, to_batch
 from engine.data.parts import Data, Part, steps_per_epoch
 from engine.data.resident import resident, synthetic
-from engine.trial import EngineError, EnvironmentUnusable, UsageError
+from engine.trial import EnvironmentUnusable, UsageError
 
 Backend = Literal["dali", "resident", "synthetic"]
 
@@ -130,8 +130,10 @@ def _run(batches: Batches, pipeline: Any, steps: range) -> Iterator[Batch]:
         yield to_batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.part, places)
 
 
-def _explained(batches: Batches, step: int, error: RuntimeError) -> EngineError:
+def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
     """DALI's error, with the names of the files that it could not read: its own text often has none."""
+    if any(words in str(error) for words in ("out of memory", "MemoryAllocation", "Can't allocate")):
+        return torch.OutOfMemoryError(f"DALI: {error}")  # fewer students side by side leave it more
     from engine.data.folder import unreadable
 
     if batches.part.files is not None:

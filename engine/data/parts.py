@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +50,18 @@ class Data:
 
 
 def load(
-    spec: str, *, seed: int = 0, valid_fraction: float = 0.2, resolution: int = 0, cache: Path | None = None
+    spec: str,
+    *,
+    seed: int = 0,
+    valid_fraction: float = 0.2,
+    resolution: int = 0,
+    flip: Literal["auto", "always", "never"] = "auto",
+    cache: Path | None = None,
 ) -> Data:
     """The data set that `spec` names (arrays.FORMS), its training part split by `seed` into train and valid.
 
-    `resolution` in pixels replaces the native side of arrays, or the 224 of files. `cache` (default
+    `resolution` in pixels replaces the native side of arrays, or the 224 of files, and `flip` what the data say of
+    mirroring. `cache` (default
     $XDG_CACHE_HOME/mfkd or ~/.cache/mfkd) keeps what is made, downloaded or checked: the second call is cheap.
     Raises UsageError for a spec or setting that cannot be, EnvironmentUnusable for data that is missing or bad.
     """
@@ -62,6 +70,11 @@ def load(
     if resolution < 0:
         raise UsageError(f"resolution is {resolution}; it is in pixels, 0 for the data's own")
     cache = cache or _default_cache()
+    data = _named(spec, seed, valid_fraction, resolution, cache)
+    return data if flip == "auto" else replace(data, flip=flip == "always")
+
+
+def _named(spec: str, seed: int, valid_fraction: float, resolution: int, cache: Path) -> Data:
     path = Path(spec).expanduser()
     if spec == "glyphs" or spec.startswith("glyphs:"):
         arrays = sources.glyphs(spec, cache)

@@ -32,13 +32,14 @@ def resident(batches: Batches) -> Iterator[Batch]:
     slot[kept] = np.arange(len(kept))
     images = torch.from_numpy(part.images[kept]).to(device)
     side = images.shape[1]
-    pad = 0 if batches.indices is None else side // 8
+    training = batches.indices is not None
+    pad = side // 8 if training else 0
     images = F.pad(images, (0, 0, pad, pad, pad, pad))
     mean, std = (torch.tensor(s, device=device) * 255 for s in (batches.data.mean, batches.data.std))
     across = np.arange(side)
     for step in range(len(batches)):
         epoch, rows = batches.at(step)
-        start, mirror = augment.crop_and_flip(batches.seed, epoch, rows, pad, pad > 0 and batches.data.flip)
+        start, mirror = augment.crop_and_flip(batches.seed, epoch, rows, pad, training and batches.data.flip)
         y = start[:, :1] + across
         x = start[:, 1:] + np.where(mirror[:, None], across[::-1], across)
         at = (slot[rows][:, None, None], y[:, :, None], x[:, None, :])

@@ -81,7 +81,8 @@ def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "
         folder = orders.give(logs)
     except OSError as error:
         raise EnvironmentUnusable(f"{logs} cannot be written: {error}; free space, or choose --run-dir") from error
-    post = Post(str(logs), str(folder), wanted.device, wanted.devices, wanted.share, module)
+    beside = wanted.workers // wanted.nodes
+    post = Post(str(logs), str(folder), wanted.device, wanted.devices, wanted.share, beside, module)
     if wanted.workers == 1 and wanted.nodes == 1 and providers.local(resources):
         return Single(post)
     return ParslFleet(resources, wanted, post)

@@ -61,8 +61,8 @@ def result_of(outcome: Outcome) -> Any:
 class Post:
     """What every worker of a fleet is told: folders of its logs and orders, and how workers share devices.
 
-    Workers take `devices` in turn, `share` in a row the same one; those of the machine where none are named.
-    `module` holds the functions that are the tasks.
+    Workers take `devices` in turn, `share` in a row the same one; those of the machine where none are named. `beside`
+    is how many of them a machine has: they divide its cores. `module` holds the functions that are the tasks.
     """
 
     logs: str
@@ -70,6 +70,7 @@ class Post:
     device: str = "cpu"
     devices: tuple[str, ...] = ()
     share: int = 1
+    beside: int = 1
     module: str = "engine.training.evaluate"
 
     def token(self, rank: int) -> str | None:
@@ -158,7 +159,8 @@ class Supervisor:
         """Of the worker: its device is set before torch can be imported, and a thread is enough for one of many."""
         given = dict(os.environ)
         paths = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
-        made = {"PYTHONPATH": os.pathsep.join(paths), "MFKD_WORKER": self._name}
+        cores = max(1, len(os.sched_getaffinity(0)) // self._post.beside)
+        made = {"PYTHONPATH": os.pathsep.join(paths), "MFKD_WORKER": self._name, "MFKD_CORES": str(cores)}
         token = self._post.token(self._rank)
         if token is not None:
             made["CUDA_VISIBLE_DEVICES"] = token

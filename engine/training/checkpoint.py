@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from engine.training.student import Student
 from engine.training.weights import aside
 
+SCHEMA = 2
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -26,6 +28,7 @@ def save(path: Path, member: Student, progress: Progress, of: str = "") -> None:
     """Writes what `member` is by now, aside first, so that a crash leaves the last state or this one. `of` names the
     training, where the path alone does not."""
     state = {
+        "schema": SCHEMA,
         "of": of,
         "epochs": progress.epochs,
         "losses": list(progress.losses),
@@ -54,7 +57,8 @@ def restore(path: Path, member: Student, of: str = "") -> Progress:
         state = {}
     # All is compared before anything is loaded: a student that is half of another would be worse than a fresh one.
     fits = _fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))
-    if not fits or state.get("of") != of or (state.get("average") is None) != (member.average is None):
+    same = (state.get("schema"), state.get("of"), state.get("average") is None) == (SCHEMA, of, member.average is None)
+    if not fits or not same:
         path.unlink()
         return Progress()
     member.network.load_state_dict(state["network"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ class Student:
     """A network in training. It leaves the cohort when `status` is no longer "ok"; `error` then says why.
 
     `forward` is the network or its compiled form. Random numbers that its layers draw depend on `seed` and the step.
-    `average` holds the running average of its state where one is kept. `execution` says how its steps ran,
+    `average` holds the running average of its state where one is kept, and `live` what that is an average of.
+    `execution` says how its steps ran,
     `latency_ms` how long its forward pass takes where there is a limit on that.
     """
 
@@ -30,6 +31,7 @@ class Student:
     loss_sum: Tensor
     seed: int = 0
     average: list[Tensor] | None = None
+    live: list[Tensor] = field(default_factory=list)
     execution: str = "eager"
     latency_ms: float = 0.0
     status: Status = "ok"
@@ -127,14 +129,17 @@ def prepare(
         nesterov=study.momentum > 0,
         fused=True,
     )
+    # Weights and running statistics; counters are not averaged.
+    live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
     return Student(
         network,
         compile_anew(network) if compiled else network,
         objective,
         optimiser,
-        torch.zeros((), device=example.device),
+        torch.zeros((), dtype=torch.float64, device=example.device),  # in float32 a million steps would drown
         seed,
-        [value.detach().clone() for value in _averaged(network)] if average else None,
+        [value.clone() for value in live] if average else None,
+        live,
     )
 
 
@@ -176,19 +181,14 @@ def update_average(member: Student, step: int, decay: float) -> None:
     (decay at step t at most (1 + t) / (10 + t), as TensorFlow's ExponentialMovingAverage)."""
     if member.average is not None:
         weight = 1 - min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(member.average, _averaged(member.network), weight)
+        torch._foreach_lerp_(member.average, member.live, weight)
 
 
 @torch.no_grad()
 def adopt_average(member: Student) -> None:
     """The averaged state becomes the network's, for evaluation and for keeping."""
     if member.average is not None:
-        torch._foreach_copy_(_averaged(member.network), member.average)
-
-
-def _averaged(network: nn.Module) -> list[Tensor]:
-    """Weights and running statistics; counters are not averaged."""
-    return [value.detach() for value in network.state_dict().values() if value.is_floating_point()]
+        torch._foreach_copy_(member.live, member.average)
 
 
 class ProcessLost(RuntimeError):

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.data.parts import IMAGENET_MEAN, IMAGENET_STD
 from engine.space import from_file, load_space
 from engine.training.student import place
 from engine.training.weights import load_weights, save_weights
@@ -188,7 +187,10 @@ def _timm() -> Any:
 def normalisation(network: str) -> Statistics | None:
     """Mean and std of the images that a library's weights were trained on; None for a network of no library."""
     if network.startswith(TORCHVISION):
-        return IMAGENET_MEAN, IMAGENET_STD
+        from torchvision.models import get_model_weights
+
+        known = get_model_weights(network.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        return tuple(known.mean), tuple(known.std)
     if network.startswith(TIMM):
         known = _timm().get_pretrained_cfg(network.removeprefix(TIMM))
         return tuple(known.mean), tuple(known.std)

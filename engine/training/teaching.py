@@ -16,11 +16,10 @@ from engine.training import checkpoint
 from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.student import prepare
+from engine.training.teacher import Statistics
 from engine.training.train import Stopwatch, train
 from engine.training.workbench import Bench
 from engine.trial import Fidelity, NoWinner
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def train_teacher(bench: Bench, network: str, path: Path, resources: Resources) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import resource
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -39,6 +40,11 @@ class Bench:
     room: dict[Fidelity, int] = field(default_factory=dict)
     orders: Path | None = None
 
+    @property
+    def threads(self) -> int:
+        """Of the loader: beside a GPU the cores that are this worker's, by its supervisor; on a CPU one, as for all."""
+        return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
+
     def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
         """Indices of the training images that a fidelity sees, and the batch size: the study's, or all if fewer."""
         indices = subset(self.data.train.labels, fidelity.fraction, self.study.seed)
@@ -65,6 +71,7 @@ class Bench:
             seed=seed,
             device=str(self.device),
             backend=self.study.data_backend,
+            threads=self.threads,
             first_epoch=first_epoch,
         )
 
@@ -79,6 +86,7 @@ class Bench:
             resolution=self.resolution(fidelity),
             device=str(self.device),
             backend=self.study.data_backend,
+            threads=self.threads,
         )
         return accuracies(networks, views, precision(self.study, self.device))
 
@@ -110,7 +118,11 @@ def open_bench(task: dict[str, Any]) -> Bench:
 def _open_bench(study_json: str, run_dir: str, device: str, folder: str | None) -> Bench:
     study = study_from_dict(json.loads(study_json))
     data = load(
-        study.data, seed=study.seed, valid_fraction=study.valid_fraction, resolution=study.resolution
+        study.data,
+        seed=study.seed,
+        valid_fraction=study.valid_fraction,
+        resolution=study.resolution,
+        flip=study.flip,
     )
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
@@ -125,8 +137,9 @@ def keep_freed_memory() -> None:
     faults and a third of its time to get them anew (docs/training.md). Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a block is mapped by itself
+    # M_MMAP_THRESHOLD: bytes from which a block is mapped by itself, 32 MiB at most for older versions. Where that is
+    # refused the next must not be set: it would end what glibc adapts by itself.
+    if mallopt is not None and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes at the heap's end that are kept
 
 
