@@ -367,7 +367,7 @@ def fix(kind: Kind, run_dir: Path, study: Study, budget: Budget, wanted: Slots) 
         if changed:
             raise UsageError(
                 f"{run_dir} holds a search with other settings ({'; '.join(changed)}); "
-                "repeat its settings to continue it, or choose another --run-dir"
+                "repeat its settings to continue it, or choose another folder (--run-dir or --out)"
             )
         first = Slots(**stored["slots"])
         wanted = Slots(max(first.total, wanted.total // wanted.cohort * first.cohort), first.cohort)
@@ -385,9 +385,15 @@ def read_stored(path: Path) -> dict[str, Any]:
     try:
         stored = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EnvironmentUnusable(f"{path} cannot be read ({error}); restore it, or take another --run-dir") from error
+        raise EnvironmentUnusable(
+            f"{path} cannot be read ({error}); restore it, "
+            "or take another folder (--run-dir or --out)"
+        ) from error
     if not isinstance(stored, dict) or not {"study", "slots"} <= stored.keys():
-        raise EnvironmentUnusable(f"{path} is no configuration of a run; restore it, or choose another --run-dir")
+        raise EnvironmentUnusable(
+            f"{path} is no configuration of a run; restore it, "
+            "or choose another folder (--run-dir or --out)"
+        )
     here = str(path.absolute().parent)
     there = stored.get("folder", here)
     for name in ("pilot", "teacher"):

@@ -35,7 +35,7 @@ class AtOnce:
 
     def run_probe(self, task: Task) -> dict[str, Any]:
         found = {"classes": ["a", "b"], "resolution": 32, "fingerprint": "f", "images": {"train": 80, "valid": 20}}
-        return {**found, "device": "cpu", "mean": [0.5] * 3, "std": [0.2] * 3}
+        return {**found, "device": "cpu", "files": False, "mean": [0.5] * 3, "std": [0.2] * 3}
 
     def run_teacher(self, task: Task) -> dict[str, Any]:
         return {"path": task["path"], "network": task["network"], **CARD}

@@ -85,7 +85,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     budget = Budget(max_low=14, max_high=9)
     data = {"classes": list("abcde"), "resolution": 16, "images": {"train": 80, "valid": 20}}
-    data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu"}
+    data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu", "files": False}
     folder = tmp_path_factory.mktemp("runs") / "finished"
     folder.mkdir()
     config.fix("search", folder, study, budget, Slots(2, 1))

@@ -56,7 +56,7 @@ def task_of(run: Path, spec: str, architecture: str) -> dict[str, Any]:
             "test_accuracy": None,
             "training": "60 epochs",
             "taught": "none",
-            "cropping": "Whole images.",
+            "files": False,
             "run": "photos",
             "command": "cli.py search",
             "trained_with": {"torch": "2.15.0"},

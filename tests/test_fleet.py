@@ -234,7 +234,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file in its place")
-    with pytest.raises(EnvironmentUnusable, match="cannot be written.*choose --run-dir"):
+    with pytest.raises(EnvironmentUnusable, match="cannot be written.*choose another folder"):
         open_fleet(Resources(device="cpu"), Layout(1), tmp_path / "logs")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def test_another_data_set_of_the_same_classes_can_be_scored(
     found = called(capsys, "eval", run, "--part", "test", "--data", newer, *HERE)
     assert found["images"] == 6
     assert found["accuracy"] > 0.6
+    assert called(capsys, "eval", run, "--part", "all", "--data", newer, *HERE)["images"] == 18
     assert found["data"] == str(newer)
     others = photos(tmp_path / "others", 4, ("dark", "light", "dotted"))
     said = called(capsys, "eval", run, "--data", others, *HERE, code=2)
@@ -105,6 +108,12 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
     ):
         assert text in card, text
     assert (run / "export" / SMALL / "model.py").is_file()
+    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):  # as a reader of the card would paste it
+        folder = run / "export" / SMALL
+        Image.new("RGB", (90, 70), (255, 255, 255)).save(folder / "image.jpg")
+        said = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stderr
+    assert said.stdout.strip() == "light"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,7 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
         (["export", "RUN", "--arch", "1-0"], "has 2 choices"),
         (["export", "nowhere"], "'nowhere' is no run"),
         (["train"], "say which architecture: --arch 3-1-0-2-4-3, or a RUN"),
-        (["train", "--arch", "1-0", "--weights", "run"], "--weights run: say which RUN"),
+        (["train", "--arch", "1-0", "--weights", "run"], "--weights run: say of which RUN"),
         (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no file of weights .*none.safetensors"),
         (["eval"], "say what to score: a RUN, or --space, --arch, --weights and --data"),
     ],

@@ -304,7 +304,7 @@ def test_a_space_whose_file_does_not_load(ends: Ends, tmp_path: Path, code: str)
 def test_a_run_folder_that_cannot_be_made(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for place in ("file", "file/run", "/proc/run"):
-        ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={place}"], 3, "choose another --run-dir")
+        ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={place}"], 3, "choose another folder (--run-dir")
 
 
 def test_a_full_disk(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 photos                                    the winner of runs/photos on the validation images
-photos --part test --data newer-photos/   on another data set with the same classes
+photos --part all --data newer-photos/    on another data set with the same classes
 --space nasbench201 --arch 3-1-0-2-4-3 --weights weights.safetensors --data photos/ --part test"""
 USED = ("space", "data", "resolution", "valid_fraction", "amp_dtype", "data_backend", "seed")
 
@@ -38,7 +38,7 @@ def parser() -> ArgumentParser:
     )
     made = command_parser(text, EXAMPLES)
     add_optional_run(made)
-    made.add_argument("--part", type=Literal["valid", "test"], default="valid", help="part of the data")
+    made.add_argument("--part", type=Literal["valid", "test", "all"], default="valid", help="part of the data")
     made.add_argument("--weights", type=str | None, default=None, help="FILE of weights, instead of those of RUN")
     add_options(made, Study, skip=tuple(f.name for f in dataclasses.fields(Study) if f.name not in USED))
     add_device_option(made)

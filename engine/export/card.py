@@ -22,16 +22,24 @@ WITH_ONNX = """
 import json
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import {modules}
 
 session = onnxruntime.InferenceSession("model.onnx")
 facts = {{k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}}
-image = Image.open("image.png").convert("RGB").resize(({resolution}, {resolution}))
+{image}
 pixels = (np.asarray(image, np.float32) / 255 - np.float32(facts["mean"])) / np.float32(facts["std"])
 (logits,) = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}})
 print(facts["classes"][logits[0].argmax()])
 ```
 """
+
+# As the loader brings images to the network's size (engine/data/loader.py): those of arrays whole, of files the centre.
+WHOLE = """image = Image.open("image.png").convert("RGB").resize(({resolution}, {resolution}))"""
+CENTRE = """image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
+scale = {shorter} / min(image.size)
+image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BILINEAR)
+left, top = ((length - {resolution}) // 2 for length in image.size)
+image = image.crop((left, top, left + {resolution}, top + {resolution}))"""
 
 FILES = {
     "weights.safetensors": "parameters and buffers",
@@ -60,6 +68,10 @@ def model_card(report: Json, task: Json) -> str:
         ("training", facts["training"]),
         ("teacher", facts["taught"]),
     ]
+    shorter = resolution + 2 * round(resolution / 14)
+    image = (CENTRE if facts["files"] else WHOLE).format(resolution=resolution, shorter=shorter)
+    modules = "Image, ImageOps" if facts["files"] else "Image"
+    cropped = f"the centre of images whose shorter side was brought to {shorter} pixels" if facts["files"] else "images"
     latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
     forms = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
     checked = ", ".join(f"`{name}` {value:.1e}" for name, value in report["differences"].items())
@@ -77,10 +89,10 @@ def model_card(report: Json, task: Json) -> str:
             "Pixels in 0..1, minus the mean, divided by the standard deviation, for each channel:\n",
             f"- mean {', '.join(f'{value:.6g}' for value in task['mean'])}",
             f"- std {', '.join(f'{value:.6g}' for value in task['std'])}",
-            f"\n{facts['cropping']}",
+            f"\nAccuracies are on {cropped}, resized by DALI or torch, antialiased.",
             *(["\n## With model.py", WITH_MODEL_PY.format(resolution=resolution)] if not missing else []),
             "\n## With onnxruntime",
-            WITH_ONNX.format(resolution=resolution),
+            WITH_ONNX.format(image=image, modules=modules),
             "## Latency here\n",
             f"Milliseconds of a forward pass in float32 on {facts['machine']}; the least of three medians of ten.\n",
             "| form | ms |",

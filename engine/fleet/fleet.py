@@ -80,7 +80,10 @@ def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "
         logs.mkdir(parents=True, exist_ok=True)
         folder = orders.give(logs)
     except OSError as error:
-        raise EnvironmentUnusable(f"{logs} cannot be written: {error}; free space, or choose --run-dir") from error
+        raise EnvironmentUnusable(
+            f"{logs} cannot be written: {error}; free space, "
+            "or choose another folder (--run-dir or --out)"
+        ) from error
     beside = wanted.workers // wanted.nodes
     post = Post(str(logs), str(folder), wanted.device, wanted.devices, wanted.share, beside, module)
     if wanted.workers == 1 and wanted.nodes == 1 and providers.local(resources):

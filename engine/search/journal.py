@@ -78,7 +78,8 @@ class Journal:
         except BlockingIOError:
             self._file.close()
             raise UsageError(
-                f"another search is running in {self.path.parent}; wait for it, or choose another --run-dir"
+                f"another search is running in {self.path.parent}; wait for it, "
+                "or choose another folder (--run-dir or --out)"
             ) from None
         self._drop_torn_tail()
         if self._file.seek(0, os.SEEK_END) == 0:
@@ -173,7 +174,7 @@ def read(path: Path) -> Record:
                 elif entry["journal"] != SCHEMA:
                     raise UsageError(
                         f"{path} has journal format {entry['journal']}, this version reads {SCHEMA}; "
-                        "use the version that wrote it, or another --run-dir"
+                        "use the version that wrote it, or another folder (--run-dir or --out)"
                     )
             except (ValueError, KeyError, TypeError) as error:
                 raise EnvironmentUnusable(

@@ -153,7 +153,7 @@ def stoppable(resources: Resources, run_dir: Path) -> Iterator[Drain]:
 def unwritable(run_dir: Path, error: OSError) -> EnvironmentUnusable:
     return EnvironmentUnusable(
         f"{run_dir} cannot be written: {error}; free space or change its permissions, then repeat the command, "
-        "or choose another --run-dir"
+        "or choose another folder (--run-dir or --out)"
     )
 
 
@@ -321,12 +321,15 @@ def write_run_file(run_dir: Path, facts: Json) -> None:
     if stored["schema"] != FILE_SCHEMA:
         raise UsageError(
             f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}; "
-            "use the version that wrote it, or another --run-dir"
+            "use the version that wrote it, or another folder (--run-dir or --out)"
         )
     before = stored.setdefault("fingerprint", facts["fingerprint"])
     if before != facts["fingerprint"]:
-        raise UsageError(f"the data have changed since {run_dir} was begun; restore them, or choose another --run-dir")
-    stored["data"] = {name: facts[name] for name in ("classes", "resolution", "mean", "std", "images")}
+        raise UsageError(
+            f"the data have changed since {run_dir} was begun; restore them, "
+            "or choose another folder (--run-dir or --out)"
+        )
+    stored["data"] = {name: facts[name] for name in ("classes", "resolution", "mean", "std", "images", "files")}
     stored["calls"].append(
         {
             "command": sys.argv,

@@ -42,7 +42,7 @@ def train(study: Study, architecture: str, resources: Resources, out: Path, show
 def score(
     study: Study, trial: Trial, weights: Path, part: str, trained_on: Json | None, resources: Resources, show: Display
 ) -> Json:
-    """Accuracy of an architecture's weights on a part (valid or test) of the study's data.
+    """Accuracy of an architecture's weights on a part (valid, test, or all) of the study's data.
 
     `trained_on` holds classes, mean and std of the data that the weights were trained on; None: they are this data's.
     """
@@ -51,7 +51,7 @@ def score(
         task = {"study": config.to_dict(study), "run_dir": str(folder), "device": fleet.device, "part": part}
         given = {"trial": trial_to_json(trial), "weights": str(weights.absolute()), "trained_on": trained_on}
         found = fleet.submit("run_score", {**task, **given}).result()
-    where = f"the {part} part of {study.data}, {found['images']} images"
+    where = f"{'all' if part == 'all' else f'the {part} part'} of {study.data}, {found['images']} images"
     show.say(f"{trial.architecture} on {where}: accuracy {found['accuracy']:.4f}")
     return {"architecture": str(trial.architecture), "data": study.data, "part": part, **found}
 
@@ -86,7 +86,6 @@ def card_facts(run: Run, evaluation: Evaluation) -> Json:
     study, trial, call = run.study, evaluation.trial, run.facts["calls"][0]
     winner = (run.result or {}).get("winner", {})
     tested = winner.get("architecture") == str(trial.architecture) and winner["valid_accuracy"] == evaluation.accuracy
-    images = "centre crops of images whose shorter side was" if Path(study.data).is_dir() else "images"
     return {
         "title": f"{study.space} {trial.architecture}",
         "data": study.data,
@@ -95,7 +94,7 @@ def card_facts(run: Run, evaluation: Evaluation) -> Json:
         "test_accuracy": winner["test_accuracy"] if tested else None,
         "training": _training(study, trial),
         "taught": _taught(study, trial.fidelity),
-        "cropping": f"Accuracies are on {images} resized by DALI or torch, antialiased.",
+        "files": data_of(run).get("files", Path(study.data).is_dir()),  # earlier versions did not keep it
         "run": run.folder.name,
         "command": shlex.join(call["command"]),
         "trained_with": call["versions"],

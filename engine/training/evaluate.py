@@ -70,6 +70,7 @@ def run_probe(task: Json) -> Json:
         "mean": list(bench.data.mean),
         "std": list(bench.data.std),
         "fingerprint": fingerprint(bench.data),
+        "files": bench.data.train.files is not None,
         "images": {"train": len(bench.data.train.labels), "valid": len(bench.data.valid.labels)},
         "device": device_name(bench.device),
     }
@@ -135,8 +136,8 @@ def run_latency(task: Json) -> list[float]:
 
 
 def run_score(task: Json) -> Json:
-    """Accuracy of the weights in a file on `task["part"]` (valid or test) of the data, which may be another data set
-    than they were trained on: {"trial", "weights", "part", "trained_on" (classes, mean and std), ...}.
+    """Accuracy of the weights in a file on `task["part"]` (valid, test or all) of the data, which may be another data
+    set than they were trained on: {"trial", "weights", "part", "trained_on" (classes, mean and std), ...}.
 
     Raises UsageError where the classes are not those, in the same order.
     """
@@ -152,9 +153,11 @@ def run_score(task: Json) -> Json:
         trial.architecture.choices, len(bench.data.classes), trial.fidelity.width
     )
     load_weights(Path(task["weights"]), network)
-    part = getattr(bench.data, task["part"])
-    score = bench.accuracy(place(network, bench.device), part, trial.fidelity)
-    return {"accuracy": score, "images": len(part), "device": device_name(bench.device)}
+    names = ("train", "valid", "test") if task["part"] == "all" else (task["part"],)
+    parts = [getattr(bench.data, name) for name in names]
+    network, images = place(network, bench.device), sum(map(len, parts))
+    right = sum(len(part) * bench.accuracy(network, part, trial.fidelity) for part in parts)
+    return {"accuracy": right / images, "images": images, "device": device_name(bench.device)}
 
 
 def state_path(run_dir: Path, trial: Trial) -> Path:
