@@ -42,6 +42,7 @@ check: lint test
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench/bench_*.py --benchmark-only
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/bench_surrogate.py
+	$(BIN)/python -m bench.bench_fleet overhead --workers 4 --trials 400
 
 # A stamp newer than what it was made from: a second call installs nothing.
 install: $(VENV)/.installed

@@ -72,6 +72,8 @@ def drive(workers: int, trials: int, seconds: float, run_dir: Path) -> dict[str,
         fleet.close()
     helpers = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = history.answered
+    assert len(done) == trials, "trials were lost: nothing is timed"
+    assert all(e.ok for e in done), "trials failed: nothing is timed"
     first, last = min(e.started for e in done), max(e.started + e.seconds for e in done)
     # Once every worker has begun, and before the first has nothing left to do.
     begun_all, ended_one = (first + 10, last - 2 * seconds) if seconds else (first, last)

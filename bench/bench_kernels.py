@@ -3,7 +3,7 @@
     make bench-kernels                       CPU sizes, a table and plots under bench/results/
     python -m pytest bench/bench_kernels.py  CPU sizes, or the design's GPU sizes where CUDA is
 
-Every bench first checks the losses and gradients it is about to time against a float64 formula. Peers, written
+Every bench first checks the gradients that it is about to time against a float64 formula. Peers, written
 anew from their formulas: `repdistiller` (KD, AT, NST), `torchdistill` (KD with batchmean), `eager` PyTorch,
 `compile` (torch.compile of eager), `bmm` (NST through batched products), `liger` (Liger-Kernel, on CUDA).
 """

@@ -239,14 +239,16 @@ def test_graph_and_eager_score_alike(benchmark: Any, real: Ground) -> None:
     run("eager", trials, "eager")
     run("eager, seed 1", other, "eager")
     graph, eager, seeds = (np.array(tables[name]) for name in ("graph", "eager", "eager, seed 1"))
+    apart, by_luck = (float(((eager - other) ** 2).mean() ** 0.5) for other in (graph, seeds))
+    assert apart <= 2 * by_luck + 0.005, "graphs score otherwise than eager steps"
     report(
         benchmark,
         peer="eager",
         ratio=round(spent["eager"] / spent["graph"], 2),
         accuracies=tables,
         mean_difference=round(float((graph - eager).mean()), 4),
-        rms_difference=round(float(((graph - eager) ** 2).mean() ** 0.5), 4),
-        rms_between_seeds=round(float(((eager - seeds) ** 2).mean() ** 0.5), 4),
+        rms_difference=round(apart, 4),
+        rms_between_seeds=round(by_luck, 4),
     )
 
 

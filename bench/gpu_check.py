@@ -155,7 +155,8 @@ def main() -> int:
         report["benches"].append(run_bench(name))
         write(report, path)
     print(f"wrote {path}")
-    return 1 if report.get("tests", {"exit_code": 0})["exit_code"] != 0 else 0
+    parts = [report.get("tests", {"exit_code": 0}), *report["benches"]]
+    return 1 if any(part["exit_code"] != 0 for part in parts) else 0
 
 
 if __name__ == "__main__":
