@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,13 @@ class Candidates:
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
         return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
+
+    def spread(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, cheapest first."""
+        order = np.argsort(self.macs, kind="stable")
+        edges = np.linspace(0, len(order), count + 1).astype(np.int64)
+        picks = [int(rng.integers(a, b)) for a, b in pairwise(edges)]
+        return np.asarray(order[picks], dtype=np.int64)
 
     @cached_property
     def _found(self) -> dict[Architecture, int | None]:

@@ -27,7 +27,7 @@ def expected_hypervolume(mean: Array, std: Array, cost: Array, known: Array, kno
     order = np.argsort(known_cost, kind="stable")
     front = np.maximum.accumulate(known[order])
     edges = np.append(known_cost[order], max(float(cost.max()), float(known_cost.max())))
-    floor = float(known.min()) if len(known) else 0.0
+    floor = float(known.min())
     total = np.maximum(edges[0] - cost, 0.0) * expected_improvement(mean, std, floor)
     for i, level in enumerate(front):
         width = np.maximum(edges[i + 1] - np.maximum(cost, edges[i]), 0.0)

@@ -63,7 +63,7 @@ class Hindsight:
         """The surrogate fitted to these answers."""
         plan, history = self.run.plan, History(list(answers), [])
         lows = [scores(self.candidates, history, low) for low in plan.lows]
-        return estimate(self.candidates, lows, scores(self.candidates, history, plan.high), abs(plan.seed), Use())
+        return estimate(self.candidates, lows, scores(self.candidates, history, plan.high), plan.seed, Use())
 
     def opinion(
         self, architecture: Architecture, known: int | None = None, number: int | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,8 @@ def fast_enough(
     where no candidate fits, EnvironmentUnusable where a search that has begun has lost its file.
     """
     if not begun:
-        sample = [candidates.architecture(row) for row in spread(candidates, seed)]
+        rows = candidates.spread(min(SAMPLE, len(candidates)), np.random.default_rng(seed))
+        sample = [candidates.architecture(row) for row in rows]
         taken = dict(zip(map(str, sample), measure(sample), strict=True))
         write_whole(path, json.dumps({"milliseconds": taken}, indent=1) + "\n")
     elif not path.exists():
@@ -66,14 +66,6 @@ def fast_enough(
     if not speeds.measured.all():
         how += f", the others predicted with an error of {100 * speeds.error:.0f} % and {MARGIN:g} times that as margin"
     return candidates.where(keep), f"latency: {keep.sum():,} candidates take at most {limit:g} ms ({how})"
-
-
-def spread(candidates: Candidates, seed: int) -> list[int]:
-    """Rows of at most SAMPLE candidates, one drawn at random from each of as many equal slices of the order by MACs."""
-    count, rng = min(SAMPLE, len(candidates)), np.random.default_rng(abs(seed))
-    order = np.argsort(candidates.macs, kind="stable")
-    edges = np.linspace(0, len(order), count + 1).astype(np.int64)
-    return [int(order[rng.integers(a, b)]) for a, b in pairwise(edges)]
 
 
 def estimate(candidates: Candidates, measured: dict[str, float]) -> Speeds:

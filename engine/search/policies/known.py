@@ -104,7 +104,7 @@ def ask(
 
 def generator(history: History, plan: Plan) -> np.random.Generator:
     """Random numbers of this decision: the same for the same history."""
-    return np.random.default_rng([abs(plan.seed), history.asked, len(history.answered)])
+    return np.random.default_rng([plan.seed, history.asked, len(history.answered)])
 
 
 def unasked(candidates: Candidates, asked: Rows) -> npt.NDArray[np.bool_]:

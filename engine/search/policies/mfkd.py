@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -88,7 +87,8 @@ def mfkd(candidates: Candidates, history: History, plan: Plan, slots: int, rules
     )
     first = _first_batch(state) if rules.use.low else 0
     if asked_low < first:
-        spread = _spread(candidates, plan.seed, first)
+        rng = np.random.default_rng(plan.seed)
+        spread = rng.permutation(candidates.spread(first, rng))
         rows = spread[unasked(candidates, all_lows[0].asked)[spread]]  # some may come from a study made before
         return ask(candidates, history, plan, rows[: min(slots, first - asked_low)], plan.lows[0])
     # Nothing is decided on a handful of scores while the rest of the batch is under way.
@@ -113,15 +113,6 @@ def _first_batch(state: State) -> int:
     return min(budget, n, max(few, min(many, round(FIRST_BATCH_COST / price))))
 
 
-def _spread(candidates: Candidates, seed: int, count: int) -> Rows:
-    """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, shuffled."""
-    rng = np.random.default_rng(abs(seed))
-    order = np.argsort(candidates.macs, kind="stable")
-    edges = np.linspace(0, len(order), count + 1).astype(np.int64)
-    picks = np.array([rng.integers(a, b) for a, b in itertools.pairwise(edges)])
-    return np.asarray(order[rng.permutation(picks)], dtype=np.int64)
-
-
 def _refit(all_scores: Scores) -> Scores:
     """The scores that the surrogate is fitted to: later ones wait for the next refit, and count as pending."""
     n = len(all_scores)
@@ -138,7 +129,7 @@ def _refit(all_scores: Scores) -> Scores:
 
 def _fitted(candidates: Candidates, lows: tuple[Scores, ...], high: Scores, seed: int, use: Use) -> Estimate:
     content = tuple((s.rows.tobytes(), s.values.tobytes(), s.counts.tobytes()) for s in (*lows, high))
-    return _estimate(Same(candidates), content, abs(seed), use)
+    return _estimate(Same(candidates), content, seed, use)
 
 
 @lru_cache(maxsize=2)
@@ -169,7 +160,7 @@ def _looks(state: State, known: Estimate, slots: int, rules: Rules) -> tuple[lis
     looked = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
     rest = unasked(state.candidates, np.concatenate([state.high.asked, rows[looked]]))
     others = (known.mean[rest], np.sqrt(known.variance[rest]))
-    best, seed = _to_beat(known), abs(state.plan.seed)
+    best, seed = _to_beat(known), state.plan.seed
 
     def gain(points: Rows) -> float:
         variance = np.diag(covariance)[points]

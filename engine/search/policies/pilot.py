@@ -67,7 +67,7 @@ def chosen(candidates: Candidates, count: int, seed: int) -> list[Architecture]:
 def _spread(candidates: Same, count: int, seed: int) -> tuple[int, ...]:
     """Rows at the places of van der Corput's sequence, shifted, in the order by MACs; equals in MACs are shuffled."""
     macs = candidates.value.macs
-    rng = np.random.default_rng(abs(seed))
+    rng = np.random.default_rng(seed)
     shift = rng.random()
     order = np.lexsort((rng.random(len(macs)), macs))
     rows: dict[int, None] = {}

@@ -21,7 +21,7 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     if len(high) < ENOUGH_LOW:
         return max(full, key=lambda e: e.accuracy, default=None)
     lows = [scores(candidates, history, low) for low in plan.lows]
-    known = estimate(candidates, lows, high, abs(plan.seed), Use())
+    known = estimate(candidates, lows, high, plan.seed, Use())
     noise = noise_variance(history, plan, high, known.y)
     best = candidates.architecture(int(high.rows[np.argmax(posterior(known.linear, known.y, high.counts, noise)[0])]))
     return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
