@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,29 @@ def test_a_second_signal_stops_at_once(number: int, code: int, tmp_path: Path) -
     process.send_signal(number)
     finish(process, code)
     assert processes(tmp_path) == []
+
+
+DEAF = """
+import signal, threading, time
+from concurrent.futures import Future
+from engine.fleet.drain import answer_of
+
+future = Future()
+signal.signal(signal.SIGUSR1, lambda *call: future.set_result("heard"))
+
+def beside():
+    time.sleep(0.3)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+threading.Thread(target=beside).start()
+print(answer_of(future))
+"""
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_heard_all_the_same() -> None:
+    """As one in the moment before it begins to wait; here another thread takes it."""
+    done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "heard\n"
 
 
 def test_what_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:

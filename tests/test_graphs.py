@@ -313,7 +313,8 @@ def test_the_average_of_a_cohort_is_each_ones_own() -> None:
     from engine.training.student import adopt_average, update_average
 
     member = replace(ready(), average=None)
-    member.average = [v.clone() for v in member.network.state_dict().values() if v.is_floating_point()]
+    member.live = [v for v in member.network.state_dict().values() if v.is_floating_point()]
+    member.average = [v.clone() for v in member.live]
     start = member.average[0].clone()
     take_step(member, inputs())
     live = next(iter(member.network.state_dict().values())).clone()

@@ -130,7 +130,7 @@ def page(finished_run: Path) -> Path:
     from engine.report.write import write
     from engine.search.runs import open_run
 
-    return Path(write(open_run(str(finished_run)))["report"])
+    return Path(write(open_run(str(finished_run)), finished_run / "report")["report"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

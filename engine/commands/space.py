@@ -123,11 +123,12 @@ def sample_text(found: dict[str, Any]) -> str:
 
 def checked(values: Namespace) -> dict[str, Any]:
     """What `engine.training.spacecheck.run_check` found, on one worker."""
+    from engine.fleet.drain import answer_of
     from engine.search.single import worker
 
     task = {name: values[name] for name in ("space", "classes", "resolution", "teacher", "seed")}
     with worker(Resources(device="cpu", workers=1), None, "engine.training.spacecheck") as (fleet, _):
-        found: dict[str, Any] = fleet.submit("run_check", task).result()
+        found: dict[str, Any] = answer_of(fleet.submit("run_check", task))
     return found
 
 

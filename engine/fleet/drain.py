@@ -9,10 +9,22 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.fleet.processes import DRAINING
 from engine.trial import Drained
+
+T = TypeVar("T")
+# A signal that comes in the moment before a thread begins to wait does not wake it: Python's handler would run with the
+# next event only. So a wait of the main thread looks up every so many seconds.
+LOOK_S = 0.5
+
+
+def answer_of(future: Future[T]) -> T:
+    """What a future comes to. The main thread hears signals while it waits."""
+    while not future.done():
+        wait([future], LOOK_S)
+    return future.result()
 
 
 class Drain:
@@ -61,8 +73,9 @@ class Drain:
     def settle(self, futures: Iterable[Future[Any]]) -> None:
         """Waits for all of them, whatever they end with, as far as the grace goes."""
         with contextlib.suppress(Drained):
-            if not self._over:
-                wait(list(futures))
+            for future in futures if not self._over else ():
+                while not future.done():
+                    wait([future], LOOK_S)
 
     def rest(self) -> None:
         """The time is no longer looked at: what comes now must not be cut short."""

@@ -21,6 +21,7 @@ from engine import orders
 from engine.config import Resources
 from engine.fleet import processes, providers
 from engine.fleet.devices import Layout
+from engine.fleet.drain import answer_of
 from engine.fleet.supervisor import Post, Supervisor, Task, WorkerDied, call, result_of
 from engine.trial import EnvironmentUnusable
 
@@ -69,9 +70,9 @@ class Fleet(Protocol):
 def completed(fleet: Fleet, name: str, task: Task) -> Any:
     """The result of a task that stands alone; it is tried once more where its worker died."""
     try:
-        return fleet.submit(name, task).result()
+        return answer_of(fleet.submit(name, task))
     except WorkerDied:
-        return fleet.submit(name, task).result()
+        return answer_of(fleet.submit(name, task))
 
 
 def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.training.evaluate") -> Fleet:

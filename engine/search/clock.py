@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from engine.fleet.drain import answer_of
 from engine.search.journal import History
 from engine.trial import Evaluation, Trial
 
@@ -85,7 +86,7 @@ def drive(
         if not running:
             return history
         history.now, number, future = heapq.heappop(running)
-        evaluation = future.result()
+        evaluation = answer_of(future)
         history.pending = [trial for trial in history.pending if trial.number != number]
         history.answered.append(evaluation)
         history.times.append(history.now)
@@ -115,7 +116,8 @@ def _ask(
     if list(old) != proposed[: len(old)]:  # then what is proposed next must know of what was asked instead
         left = free - sum(map(shares, old))
         seen = History(history.answered, [*history.pending, *old])
-        proposed = [*old, *(propose(seen, left) if left > 0 else [])]
+        whole = seen.asked >= len(recorded)
+        proposed = [*old, *(propose(seen, left) if whole and left > 0 else [])]
     trials = [*old, *proposed[len(old) :]]
     taken = list(itertools.accumulate(map(shares, trials)))
     # One that needs more than there is goes alone: else it would wait for ever.

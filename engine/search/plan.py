@@ -15,6 +15,7 @@ from engine import config
 from engine.config import Budget, Resources, Study
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
+from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search import journal
 from engine.search.adopt import settings
@@ -90,7 +91,7 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
             def run(trials: list[Trial]) -> list[Evaluation]:
                 show.say(f"timing: {len(trials)} at a time, {trials[0].fidelity.epochs * TIMED_BATCHES} steps")
                 asked = {**task, "teacher": str(teacher), "trials": [trial_to_json(trial) for trial in trials]}
-                return [evaluation_from_json(answer) for answer in fleet.submit("run_trials", asked).result()]
+                return [evaluation_from_json(answer) for answer in answer_of(fleet.submit("run_trials", asked))]
 
             side = min(config.side_by_side(resources, gpu=wanted.device == "cuda"), len(fit))
             done = answered(run_dir / "journal.jsonl")
@@ -112,7 +113,7 @@ def plan_search(study: Study, budget: Budget, resources: Resources, run_dir: Pat
 def _stand_in(study: Study, architecture: Architecture, path: Path, task: Json, fleet: Fleet) -> None:
     """A teacher to be asked, as the search will have it but for its weights: "pretrained" is left as it was built."""
     network = study.teacher if config.ready_made(study.teacher) else f"{study.space}#{architecture}"
-    fleet.submit("run_teacher", {**task, "path": str(path), "network": network, "pretrained": True}).result()
+    answer_of(fleet.submit("run_teacher", {**task, "path": str(path), "network": network, "pretrained": True}))
 
 
 def spread(fit: Candidates, count: int) -> list[Architecture]:

@@ -15,6 +15,7 @@ from typing import Any
 from engine import config
 from engine.config import Budget, Resources, Study
 from engine.fleet.devices import layout
+from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search.ground import teacher_path
 from engine.search.progress import Display
@@ -50,7 +51,7 @@ def score(
     with worker(resources, None, "engine.training.evaluate") as (fleet, folder):
         task = {"study": config.to_dict(study), "run_dir": str(folder), "device": fleet.device, "part": part}
         given = {"trial": trial_to_json(trial), "weights": str(weights.absolute()), "trained_on": trained_on}
-        found = fleet.submit("run_score", {**task, **given}).result()
+        found = answer_of(fleet.submit("run_score", {**task, **given}))
     where = f"{'all' if part == 'all' else f'the {part} part'} of {study.data}, {found['images']} images"
     show.say(f"{trial.architecture} on {where}: accuracy {found['accuracy']:.4f}")
     return {"architecture": str(trial.architecture), "data": study.data, "part": part, **found}
@@ -73,7 +74,7 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, sh
     show.say(f"exporting {trial.architecture} of {run.folder}")
     logs = run.folder / "logs" if os.access(run.folder, os.W_OK) else None  # others' runs may be exported too
     with worker(resources, logs, "engine.export.forms") as (fleet, _):
-        report: Json = fleet.submit("run_export", {**task, "device": fleet.device}).result()
+        report: Json = answer_of(fleet.submit("run_export", {**task, "device": fleet.device}))
     worst = max(report["differences"].values())
     show.say(f"{', '.join(report['differences'])}: logits within {worst:.1e} of the checkpoint's")
     if report["no_model_py"]:

@@ -12,6 +12,9 @@ from engine.space import Candidates
 from engine.trial import Evaluation
 from surrogate.linear import Linear
 
+# Part of what left-out predictions are wrong by that is never held for luck.
+LEAST = 0.05
+
 
 def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
     """The full-fidelity answer to recommend, None where none succeeded: the best measured score, each shrunk towards
@@ -43,9 +46,11 @@ def front(history: History, plan: Plan) -> list[Evaluation]:
 def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> tuple[Array, Array]:
     """Mean and variance (m,) of the measured architectures' true scores: the measurement y (m,), a mean of `counts`
     (m,), and the prediction from the others, weighed by their variances. `noise` None: as uncertain as that one."""
-    model = linear.left_out_variance
-    luck = (model if noise is None else np.full(len(y), noise)) / counts
-    weight = model / (model + luck)
+    prior = linear.left_out_variance  # of a measurement: of the true score it is less by the luck in one
+    luck = (prior if noise is None else np.full(len(y), noise)) / counts
+    if noise is not None:
+        prior = np.maximum(prior - luck, LEAST * prior)
+    weight = prior / (prior + luck)
     return linear.left_out + weight * (y - linear.left_out), weight * luck
 
 
