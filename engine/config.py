@@ -156,7 +156,8 @@ class Plan:
     """What a policy is told of a run: its method, the fidelities it may ask for, how many of each, and a seed.
 
     `lows` holds the low fidelities, the main one first; most methods use that one only. Repeats of the best few
-    (the same architecture at full fidelity with another seed) count towards `max_high`.
+    (the same architecture at full fidelity with another seed) count towards `max_high`. A worker has `cohort` slots:
+    so many low-fidelity trials share it, while a full one takes all of them.
     """
 
     lows: tuple[Fidelity, ...]
@@ -165,6 +166,7 @@ class Plan:
     max_low: int = 50
     max_high: int = 20
     seed: int = 0
+    cohort: int = 1
 
 
 def ready_made(teacher: str) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.config import Plan
 from engine.search import policy
 from engine.search.journal import History
-from engine.search.policies.known import find_rows, scores
+from engine.search.policies.known import find_rows, scores, worker_count
 from engine.search.policies.mfkd import mfkd
 from engine.search.policies.recommend import posterior
 from engine.search.policy import METHODS, propose, winner
@@ -194,6 +194,22 @@ def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
     assert len(known.levels) == 2 - len(known.dropped)
     if not known.dropped:
         assert known.slopes[1] > known.slopes[0]
+
+
+def test_a_full_training_counts_as_the_worker_that_it_takes_and_a_low_one_as_its_share():
+    low, high = (Trial(n, SPACE.architecture(n), fidelity) for n, fidelity in enumerate((LOW, FULL)))
+    shared = Plan((LOW,), FULL, cohort=4)
+    assert worker_count(Plan((LOW,), FULL), History([], [low, high]), free=1) == 3
+    assert worker_count(shared, History([], [high]), free=4) == 2
+    assert worker_count(shared, History([], [high, low, low]), free=2) == 2
+    assert worker_count(shared, History([], [low]), free=1) == 1  # what was asked before the run had this many slots
+
+
+def test_a_gaussian_process_begins_with_one_random_full_training_for_each_worker_not_for_each_share_of_it():
+    first = [Evaluation(Trial(0, SPACE.architecture(7), FULL), "ok", 0.5)]
+    alone = propose(SPACE, History(first), Plan((LOW,), FULL, "gp"), 1)
+    shared = propose(SPACE, History(first), Plan((LOW,), FULL, "gp", cohort=4), 4)
+    assert alone[0] == shared[0]
 
 
 def test_repeats_are_asked_where_measurements_are_noisy_with_a_new_seed():

@@ -170,7 +170,8 @@ def evaluate_all(
 ) -> History:
     """The loop: every answer of the run, the journal's first, in the order of the run's clock."""
     record = journal.read(book.path)
-    plan, task = ground.plan, {**ground.task, "teacher": str(teacher_path(ground.study, ground.run_dir))}
+    plan = replace(ground.plan, cohort=slots.cohort)
+    task = {**ground.task, "teacher": str(teacher_path(ground.study, ground.run_dir))}
     if record.answers:
         show.say(f"continuing: {len(record.answers)} evaluations in the journal")
     for low in plan.lows:

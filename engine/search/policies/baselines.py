@@ -7,7 +7,7 @@ import numpy as np
 from engine.config import Plan
 from engine.search.journal import History
 from engine.search.policies.estimate import ground
-from engine.search.policies.known import Array, Rows, Same, Scores, ask, generator, scores, unasked
+from engine.search.policies.known import Array, Rows, Same, Scores, ask, generator, scores, unasked, worker_count
 from engine.space import Candidates
 from engine.trial import Trial
 from surrogate.baselines import fit_gp
@@ -88,7 +88,7 @@ def asha(candidates: Candidates, history: History, plan: Plan, slots: int) -> li
 def gp(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
     """The paper's rival: a Gaussian process on full fidelity alone, upper confidence bound."""
     high = scores(candidates, history, plan.high)
-    if high.trials < min(RANDOM_START, slots + len(history.pending)) or not len(high):
+    if high.trials < min(RANDOM_START, worker_count(plan, history, slots)) or not len(high):
         return random(candidates, history, plan, slots)
     return _take(candidates, history, plan, high, slots, _gp_bound(candidates, high.rows, high.values))
 

@@ -112,3 +112,9 @@ def unasked(candidates: Candidates, asked: Rows) -> npt.NDArray[np.bool_]:
     free = np.ones(len(candidates), dtype=bool)
     free[asked] = False
     return free
+
+
+def worker_count(plan: Plan, history: History, free: int) -> float:
+    """How many workers the run has, from its free slots and what is under way; at least 1."""
+    taken = sum(plan.cohort if trial.fidelity == plan.high else 1 for trial in history.pending)
+    return max(1.0, (free + taken) / plan.cohort)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from engine.config import Plan
 from engine.search.journal import History
 from engine.search.policies.estimate import PULL, Estimate, Use, estimate
-from engine.search.policies.known import Array, Rows, Same, Scores, ask, scores, unasked
+from engine.search.policies.known import Array, Rows, Same, Scores, ask, scores, unasked, worker_count
 from engine.search.policies.recommend import noise_variance, posterior
 from engine.space import Candidates
 from engine.trial import Fidelity, Trial
@@ -172,7 +172,7 @@ def _looks(state: State, known: Estimate, slots: int, rules: Rules) -> tuple[lis
     now = _next_improvement(state, known, best)
     # What the looks tell serves every full run begun before the next ones: of the best of n alike, the surplus
     # grows about as the root of n.
-    workers = slots + len(state.history.pending)
+    workers = worker_count(state.plan, state.history, slots)
     rate = now * state.price / np.sqrt(workers)
     if picks and (state.scarce or more > rate * len(picks)):
         return [int(rows[p]) for p in picks[: min(slots, state.lows_left)]], True
