@@ -238,13 +238,13 @@ def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_answer():
     assert chosen.accuracy >= order[-3].accuracy
 
 
-@pytest.mark.parametrize(("noise", "weight"), [(None, 0.5), (0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
+@pytest.mark.parametrize(("noise", "weight"), [(None, 0.75), (0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
 def test_a_measurement_counts_as_much_as_it_is_known_to_be_no_luck(noise, weight):
     """Left-out predictions of it have the variance 1, noise included."""
     fitted = Linear(np.zeros(2), np.eye(2), 0.3, left_out=np.array([0.0]), left_out_variance=np.array([1.0]))
     mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), noise)
     assert mean[0] == pytest.approx(weight)
-    assert variance[0] == pytest.approx(weight * (1.0 if noise is None else noise))
+    assert variance[0] == pytest.approx(weight * (0.25 if noise is None else noise))
 
 
 def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over():

@@ -9,6 +9,7 @@ own loop and pays, on the loop's clock, the seconds that the training took. The 
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,14 +47,22 @@ def main(run_dir: Path) -> None:
     answers = [e for e in journal.read(run_dir / "journal.jsonl").answers.values() if e.ok]
     KEPT.mkdir(exist_ok=True)
     path = KEPT / f"{run_dir.name}-table.csv"
-    rows = list(tabulate(answers, tested(run_dir, study, answers), load_space(study["space"])))
-    tables.dump(rows, path)
-    full = [e.seconds for e in answers if e.trial.fidelity.name == "high"]
-    unit, taught = sum(full) / len(full), float(teacher_card(run_dir)["seconds"])
-    names: dict[str, str] = {}  # of the lows with a loss, the first of the configuration: another is a control
-    for e in sorted(answers, key=lambda e: e.trial.number):
-        names.setdefault(e.trial.fidelity.name.partition("@")[0], e.trial.fidelity.name)
-    parts = pools(rows, run_dir / "pools")
+    rows = tabulate(answers, tested(run_dir, study, answers), load_space(study["space"]))
+    tables.dump(list(rows), path)
+    lines = searched(path, float(teacher_card(run_dir)["seconds"]), run_dir / "pools")
+    write(run_dir.name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *kept(run_dir)]))
+
+
+def searched(path: Path, taught: float, folder: Path) -> list[str]:
+    """What the page says of the searches of a kept table, whose teacher took `taught` seconds."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    full = [float(seconds) for line in rows if (seconds := line[f"seconds:{tables.FULL}"])]
+    unit = sum(full) / len(full)
+    names: dict[str, str] = {}  # of the lows with a loss, the first: another is a control
+    for low in tables.load(path).lows:
+        names.setdefault(low.partition("@")[0], low)
+    parts = pools(rows, folder)
     picks = {
         called: [
             picked(parts, method, names[loss], budget * unit - (0.0 if loss == "none" else taught))
@@ -62,7 +71,7 @@ def main(run_dir: Path) -> None:
         for called, method, loss in METHODS
         if loss in names
     }
-    lines = [
+    return [
         f"{len(full)} architectures, {unit:.1f} s a full training on the average; the teacher took {taught:.0f} s. "
         f"{SEARCHES} pools of {len(rows) * POOL:.0f}, {WORKERS} workers. The trainings: [csv](evidence/{path.name}).",
         "",
@@ -75,12 +84,11 @@ def main(run_dir: Path) -> None:
         row(["---"] * (1 + len(BUDGETS))),
         *(row([called, *map(gap, picks[OURS], picks[called])]) for called in picks if called != OURS),
     ]
-    write(run_dir.name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *kept(run_dir)]))
 
 
 def pools(rows: list[dict[str, str]], folder: Path) -> list[Path]:
     """Tables of a random part of the rows each: what one pool happens to hold is no method's merit."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for seed in range(SEARCHES):
         drawn = np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * POOL)]

@@ -12,13 +12,15 @@ from engine.space import Candidates
 from engine.trial import Evaluation
 from surrogate.linear import Linear
 
-# Part of what left-out predictions are wrong by that is never held for luck.
+# Part of what left-out predictions are wrong by that is never held for luck in the measurement, and the part that is
+# until repeats have shown how much there is: a measurement then counts three times as much as its prediction.
 LEAST = 0.05
+UNKNOWN_NOISE = 0.25
 
 
 def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
     """The full-fidelity answer to recommend, None where none succeeded: the best measured score, each shrunk towards
-    what the surrogate makes of the others (half way, unless repeats have shown how noisy a measurement is)."""
+    what the surrogate makes of the others (a quarter of the way, unless repeats have shown how noisy one is)."""
     full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
     high = scores(candidates, history, plan.high)
     if len(high) < ENOUGH_LOW:
@@ -45,13 +47,17 @@ def front(history: History, plan: Plan) -> list[Evaluation]:
 
 def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> tuple[Array, Array]:
     """Mean and variance (m,) of the measured architectures' true scores: the measurement y (m,), a mean of `counts`
-    (m,), and the prediction from the others, weighed by their variances. `noise` None: as uncertain as that one."""
+    (m,), and the prediction from the others, weighed by their variances. `noise` None: UNKNOWN_NOISE."""
     prior = linear.left_out_variance  # of a measurement: of the true score it is less by the luck in one
-    luck = (prior if noise is None else np.full(len(y), noise)) / counts
-    if noise is not None:
-        prior = np.maximum(prior - luck, LEAST * prior)
+    luck = luck_in_one(linear, noise) / counts
+    prior = np.maximum(prior - luck, LEAST * prior)
     weight = prior / (prior + luck)
     return linear.left_out + weight * (y - linear.left_out), weight * luck
+
+
+def luck_in_one(linear: Linear, noise: float | None) -> Array:
+    """Variance (m,) of one full measurement around its architecture's true score, on the scale of y."""
+    return UNKNOWN_NOISE * linear.left_out_variance if noise is None else np.full(len(linear.left_out), noise)
 
 
 def noise_variance(history: History, plan: Plan, high: Scores, y: Array) -> float | None:
