@@ -47,6 +47,18 @@ class Dropping(Net):
         return logits, features
 
 
+class Skipping(Net):
+    """Leaves a layer out of its first step, as LayerDrop and stochastic depth may."""
+
+    steps = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = self.one(images).relu()
+        self.steps += self.training
+        second = self.norm(self.two(first) if self.steps > 1 else first[:, :, ::2, ::2]).relu()
+        return self.head(second.flatten(1)), [first, second]
+
+
 class Exploding(Net):
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, features = super().forward(images)
@@ -133,6 +145,12 @@ def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Dat
     assert all(torch.equal(a, b) for a, b in zip(together[1], two([student(1)])[0], strict=True))
     other = prepare(Dropping(1), None, STUDY, "none", EXAMPLE, seed=2)
     assert not all(torch.equal(a, b) for a, b in zip(together[1], two([other])[0], strict=True))
+
+
+def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Data) -> None:
+    (member,) = trained(data, [Skipping(0)])
+    assert (member.status, member.error) == ("ok", "")
+    assert not torch.equal(member.network.two.weight, Skipping(0).two.weight)
 
 
 def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
