@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from engine.data.loader import Batches, eval_batches, train_batches
 from engine.data.parts import Data, load
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
-from engine.training.student import ProcessLost, Student, fatal, prepare, status_of
+from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
 from engine.trial import KDLoss
@@ -145,6 +146,21 @@ def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Dat
     assert all(torch.equal(a, b) for a, b in zip(together[1], two([student(1)])[0], strict=True))
     other = prepare(Dropping(1), None, STUDY, "none", EXAMPLE, seed=2)
     assert not all(torch.equal(a, b) for a, b in zip(together[1], two([other])[0], strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_layer_draws_on_the_host_depends_on_the_student_and_the_step(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
+    member = prepare(Net(0), None, STUDY, "none", EXAMPLE, seed=1)
+    member.loss_sum = Mock(device=torch.device(device))
+
+    def drawn(step: int) -> float:
+        reseed(member, step)
+        return torch.rand(()).item()
+
+    assert drawn(0) == drawn(0) != drawn(1)
 
 
 def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Data) -> None:

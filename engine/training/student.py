@@ -168,10 +168,14 @@ def take_step(member: Student, inputs: Inputs) -> None:
 
 
 def reseed(member: Student, step: int) -> None:
-    """Keys the random numbers that layers like dropout draw: not who was trained before, nor where it was resumed."""
+    """Keys the random numbers that layers like dropout draw: not who was trained before, nor where it was resumed.
+
+    Those of the CPU in any case: beside a GPU too a network may decide on the host, as stochastic depth does.
+    """
     device, key = member.loss_sum.device, (member.seed + step * 0x9E3779B97F4A7C15) % 2**63
-    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    generator.manual_seed(key)
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
 
 
 @torch.no_grad()
