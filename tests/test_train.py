@@ -19,7 +19,7 @@ from engine.training.checkpoint import Progress
 from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
-from engine.trial import KDLoss
+from engine.trial import EnvironmentUnusable, KDLoss
 
 STUDY = Study(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
@@ -245,6 +245,25 @@ def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), Progress(3))
     assert checkpoint.restore(tmp_path / "wide.pt", member) == Progress()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(member), strict=True))
+
+
+def test_a_state_that_cannot_be_read_now_is_left_for_later(tmp_path: Path) -> None:
+    member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
+    path = tmp_path / "state.pt"
+    path.symlink_to("/proc/self/mem")  # reading its first bytes is an error of input and output
+    with pytest.raises(EnvironmentUnusable, match="state.pt cannot be read now .*; repeat the command"):
+        checkpoint.restore(path, member)
+    assert path.is_symlink()
+
+
+def test_memory_that_runs_out_does_not_cost_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member, path = prepare(Net(0), None, STUDY, "none", EXAMPLE), tmp_path / "state.pt"
+    checkpoint.save(path, member, Progress(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", Mock(side_effect=RuntimeError("DefaultCPUAllocator: not enough memory")))
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            checkpoint.restore(path, member)
+    assert checkpoint.restore(path, member) == Progress(1)
 
 
 def test_the_teacher_stays_as_it_is(data: Data) -> None:
