@@ -285,14 +285,15 @@ def test_a_teacher_of_another_split_is_told(task: Tasks) -> None:
 
 
 def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
-    """Another training that is to end in the same file begins anew."""
+    """Another training that is to end in the same file begins anew; settings that it does not depend on may change."""
     path, folder = tmp_path / "t.safetensors", orders.give(tmp_path)
-    asked, another = task(path=str(path), orders=str(folder)), task({"lr": 0.01}, path=str(path), orders=str(folder))
+    others: list[dict[str, Any]] = [{"lr": 0.01}, {}, {"low": dataclasses.replace(LOW, epochs=5), "kd_weight": 2.0}]
+    another, asked, compared = (task(changed, path=str(path), orders=str(folder)) for changed in others)
     orders.drain(folder)
     for this in (another, asked):
         with pytest.raises(Drained, match="epoch 1 of 2"):
             evaluate.run_teacher(this)
-    evaluate.run_teacher(asked)
+    evaluate.run_teacher(compared)
     card, unbroken = teacher.read_card(path), teacher.read_card(Path(task()["path"]))
     assert (card.accuracy, card.losses) == (unbroken.accuracy, unbroken.losses)
     assert all(load_file(task()["path"])[name].equal(value) for name, value in load_file(path).items())
