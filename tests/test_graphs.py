@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.config import Study
 from engine.data.loader import Batches, train_batches
 from engine.data.parts import Data, Part
+from engine.space import load_space
 from engine.training import graphs
 from engine.training.graphs import has_room, reason_for_eager, waits_for_device, why_not_recorded, without_trace
 from engine.training.student import Inputs, ProcessLost, Student, fatal, prepare, take_step
@@ -281,6 +282,18 @@ def test_a_kept_lesson_teaches_the_same_on_a_device(budget: int, monkeypatch: py
     assert kept[0].device.type == ("cpu" if budget > 10**9 else "cuda")
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(first[1][tap], again[1][tap]) for tap in first[1])
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("spec", ["nasbench201:channels=4,cells=1", "mobilenetv2:width=0.1", "shufflenetv2:width=0.1"])
+def test_features_are_in_channels_last_on_a_device(spec: str) -> None:
+    space = load_space(spec)
+    choices = tuple(min(radix - 1, 3) for radix in space.radices)
+    network = space.build(choices, 10, 1.0).cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+    _, features = network(images)
+    assert all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features)
 
 
 @pytest.mark.gpu
