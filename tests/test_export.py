@@ -106,6 +106,8 @@ def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> N
     images = (pixels / 255 - mean) / std
     truth = logits(tmp_path, task, images)
     assert truth.std() > 1e-3  # not the same for everything
+    elsewhere = export._import(out / "model.py").preprocess(pixels.to("meta"))
+    assert elsewhere.device.type == "meta"  # where the pixels are, as on a GPU
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     assert facts == {name: task[name] for name in ("classes", "resolution", "mean", "std")}
