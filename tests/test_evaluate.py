@@ -135,6 +135,23 @@ def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch:
     assert list(path.parent.glob("*.state.pt")) == []
 
 
+@pytest.mark.parametrize(("status", "kept"), [("diverged", False), ("error", False), ("oom", True)])
+def test_a_full_training_that_would_fail_again_leaves_no_state(
+    task: Tasks, monkeypatch: pytest.MonkeyPatch, status: Any, kept: bool
+) -> None:
+    trial = Trial(0, ARCHITECTURES[1], HIGH, seed=6)
+    state = evaluate.state_path(Path(task()["run_dir"]), trial)
+
+    def fail_in_the_second_epoch(students: list[Any], *_: Any) -> None:
+        evaluate.checkpoint.save(state, students[0], Progress(1))
+        students[0].leave(status, "for a reason")
+
+    monkeypatch.setattr(evaluate, "train", fail_in_the_second_epoch)
+    (answer,) = run(task, [trial])
+    assert (answer.status, state.exists()) == (status, kept)
+    state.unlink(missing_ok=True)
+
+
 CROWDED = '''
 import sys
 from torch import nn
