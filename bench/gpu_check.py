@@ -1,10 +1,10 @@
 """All GPU tests and GPU benches of the project in one call, one JSON out: `make gpu-check OUT=folder`.
 
-Runs under any Python that has torch, triton, pytest and pytest-benchmark; installs nothing. Tests and
-benches take 10 minutes each at most: every part has a limit, and what a limit cut off is said in the JSON, with the
-failures up to there. The JSON is written after each part; `--only tests` and `--only benches`, for machines that end
-a command after 10 minutes, write one of their own. Exits with 1 if a test failed or was cut off, with 2 where there is
-no CUDA device.
+Runs under any Python that has torch, torchvision, triton, numpy, pillow, safetensors, pyyaml, psutil, pytest and
+pytest-benchmark; installs nothing. Tests and benches take 10 minutes each at most: every part has a limit, and what a
+limit cut off is said in the JSON, with the failures up to there. The JSON is written after each part; `--only tests`
+and `--only benches`, for machines that end a command after 10 minutes, write one of their own. Exits with 1 if a test
+failed or was cut off, with 2 where there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def run_pytest(arguments: list[str], limit_s: float) -> dict[str, Any]:
         out.seek(0)
         lines = out.read().splitlines()
     print("\n".join(lines[-40:]), flush=True)
+    failed, last = failures(lines), [line.strip() for line in lines if line.strip()][-3:]
+    if code and (code != 1 or not failed):  # a package or plugin that is missing, no tests: nothing may have run
+        failed.append(" | ".join(last))
     return {
         "arguments": arguments,
         "exit_code": code,
         "seconds": round(time.monotonic() - start, 1),
-        "closing_line": lines[-1] if lines else "",
-        "failures": failures(lines),
+        "closing_line": last[-1] if last else "",
+        "failures": failed,
     }
 
 

@@ -75,7 +75,7 @@ class Study:
         0.0, "decay of the running average of the weights that full-fidelity evaluations score and keep; 0 is none"
     )
     amp_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "precision of the forward pass; auto is bfloat16 on CUDA and float32 on CPU"
+        "auto", "precision of the forward pass in training; auto is bfloat16 on CUDA and float32 on CPU"
     )
     data_backend: Literal["dali", "resident", "synthetic"] = option("dali", "what feeds the training")
     min_macs: float = option(0.0, "propose only architectures with at least so many multiply-accumulates")

@@ -420,4 +420,4 @@ def _check_target(
         lam = lam.expand(rows)
     if lam.shape != rows:
         raise ValueError(f"lam has shape {tuple(lam.shape)}; give a float or one share a row {tuple(rows)}")
-    return target, target_b.long(), lam.to(torch.float32)
+    return target, target_b.long(), lam.to(logits.device, torch.float32)

@@ -135,6 +135,23 @@ def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch:
     assert list(path.parent.glob("*.state.pt")) == []
 
 
+@pytest.mark.parametrize(("status", "kept"), [("diverged", False), ("error", False), ("oom", True)])
+def test_a_full_training_that_would_fail_again_leaves_no_state(
+    task: Tasks, monkeypatch: pytest.MonkeyPatch, status: Any, kept: bool
+) -> None:
+    trial = Trial(0, ARCHITECTURES[1], HIGH, seed=6)
+    state = evaluate.state_path(Path(task()["run_dir"]), trial)
+
+    def fail_in_the_second_epoch(students: list[Any], *_: Any) -> None:
+        evaluate.checkpoint.save(state, students[0], Progress(1))
+        students[0].leave(status, "for a reason")
+
+    monkeypatch.setattr(evaluate, "train", fail_in_the_second_epoch)
+    (answer,) = run(task, [trial])
+    assert (answer.status, state.exists()) == (status, kept)
+    state.unlink(missing_ok=True)
+
+
 CROWDED = '''
 import sys
 from torch import nn
@@ -285,14 +302,15 @@ def test_a_teacher_of_another_split_is_told(task: Tasks) -> None:
 
 
 def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
-    """Another training that is to end in the same file begins anew."""
+    """Another training that is to end in the same file begins anew; settings that it does not depend on may change."""
     path, folder = tmp_path / "t.safetensors", orders.give(tmp_path)
-    asked, another = task(path=str(path), orders=str(folder)), task({"lr": 0.01}, path=str(path), orders=str(folder))
+    others: list[dict[str, Any]] = [{"lr": 0.01}, {}, {"low": dataclasses.replace(LOW, epochs=5), "kd_weight": 2.0}]
+    another, asked, compared = (task(changed, path=str(path), orders=str(folder)) for changed in others)
     orders.drain(folder)
     for this in (another, asked):
         with pytest.raises(Drained, match="epoch 1 of 2"):
             evaluate.run_teacher(this)
-    evaluate.run_teacher(asked)
+    evaluate.run_teacher(compared)
     card, unbroken = teacher.read_card(path), teacher.read_card(Path(task()["path"]))
     assert (card.accuracy, card.losses) == (unbroken.accuracy, unbroken.losses)
     assert all(load_file(task()["path"])[name].equal(value) for name, value in load_file(path).items())

@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
+from engine.data.loader import eval_batches
+from engine.data.parts import Data, Part
 from engine.export import forms as export
+from engine.export.card import with_onnx
 from engine.space import load_space
 from engine.training.weights import save_weights
 from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError, trial_to_json, weights_path
@@ -101,6 +106,8 @@ def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> N
     images = (pixels / 255 - mean) / std
     truth = logits(tmp_path, task, images)
     assert truth.std() > 1e-3  # not the same for everything
+    elsewhere = export._import(out / "model.py").preprocess(pixels.to("meta"))
+    assert elsewhere.device.type == "meta"  # where the pixels are, as on a GPU
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     assert facts == {name: task[name] for name in ("classes", "resolution", "mean", "std")}
@@ -111,6 +118,35 @@ def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> N
         torch.save(pixels, tmp_path / "pixels.pt")
         subprocess.run([sys.executable, "-I", "-c", ALONE, str(out)], check=True, cwd=tmp_path)
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("files", "shape"),
+    [(False, (32, 32)), (False, (19, 19)), (True, (32, 32)), (True, (60, 45)), (True, (45, 60)), (True, (61, 33))],
+)
+def test_the_card_prepares_an_image_for_onnxruntime_as_the_loader_does(
+    files: bool, shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, column = np.indices(shape) / max(shape)
+    edge = np.where(row > column, 255, 0)  # where ways of resizing differ most
+    pixels = np.stack([row * 255, column * 255, edge], axis=2).astype(np.uint8)
+    for name in ("image.png", "image.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name, format="PNG")
+    images, paths = (None, (str(tmp_path / "image.png"),)) if files else (pixels[None], None)
+    part = Part(np.zeros(1, np.int64), images, paths)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    data = Data("one", part, part, part, ("a",), mean, std, 28, False)
+    (batch,) = eval_batches(part, data=data, batch_size=1, resolution=28)
+
+    session = Mock(**{"run.return_value": [np.zeros((1, 1))]})
+    facts = {"classes": ["a"], "mean": mean, "std": std}
+    session.get_modelmeta().custom_metadata_map = {name: json.dumps(value) for name, value in facts.items()}
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Mock(return_value=session))
+    monkeypatch.chdir(tmp_path)
+    exec(with_onnx(28, files).strip().removeprefix("```python").removesuffix("```"), {})
+    (found,) = (call.args[1]["images"] for call in session.run.call_args_list)
+    grey = 255 * np.array(std).reshape(3, 1, 1) * (found - batch.images.numpy())
+    assert np.abs(grey).mean((0, 2, 3)).max() < 0.5  # a pixel is 4 to 14 grey values; another filter differs by over 1
 
 
 OWN = """

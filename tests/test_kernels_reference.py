@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels import _dispatch, _ops
+from kernels import _dispatch, _ops, functional
 
 F64 = torch.float64
 # Of the largest gradient entry, by input type.
@@ -120,6 +120,13 @@ def test_cross_entropy_is_pytorchs(reduction: str, smoothing: float) -> None:
     assert_same(lambda x: kernels.ce_kd_loss(x, x.detach(), y, **options), lambda x: F.cross_entropy(x, y, **theirs), s)
     q = torch.softmax(draw(7, 10, seed=3), 1)
     assert_same(lambda x: kernels.ce_kd_loss(x, x.detach(), q, **options), lambda x: F.cross_entropy(x, q, **theirs), s)
+
+
+def test_a_share_that_was_drawn_on_the_host_goes_where_the_logits_are() -> None:
+    logits, y = torch.zeros(7, 3, device="meta"), torch.zeros(7, dtype=torch.long, device="meta")
+    for lam in (torch.tensor(0.3), torch.full((7,), 0.3, dtype=torch.float64)):
+        _, _, share = functional._check_target(logits, y, y, lam)
+        assert (share.device.type, share.dtype, share.shape) == ("meta", torch.float32, (7,))
 
 
 @pytest.mark.parametrize("lam", [0.3, torch.linspace(0, 1, 7)], ids=["float", "by row"])

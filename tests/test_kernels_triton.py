@@ -274,6 +274,14 @@ def test_attention_of_dead_nan_and_sliced_features(size: int) -> None:
 
 
 @kernel_test
+@pytest.mark.parametrize(("height", "width", "ratio"), [(5, 7, 1), (20, 18, 1), (3, 4, 2)])
+def test_attention_of_transposed_maps(height: int, width: int, ratio: int) -> None:
+    s = draw(2, 6, ratio * width, ratio * height).transpose(2, 3)
+    t = draw(2, 4, width, height, seed=1).transpose(2, 3)
+    check(lambda a, b, k: kernels.attention_transfer_loss(a, b, backend=k), s, t, TOLERANCE)
+
+
+@kernel_test
 def test_attention_of_equal_features_is_exactly_0() -> None:
     for size in (4, 20):
         f = draw(2, 6, size, size)
@@ -326,6 +334,13 @@ def test_nst_of_dead_clamped_nan_and_sliced_features(method: str) -> None:
     value, grad = gradient(lambda a, b, k: kernels.nst_loss(a, b, method=method, backend=k), s, t, "triton")
     assert value.isnan()
     assert grad.flatten(1).isnan().any(1).tolist() == [False, False, True]
+
+
+@kernel_test
+@pytest.mark.parametrize("method", ["spatial", "channel"])
+def test_nst_of_transposed_maps(method: str) -> None:
+    s, t = draw(2, 6, 5, 7).transpose(2, 3), draw(2, 9, 5, 7, seed=1).transpose(2, 3)
+    check(lambda a, b, k: kernels.nst_loss(a, b, method=method, backend=k), s, t, NST_TOLERANCE)
 
 
 @kernel_test

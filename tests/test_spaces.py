@@ -385,6 +385,8 @@ def test_depthwise_networks_start_as_he_et_al() -> None:
 def test_units_split_and_shuffle() -> None:
     a, b = torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1), torch.tensor([4.0, 5, 6]).view(1, 3, 1, 1)
     assert shuffled(a, b).flatten().tolist() == [1, 4, 2, 5, 3, 6]
+    half = torch.empty(2, 4, 5, 5, device="meta").to(memory_format=torch.channels_last)  # as any device but a CPU
+    assert shuffled(half, half).is_contiguous(memory_format=torch.channels_last)
     image = torch.rand(2, 8, 6, 6)
     output = Unit(8)(image)
     assert torch.equal(output[:, ::2], image[:, :4])

@@ -99,6 +99,25 @@ def test_beyond_the_budget_what_came_first_is_kept(batches: Batches) -> None:
     assert network.asked == 3
 
 
+def test_a_lesson_takes_the_place_of_a_larger_one_and_never_of_another(batches: Batches) -> None:
+    """Losses of a study in turn: the first one's large lessons do not keep the small ones of all others away."""
+    network, small, large = Counted(), {(0, True)}, {(0, False), (1, False)}
+    one_small, one_large = (
+        sum(tensor.nbytes for tensor in lessons(Teacher(Counted()), batches, taps)[0]) for taps in (small, large)
+    )
+    teacher = Teacher(network, budget=4 * one_large)
+    lessons(teacher, batches, large)
+    assert teacher.bytes == 4 * one_large
+    fresh = lessons(teacher, batches, small)
+    held = set(teacher.kept)
+    network.asked = 0
+    assert same(lessons(teacher, batches, small), fresh)
+    assert network.asked == 0
+    lessons(teacher, batches, large)
+    assert (network.asked, set(teacher.kept)) == (8 - (len(held) - 8), held)
+    assert teacher.bytes == 8 * one_small + (len(held) - 8) * one_large <= teacher.budget
+
+
 def test_a_budget_of_nothing_keeps_nothing(batches: Batches) -> None:
     teacher = Teacher(Counted())
     lessons(teacher, batches)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from engine.data.loader import Batches, eval_batches, train_batches
 from engine.data.parts import Data, load
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
-from engine.training.student import ProcessLost, Student, fatal, prepare, status_of
+from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
-from engine.trial import KDLoss
+from engine.trial import EnvironmentUnusable, KDLoss
 
 STUDY = Study(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
@@ -45,6 +46,18 @@ class Dropping(Net):
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, features = super().forward(nn.functional.dropout(images, 0.2, self.training))
         return logits, features
+
+
+class Skipping(Net):
+    """Leaves a layer out of its first step, as LayerDrop and stochastic depth may."""
+
+    steps = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = self.one(images).relu()
+        self.steps += self.training
+        second = self.norm(self.two(first) if self.steps > 1 else first[:, :, ::2, ::2]).relu()
+        return self.head(second.flatten(1)), [first, second]
 
 
 class Exploding(Net):
@@ -96,7 +109,7 @@ def weights(member: Student) -> list[Tensor]:
 def test_a_student_learns(data: Data) -> None:
     (member,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracies([member.network], valid, torch.float32)[0] > 0.9
+    assert accuracies([member.network], valid)[0] > 0.9
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
@@ -135,6 +148,27 @@ def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Dat
     assert not all(torch.equal(a, b) for a, b in zip(together[1], two([other])[0], strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_layer_draws_on_the_host_depends_on_the_student_and_the_step(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
+    member = prepare(Net(0), None, STUDY, "none", EXAMPLE, seed=1)
+    member.loss_sum = Mock(device=torch.device(device))
+
+    def drawn(step: int) -> float:
+        reseed(member, step)
+        return torch.rand(()).item()
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Data) -> None:
+    (member,) = trained(data, [Skipping(0)])
+    assert (member.status, member.error) == ("ok", "")
+    assert not torch.equal(member.network.two.weight, Skipping(0).two.weight)
+
+
 def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
     study = replace(STUDY, amp_dtype="bfloat16")
     taught = Teacher(teacher())
@@ -143,8 +177,10 @@ def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
     member.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     train([member], taught, batches(data, epochs=12), study, Stopwatch())
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracies([member.network], valid, torch.bfloat16)[0] > 0.9
     assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    assert accuracies([member.network], valid)[0] > 0.9
+    assert set(seen) == {torch.float32}, "scored in full precision"
     assert member.network.head.weight.dtype == torch.float32
 
 
@@ -211,6 +247,25 @@ def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), Progress(3))
     assert checkpoint.restore(tmp_path / "wide.pt", member) == Progress()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(member), strict=True))
+
+
+def test_a_state_that_cannot_be_read_now_is_left_for_later(tmp_path: Path) -> None:
+    member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
+    path = tmp_path / "state.pt"
+    path.symlink_to("/proc/self/mem")  # reading its first bytes is an error of input and output
+    with pytest.raises(EnvironmentUnusable, match="state.pt cannot be read now .*; repeat the command"):
+        checkpoint.restore(path, member)
+    assert path.is_symlink()
+
+
+def test_memory_that_runs_out_does_not_cost_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member, path = prepare(Net(0), None, STUDY, "none", EXAMPLE), tmp_path / "state.pt"
+    checkpoint.save(path, member, Progress(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", Mock(side_effect=RuntimeError("DefaultCPUAllocator: not enough memory")))
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            checkpoint.restore(path, member)
+    assert checkpoint.restore(path, member) == Progress(1)
 
 
 def test_the_teacher_stays_as_it_is(data: Data) -> None:

@@ -34,11 +34,12 @@ print(facts["classes"][logits[0].argmax()])
 """
 
 # As the loader brings images to the network's size (engine/data/loader.py): those of arrays whole, of files the centre.
-WHOLE = """image = Image.open("image.png").convert("RGB").resize(({resolution}, {resolution}))"""
+WHOLE = """image = Image.open("image.png").convert("RGB")
+image = image.resize(({resolution}, {resolution}), Image.Resampling.BILINEAR)"""
 CENTRE = """image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 scale = {shorter} / min(image.size)
 image = image.resize([round(scale * length) for length in image.size], Image.Resampling.BILINEAR)
-left, top = ((length - {resolution}) // 2 for length in image.size)
+left, top = ((length - {resolution} + 1) // 2 for length in image.size)
 image = image.crop((left, top, left + {resolution}, top + {resolution}))"""
 
 FILES = {
@@ -68,9 +69,7 @@ def model_card(report: Json, task: Json) -> str:
         ("training", facts["training"]),
         ("teacher", facts["taught"]),
     ]
-    shorter = resolution + 2 * round(resolution / 14)
-    image = (CENTRE if facts["files"] else WHOLE).format(resolution=resolution, shorter=shorter)
-    modules = "Image, ImageOps" if facts["files"] else "Image"
+    shorter = _shorter(resolution)
     cropped = f"the centre of images whose shorter side was brought to {shorter} pixels" if facts["files"] else "images"
     latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
     forms = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
@@ -92,7 +91,7 @@ def model_card(report: Json, task: Json) -> str:
             f"\nAccuracies are on {cropped}, resized by DALI or torch, antialiased.",
             *(["\n## With model.py", WITH_MODEL_PY.format(resolution=resolution)] if not missing else []),
             "\n## With onnxruntime",
-            WITH_ONNX.format(image=image, modules=modules),
+            with_onnx(resolution, facts["files"]),
             "## Latency here\n",
             f"Milliseconds of a forward pass in float32 on {facts['machine']}; the least of three medians of ten.\n",
             "| form | ms |",
@@ -107,6 +106,17 @@ def model_card(report: Json, task: Json) -> str:
             f"- exported with: {_named(facts['versions'])}\n",
         ]
     )
+
+
+def with_onnx(resolution: int, files: bool) -> str:
+    """The card's example of onnxruntime, for data that are image files or arrays."""
+    image = (CENTRE if files else WHOLE).format(resolution=resolution, shorter=_shorter(resolution))
+    return WITH_ONNX.format(image=image, modules="Image, ImageOps" if files else "Image")
+
+
+def _shorter(resolution: int) -> int:
+    """Pixels of the shorter side of an image file before its centre is taken."""
+    return resolution + 2 * round(resolution / 14)
 
 
 def _named(versions: dict[str, str | None]) -> str:

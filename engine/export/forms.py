@@ -61,7 +61,7 @@ def load(path: str | Path = Path(__file__).with_name("weights.safetensors")) -> 
 
 def preprocess(pixels: Tensor) -> Tensor:
     """Pixels (N, 3, RESOLUTION, RESOLUTION), RGB, 0 to 255, as the images that the model was trained on."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 

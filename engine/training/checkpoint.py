@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.training.student import Student
+from engine.training.student import Student, status_of
 from engine.training.weights import aside
+from engine.trial import EnvironmentUnusable
 
 SCHEMA = 2
 
@@ -46,14 +48,21 @@ def save(path: Path, member: Student, progress: Progress, of: str = "") -> None:
 def restore(path: Path, member: Student, of: str = "") -> Progress:
     """Puts a student into the state of a file; returns how far that is, nothing where there is no file.
 
-    A file that does not fit (of another training, or another version's) counts as none: training from the start gives
-    the same end.
+    A file that does not fit (of another training, or another version's) counts as none and is removed: training from
+    the start gives the same end. Raises EnvironmentUnusable where a file cannot be read now, and what says that memory
+    ran out: it may be whole, and worth hours.
     """
-    if not path.exists():
-        return Progress()
     try:
-        state = torch.load(path, map_location=member.loss_sum.device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Progress()
+    except OSError as error:
+        raise EnvironmentUnusable(f"{path} cannot be read now ({error}); repeat the command") from error
+    try:
+        state = torch.load(io.BytesIO(content), "cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if status_of(error) == "oom":
+            raise
         state = {}
     # All is compared before anything is loaded: a student that is half of another would be worse than a fresh one.
     fits = _fits(member.network, state.get("network")) and _fits(member.objective, state.get("objective"))

@@ -161,7 +161,7 @@ def run_score(task: Json) -> Json:
 
 
 def state_path(run_dir: Path, trial: Trial) -> Path:
-    """Where a full training keeps its state between epochs, until it is done."""
+    """Where a full training keeps its state between epochs, until it is done or has failed for good."""
     return weights_path(run_dir, trial).with_suffix(".state.pt")
 
 
@@ -303,6 +303,8 @@ def _key(study: Study, trial: Trial) -> int:
 def _answer(bench: Bench, trial: Trial, member: Student, score: float | Exception) -> Evaluation:
     """The evaluation of a student after its training; the weights of a full-fidelity one are kept."""
     if member.status != "ok":
+        if member.status != "oom":  # which may be for another job on the device: to repeat the training then helps
+            state_path(bench.run_dir, trial).unlink(missing_ok=True)
         return Evaluation(trial, member.status, error=member.error, execution=member.execution)
     try:
         if isinstance(score, Exception):

@@ -91,21 +91,14 @@ def why_not_recorded(error: RuntimeError) -> str:
 
 @torch.no_grad()
 def without_trace(member: Student, trial: Callable[[], None]) -> None:
-    """Runs `trial` steps, then puts the student back into the state it was in, in place: a graph knows the memory.
-
-    A momentum that did not exist before becomes 0, which a first step adds its gradient to: the same as none.
-    """
+    """Runs `trial` steps, then puts the student back into the state it was in, in place: a graph knows the memory."""
     saved = [(tensor, tensor.clone()) for tensor in member.state()]
-    known = {id(tensor) for tensor, _ in saved}
     try:
         with torch.enable_grad():
             trial()
     finally:
         for tensor, copy in saved:
             tensor.copy_(copy)
-        for buffer in member.momentum():
-            if id(buffer) not in known:
-                buffer.zero_()
 
 
 @dataclass

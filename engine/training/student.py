@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +41,9 @@ class Student:
         self.optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> list[Tensor]:
-        """All tensors that a step changes in place, as far as they exist: an optimiser makes its own in its first."""
+        """All tensors that a step changes in place."""
         modules = [*self.network.state_dict().values(), *self.objective.state_dict().values()]
-        return [*modules, self.loss_sum, *self.momentum()]
-
-    def momentum(self) -> list[Tensor]:
-        buffers: list[dict[str, Any]] = list(self.optimiser.state.values())
-        return [one["momentum_buffer"] for one in buffers if one.get("momentum_buffer") is not None]
+        return [*modules, self.loss_sum, *(kept["momentum_buffer"] for kept in self.optimiser.state.values())]
 
 
 @dataclass
@@ -129,6 +124,10 @@ def prepare(
         nesterov=study.momentum > 0,
         fused=True,
     )
+    # SGD makes them in a parameter's first step, but not where others have theirs by then: a step that is the first to
+    # take a layer (LayerDrop, stochastic depth) would fail. From 0 a first step is the same.
+    for parameter in parameters if study.momentum > 0 else []:
+        optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     # Weights and running statistics; counters are not averaged.
     live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
     return Student(
@@ -169,10 +168,14 @@ def take_step(member: Student, inputs: Inputs) -> None:
 
 
 def reseed(member: Student, step: int) -> None:
-    """Keys the random numbers that layers like dropout draw: not who was trained before, nor where it was resumed."""
+    """Keys the random numbers that layers like dropout draw: not who was trained before, nor where it was resumed.
+
+    Those of the CPU in any case: beside a GPU too a network may decide on the host, as stochastic depth does.
+    """
     device, key = member.loss_sum.device, (member.seed + step * 0x9E3779B97F4A7C15) % 2**63
-    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    generator.manual_seed(key)
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
 
 
 @torch.no_grad()

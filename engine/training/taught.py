@@ -23,13 +23,15 @@ class Teacher:
 
     What a batch holds depends on (seed, epoch, place in the epoch) and the subset alone, and a search asks for the same
     steps with every cohort. So what is kept is what came first: of steps 0..n-1 asked again and again, a cache that
-    drops the oldest would hold none by the time it is asked for.
+    drops the oldest would hold none by the time it is asked for. A study has several losses in turn, and the lessons of
+    one may be hundreds of times another's: in want of room a lesson replaces a larger one, and never the other way.
     """
 
     network: nn.Module
     budget: int = 0
     kept: dict[Hashable, Lesson] = field(default_factory=dict)
     bytes: int = 0
+    sizes: dict[int, list[Hashable]] = field(default_factory=dict)  # in bytes -> what is kept of that size
 
     def course(self, batches: Batches, taps: Collection[Tap]) -> Callable[[int, Tensor], Lesson]:
         """The function (step, its images (N, 3, R, R)) -> lesson, for the training on `batches`."""
@@ -44,12 +46,24 @@ class Teacher:
             with torch.no_grad(), autocast(images):
                 answer = lesson(self.network(images), taps)
             size = sum(tensor.nbytes for tensor in (answer[0], *answer[1].values()))
-            if self.bytes + size <= self.budget:
+            if self._make_room(size):
                 self.kept[key] = _map(_pinned, answer) if onto_host else answer
+                self.sizes.setdefault(size, []).append(key)
                 self.bytes += size
             return answer
 
         return at
+
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes can be kept, at need in place of one of the largest lessons, if that is larger."""
+        largest = max(self.sizes, default=0)
+        if self.bytes + size > self.budget and size < largest:
+            keys = self.sizes[largest]
+            del self.kept[keys.pop()]
+            self.bytes -= largest
+            if not keys:
+                del self.sizes[largest]
+        return self.bytes + size <= self.budget
 
 
 def _identity(batches: Batches) -> tuple[Hashable, ...]:

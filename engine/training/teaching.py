@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config import Resources, to_dict
+from engine.config import Resources
 from engine.data.parts import fingerprint
 from engine.training import checkpoint
 from engine.training import teacher as teachers
@@ -21,19 +21,23 @@ from engine.training.train import Stopwatch, train
 from engine.training.workbench import Bench
 from engine.trial import Fidelity, NoWinner
 
+# Of a study, what the training of a teacher depends on beside network and data. Others may change on the way.
+DEPENDS_ON = ("teacher_epochs", "batch_size", "lr", "momentum", "weight_decay", "amp_dtype", "data_backend", "seed")
+
 
 def train_teacher(bench: Bench, network: str, path: Path, resources: Resources) -> None:
     """Trains a network on the whole training part and saves it at `path`.
 
-    Its state is kept beside that file after every epoch: a training that was stopped goes on there, if settings and
-    data are the same. Raises NoWinner where it fails.
+    Its state is kept beside that file after every epoch: a training that was stopped goes on there, if what it depends
+    on is the same. Raises NoWinner where it fails.
     """
     start, study, data = time.perf_counter(), bench.study, bench.data
     torch.manual_seed(study.seed)
     built = teachers.build(network, len(data.classes), data.resolution, False)
     example = torch.zeros(2, 3, data.resolution, data.resolution, device=bench.device)
     pupil = prepare(built, None, study, "none", example)
-    state, of = path.with_suffix(".state.pt"), json.dumps([network, fingerprint(data), to_dict(study)])
+    settings = [getattr(study, name) for name in DEPENDS_ON]
+    state, of = path.with_suffix(".state.pt"), json.dumps([network, fingerprint(data), data.resolution, *settings])
     before = now = checkpoint.restore(state, pupil, of)
     batches = bench.lessons(Fidelity("teacher", epochs=study.teacher_epochs), study.seed, before.epochs)
     total = pupil.loss_sum.item()

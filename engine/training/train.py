@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.config import Execution, Study
 from engine.data.batches import Batch, Batches
 from engine.training.graphs import Lanes, Line
-from engine.training.student import Inputs, Student, adopt_average, autocast, precision
+from engine.training.student import Inputs, Student, adopt_average, precision
 from engine.training.taught import Teacher
 
 
@@ -104,21 +104,23 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
 
 
 @torch.no_grad()
-def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch], dtype: torch.dtype) -> list[float | Exception]:
+def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
     """Share of images (0..1) whose largest logit is the label, for each network, on one pass over the batches; in its
-    place the exception of one that raises. Leaves the networks in evaluation mode."""
+    place the exception of one that raises. Leaves the networks in evaluation mode.
+
+    In float32, whatever they were trained in: in bfloat16's 8 bits the two largest logits may be equal.
+    """
     hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
     total = 0
     for batch in batches:
-        images = batch.images.to(dtype)
+        images = batch.images.float()
         for place, network in enumerate(networks):
             before = hits[place]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
-                with autocast(images):
-                    logits, _ = network(images)
+                logits, _ = network(images)
                 hits[place] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
             except Exception as error:
                 hits[place] = error

@@ -23,7 +23,7 @@ from engine.data.parts import Data, Part, load, subset
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.latency import measure
-from engine.training.student import Student, precision
+from engine.training.student import Student
 from engine.training.train import accuracies
 from engine.trial import Drained, Fidelity
 
@@ -88,7 +88,7 @@ class Bench:
             backend=self.study.data_backend,
             threads=self.threads,
         )
-        return accuracies(networks, views, precision(self.study, self.device))
+        return accuracies(networks, views)
 
     def accuracy(self, network: nn.Module, part: Part, fidelity: Fidelity) -> float:
         """Accuracy (0..1) of one network; raises what it raises."""
