@@ -32,10 +32,12 @@ def parser() -> ArgumentParser:
 def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.hindsight import look_back
     from engine.search.runs import open_run, with_answers
+    from engine.space import load_space
     from engine.trial import Architecture
 
-    past = look_back(with_answers(open_run(values.run)))
-    found = explain(past, past.space.check(Architecture.parse(values.architecture)))
+    opened = with_answers(open_run(values.run))
+    architecture = load_space(opened.study.space).check(Architecture.parse(values.architecture))
+    found = explain(look_back(opened, [architecture]), architecture)
     if values.json:
         return found
     print(text(found))
@@ -88,6 +90,8 @@ def why(
             f"surrogate; this is {'one' if scores else 'none'} of them."
         ]
     reasons = []
+    if len(past.candidates) < past.everything:
+        reasons.append(f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, at random.")
     if study.method.split(":")[0] not in SURROGATE_METHODS:
         reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")
     if asked:
@@ -118,21 +122,32 @@ def why(
 
 
 def absence(past: Hindsight, architecture: Architecture) -> str:
-    """Why an architecture is no candidate."""
+    """Why an architecture is no candidate: of the limits those that it does not keep."""
+    from engine.search.ground import members
+
+    study = past.run.study
+    if study.only:
+        return f"It was never proposed: the search was among --only {study.only}."
     same = past.space.canonical(architecture.choices) if past.space.canonical else architecture.choices
     if same != architecture.choices:
         twin = "-".join(map(str, same))
         return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
-    study = past.run.study
-    limits = {"--min-macs": study.min_macs, "--max-macs": study.max_macs, "--max-params": study.max_params}
-    limits["--max-latency-ms"] = study.max_latency_ms
-    given = [f"{flag} {value:g}" for flag, value in limits.items() if 0 < value < float("inf")]
-    given += [f"--only {study.only}"] * bool(study.only)
-    if given:
-        return f"It was never proposed: it does not fit the limits of the search ({', '.join(given)})."
+    own = members(past.space, study, past.run.facts["data"], [architecture])
+    macs, params = float(own.macs[0]), float(own.params[0])
+    outside = []
+    if macs < study.min_macs:
+        outside.append(f"{macs:,.0f} MACs are under --min-macs {study.min_macs:g}")
+    if macs > study.max_macs:
+        outside.append(f"{macs:,.0f} MACs are over --max-macs {study.max_macs:g}")
+    if params > study.max_params:
+        outside.append(f"{params:,.0f} parameters are over --max-params {study.max_params:g}")
+    if architecture in past.slow:
+        outside.append(f"what was measured says that it takes more than --max-latency-ms {study.max_latency_ms:g}")
+    if outside:
+        return f"It was never proposed: it does not fit the limits of the search ({'; '.join(outside)})."
     return (
-        f"It is not among the {len(past.candidates):,} candidates looked at, of {past.everything:,}: a random part "
-        "of a space of many, and a random pool of one without a closed form for the cost."
+        f"It was never proposed: of the {past.space.size:,} architectures of the space a random part was looked at, "
+        "and it is not in that."
     )
 
 
