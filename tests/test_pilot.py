@@ -22,12 +22,14 @@ from engine.search.pilot import by_luck, recommended, study_fidelities, study_fi
 from engine.search.policies.pilot import Pilot, chosen
 from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.search.progress import Display
+from engine.search.runs import open_run
 from engine.space import candidates, load_space
 from engine.trial import (
     Architecture,
     Evaluation,
     Fidelity,
     NoWinner,
+    Status,
     Trial,
     UsageError,
     evaluation_to_json,
@@ -277,6 +279,29 @@ def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limi
     result = single.train(study, wanted, resources, tmp_path / "one", Display("none"))
     assert result["architecture"] == wanted
     assert [str(architecture) for architecture, _, _ in fleet.asked] == [wanted]
+
+
+@pytest.mark.parametrize("status", ["timeout", "diverged"])
+def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
+    status: Status, tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the same question: what it kept of its epochs goes by that."""
+
+    def train() -> dict[str, Any]:
+        return single.train(STUDY, "0-1-2-3-2-1", Resources(device="cpu", workers=1), tmp_path / "one", Display("none"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fleet, "measure", lambda trial, task: Evaluation(trial, status, error="too bad"))
+        for _ in range(2):
+            with pytest.raises(NoWinner, match="too bad"):
+                train()
+    assert train()["architecture"] == "0-1-2-3-2-1"
+    record = journal.read(tmp_path / "one" / "journal.jsonl")
+    assert [record.answers[t.number].status for t in record.asked] == [status, status, "ok"]
+    assert len({trial.key for trial in record.asked}) == 1
+    assert train()["valid_accuracy"] == record.answers[2].accuracy
+    assert len(fleet.asked) == 1, "a training that has succeeded is not asked again"
+    assert open_run(str(tmp_path / "one")).finished
 
 
 def _adopted(study: Study, folder: Path) -> list[Trial]:

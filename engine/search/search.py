@@ -61,9 +61,15 @@ class Purpose:
 
 
 def search(
-    study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display, log: Kind = "none"
+    study: Study,
+    budget: Budget,
+    resources: Resources,
+    run_dir: Path,
+    show: Display,
+    log: Kind = "none",
+    method: policy.Method | None = None,
 ) -> Json:
-    """Runs or continues the search of a run folder; returns what the command prints.
+    """Runs or continues the search of a run folder; returns what the command prints. `method` stands for the study's.
 
     Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
     """
@@ -76,7 +82,7 @@ def search(
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(ground, history, best, fleet, time.monotonic() - start)
 
-    purpose = Purpose("search", config.plan(study, budget), propose, end)
+    purpose = Purpose("search", config.plan(study, budget), method or propose, end)
     return run(purpose, study, budget, resources, run_dir, show, log)
 
 
