@@ -15,8 +15,10 @@ import pytest
 import cli
 from engine import config
 from engine.config import Budget, Resources, Study
+from engine.report import charts, predictions
 from engine.search import journal, search, single
 from engine.search.adopt import adopt
+from engine.search.hindsight import look_back
 from engine.search.journal import Journal
 from engine.search.pilot import by_luck, recommended, study_fidelities, study_first, usual_lows
 from engine.search.policies.pilot import Pilot, chosen
@@ -216,6 +218,42 @@ def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: For
         if trial.fidelity == STUDY.high:
             weights = tmp_path / "run" / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
             assert weights.read_text() == f"weights of {trial.architecture}"
+
+
+def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the predictions of the report nor by explain."""
+    result = run(tmp_path / "study", Pilot((GOOD,), 8))
+    command = ["search", "-c", result["config"], "--max-high", "14", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    opened = open_run(str(tmp_path / "run"))
+    full = [trial for trial in opened.record.asked if trial.fidelity == STUDY.high]
+    brought = {trial.architecture for trial in full[:8]}
+    assert sorted(look_back(opened).foretold()) == [
+        trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
+    ]
+    assert "but for what came with a study" in charts.low_against_full(opened).help
+    capsys.readouterr()
+    own = next(trial.architecture for trial in full if trial.architecture not in brought)
+    for architecture, says, not_so in (
+        (full[0].architecture, f"it came with the results of the study {tmp_path}/study", "It was asked for"),
+        (own, "It was asked for in full", "it came with"),
+    ):
+        assert cli.main(["explain", str(tmp_path / "run"), str(architecture)]) == 0
+        told = capsys.readouterr().out
+        assert says in told
+        assert not_so not in told
+
+
+def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    study = open_run(str(tmp_path / "study"))
+    assert "spread evenly over multiply-accumulates" in charts.low_against_full(study).help
+    past = look_back(study)
+    for chart in predictions.predicted(past, past.foretold()):
+        assert not chart.data
+        assert "asks no surrogate" in chart.help
 
 
 def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:

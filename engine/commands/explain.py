@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from engine.trial import Architecture, Evaluation
 
 
-SURROGATE_METHODS = ("mfkd", "mfkd-front")
-
-
 def parser() -> ArgumentParser:
     """Flags of the command."""
     made = command_parser(
@@ -51,10 +48,11 @@ def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     run, plan = past.run, past.run.plan
     scores = [e for e in run.answers if e.trial.architecture == architecture]
     asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
-    then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number) if asked else None
-    now = past.opinion(architecture)
-    if run.kind == "fidelity":
-        then = now = None
+    then = now = None
+    if run.kind == "search":
+        now = past.opinion(architecture)
+        if asked and asked.number not in run.adopted:
+            then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
     choices = zip(past.space.choices, architecture.choices, strict=True)
     return {
         "architecture": str(architecture),
@@ -92,16 +90,18 @@ def why(
     reasons = []
     if len(past.candidates) < past.everything:
         reasons.append(f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, at random.")
-    if study.method.split(":")[0] not in SURROGATE_METHODS:
+    if not past.run.asks_surrogate:
         reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")
     if asked:
+        if any(e.trial.number in past.run.adopted and e.trial.fidelity == plan.high for e in scores):
+            return [*reasons, f"It was not asked for: it came with the results of the study {study.pilot}."]
         if then is not None:
             reasons.append(
                 f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
                 f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
             )
             reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "unfit"]
-            if then.rank > 1:
+            if then.rank > 1 and past.run.asks_surrogate:
                 reasons.append(
                     "Better ones were passed over because full trainings under way count as if measured, so that "
                     "workers do not train twins, or because the search saw fewer answers than the journal had by then."
@@ -112,7 +112,8 @@ def why(
     if any(not e.ok for e in scores):
         reasons.append("Its evaluation failed, and a failed one is not asked for again.")
     if not scores:
-        reasons.append("It was never evaluated: other candidates promised more per second.")
+        others = "other candidates promised more per second" if past.run.asks_surrogate else "the method took others"
+        reasons.append(f"It was never evaluated: {others}.")
     used = sum(t.fidelity == plan.high for t in past.run.record.asked)
     reasons.append(
         f"It was not trained in full: at the end its upper bound is {ordinal(now.rank)} of the {now.among:,} "

@@ -114,9 +114,19 @@ def low_against_full(run: Run) -> Chart:
     help = (
         "A cheap judgement is worth its price if the dots rise from left to right, and more so than by size (colour) "
         f"alone. {'; '.join(words)}; in brackets 90 % intervals by bootstrap. Only what was trained in full is here: "
-        "chosen for being good, so these rank correlations are not those of the whole space."
+        f"{_chosen(run)}."
     )
     return Chart("low-full", title, help, data, layout)
+
+
+def _chosen(run: Run) -> str:
+    """How the architectures that were trained in full were chosen, and so what their rank correlations are worth."""
+    if run.kind == "fidelity":
+        return "spread evenly over multiply-accumulates, so these rank correlations are estimates for the whole space"
+    if run.study.method == "random":
+        return "drawn at random, so these rank correlations are estimates for the whole space"
+    brought = ", but for what came with a study" if run.adopted else ""
+    return f"chosen for being good{brought}, so these rank correlations are not those of the whole space"
 
 
 def with_interval(statistic: Callable[..., float], *samples: Array) -> str:

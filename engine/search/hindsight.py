@@ -93,13 +93,17 @@ class Hindsight:
         )
 
     def foretold(self) -> dict[int, Opinion]:
-        """What the surrogate said when full-fidelity trials were asked, by their number; repeats are left out, and of
-        more than FORETOLD only so many are looked at, evenly spread."""
+        """What the surrogate said when full-fidelity trials were asked, by their number; repeats and what a study
+        brought are left out, and of more than FORETOLD only so many are looked at, evenly spread."""
+        if self.run.kind == "fidelity":
+            return {}
         first: dict[Architecture, tuple[int, int]] = {}
         for trial, known in zip(self.run.record.asked, self.run.record.known, strict=True):
             if trial.fidelity == self.run.plan.high:
                 first.setdefault(trial.architecture, (known, trial.number))
-        some = list(first.items())[:: math.ceil(len(first) / FORETOLD) or 1]
+        adopted = self.run.adopted
+        own = [(architecture, when) for architecture, when in first.items() if when[1] not in adopted]
+        some = own[:: math.ceil(len(own) / FORETOLD) or 1]
         said = {number: self.opinion(architecture, known, number) for architecture, (known, number) in some}
         return {number: opinion for number, opinion in said.items() if opinion is not None}
 
