@@ -246,6 +246,16 @@ def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
         assert not_so not in told
 
 
+def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    assert open_run(str(tmp_path / "study")).finished
+    before = (tmp_path / "study" / "fidelity.json").read_bytes()
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    assert open_run(str(tmp_path / "study")).finished
+    (tmp_path / "study" / "fidelity.json").write_bytes(before)  # as a kill leaves it
+    assert not open_run(str(tmp_path / "study")).finished
+
+
 def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", Pilot((GOOD,), 8))
     study = open_run(str(tmp_path / "study"))

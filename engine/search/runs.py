@@ -47,9 +47,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the search has named its winner, or the study has measured all that it was to."""
+        """Whether the search has named its winner, or the study has measured all that it was to and has asked for no
+        more since."""
         if self.kind == "fidelity":
-            return bool((_read(self.folder / "fidelity.json") or {}).get("complete"))
+            found = _read(self.folder / "fidelity.json") or {}
+            return bool(found.get("complete")) and found.get("evaluations") == len(self.record.asked)
         return self.result is not None
 
     @property
