@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -432,10 +433,14 @@ def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, f
     assert {f for _, f, _ in fleet.asked} == {GOOD}
 
 
-def test_low_auto_studies_first_and_is_not_repeated(tmp_path: Path, fleet: Formula) -> None:
-    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "-q"]
+def test_low_auto_studies_first_and_is_not_repeated(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "--progress", "lines"]
     command += ["--run-dir", str(tmp_path / "run")]
     assert cli.main(command) == 0
+    counted = [int(number) for number in re.findall(r"\] high +(\d+) ", capsys.readouterr().err)]
+    assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, and those of the search"
     found = json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())
     assert found["full"] == 10
     assert found["recommended"] in [low.name for low in usual_lows(Study().high)]
