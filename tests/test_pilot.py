@@ -379,6 +379,19 @@ def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
     search.search(right, few, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
 
 
+def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    next((tmp_path / "study" / "checkpoints").glob("*/*.safetensors")).unlink()
+    study = recommended(STUDY, GOOD, tmp_path / "study")
+    resources, show, few = Resources(device="cpu", workers=2), Display("none"), Budget(max_low=8, max_high=4)
+    with pytest.raises(UsageError, match="lost the weights of 1 of its 6 full trainings: restore .* or leave --pilot"):
+        search.search(study, few, resources, tmp_path / "run", show)
+    assert not journal.read(tmp_path / "run" / "journal.jsonl").asked
+    other = {**fleet.run_probe({}), "fingerprint": "of other images"}
+    fleet.run_probe = lambda task: other  # type: ignore[method-assign]
+    search.search(replace(study, pilot=""), few, resources, tmp_path / "run", show)
+
+
 def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
     """And the search that follows begins with the study."""
     study = replace(STUDY, high=replace(STUDY.high, kd_loss="kd"))

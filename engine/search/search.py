@@ -117,8 +117,9 @@ def run(
         Journal(run_dir / "journal.jsonl") as book,
         open_log(log, study, run_dir) as show.log,
     ):
-        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
-            (run_dir / "config.yaml").unlink(missing_ok=True)
+        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings and data
+            for name in ("config.yaml", "run.json"):
+                (run_dir / name).unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")
         slots = config.fix(purpose.kind, run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
