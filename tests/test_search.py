@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine import config
+from engine.commands.search import summary
 from engine.config import Budget, Resources, Study
 from engine.fleet.fleet import TaskLost
 from engine.fleet.supervisor import TimedOut, WorkerDied
@@ -94,6 +95,17 @@ def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     full = [e for e in record.answers.values() if e.trial.fidelity == STUDY.high]
     assert result["winner"]["valid_accuracy"] in [e.accuracy for e in full]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fronts"), [({"method": "mfkd-front"}, True), ({"objectives": "accuracy,macs"}, True), ({}, False)]
+)
+def test_a_search_for_a_front_prints_one(
+    flags: dict[str, Any], fronts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(tmp_path, monkeypatch, Recorded(), replace(STUDY, **flags))
+    assert ("front" in result) == fronts
+    assert ("front " in summary(result)) == fronts
 
 
 def test_cut_after_any_line_the_search_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

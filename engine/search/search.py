@@ -289,7 +289,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
     }
     if "latency_ms" in best.costs:
         result["winner"]["latency_ms"] = round(best.costs["latency_ms"], 3)
-    if ground.study.objectives != "accuracy":
+    if ground.plan.method == "mfkd-front":
         result["front"] = [
             {
                 "architecture": str(e.trial.architecture),
