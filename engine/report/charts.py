@@ -25,7 +25,7 @@ from engine.report.chart import (
     time_unit,
 )
 from engine.search.runs import PHASES, Run
-from engine.trial import Architecture, Evaluation, Fidelity
+from engine.trial import Architecture, Evaluation, Fidelity, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
@@ -86,10 +86,7 @@ def own_teacher_seconds(run: Run) -> float:
 
 def means(answers: Sequence[Evaluation]) -> dict[Architecture, float]:
     """Mean accuracy in percent of each architecture."""
-    groups: dict[Architecture, list[float]] = {}
-    for e in answers:
-        groups.setdefault(e.trial.architecture, []).append(percent(e.accuracy))
-    return {architecture: float(np.mean(values)) for architecture, values in groups.items()}
+    return {architecture: percent(mean) for architecture, mean in mean_accuracies(answers).items()}
 
 
 def low_against_full(run: Run) -> Chart:

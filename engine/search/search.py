@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +40,7 @@ from engine.trial import (
     Trial,
     UsageError,
     failed,
+    mean_accuracies,
     trial_to_json,
 )
 from surrogate.quality import kendall_tau
@@ -264,9 +265,6 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
     tested = completed(fleet, "run_test", {**ground.task, "trial": trial_to_json(best.trial)})
     ok = [e for e in history.answered if e.ok]
     unfit = sum(e.status == "unfit" for e in history.answered)
-    low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
-    high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
-    macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
     result: Json = {
         "run_dir": str(ground.run_dir),
         "status": "finished",
@@ -284,7 +282,7 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
             "failed": sum(failed(e.status) for e in history.answered),
             **({"unfit": unfit} if unfit else {}),
         },
-        "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
+        "tau": taus(ok, ground.plan),
         "seconds": round(seconds, 1),
     }
     if "latency_ms" in best.costs:
@@ -301,6 +299,14 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
         ]
     config.write_whole(ground.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def taus(ok: Sequence[Evaluation], plan: Plan) -> Json:
+    """How well the low fidelity, and MACs alone, rank what was trained in full: each architecture by its mean."""
+    full = [e for e in ok if e.trial.fidelity == plan.high]
+    low, high = mean_accuracies(e for e in ok if e.trial.fidelity in plan.lows), mean_accuracies(full)
+    macs = {e.trial.architecture: float(e.macs) for e in full}
+    return {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)}
 
 
 def _tau(one: dict[Any, float], other: dict[Any, float]) -> float | None:
