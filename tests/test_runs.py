@@ -253,9 +253,15 @@ def test_explain_says_why_an_architecture_was_not_trained_in_full(
 
 def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs.open_run(str(copy))
-    failed = next(e.trial.architecture for e in run.answers if not e.ok)
-    why = " ".join(explained(copy, str(failed), capsys)["why"])  # type: ignore[arg-type]
-    assert "a failed one is not asked for again" in why or "asked for in full" in why
+    full = {trial.architecture for trial in run.record.asked if trial.fidelity == run.plan.high}
+    low = next(e.trial for e in run.answers if e.trial.architecture not in full)
+    path = copy / "journal.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    answered = next(one for one in entries if one.get("answered", {}).get("trial", {}).get("number") == low.number)
+    answered["answered"] |= {"status": "oom", "accuracy": 0.0, "error": "no memory left"}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    why = " ".join(explained(copy, str(low.architecture), capsys)["why"])  # type: ignore[arg-type]
+    assert "Its evaluation failed, and a failed one is not asked for again. It was not trained in full" in why
 
 
 def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
