@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -234,6 +235,14 @@ def trial_from_json(data: dict[str, Any]) -> Trial:
 def failed(status: str) -> bool:
     """Whether a status is of an evaluation that went wrong: "unfit" is one that was over the limit on latency."""
     return status not in ("ok", "unfit", "pending")
+
+
+def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
+    """Mean accuracy (0..1) of each architecture over its evaluations, which have all succeeded."""
+    groups: dict[Architecture, list[float]] = {}
+    for evaluation in answers:
+        groups.setdefault(evaluation.trial.architecture, []).append(evaluation.accuracy)
+    return {architecture: sum(values) / len(values) for architecture, values in groups.items()}
 
 
 def weights_path(run_dir: Path, trial: Trial) -> Path:

@@ -60,6 +60,26 @@ def test_what_a_study_brought_is_known_to_what_is_asked_beside_it():
     assert sorted(e.trial.architecture.choices for e in history.answered) == [(i,) for i in range(8)]
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 20))
+def test_what_began_with_a_study_and_was_killed_anywhere_decides_the_same(count, slots, cut):
+    """What a study brought has no `seen`; nothing that was asked later is asked beside it."""
+    propose = policy(count + 12)
+    brought = [Trial(i, Architecture((30 - i,)), FULL if i % 3 == 2 else LOW) for i in range(count)]
+    asked, seen, later = [], [], []
+
+    def ask(trials, visible):
+        asked.extend(trials)
+        seen.extend([visible] * len(trials))
+
+    unsaid = [-1] * count
+    want = drive(propose, slots, at_once, cost, brought, asked=ask, seen=unsaid)
+    recorded, known = [*brought, *asked[:cut]], [*unsaid, *seen[:cut]]
+    got = drive(propose, slots, at_once, cost, recorded, seen=known, asked=lambda trials, _: later.extend(trials))
+    assert (got.answered, got.times) == (want.answered, want.times)
+    assert asked[:cut] + later == asked
+
+
 def plain(total, slots):
     return drive(policy(total), slots, at_once, cost)
 

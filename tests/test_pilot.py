@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,19 +16,23 @@ import pytest
 import cli
 from engine import config
 from engine.config import Budget, Resources, Study
+from engine.report import charts, predictions
 from engine.search import journal, search, single
 from engine.search.adopt import adopt
+from engine.search.hindsight import look_back
 from engine.search.journal import Journal
 from engine.search.pilot import by_luck, recommended, study_fidelities, study_first, usual_lows
 from engine.search.policies.pilot import Pilot, chosen
 from engine.search.policies.ranking import Measured, difference, macs_alone, rank, repeatability
 from engine.search.progress import Display
+from engine.search.runs import open_run
 from engine.space import candidates, load_space
 from engine.trial import (
     Architecture,
     Evaluation,
     Fidelity,
     NoWinner,
+    Status,
     Trial,
     UsageError,
     evaluation_to_json,
@@ -216,6 +221,52 @@ def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: For
             assert weights.read_text() == f"weights of {trial.architecture}"
 
 
+def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the predictions of the report nor by explain."""
+    result = run(tmp_path / "study", Pilot((GOOD,), 8))
+    command = ["search", "-c", result["config"], "--max-high", "14", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    opened = open_run(str(tmp_path / "run"))
+    full = [trial for trial in opened.record.asked if trial.fidelity == STUDY.high]
+    brought = {trial.architecture for trial in full[:8]}
+    assert sorted(look_back(opened).foretold()) == [
+        trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
+    ]
+    assert "but for what came with a study" in charts.low_against_full(opened).help
+    capsys.readouterr()
+    own = next(trial.architecture for trial in full if trial.architecture not in brought)
+    for architecture, says, not_so in (
+        (full[0].architecture, f"it came with the results of the study {tmp_path}/study", "It was asked for"),
+        (own, "It was asked for in full", "it came with"),
+    ):
+        assert cli.main(["explain", str(tmp_path / "run"), str(architecture)]) == 0
+        told = capsys.readouterr().out
+        assert says in told
+        assert not_so not in told
+
+
+def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    assert open_run(str(tmp_path / "study")).finished
+    before = (tmp_path / "study" / "fidelity.json").read_bytes()
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    assert open_run(str(tmp_path / "study")).finished
+    (tmp_path / "study" / "fidelity.json").write_bytes(before)  # as a kill leaves it
+    assert not open_run(str(tmp_path / "study")).finished
+
+
+def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 8))
+    study = open_run(str(tmp_path / "study"))
+    assert "spread evenly over multiply-accumulates" in charts.low_against_full(study).help
+    past = look_back(study)
+    for chart in predictions.predicted(past, past.foretold()):
+        assert not chart.data
+        assert "asks no surrogate" in chart.help
+
+
 def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", Pilot((GOOD,), 8))
     study = recommended(STUDY, GOOD, tmp_path / "study")
@@ -279,6 +330,29 @@ def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limi
     assert [str(architecture) for architecture, _, _ in fleet.asked] == [wanted]
 
 
+@pytest.mark.parametrize("status", ["timeout", "diverged"])
+def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
+    status: Status, tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the same question: what it kept of its epochs goes by that."""
+
+    def train() -> dict[str, Any]:
+        return single.train(STUDY, "0-1-2-3-2-1", Resources(device="cpu", workers=1), tmp_path / "one", Display("none"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fleet, "measure", lambda trial, task: Evaluation(trial, status, error="too bad"))
+        for _ in range(2):
+            with pytest.raises(NoWinner, match="too bad"):
+                train()
+    assert train()["architecture"] == "0-1-2-3-2-1"
+    record = journal.read(tmp_path / "one" / "journal.jsonl")
+    assert [record.answers[t.number].status for t in record.asked] == [status, status, "ok"]
+    assert len({trial.key for trial in record.asked}) == 1
+    assert train()["valid_accuracy"] == record.answers[2].accuracy
+    assert len(fleet.asked) == 1, "a training that has succeeded is not asked again"
+    assert open_run(str(tmp_path / "one")).finished
+
+
 def _adopted(study: Study, folder: Path) -> list[Trial]:
     """What a search of the study begins with."""
     folder.mkdir()
@@ -303,6 +377,19 @@ def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
     # The folder is bound to nothing by then.
     right, few = replace(study, pilot=""), Budget(max_low=8, max_high=4)
     search.search(right, few, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+
+
+def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", Pilot((GOOD,), 6))
+    next((tmp_path / "study" / "checkpoints").glob("*/*.safetensors")).unlink()
+    study = recommended(STUDY, GOOD, tmp_path / "study")
+    resources, show, few = Resources(device="cpu", workers=2), Display("none"), Budget(max_low=8, max_high=4)
+    with pytest.raises(UsageError, match="lost the weights of 1 of its 6 full trainings: restore .* or leave --pilot"):
+        search.search(study, few, resources, tmp_path / "run", show)
+    assert not journal.read(tmp_path / "run" / "journal.jsonl").asked
+    other = {**fleet.run_probe({}), "fingerprint": "of other images"}
+    fleet.run_probe = lambda task: other  # type: ignore[method-assign]
+    search.search(replace(study, pilot=""), few, resources, tmp_path / "run", show)
 
 
 def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
@@ -359,10 +446,14 @@ def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, f
     assert {f for _, f, _ in fleet.asked} == {GOOD}
 
 
-def test_low_auto_studies_first_and_is_not_repeated(tmp_path: Path, fleet: Formula) -> None:
-    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "-q"]
+def test_low_auto_studies_first_and_is_not_repeated(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "--progress", "lines"]
     command += ["--run-dir", str(tmp_path / "run")]
     assert cli.main(command) == 0
+    counted = [int(number) for number in re.findall(r"\] high +(\d+) ", capsys.readouterr().err)]
+    assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, and those of the search"
     found = json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())
     assert found["full"] == 10
     assert found["recommended"] in [low.name for low in usual_lows(Study().high)]

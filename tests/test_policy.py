@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.config import Plan
 from engine.search import policy
 from engine.search.journal import History
+from engine.search.policies.estimate import Use, estimate
 from engine.search.policies.known import find_rows, scores, worker_count
 from engine.search.policies.mfkd import mfkd
 from engine.search.policies.recommend import posterior
@@ -176,24 +177,24 @@ def test_a_low_fidelity_of_noise_is_dropped_and_the_log_says_so(caplog):
 
 
 def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
+    """Where leaving it out predicts better: by luck noise fits now and then, so most of five draws."""
+
     def one_is_noise(trial):
         noise = np.random.default_rng(int(trial.key, 16)).random()
         return Evaluation(trial, "ok", noise, seconds=1.0) if trial.fidelity == LOW else answer(trial)
 
-    history = History()
-    rows = np.random.default_rng(1).permutation(len(SPACE))[:60]
-    for fidelity in (LOW, OTHER, FULL):
-        trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(rows)]
-        history.answered.extend(map(one_is_noise, trials))
-    from engine.search.policies.estimate import Use, estimate
-
-    known = estimate(
-        SPACE, [scores(SPACE, history, LOW), scores(SPACE, history, OTHER)], scores(SPACE, history, FULL), 0, Use()
-    )
-    assert 1 not in known.dropped
-    assert len(known.levels) == 2 - len(known.dropped)
-    if not known.dropped:
-        assert known.slopes[1] > known.slopes[0]
+    dropped = []
+    for draw in range(1, 6):
+        history, rows = History(), np.random.default_rng(draw).permutation(len(SPACE))
+        for fidelity, some in ((LOW, rows[:60]), (OTHER, rows[:60]), (FULL, rows[60:120])):
+            trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(some)]
+            history.answered.extend(map(one_is_noise, trials))
+        lows = [scores(SPACE, history, low) for low in (LOW, OTHER)]
+        known = estimate(SPACE, lows, scores(SPACE, history, FULL), 0, Use())
+        assert len(known.levels) == len(known.slopes) == 2 - len(known.dropped)
+        dropped.append(known.dropped)
+    assert all(some in ([], [0]) for some in dropped)
+    assert dropped.count([0]) >= 3
 
 
 def test_a_full_training_counts_as_the_worker_that_it_takes_and_a_low_one_as_its_share():

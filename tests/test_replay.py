@@ -3,16 +3,21 @@
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.fleet.supervisor import ROOT
 from engine.search import replay as replays
 from engine.search.replay import Replay, recorded, replay, simulate
 from engine.search.tables import dump, load
 from engine.trial import Fidelity, Trial, UsageError
+from tests.searches import until
 
 SYNTHETIC = Path(__file__).parent / "data" / "synthetic_table.csv"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -55,6 +60,24 @@ def test_runs_of_other_settings_are_not_taken_for_finished(tmp_path, monkeypatch
 
 def test_processes_do_not_change_the_result():
     assert replay(replace(QUICK, processes=2, seeds=2)) == replay(replace(QUICK, seeds=2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_replay_that_is_told_to_stop_does_and_keeps_what_was_finished(number, code, tmp_path, mark):
+    command = [sys.executable, "cli.py", "replay", f"--table={SYNTHETIC}", "--processes=2", "--seeds=2000"]
+    process = subprocess.Popen([*command, f"--out={tmp_path}", "--method=random"], cwd=ROOT, stderr=subprocess.PIPE)
+    kept = tmp_path / "runs.jsonl"
+    try:
+        until(lambda: kept.exists() and kept.read_text().count("\n") >= 2)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert b"Traceback" not in said
+    until(lambda: not mark())
+    seeds = [json.loads(line)["seed"] for line in kept.read_text().splitlines()]
+    assert 2 <= len(set(seeds)) == len(seeds) < 2000
 
 
 def test_worker_hours_are_wall_time_times_workers():

@@ -131,6 +131,26 @@ def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None
     assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
 
 
+def test_a_method_that_asks_no_surrogate_is_not_said_to(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(folder: Path) -> tuple[str, str, str]:
+        run = runs.open_run(str(folder))
+        past = look_back(run)
+        assert cli.main(["explain", str(folder), "0-0-0-1-0-0"]) == 0
+        told = capsys.readouterr().out
+        return charts.low_against_full(run).help, predictions.predicted(past, past.foretold())[0].help, told
+
+    pair, scatter, told = said(copy)
+    assert "chosen for being good" in pair
+    assert "picked for a high prediction" in scatter
+    assert "promised more" in told
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("method: mfkd", "method: random"))
+    pair, scatter, told = said(copy)
+    assert "drawn at random" in pair
+    assert "The method random did not ask the surrogate" in scatter
+    assert "the method took others" in told
+
+
 def test_a_cohort_is_one_bar_and_pauses_between_calls_are_cut(finished_run: Path) -> None:
     some = runs.open_run(str(finished_run)).at(runs.open_run(str(finished_run)).plan.high)[:4]
     mates = [replace(e, worker="a", started=1000.0, seconds=10.0) for e in some[:2]]

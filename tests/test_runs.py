@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 
 import cli
 from engine.config import Budget, Slots, fix
-from engine.search import runs
+from engine.search import hindsight, runs
 from engine.search.hindsight import look_back
 from engine.search.journal import Journal
 from engine.trial import EngineError, UsageError
@@ -126,7 +127,8 @@ def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture
     (copy / "result.json").unlink()
     (copy / "fidelity.json").write_text('{"complete": false}')
     assert json.loads(command(f"status {copy} --json", capsys))["state"] == "stopped"
-    (copy / "fidelity.json").write_text('{"complete": true}')
+    asked = len(runs.open_run(str(copy)).record.asked)
+    (copy / "fidelity.json").write_text(json.dumps({"complete": True, "evaluations": asked}))
     assert "finished" in command(f"status {copy} --watch", capsys)
     architecture = runs.open_run(str(copy)).answers[0].trial.architecture
     assert "asks no surrogate; this is one of them" in command(f"explain {copy} {architecture}", capsys)
@@ -251,9 +253,15 @@ def test_explain_says_why_an_architecture_was_not_trained_in_full(
 
 def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs.open_run(str(copy))
-    failed = next(e.trial.architecture for e in run.answers if not e.ok)
-    why = " ".join(explained(copy, str(failed), capsys)["why"])  # type: ignore[arg-type]
-    assert "a failed one is not asked for again" in why or "asked for in full" in why
+    full = {trial.architecture for trial in run.record.asked if trial.fidelity == run.plan.high}
+    low = next(e.trial for e in run.answers if e.trial.architecture not in full)
+    path = copy / "journal.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    answered = next(one for one in entries if one.get("answered", {}).get("trial", {}).get("number") == low.number)
+    answered["answered"] |= {"status": "oom", "accuracy": 0.0, "error": "no memory left"}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    why = " ".join(explained(copy, str(low.architecture), capsys)["why"])  # type: ignore[arg-type]
+    assert "Its evaluation failed, and a failed one is not asked for again. It was not trained in full" in why
 
 
 def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +271,38 @@ def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsy
     other = next(architecture for architecture in by_size if architecture not in asked)
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("max_params: .inf", "max_params: 5000.0"))
-    assert "does not fit the limits" in explained(copy, str(other), capsys)["why"][0]  # type: ignore[index]
+    why = explained(copy, str(other), capsys)["why"]
+    assert re.search(r"does not fit the limits .*parameters are over --max-params 5000\)", why[0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("limit", [".inf", "1.0e+9"])
+def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
+    limit: str, copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("max_macs: .inf", f"max_macs: {limit}"))
+    every = look_back(runs.open_run(str(copy))).candidates
+    monkeypatch.setattr(hindsight, "SAMPLE", 50)
+    past = look_back(runs.open_run(str(copy)))
+    left_out = next(one for one in map(every.architecture, range(len(every))) if past.candidates.row(one) is None)
+    found = explained(copy, str(left_out), capsys)
+    said = " ".join(found["why"])  # type: ignore[arg-type]
+    assert "It was never evaluated: other candidates promised more" in said
+    assert f"of the {len(every):,} candidates, at random" in said
+    assert found["said_at_the_end"] is not None
+
+
+def test_explain_says_that_the_pool_of_a_huge_space_does_not_hold_an_architecture(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = look_back(runs.open_run(str(copy))).candidates
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("max_macs: .inf", "max_macs: 1.0e+9"))
+    monkeypatch.setattr("engine.space.POOL", 4000)
+    past = look_back(runs.open_run(str(copy)))
+    left_out = next(one for one in map(every.architecture, range(len(every))) if past.candidates.row(one) is None)
+    why = explained(copy, str(left_out), capsys)["why"]
+    assert "of the 15,625 architectures of the space a random part" in why[0]  # type: ignore[index]
 
 
 def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +318,9 @@ def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: py
     assert "It was not trained: measured 9 ms" in " ".join(explained(copy, name, capsys)["why"])  # type: ignore[arg-type]
 
 
-def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(copy: Path) -> None:
+def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     every = look_back(runs.open_run(str(copy))).candidates
     rows = every.macs.argsort()[:: len(every) // 30]
     taken = {str(every.architecture(row)): float(every.macs[row]) / 1e5 for row in rows}
@@ -290,6 +331,9 @@ def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(copy: Path
     fast = look_back(runs.open_run(str(copy)))
     assert 0.3 < fast.everything / len(every) < 0.6
     assert fast.candidates.macs.max() <= 1.1e5 * middle
+    asked = {trial.architecture for trial in fast.run.record.asked}
+    slowest = next(one for one in map(every.architecture, every.macs.argsort()[::-1]) if one not in asked)
+    assert "takes more than --max-latency-ms" in explained(copy, str(slowest), capsys)["why"][0]  # type: ignore[index]
 
 
 def test_explain_refuses_what_is_no_architecture_of_the_space(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine import config
+from engine.commands.search import summary
 from engine.config import Budget, Resources, Study
 from engine.fleet.fleet import TaskLost
 from engine.fleet.supervisor import TimedOut, WorkerDied
@@ -94,6 +95,29 @@ def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypa
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     full = [e for e in record.answers.values() if e.trial.fidelity == STUDY.high]
     assert result["winner"]["valid_accuracy"] in [e.accuracy for e in full]
+
+
+def test_rank_correlations_are_of_the_means_of_repeated_trainings() -> None:
+    """As in the report. By its second training alone the first architecture would be the worst, not the best."""
+    plan, names = config.plan(STUDY, BUDGET), [Architecture((i,)) for i in range(3)]
+    rows = [(plan.lows[0], 0, (0.3, 0.2, 0.1)), (plan.high, 0, (0.9, 0.6, 0.5)), (plan.high, 1, (0.4, 0.6, 0.5))]
+    answers = [
+        Evaluation(Trial(0, name, fidelity, seed), "ok", accuracy, macs=100 - name.choices[0])
+        for fidelity, seed, accuracies in rows
+        for name, accuracy in zip(names, accuracies, strict=True)
+    ]
+    assert search.taus(answers, plan) == {"low_vs_high": 1.0, "macs_vs_high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "fronts"), [({"method": "mfkd-front"}, True), ({"objectives": "accuracy,macs"}, True), ({}, False)]
+)
+def test_a_search_for_a_front_prints_one(
+    flags: dict[str, Any], fronts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(tmp_path, monkeypatch, Recorded(), replace(STUDY, **flags))
+    assert ("front" in result) == fronts
+    assert ("front " in summary(result)) == fronts
 
 
 def test_cut_after_any_line_the_search_comes_to_the_same_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,16 @@ FLAGS = [
 ]
 
 
+@pytest.mark.parametrize("arguments", [["--space=nasbench201"], ["--data=glyphs"], ["--max-low=50"], []])
+def test_a_job_of_defaults_is_that_search_and_not_the_demo(arguments: list[str]) -> None:
+    """But where submit itself was told nothing."""
+    _, asked = cli.parse(["submit", "slurm", "--gpus=8", "--time=1:00:00", *arguments])
+    _, got = cli.parse(command.words(asked))
+    assert gather(Study, got) == gather(Study, asked)
+    assert gather(Budget, got) == gather(Budget, asked)
+    assert (gather(Study, got) == Study()) == bool(arguments)
+
+
 def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags and those of a YAML file come out as flags that mean the same; those of the job stay out."""
     monkeypatch.chdir(tmp_path)

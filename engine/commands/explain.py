@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from engine.trial import Architecture, Evaluation
 
 
-SURROGATE_METHODS = ("mfkd", "mfkd-front")
-
-
 def parser() -> ArgumentParser:
     """Flags of the command."""
     made = command_parser(
@@ -32,10 +29,12 @@ def parser() -> ArgumentParser:
 def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.hindsight import look_back
     from engine.search.runs import open_run, with_answers
+    from engine.space import load_space
     from engine.trial import Architecture
 
-    past = look_back(with_answers(open_run(values.run)))
-    found = explain(past, past.space.check(Architecture.parse(values.architecture)))
+    opened = with_answers(open_run(values.run))
+    architecture = load_space(opened.study.space).check(Architecture.parse(values.architecture))
+    found = explain(look_back(opened, [architecture]), architecture)
     if values.json:
         return found
     print(text(found))
@@ -49,10 +48,11 @@ def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     run, plan = past.run, past.run.plan
     scores = [e for e in run.answers if e.trial.architecture == architecture]
     asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
-    then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number) if asked else None
-    now = past.opinion(architecture)
-    if run.kind == "fidelity":
-        then = now = None
+    then = now = None
+    if run.kind == "search":
+        now = past.opinion(architecture)
+        if asked and asked.number not in run.adopted:
+            then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
     choices = zip(past.space.choices, architecture.choices, strict=True)
     return {
         "architecture": str(architecture),
@@ -88,16 +88,20 @@ def why(
             f"surrogate; this is {'one' if scores else 'none'} of them."
         ]
     reasons = []
-    if study.method.split(":")[0] not in SURROGATE_METHODS:
+    if len(past.candidates) < past.everything:
+        reasons.append(f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, at random.")
+    if not past.run.asks_surrogate:
         reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")
     if asked:
+        if any(e.trial.number in past.run.adopted and e.trial.fidelity == plan.high for e in scores):
+            return [*reasons, f"It was not asked for: it came with the results of the study {study.pilot}."]
         if then is not None:
             reasons.append(
                 f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
                 f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
             )
             reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "unfit"]
-            if then.rank > 1:
+            if then.rank > 1 and past.run.asks_surrogate:
                 reasons.append(
                     "Better ones were passed over because full trainings under way count as if measured, so that "
                     "workers do not train twins, or because the search saw fewer answers than the journal had by then."
@@ -108,7 +112,8 @@ def why(
     if any(not e.ok for e in scores):
         reasons.append("Its evaluation failed, and a failed one is not asked for again.")
     if not scores:
-        reasons.append("It was never evaluated: other candidates promised more per second.")
+        others = "other candidates promised more per second" if past.run.asks_surrogate else "the method took others"
+        reasons.append(f"It was never evaluated: {others}.")
     used = sum(t.fidelity == plan.high for t in past.run.record.asked)
     reasons.append(
         f"It was not trained in full: at the end its upper bound is {ordinal(now.rank)} of the {now.among:,} "
@@ -118,21 +123,32 @@ def why(
 
 
 def absence(past: Hindsight, architecture: Architecture) -> str:
-    """Why an architecture is no candidate."""
+    """Why an architecture is no candidate: of the limits those that it does not keep."""
+    from engine.search.ground import members
+
+    study = past.run.study
+    if study.only:
+        return f"It was never proposed: the search was among --only {study.only}."
     same = past.space.canonical(architecture.choices) if past.space.canonical else architecture.choices
     if same != architecture.choices:
         twin = "-".join(map(str, same))
         return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
-    study = past.run.study
-    limits = {"--min-macs": study.min_macs, "--max-macs": study.max_macs, "--max-params": study.max_params}
-    limits["--max-latency-ms"] = study.max_latency_ms
-    given = [f"{flag} {value:g}" for flag, value in limits.items() if 0 < value < float("inf")]
-    given += [f"--only {study.only}"] * bool(study.only)
-    if given:
-        return f"It was never proposed: it does not fit the limits of the search ({', '.join(given)})."
+    own = members(past.space, study, past.run.facts["data"], [architecture])
+    macs, params = float(own.macs[0]), float(own.params[0])
+    outside = []
+    if macs < study.min_macs:
+        outside.append(f"{macs:,.0f} MACs are under --min-macs {study.min_macs:g}")
+    if macs > study.max_macs:
+        outside.append(f"{macs:,.0f} MACs are over --max-macs {study.max_macs:g}")
+    if params > study.max_params:
+        outside.append(f"{params:,.0f} parameters are over --max-params {study.max_params:g}")
+    if architecture in past.slow:
+        outside.append(f"what was measured says that it takes more than --max-latency-ms {study.max_latency_ms:g}")
+    if outside:
+        return f"It was never proposed: it does not fit the limits of the search ({'; '.join(outside)})."
     return (
-        f"It is not among the {len(past.candidates):,} candidates looked at, of {past.everything:,}: a random part "
-        "of a space of many, and a random pool of one without a closed form for the cost."
+        f"It was never proposed: of the {past.space.size:,} architectures of the space a random part was looked at, "
+        "and it is not in that."
     )
 
 

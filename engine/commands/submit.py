@@ -96,12 +96,14 @@ def run(values: Namespace) -> dict[str, Any]:
 
 
 def words(values: Namespace) -> list[str]:
-    """The search's command line without what is the job's: whatever is not the default, wherever it came from."""
+    """The search's command line without what is the job's: whatever is not the default, wherever it came from. The
+    space is always named: a search that is told nothing runs the demo."""
     defaults = search.parser().get_defaults()
     of_the_job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("of_a_job")}
     given = []
     for key, default in defaults.items():
-        if key.split(".")[0] not in {*of_the_job, *NOT_PASSED} and values[key] != default:
+        changed = values[key] != default or key == "space"
+        if key.split(".")[0] not in {*of_the_job, *NOT_PASSED} and changed:
             text = str(values[key]).lower() if isinstance(default, bool) else str(values[key])
             given.append(f"--{key.replace('_', '-')}={text}")
     return ["search", *given, "--progress=lines"]

@@ -25,7 +25,7 @@ from engine.report.chart import (
     time_unit,
 )
 from engine.search.runs import PHASES, Run
-from engine.trial import Architecture, Evaluation, Fidelity
+from engine.trial import Architecture, Evaluation, Fidelity, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
@@ -86,10 +86,7 @@ def own_teacher_seconds(run: Run) -> float:
 
 def means(answers: Sequence[Evaluation]) -> dict[Architecture, float]:
     """Mean accuracy in percent of each architecture."""
-    groups: dict[Architecture, list[float]] = {}
-    for e in answers:
-        groups.setdefault(e.trial.architecture, []).append(percent(e.accuracy))
-    return {architecture: float(np.mean(values)) for architecture, values in groups.items()}
+    return {architecture: percent(mean) for architecture, mean in mean_accuracies(answers).items()}
 
 
 def low_against_full(run: Run) -> Chart:
@@ -114,9 +111,19 @@ def low_against_full(run: Run) -> Chart:
     help = (
         "A cheap judgement is worth its price if the dots rise from left to right, and more so than by size (colour) "
         f"alone. {'; '.join(words)}; in brackets 90 % intervals by bootstrap. Only what was trained in full is here: "
-        "chosen for being good, so these rank correlations are not those of the whole space."
+        f"{_chosen(run)}."
     )
     return Chart("low-full", title, help, data, layout)
+
+
+def _chosen(run: Run) -> str:
+    """How the architectures that were trained in full were chosen, and so what their rank correlations are worth."""
+    if run.kind == "fidelity":
+        return "spread evenly over multiply-accumulates, so these rank correlations are estimates for the whole space"
+    if run.study.method == "random":
+        return "drawn at random, so these rank correlations are estimates for the whole space"
+    brought = ", but for what came with a study" if run.adopted else ""
+    return f"chosen for being good{brought}, so these rank correlations are not those of the whole space"
 
 
 def with_interval(statistic: Callable[..., float], *samples: Array) -> str:

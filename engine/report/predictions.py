@@ -22,7 +22,11 @@ LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 def predicted(past: Hindsight, said: dict[int, Opinion]) -> list[Chart]:
     """What the surrogate said of each architecture when it was asked for in full, against what came out."""
     titles = ("Predicted against measured", "Calibration")
-    run, ending = past.run, past.at_the_end
+    run = past.run
+    if run.kind == "fidelity":
+        why = "A study of low fidelities asks no surrogate: the architectures are spread over multiply-accumulates."
+        return [Chart("predicted", titles[0], why), Chart("calibration", titles[1], why)]
+    ending = past.at_the_end
     measured = dict(zip(rows_of_full(past), ending.y.tolist(), strict=True))
     trials = {t.number: t for t in run.record.asked}
     pairs = [(trials[n].architecture, o) for n, o in said.items()]
@@ -65,12 +69,16 @@ def scatter_of(
     }
     inside = round(coverage(truth, mean, std) * len(truth))
     tau = kendall_tau(mean, truth)
+    picked = (
+        "Architectures were picked for a high prediction: that dots lean below the dotted line is expected."
+        if run.asks_surrogate
+        else f"The method {run.study.method} did not ask the surrogate: this is for comparison."
+    )
     help = (
         "Each prediction was made when its architecture was asked for, from the answers that were there by then: none "
         "has seen its outcome. On the scale of the surrogate 0 is the middle of all candidates and 1 a standard "
         f"deviation above it; bars are 90 % intervals, and {inside} of {len(truth)} hold the outcome. Kendall's tau "
-        f"{tau:.2f}. Architectures were picked for a high prediction: that dots lean below the dotted line is "
-        "expected."
+        f"{tau:.2f}. {picked}"
     )
     return Chart("predicted", title, help, data, axes)
 

@@ -32,7 +32,7 @@ def adopt(
     of the full ones. They count towards the budget, since they are what the budget would have bought. What another
     teacher has taught is left out, and so is what the search may not propose.
 
-    Raises UsageError where the study is missing or was made with other settings.
+    Raises UsageError where the study or weights of it are missing, or it was made with other settings.
     """
     theirs = settings(source, study)
     same_teacher = _same_file(teacher_path(theirs, source), teacher_path(study, run_dir))
@@ -46,6 +46,13 @@ def adopt(
     record = journal.read(book.path)
     if [e.trial for e in mine[: len(record.asked)]] != record.asked:
         return  # the search has gone on from there: its journal is the truth
+    full = [before.trial for before, own in kept if own == study.high]
+    gone = [trial for trial in full if not weights_path(source, trial).is_file()]
+    if gone:
+        raise UsageError(
+            f"--pilot {source} has lost the weights of {len(gone)} of its {len(full)} full trainings: restore "
+            f"{weights_path(source, gone[0])}, or leave --pilot out"
+        )
     left = f"; its teacher is another one, so {len(answers) - len(comparable)} are left out"
     show.say(f"beginning with {len(mine)} evaluations of {source}{left if len(comparable) < len(answers) else ''}")
     for (before, _), evaluation in zip(kept, mine, strict=True):

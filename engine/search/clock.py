@@ -62,9 +62,9 @@ def drive(
     What is asked is handed to `asked` with the number of answers that were visible then. `recorded` are the trials
     that an earlier, killed run had asked, by number, and `seen` those numbers of answers; they are submitted again
     (the caller answers from its journal what has been answered) but not handed to `asked`. Decisions that the record
-    shows whole are not made again, which would take as long as it did then. The last of it may be cut short, and a
-    record without `seen` does not show where workers were left idle on purpose: there `propose` is asked too, and
-    where it disagrees with the record (a library that rounds otherwise), the record wins.
+    shows whole are not made again, which would take as long as it did then. The last of it may be cut short, and
+    trials without `seen` (-1: a study brought them) do not show where workers were left idle on purpose: there
+    `propose` is asked too, and where it disagrees with the record (a library that rounds otherwise), the record wins.
 
     Trials that are trained side by side: one takes `shares(trial)` of the slots, and nothing is asked before
     `at_least` slots are free, so that trials come in groups; `flush` is called after each group, before waiting.
@@ -73,12 +73,13 @@ def drive(
     `propose`, or KeyboardInterrupt leaves through here.
     """
     history = Timeline()
+    seen = seen or [-1] * len(recorded)
     running: list[tuple[float, int, Future[Evaluation]]] = []
     while True:
         free = slots - sum(shares(trial) for trial in history.pending)
         if (free >= at_least or not running) and not stop(history):
             decided = _decided(history, recorded, seen)
-            trials = _ask(propose, history, free, recorded, asked, shares) if decided is None else decided
+            trials = _ask(propose, history, free, recorded, seen, asked, shares) if decided is None else decided
             history.pending.extend(trials)
             for trial in trials:
                 heapq.heappush(running, (history.now + cost(trial), trial.number, submit(trial)))
@@ -106,19 +107,26 @@ def _ask(
     history: Timeline,
     free: int,
     recorded: Sequence[Trial],
+    seen: Sequence[int],
     asked: Callable[[list[Trial], int], None],
     shares: Callable[[Trial], int],
 ) -> list[Trial]:
     """The next trials, as many as fit into `free`, recorded ones first."""
     busy = bool(history.pending)
     proposed = propose(history, free)
-    old = recorded[history.asked : history.asked + (len(proposed) if proposed or busy else free)]
-    if list(old) != proposed[: len(old)]:  # then what is proposed next must know of what was asked instead
-        left = free - sum(map(shares, old))
-        seen = History(history.answered, [*history.pending, *old])
-        whole = seen.asked >= len(recorded)
-        proposed = [*old, *(propose(seen, left) if whole and left > 0 else [])]
-    trials = [*old, *proposed[len(old) :]]
+    start, brought = history.asked, bisect.bisect_left(seen, 0)
+    end = start + (len(proposed) if proposed or busy else free)
+    if end >= brought:  # from there on the record says what was asked by now; with nobody at work, its next is due
+        now = max([len(history.answered), *seen[start : start + (not busy)]])
+        end = max(brought, bisect.bisect_right(seen, now))
+    old = trials = list(recorded[start:end])
+    if start + len(old) >= len(recorded):
+        for known in (old[: max(0, brought - start)], old):
+            if known != proposed[: len(known)]:  # then what is proposed next must know of what was asked instead
+                left = free - sum(map(shares, known))
+                beside = History(history.answered, [*history.pending, *known])
+                proposed = [*known, *(propose(beside, left) if left > 0 else [])]
+        trials = proposed
     taken = list(itertools.accumulate(map(shares, trials)))
     # One that needs more than there is goes alone: else it would wait for ever.
     fitting = max(bisect.bisect_right(taken, free), int(not busy))

@@ -48,12 +48,14 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Hindsight:
-    """A run with its candidates; `everything` counts them, `candidates` are all of these or a sample."""
+    """A run with its candidates; `everything` counts them, `candidates` are all of these or a sample. `slow` are those
+    of the architectures asked about that only the limit on latency has left out."""
 
     run: Run
     space: SearchSpace
     candidates: Candidates
     everything: int
+    slow: frozenset[Architecture] = frozenset()
 
     @cached_property
     def at_the_end(self) -> Estimate:
@@ -91,13 +93,17 @@ class Hindsight:
         )
 
     def foretold(self) -> dict[int, Opinion]:
-        """What the surrogate said when full-fidelity trials were asked, by their number; repeats are left out, and of
-        more than FORETOLD only so many are looked at, evenly spread."""
+        """What the surrogate said when full-fidelity trials were asked, by their number; repeats and what a study
+        brought are left out, and of more than FORETOLD only so many are looked at, evenly spread."""
+        if self.run.kind == "fidelity":
+            return {}
         first: dict[Architecture, tuple[int, int]] = {}
         for trial, known in zip(self.run.record.asked, self.run.record.known, strict=True):
             if trial.fidelity == self.run.plan.high:
                 first.setdefault(trial.architecture, (known, trial.number))
-        some = list(first.items())[:: math.ceil(len(first) / FORETOLD) or 1]
+        adopted = self.run.adopted
+        own = [(architecture, when) for architecture, when in first.items() if when[1] not in adopted]
+        some = own[:: math.ceil(len(own) / FORETOLD) or 1]
         said = {number: self.opinion(architecture, known, number) for architecture, (known, number) in some}
         return {number: opinion for number, opinion in said.items() if opinion is not None}
 
@@ -106,8 +112,9 @@ class Hindsight:
         return [int(row) for row in find_rows(self.candidates, asked) if row >= 0]
 
 
-def look_back(run: Run) -> Hindsight:
-    """The run with the candidates that its search had. Raises UsageError where run.json does not say what data."""
+def look_back(run: Run, about: Sequence[Architecture] = ()) -> Hindsight:
+    """The run with the candidates that its search had, those of `about` in any sample of them. Raises UsageError where
+    run.json does not say what data."""
     if "data" not in run.facts:
         raise UsageError(
             f"{run.folder / 'run.json'} does not say how many classes the data has: another version wrote it, or the "
@@ -115,12 +122,14 @@ def look_back(run: Run) -> Hindsight:
         )
     space = load_space(run.study.space)
     _, fit = ground.fitting(space, run.study, run.facts["data"], Display("none"))
+    inside = [architecture for architecture in about if fit.row(architecture) is not None]
     if run.study.max_latency_ms < math.inf:
         fit, _ = fast_enough(fit, run.study.max_latency_ms, run.folder / "latency.json", True, 0, _measured_already)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
-    asked = find_rows(fit, [trial.architecture for trial in run.record.asked])
-    keep[asked[asked >= 0]] = True
-    return Hindsight(run, space, fit.where(keep), len(fit))
+    wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
+    keep[wanted[wanted >= 0]] = True
+    slow = frozenset(architecture for architecture in inside if fit.row(architecture) is None)
+    return Hindsight(run, space, fit.where(keep), len(fit), slow)
 
 
 def _measured_already(sample: Sequence[Architecture]) -> list[float]:

@@ -32,7 +32,7 @@ SCHEMA = 1
 class History:
     """What a policy sees: answers in the order in which they count, and the questions still open.
 
-    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/search.py).
+    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/clock.py).
     """
 
     answered: list[Evaluation] = field(default_factory=list)

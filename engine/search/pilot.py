@@ -106,6 +106,7 @@ def conclude(ground: Ground, plan: Pilot, history: History, show: Display) -> Js
         raise NoWinner("fewer than three architectures have been judged both ways: raise the budget, or see the log")
     run_dir = ground.run_dir
     result = {"run_dir": str(run_dir), **said, "config": str(run_dir / "recommended.yaml")}
+    result["evaluations"] = len(history.answered)
     result["complete"] = not pilot(ground.candidates, seen, ground.plan, 1, plan)
     result["warning"] = by_luck(found, len(ground.facts["classes"]))
     more = "" if result["complete"] else "not all has been measured yet: the same command goes on"

@@ -67,8 +67,12 @@ class Display(AbstractContextManager["Display"]):
             self._console.print(f"[{seconds:7.1f} s] {text}", markup=False)
 
     def expect(self, phase: str, total: int) -> None:
-        """A bar for a phase of `total` evaluations."""
-        self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
+        """A bar for a phase of `total` evaluations, counted from none: a study may have had one of that name before."""
+        self._counts.pop(phase, None)
+        if phase in self._tasks:
+            self._bars.reset(self._tasks[phase], total=total, note="")
+        else:
+            self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
 
     def show(self, evaluation: Evaluation, full: bool) -> None:
         """An evaluation that has come in; `full`: it counts for the best so far."""

@@ -8,8 +8,9 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import Plan
+from engine.fleet.processes import die_with, leave_signals_to_the_driver
 from engine.search import tables
 from engine.search.clock import Timeline, drive
 from engine.search.journal import History
@@ -281,15 +283,15 @@ def _summary_of_run(settings: Replay, table: Table, plan: Plan, history: Timelin
 def _run_all(settings: Replay) -> list[Run]:
     done = _load_runs(settings)
     todo = [(m, s) for s in range(settings.seeds) for m in settings.methods if (m, s) not in done]
-    with open(_runs_file(settings) or os.devnull, "a") as keep:
-        for run in _simulate_all(settings, todo):
+    with open(_runs_file(settings) or os.devnull, "a") as keep, closing(_simulate_all(settings, todo)) as runs:
+        for run in runs:
             done[run.method, run.seed] = run
             keep.write(json.dumps({"settings": _digest(settings, run.method), **asdict(run)}) + "\n")
             keep.flush()
     return [done[m, s] for m in settings.methods for s in range(settings.seeds)]
 
 
-def _simulate_all(settings: Replay, todo: list[tuple[str, int]]) -> Iterable[Run]:
+def _simulate_all(settings: Replay, todo: list[tuple[str, int]]) -> Generator[Run, None, None]:
     processes = settings.processes or os.cpu_count() or 1
     if processes == 1 or len(todo) < 2:
         for method, seed in todo:
@@ -298,9 +300,23 @@ def _simulate_all(settings: Replay, todo: list[tuple[str, int]]) -> Iterable[Run
     # A process a core: more threads in each would only wait for each other. Read by numpy's and xgboost's libraries.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of libraries half way
-    with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(processes, len(todo)), context, _depend_on, (os.getpid(),))
+    try:
         for future in as_completed([pool.submit(simulate, settings, m, s) for m, s in todo]):
             yield future.result()
+    except BaseException:  # told to stop: a pool would end all that it was given before it lets go
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        raise
+    pool.shutdown()
+
+
+def _depend_on(parent: int) -> None:
+    """What a process of the pool does first: it ends with its parent, which alone answers a Ctrl-C."""
+    leave_signals_to_the_driver()
+    die_with(parent)
 
 
 def _digest(settings: Replay, method: str) -> str:

@@ -20,6 +20,7 @@ from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, Usage
 
 Json = dict[str, Any]
 
+SURROGATE_METHODS = ("mfkd", "mfkd-front")
 # What an evaluation's seconds are split into; `costs` holds rates and sizes besides.
 PHASES = ("setup", "data", "teacher", "train", "evaluate")
 
@@ -46,9 +47,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the search has named its winner, or the study has measured all that it was to."""
+        """Whether the search has named its winner, or the study has measured all that it was to and has asked for no
+        more since."""
         if self.kind == "fidelity":
-            return bool((_read(self.folder / "fidelity.json") or {}).get("complete"))
+            found = _read(self.folder / "fidelity.json") or {}
+            return bool(found.get("complete")) and found.get("evaluations") == len(self.record.asked)
         return self.result is not None
 
     @property
@@ -60,6 +63,17 @@ class Run:
     def pending(self) -> list[Trial]:
         """What was asked and not answered yet: under way, or cut short by the end of the search."""
         return [trial for trial in self.record.asked if trial.number not in self.record.answers]
+
+    @property
+    def asks_surrogate(self) -> bool:
+        """Whether full trainings are those that the surrogate thinks best of."""
+        return self.kind == "search" and self.plan.method in SURROGATE_METHODS
+
+    @property
+    def adopted(self) -> set[int]:
+        """Numbers of the trials that the run did not ask itself: it began with their answers, see --pilot."""
+        asked = zip(self.record.asked, self.record.seen, strict=True)
+        return {trial.number for trial, seen in asked if seen < 0} if self.study.pilot else set()
 
     def at(self, fidelity: Fidelity) -> list[Evaluation]:
         """The evaluations at a fidelity that gave a score."""

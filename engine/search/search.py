@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +40,7 @@ from engine.trial import (
     Trial,
     UsageError,
     failed,
+    mean_accuracies,
     trial_to_json,
 )
 from surrogate.quality import kendall_tau
@@ -61,9 +62,15 @@ class Purpose:
 
 
 def search(
-    study: Study, budget: Budget, resources: Resources, run_dir: Path, show: Display, log: Kind = "none"
+    study: Study,
+    budget: Budget,
+    resources: Resources,
+    run_dir: Path,
+    show: Display,
+    log: Kind = "none",
+    method: policy.Method | None = None,
 ) -> Json:
-    """Runs or continues the search of a run folder; returns what the command prints.
+    """Runs or continues the search of a run folder; returns what the command prints. `method` stands for the study's.
 
     Raises EngineError where it cannot start or go on; what has been measured is in the journal by then.
     """
@@ -76,7 +83,7 @@ def search(
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(ground, history, best, fleet, time.monotonic() - start)
 
-    purpose = Purpose("search", config.plan(study, budget), propose, end)
+    purpose = Purpose("search", config.plan(study, budget), method or propose, end)
     return run(purpose, study, budget, resources, run_dir, show, log)
 
 
@@ -111,8 +118,9 @@ def run(
         Journal(run_dir / "journal.jsonl") as book,
         open_log(log, study, run_dir) as show.log,
     ):
-        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings
-            (run_dir / "config.yaml").unlink(missing_ok=True)
+        if not config.begun(run_dir):  # a call that failed before it had begun binds nobody to its settings and data
+            for name in ("config.yaml", "run.json"):
+                (run_dir / name).unlink(missing_ok=True)
         side = config.side_by_side(resources, gpu=wanted.device == "cuda")
         slots = config.fix(purpose.kind, run_dir, study, budget, config.slots(wanted.workers, side))
         show.say(f"run folder {run_dir}; {describe(wanted)}")
@@ -258,9 +266,6 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
     tested = completed(fleet, "run_test", {**ground.task, "trial": trial_to_json(best.trial)})
     ok = [e for e in history.answered if e.ok]
     unfit = sum(e.status == "unfit" for e in history.answered)
-    low = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity in ground.plan.lows}
-    high = {e.trial.architecture: e.accuracy for e in ok if e.trial.fidelity == ground.plan.high}
-    macs = {e.trial.architecture: float(e.macs) for e in ok if e.trial.fidelity == ground.plan.high}
     result: Json = {
         "run_dir": str(ground.run_dir),
         "status": "finished",
@@ -278,12 +283,12 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
             "failed": sum(failed(e.status) for e in history.answered),
             **({"unfit": unfit} if unfit else {}),
         },
-        "tau": {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)},
+        "tau": taus(ok, ground.plan),
         "seconds": round(seconds, 1),
     }
     if "latency_ms" in best.costs:
         result["winner"]["latency_ms"] = round(best.costs["latency_ms"], 3)
-    if ground.study.objectives != "accuracy":
+    if ground.plan.method == "mfkd-front":
         result["front"] = [
             {
                 "architecture": str(e.trial.architecture),
@@ -295,6 +300,14 @@ def conclude(ground: Ground, history: History, best: Evaluation, fleet: Fleet, s
         ]
     config.write_whole(ground.run_dir / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def taus(ok: Sequence[Evaluation], plan: Plan) -> Json:
+    """How well the low fidelity, and MACs alone, rank what was trained in full: each architecture by its mean."""
+    full = [e for e in ok if e.trial.fidelity == plan.high]
+    low, high = mean_accuracies(e for e in ok if e.trial.fidelity in plan.lows), mean_accuracies(full)
+    macs = {e.trial.architecture: float(e.macs) for e in full}
+    return {"low_vs_high": _tau(low, high), "macs_vs_high": _tau(macs, high)}
 
 
 def _tau(one: dict[Any, float], other: dict[Any, float]) -> float | None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from engine import config
-from engine.config import Budget, Resources, Study
+from engine.config import Budget, Plan, Resources, Study
 from engine.fleet.devices import layout
 from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet
 from engine.search.ground import teacher_path
+from engine.search.journal import History
 from engine.search.progress import Display
 from engine.search.runs import Run
 from engine.search.search import search
-from engine.space import load_space
+from engine.space import Candidates, load_space
 from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError, trial_to_json
 
 Json = dict[str, Any]
@@ -36,8 +37,16 @@ def train(study: Study, architecture: str, resources: Resources, out: Path, show
     """
     low = replace(study.high, name="low")  # not asked for; the teacher is made where it says that there is one
     alone = replace(study, low=low, only=architecture, method="random", objectives="accuracy", pilot="", **NO_LIMITS)
-    result = search(alone, Budget(max_low=0, max_high=1, max_failures=1), resources, out, show)
+    budget = Budget(max_low=0, max_high=1, max_failures=1)
+    result = search(alone, budget, resources, out, show, method=until_one_succeeds)
     return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
+
+
+def until_one_succeeds(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """The same question again after a failure, which ended a call: the next one goes on from the epochs it kept."""
+    if history.pending or any(evaluation.ok for evaluation in history.answered):
+        return []
+    return [Trial(history.asked, candidates.architecture(0), plan.high, plan.seed)]
 
 
 def score(

@@ -166,6 +166,10 @@ def _percent(text: str) -> str:
 def _parse(name: str, rows: list[Row]) -> Table:
     rows = _first_of_class(rows)
     choices, encoded = _choices(rows)
+    different, counts = np.unique(encoded, axis=0, return_counts=True)
+    if len(different) < len(rows):  # which of them an evaluation is of, nobody could say
+        twin = [c.options[option] for c, option in zip(choices, different[counts.argmax()], strict=True)]
+        raise ValueError(f"two rows have the same choices, {twin}; average them, or give them one `class`")
     space = SearchSpace(name, choices, _no_network)
     lows = [c[6:] for c in rows[0] if c.startswith("valid:")]
     known = "macs" in rows[0]
