@@ -107,6 +107,7 @@ $(STUDIES) $(WHY): | install
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
 rivals: $(RIVALS)
+	$(BIN)/python -m bench.evidence.rivals
 rivals-cifar100 rivals-cifar100-again: build/cifar100.npz
 rivals-glyphs-weak: rivals-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
 rivals-cifar100-weak: rivals-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors

@@ -1,6 +1,6 @@
 """The search against its rivals on real training: every answer is a training of a study, every cost its measured one.
 
-`python -m bench.evidence.rivals build/evidence/rivals-NAME`
+`python -m bench.evidence.rivals build/evidence/rivals-NAME`; without a folder: the means over the two sets of trainings
 
 A study of the fidelity command has trained a pool of architectures in full and at low fidelities. An answer depends on
 the architecture, the fidelity and the seed alone, so the methods may share it: each searches the pool by the search's
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from bench.evidence.keep import KEPT, kept, row, teacher_card, write
+from bench.evidence.keep import KEPT, PAGE, kept, row, teacher_card, write
 from engine.search import journal, tables
 from engine.search.replay import Replay, replay
 from engine.space import SearchSpace, load_space
@@ -29,6 +29,11 @@ from engine.trial import Evaluation, trial_to_json
 
 BUDGETS = (4, 6, 8, 12, 20)  # in mean full trainings
 SEARCHES, POOL, WORKERS = 20, 0.75, 2
+# Two sets of trainings of each data set that share nothing: other cells, weights, order, teacher.
+SETS = {
+    "glyphs": ("rivals-glyphs-weak", "rivals-glyphs-again"),
+    "CIFAR-100": ("rivals-cifar100-weak", "rivals-cifar100-again"),
+}
 OURS = "mfkd, KD (ours)"
 # Called, method, low fidelity (the part of its name before the @).
 METHODS = (
@@ -84,6 +89,26 @@ def searched(path: Path, taught: float, folder: Path) -> list[str]:
         row(["---"] * (1 + len(BUDGETS))),
         *(row([called, *map(gap, picks[OURS], picks[called])]) for called in picks if called != OURS),
     ]
+
+
+def together() -> list[str]:
+    """Ours less each rival, the mean over the two sets of trainings of a data set, from what the page says of each."""
+    lines = [row([f"{OURS} less", "on", *map(str, BUDGETS)]), row(["---"] * (2 + len(BUDGETS)))]
+    for data, (first, second) in SETS.items():
+        one, other = gaps_of(first), gaps_of(second)
+        for rival in one:
+            pairs = zip(one[rival], other[rival], strict=True)
+            means = [f"{(a + b) / 2:+.2f} ± {(u**2 + v**2) ** 0.5 / 2:.2f}" for (a, u), (b, v) in pairs]
+            lines.append(row([rival, data, *means]))
+    return lines
+
+
+def gaps_of(name: str) -> dict[str, list[tuple[float, float]]]:
+    """The differences, with half their interval, that the page has for a study, by rival."""
+    text = PAGE.read_text().partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0]
+    under = text.partition(f"{OURS} less")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in under.splitlines()[2:]]
+    return {rival: [(float(v), float(w)) for v, w in (gap.split(" ± ") for gap in found)] for rival, *found in cells}
 
 
 def pools(rows: list[dict[str, str]], folder: Path) -> list[Path]:
@@ -165,4 +190,7 @@ def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSp
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        write("rivals-together", "\n".join(together()))
