@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported: two test processes with two threads each would wait for each other.
@@ -61,6 +62,17 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[p
         return [process for process in found if process.pid != os.getpid()]
 
     return marked
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """What a script starts in the background ignores INT, what nohup starts HUP; tests that send them do without."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

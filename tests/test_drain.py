@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +20,10 @@ from engine.training import evaluate
 from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
 from tests.searches import finish, measured, processes, read, search, start, until, winner
 
+pytestmark = pytest.mark.usefixtures("heard")
 SPACE = "nasbench201:channels=4,cells=1"
 RUNS = int(os.environ.get("DRAIN_RUNS", "1"))  # make test-faults takes 20
 LONG = ("--high.epochs=30",)  # so that there is something to be stopped
-
-
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """What a script starts in the background ignores INT, what nohup starts HUP: these tests shall do without."""
-    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.default_int_handler)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:

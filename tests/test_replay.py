@@ -62,6 +62,7 @@ def test_processes_do_not_change_the_result():
     assert replay(replace(QUICK, processes=2, seeds=2)) == replay(replace(QUICK, seeds=2))
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_replay_that_is_told_to_stop_does_and_keeps_what_was_finished(number, code, tmp_path, mark):
     command = [sys.executable, "cli.py", "replay", f"--table={SYNTHETIC}", "--processes=2", "--seeds=2000"]
