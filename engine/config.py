@@ -157,7 +157,8 @@ class Plan:
 
     `lows` holds the low fidelities, the main one first; most methods use that one only. Repeats of the best few
     (the same architecture at full fidelity with another seed) count towards `max_high`. A worker has `cohort` slots:
-    so many low-fidelity trials share it, while a full one takes all of them.
+    so many low-fidelity trials share it, while a full one takes all of them. Scores are accuracies on `valid_images`
+    images; 0 where that is not known.
     """
 
     lows: tuple[Fidelity, ...]
@@ -167,6 +168,7 @@ class Plan:
     max_high: int = 20
     seed: int = 0
     cohort: int = 1
+    valid_images: int = 0
 
 
 def ready_made(teacher: str) -> bool:

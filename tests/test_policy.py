@@ -13,7 +13,7 @@ from engine.search.journal import History
 from engine.search.policies.estimate import Use, estimate
 from engine.search.policies.known import find_rows, scores, worker_count
 from engine.search.policies.mfkd import mfkd
-from engine.search.policies.recommend import posterior
+from engine.search.policies.recommend import noise_variance, posterior
 from engine.search.policy import METHODS, propose, winner
 from engine.space import Candidates
 from engine.trial import Evaluation, Fidelity, Trial, UsageError
@@ -239,13 +239,33 @@ def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_answer():
     assert chosen.accuracy >= order[-3].accuracy
 
 
-@pytest.mark.parametrize(("noise", "weight"), [(None, 0.75), (0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
+@pytest.mark.parametrize(("noise", "weight"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
 def test_a_measurement_counts_as_much_as_it_is_known_to_be_no_luck(noise, weight):
     """Left-out predictions of it have the variance 1, noise included."""
     fitted = Linear(np.zeros(2), np.eye(2), 0.3, left_out=np.array([0.0]), left_out_variance=np.array([1.0]))
-    mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), noise)
+    mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), np.array([noise]))
     assert mean[0] == pytest.approx(weight)
-    assert variance[0] == pytest.approx(weight * (0.25 if noise is None else noise))
+    assert variance[0] == pytest.approx(weight * noise)
+
+
+def test_luck_is_a_quarter_of_what_is_not_foretold_and_more_where_few_images_are_counted_unless_repeats_show_it():
+    trials = [Trial(i, SPACE.architecture(i), FULL) for i in range(12)]
+    history = History([answer(t) for t in trials])
+    high = scores(SPACE, history, FULL)
+    known = estimate(SPACE, [], high, 0, Use())
+    quarter = 0.25 * known.linear.left_out_variance
+
+    def noise(images, history=history, high=high):
+        return noise_variance(history, Plan((LOW,), FULL, valid_images=images), high, known)
+
+    assert noise(0) == pytest.approx(quarter)
+    assert noise(1_000_000) == pytest.approx(quarter)
+    counted = high.values * (1 - high.values) / 10 * np.var(known.y) / np.var(high.values)
+    assert noise(10) == pytest.approx(counted)
+    assert (counted > quarter).all()
+    again = History([*history.answered, Evaluation(Trial(12, SPACE.architecture(0), FULL, 1), "ok", 0.9)])
+    shown = np.var([history.answered[0].accuracy, 0.9], ddof=1) * np.var(known.y) / np.var(high.values)
+    assert noise(10, again) == pytest.approx(np.full(12, shown))
 
 
 def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over():

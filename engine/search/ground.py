@@ -69,7 +69,7 @@ def prepare(
         path, pretrained = teacher_path(study, run_dir), config.ready_made(study.teacher)
         network = study.teacher if pretrained else f"{study.space}#{largest(everything)}"
         facts["teacher"] = obtain_teacher(network, pretrained, path, task, fleet, show)
-    return Ground(study, plan, fit, facts, run_dir, task)
+    return Ground(study, replace(plan, valid_images=facts["images"]["valid"]), fit, facts, run_dir, task)
 
 
 def probe(study: Study, task: Json, fleet: Fleet, show: Display) -> Json:

@@ -12,7 +12,7 @@ from engine.config import Plan
 from engine.search.journal import History
 from engine.search.policies.estimate import PULL, Estimate, Use, estimate
 from engine.search.policies.known import Array, Rows, Same, Scores, ask, scores, unasked, worker_count
-from engine.search.policies.recommend import luck_in_one, noise_variance, posterior
+from engine.search.policies.recommend import noise_variance, posterior
 from engine.space import Candidates
 from engine.trial import Fidelity, Trial
 from surrogate.acquire import expected_hypervolume, expected_improvement, spread_out, value_of_looking
@@ -240,9 +240,9 @@ def _repeat(state: State, known: Estimate) -> list[Trial]:
     high = _refit(state.high)
     if len(high) < BEFORE_REPEATS:
         return []
-    noise = noise_variance(state.history, state.plan, high, known.y)
+    noise = noise_variance(state.history, state.plan, high, known)
     mean, variance = posterior(known.linear, known.y, high.counts, noise)
-    shift = variance / np.sqrt(variance + luck_in_one(known.linear, noise) + 1e-12)
+    shift = variance / np.sqrt(variance + noise + 1e-12)
     leader = int(np.argmax(mean))
     rival = np.full(len(mean), mean[leader])
     rival[leader] = np.delete(mean, leader).max()

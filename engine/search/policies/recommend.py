@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.config import Plan
 from engine.search.journal import History
-from engine.search.policies.estimate import ENOUGH_LOW, Use, estimate
+from engine.search.policies.estimate import ENOUGH_LOW, Estimate, Use, estimate
 from engine.search.policies.known import Array, Scores, scores
 from engine.space import Candidates
 from engine.trial import Evaluation
@@ -20,14 +20,15 @@ UNKNOWN_NOISE = 0.25
 
 def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
     """The full-fidelity answer to recommend, None where none succeeded: the best measured score, each shrunk towards
-    what the surrogate makes of the others (a quarter of the way, unless repeats have shown how noisy one is)."""
+    what the surrogate makes of the others (a quarter of the way, farther where few validation images make it luck, or
+    as far as repeats have shown)."""
     full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
     high = scores(candidates, history, plan.high)
     if len(high) < ENOUGH_LOW:
         return max(full, key=lambda e: e.accuracy, default=None)
     lows = [scores(candidates, history, low) for low in plan.lows]
     known = estimate(candidates, lows, high, plan.seed, Use())
-    noise = noise_variance(history, plan, high, known.y)
+    noise = noise_variance(history, plan, high, known)
     best = candidates.architecture(int(high.rows[np.argmax(posterior(known.linear, known.y, high.counts, noise)[0])]))
     return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
 
@@ -45,29 +46,30 @@ def front(history: History, plan: Plan) -> list[Evaluation]:
     return best
 
 
-def posterior(linear: Linear, y: Array, counts: Array, noise: float | None) -> tuple[Array, Array]:
+def posterior(linear: Linear, y: Array, counts: Array, noise: Array) -> tuple[Array, Array]:
     """Mean and variance (m,) of the measured architectures' true scores: the measurement y (m,), a mean of `counts`
-    (m,), and the prediction from the others, weighed by their variances. `noise` None: UNKNOWN_NOISE."""
+    (m,) of variance `noise` (m,) each, and the prediction from the others, weighed by their variances."""
     prior = linear.left_out_variance  # of a measurement: of the true score it is less by the luck in one
-    luck = luck_in_one(linear, noise) / counts
+    luck = noise / counts
     prior = np.maximum(prior - luck, LEAST * prior)
     weight = prior / (prior + luck)
     return linear.left_out + weight * (y - linear.left_out), weight * luck
 
 
-def luck_in_one(linear: Linear, noise: float | None) -> Array:
-    """Variance (m,) of one full measurement around its architecture's true score, on the scale of y."""
-    return UNKNOWN_NOISE * linear.left_out_variance if noise is None else np.full(len(linear.left_out), noise)
+def noise_variance(history: History, plan: Plan, high: Scores, known: Estimate) -> Array:
+    """Variance (m,) of one full measurement around its architecture's true score, on the scale of known.y.
 
-
-def noise_variance(history: History, plan: Plan, high: Scores, y: Array) -> float | None:
-    """Variance of one full measurement on the scale of y, from repeats; None where there are none."""
+    From repeats where there are some; else UNKNOWN_NOISE, and at least what counting right answers among so many
+    validation images makes it (binomial).
+    """
     groups: dict[tuple[int, ...], list[float]] = {}
     for e in history.answered:
         if e.ok and e.trial.fidelity == plan.high:
             groups.setdefault(e.trial.architecture.choices, []).append(e.accuracy)
     repeated = [np.var(v, ddof=1) for v in groups.values() if len(v) > 1]
     spread = float(np.std(high.values))
-    if not repeated or spread == 0:
-        return None
-    return float(np.mean(repeated)) * (float(np.std(y)) / spread) ** 2
+    scale = (float(np.std(known.y)) / spread) ** 2 if spread else 0.0
+    if repeated and scale:
+        return np.full(len(high), float(np.mean(repeated)) * scale)
+    counted = high.values * (1 - high.values) / plan.valid_images if plan.valid_images else np.zeros(len(high))
+    return np.maximum(UNKNOWN_NOISE * known.linear.left_out_variance, counted * scale)
