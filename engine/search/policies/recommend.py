@@ -12,16 +12,16 @@ from engine.space import Candidates
 from engine.trial import Evaluation
 from surrogate.linear import Linear
 
-# Part of what left-out predictions are wrong by that is never held for luck in the measurement, and the part that is
-# until repeats have shown how much there is: a measurement then counts three times as much as its prediction.
+# Part of what left-out predictions are wrong by that is never held for luck in the measurement, and the least and most
+# that is until repeats have shown how much there is: a measurement counts one to three times as much as its prediction.
 LEAST = 0.05
-UNKNOWN_NOISE = 0.25
+UNKNOWN_NOISE = (0.25, 0.5)
 
 
 def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation | None:
     """The full-fidelity answer to recommend, None where none succeeded: the best measured score, each shrunk towards
-    what the surrogate makes of the others (a quarter of the way, farther where few validation images make it luck, or
-    as far as repeats have shown)."""
+    what the surrogate makes of the others (a quarter of the way, up to half where few validation images make it luck,
+    or as far as repeats have shown)."""
     full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
     high = scores(candidates, history, plan.high)
     if len(high) < ENOUGH_LOW:
@@ -59,8 +59,8 @@ def posterior(linear: Linear, y: Array, counts: Array, noise: Array) -> tuple[Ar
 def noise_variance(history: History, plan: Plan, high: Scores, known: Estimate) -> Array:
     """Variance (m,) of one full measurement around its architecture's true score, on the scale of known.y.
 
-    From repeats where there are some; else UNKNOWN_NOISE, and at least what counting right answers among so many
-    validation images makes it (binomial).
+    From repeats where there are some; else what counting right answers among so many validation images makes it
+    (binomial), within the bounds of UNKNOWN_NOISE.
     """
     groups: dict[tuple[int, ...], list[float]] = {}
     for e in history.answered:
@@ -72,4 +72,5 @@ def noise_variance(history: History, plan: Plan, high: Scores, known: Estimate) 
     if repeated and scale:
         return np.full(len(high), float(np.mean(repeated)) * scale)
     counted = high.values * (1 - high.values) / plan.valid_images if plan.valid_images else np.zeros(len(high))
-    return np.maximum(UNKNOWN_NOISE * known.linear.left_out_variance, counted * scale)
+    least, most = (part * known.linear.left_out_variance for part in UNKNOWN_NOISE)
+    return np.clip(counted * scale, least, most)
