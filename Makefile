@@ -84,8 +84,8 @@ SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 TABLE    ?= $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
-RIVALS    = rivals-glyphs rivals-cifar100 rivals-glyphs-weak rivals-cifar100-weak \
-            rivals-glyphs-again rivals-cifar100-again
+RIVALS    = baselines-glyphs baselines-cifar100 baselines-glyphs-weak baselines-cifar100-weak \
+            baselines-glyphs-again baselines-cifar100-again
 WHY       = why-settings why-teacher cifar100-nasbench201-kd
 TEACHER   = $(BIN)/python cli.py teacher --batch-size 64 --space
 
@@ -107,13 +107,13 @@ $(STUDIES) $(WHY): | install
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
 rivals: $(RIVALS)
-	$(BIN)/python -m bench.evidence.rivals
-rivals-cifar100 rivals-cifar100-again: build/cifar100.npz
-rivals-glyphs-weak: rivals-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
-rivals-cifar100-weak: rivals-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors
+	$(BIN)/python -m bench.evidence.baselines
+baselines-cifar100 baselines-cifar100-again: build/cifar100.npz
+baselines-glyphs-weak: baselines-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
+baselines-cifar100-weak: baselines-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors
 $(RIVALS): | install
 	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.rivals $(EVIDENCE)/$@
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.baselines $(EVIDENCE)/$@
 
 $(EVIDENCE)/teachers/glyphs.safetensors: | install
 	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data glyphs --teacher-epochs 12 --out $@

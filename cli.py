@@ -26,7 +26,7 @@ COMMANDS = {
     "search": "start or continue a search; without options, a demo of minutes",
     "submit": "write the batch script of a search, for Slurm, PBS, LSF or Kubernetes, and hand it in",
     "teacher": "train a teacher, or check one",
-    "fidelity": "which cheap judgement to search with: a study on your own data and space",
+    "fidelity-study": "which cheap judgement to search with: a study on your own data and space",
     "replay": "run search methods on a table of recorded results",
     "report": "one HTML page and one CSV file about a run",
     "status": "one screen about a run, while it runs or after it",
@@ -91,7 +91,7 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         _refuse(f"no command '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        command = importlib.import_module(f"engine.commands.{name}")
+        command = importlib.import_module(f"engine.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise EnvironmentUnusable(
             f"the package {error.name} is not installed for {sys.executable}; "
@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
 
 def overview() -> str:
     """What `--help` prints: the commands, a line each."""
-    lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<16}{text}" for name, text in COMMANDS.items()]
     head = f"usage: {program()} COMMAND [options]\n\n{DESCRIPTION}\n\ncommands:"
     return "\n".join([head, *lines, f"\n{program()} COMMAND --help is the manual of a command; --version"])
 

@@ -4,7 +4,7 @@
     python -m bench.bench_fleet occupancy --workers 8 --trials 320 --seconds 2
     python -m bench.bench_fleet replay --trials 1000000
 
-Everything is what a search uses (engine/search/clock.py, dispatch, journal with a sync per line, Parsl, supervisors,
+Everything is what a search uses (engine/search/loop.py, dispatch, journal with a sync per line, Parsl, supervisors,
 worker processes and their pipes), except that a worker imports this file in the place of engine/training/evaluate.py:
 no torch, and a trial that sleeps. The policy asks for random members of a space. Prints one JSON line.
 """
@@ -51,9 +51,10 @@ def drive(workers: int, trials: int, seconds: float, run_dir: Path) -> dict[str,
     from engine.config import Resources
     from engine.fleet.devices import Layout
     from engine.fleet.fleet import open_fleet
-    from engine.search.clock import drive as loop
     from engine.search.dispatch import Dispatch
-    from engine.search.journal import History, Journal
+    from engine.search.journal import Journal
+    from engine.search.loop import drive as loop
+    from engine.trial import History
 
     def propose(history: History, free: int) -> list[Trial]:
         return [trial(history.asked + place) for place in range(min(free, trials - history.asked))]
@@ -93,19 +94,18 @@ def drive(workers: int, trials: int, seconds: float, run_dir: Path) -> dict[str,
 
 def replay(trials: int, run_dir: Path) -> dict[str, float]:
     """Reading a journal of so many evaluations, written as a search writes it but for the syncs."""
-    from engine.search import journal
     from engine.trial import trial_to_json
 
     path = run_dir / "journal.jsonl"
     with open(path, "w") as lines:
-        lines.write(json.dumps({"journal": journal.SCHEMA}) + "\n")
+        lines.write(json.dumps({"journal": SCHEMA}) + "\n")
         for number in range(trials):
             asked = trial(number)
             lines.write(json.dumps({"asked": trial_to_json(asked), "seen": number}, separators=(",", ":")) + "\n")
             answered = evaluation_to_json(answer(asked, worker="host/0/0", started=1.7e9, seconds=12.3))
             lines.write(json.dumps({"answered": answered}, separators=(",", ":")) + "\n")
     start, cpu = time.perf_counter(), time.process_time()
-    record = journal.read(path)
+    record = read_journal(path)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert len(record.answers) == trials
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

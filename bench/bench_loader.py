@@ -21,11 +21,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
+from engine.data.dataset import Dataset, Split
 from engine.data.loader import train_batches
-from engine.data.parts import Data, Part
 
 ROUNDS = 3
 EPOCHS = {"arrays": 2, "files": 6}  # the making of a pipeline, some 0.2 s, is part of each run
@@ -52,22 +53,22 @@ def opened(path: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def cifar_like() -> Data:
+def cifar_like() -> Dataset:
     """10,000 smooth images of CIFAR's size."""
     rng = np.random.default_rng(0)
     small = torch.from_numpy(rng.random((10_000, 3, 5, 5), np.float32) * 255)
     images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").byte().permute(0, 2, 3, 1)
-    part = Part(rng.integers(0, 100, 10_000), np.ascontiguousarray(images.numpy()), None)
-    return Data("cifar-like", part, part, part, tuple(map(str, range(100))), MEAN, STD, 32, flip=True)
+    part = Split(rng.integers(0, 100, 10_000), np.ascontiguousarray(images.numpy()), None)
+    return Dataset("cifar-like", part, part, part, tuple(map(str, range(100))), MEAN, STD, 32, flip=True)
 
 
 @pytest.fixture(scope="module", params=["made, 500 x 375", "Caltech-101"])
-def jpegs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Data:
+def jpegs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """192 JPEG files: made ones of 50 kB, or photographs of about 300 x 200 where they are at hand."""
     folder = tmp_path_factory.mktemp("jpegs")
     paths = made(folder) if request.param.startswith("made") else photographs(folder)
-    part = Part(np.arange(192) % 10, None, tuple(map(str, paths[:192])))
-    return Data(request.param, part, part, part, tuple("abcdefghij"), MEAN, STD, 224, flip=True)
+    part = Split(np.arange(192) % 10, None, tuple(map(str, paths[:192])))
+    return Dataset(request.param, part, part, part, tuple("abcdefghij"), MEAN, STD, 224, flip=True)
 
 
 def made(folder: Path) -> list[Path]:
@@ -91,7 +92,7 @@ def photographs(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.jpg"))
 
 
-def ours(data: Data, batch_size: int, backend: str) -> Run:
+def ours(data: Dataset, batch_size: int, backend: str) -> Run:
     """Each run is some epochs, the making of the pipeline included."""
     epochs = EPOCHS["files" if data.train.files else "arrays"]
     batches = train_batches(
@@ -139,7 +140,7 @@ def check(run: Run, peer: Run, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.benchmark(group="loader: arrays, 32 px, batch 256")
 @pytest.mark.parametrize("backend", ["dali", "resident"])
-def test_arrays(benchmark: Any, cifar_like: Data, backend: str) -> None:
+def test_arrays(benchmark: Any, cifar_like: Dataset, backend: str) -> None:
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4),
@@ -162,7 +163,7 @@ def test_arrays(benchmark: Any, cifar_like: Data, backend: str) -> None:
 
 
 @pytest.mark.benchmark(group="loader: JPEG files, 224 px, batch 64")
-def test_jpegs(benchmark: Any, jpegs: Data) -> None:
+def test_jpegs(benchmark: Any, jpegs: Dataset) -> None:
     transform = v2.Compose(
         [
             opened,

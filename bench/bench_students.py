@@ -30,10 +30,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.naive import CUDA, Ground, cifar100, ground, naive, naive_loss, noise
+from bench.naive import CUDA, BenchCase, cifar100, naive, naive_loss, noise, setup
 from engine.config import Resources
 from engine.training import teacher as teachers
-from engine.training.distill import Objective, lesson
+from engine.training.distill import Objective, teacher_output
 from engine.training.evaluate import build_student, evaluate
 from engine.trial import Evaluation, Fidelity, KDLoss, Trial
 
@@ -43,28 +43,28 @@ NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 CPU = pytest.mark.skipif(CUDA, reason="the CPU's sizes")
 
 
-def ours(at: Ground, trials: list[Trial], **resources: Any) -> list[Evaluation]:
+def ours(at: BenchCase, trials: list[Trial], **resources: Any) -> list[Evaluation]:
     answers = evaluate(at.bench, str(at.teacher_file), trials, Resources(**resources))
     assert [answer.error for answer in answers if not answer.ok] == []
     return answers
 
 
-def naive_seconds(at: Ground, trial: Trial) -> float:
+def naive_seconds(at: BenchCase, trial: Trial) -> float:
     torch.set_num_threads(1)
     return seconds(lambda: naive(at, trial))
 
 
-def check(at: Ground, trial: Trial) -> None:
+def check(at: BenchCase, trial: Trial) -> None:
     """Both sides minimise the same: their losses agree on a batch before anything is timed."""
-    study, classes = at.bench.study, len(at.bench.data.classes)
+    config, classes = at.bench.config, len(at.bench.data.classes)
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % classes
     with torch.no_grad():
-        student, taught = build_student(study, trial, classes)(images), teachers.load(at.teacher_file).eval()(images)
-        objective = Objective(study, trial.fidelity.kd_loss, student, taught)
-        fused = objective(student, lesson(taught, objective.taps), labels)
+        student, taught = build_student(config, trial, classes)(images), teachers.load(at.teacher_file).eval()(images)
+        objective = Objective(config, trial.fidelity.kd_loss, student, taught)
+        fused = objective(student, teacher_output(taught, objective.feature_keys), labels)
         torch.testing.assert_close(
-            fused, naive_loss(study, trial.fidelity.kd_loss, student, taught, labels), rtol=2e-3, atol=0
+            fused, naive_loss(config, trial.fidelity.kd_loss, student, taught, labels), rtol=2e-3, atol=0
         )
 
 
@@ -84,7 +84,7 @@ def report(benchmark: Any, **figures: Any) -> None:
             out.write(json.dumps({"name": benchmark.name, **figures}) + "\n")
 
 
-def compared(benchmark: Any, at: Ground, trials: list[Trial], cohorts: int) -> None:
+def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -> None:
     """`cohorts` cohorts of `trials` one after the other against the naive loop over them, in turns."""
     check(at, trials[0])
     other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -117,7 +117,7 @@ def compared(benchmark: Any, at: Ground, trials: list[Trial], cohorts: int) -> N
         seconds_each={"naive": theirs, "first cohort": first, "later cohorts": later},
         cohort=len(trials),
         cohorts=cohorts,
-        space=at.bench.study.space,
+        space=at.bench.config.space,
         kd_loss=at.low.kd_loss,
     )
 
@@ -132,7 +132,7 @@ def compared(benchmark: Any, at: Ground, trials: list[Trial], cohorts: int) -> N
 def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss) -> None:
     """Two cohorts of 4, as a search asks for them: the second finds what the teacher said to the first. Of a search's
     cohorts all but one are such second ones."""
-    at = ground(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss=kd_loss), space)
+    at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss=kd_loss), space)
     compared(benchmark, at, at.trials(4), cohorts=2)
 
 
@@ -140,7 +140,7 @@ def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort")
 def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
     """Without what was kept of the teacher, so that the cohort's share of it is seen; predicted from K = 1."""
-    at = ground(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss="kd"), "nasbench201:cells=1")
+    at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss="kd"), "nasbench201:cells=1")
     trials, sizes = at.trials(8), (1, 2, 4, 8)
     spent: dict[int, list[float]] = {size: [] for size in sizes}
     shares: list[float] = []
@@ -179,15 +179,15 @@ PAPER = Fidelity("low", Fraction(1850, 45_000), 100, kd_loss="kd")
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def real(tmp_path_factory: pytest.TempPathFactory) -> BenchCase:
     folder = tmp_path_factory.mktemp("cifar100")
-    return ground(folder, cifar100(folder), PAPER)
+    return setup(folder, cifar100(folder), PAPER)
 
 
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.benchmark(group="students: the paper's low fidelity on a device")
-def test_the_papers_low_fidelity(benchmark: Any, real: Ground) -> None:
+def test_the_papers_low_fidelity(benchmark: Any, real: BenchCase) -> None:
     """1,850 images of CIFAR-100, 100 epochs, batch 64, MobileNetV2 space, KD: two cohorts of 8, scaled to 100."""
     trials = real.trials(16)
     naive(real, trials[0], epochs=1)
@@ -218,9 +218,9 @@ def test_the_papers_low_fidelity(benchmark: Any, real: Ground) -> None:
 @pytest.mark.gpu
 @NEEDS_CUDA
 @pytest.mark.benchmark(group="students: graphs against eager steps on a device")
-def test_graph_and_eager_score_alike(benchmark: Any, real: Ground) -> None:
+def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
     """20 architectures, 10 epochs: graph, eager, and eager with another seed, whose spread is the noise to judge by."""
-    at = replace(real, bench=replace(real.bench, study=replace(real.bench.study, low=replace(PAPER, epochs=10))))
+    at = replace(real, bench=replace(real.bench, config=replace(real.bench.config, low=replace(PAPER, epochs=10))))
     trials = at.trials(20)
     other = [replace(trial, seed=1) for trial in trials]
     spent: dict[str, float] = {}
@@ -257,8 +257,8 @@ def test_graph_and_eager_score_alike(benchmark: Any, real: Ground) -> None:
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort, on a device")
 def test_cohort_sizes_on_a_device(benchmark: Any, tmp_path: Path) -> None:
     """Steady state on synthetic batches: 200 steps, 8 students, with graphs and without."""
-    at = ground(tmp_path, noise(64 * 50, 256), Fidelity("low", epochs=4, kd_loss="kd"))
-    at = replace(at, bench=replace(at.bench, study=replace(at.bench.study, data_backend="synthetic")))
+    at = setup(tmp_path, noise(64 * 50, 256), Fidelity("low", epochs=4, kd_loss="kd"))
+    at = replace(at, bench=replace(at.bench, config=replace(at.bench.config, data_backend="synthetic")))
     trials = at.trials(8)
     table: dict[str, float] = {}
 

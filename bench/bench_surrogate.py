@@ -18,9 +18,9 @@ import xgboost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.search.policies.estimate import MACS_ON_LOW, Same, Use, estimate, ground
-from engine.search.policies.known import Scores
-from engine.search.tables import FULL, load
+from engine.search.methods.estimate import MACS_ON_LOW, IdentityKey, SurrogateInputs, estimate, setup
+from engine.search.methods.scores import Scores
+from engine.search.replay.tables import FULL, load
 from engine.space import Candidates
 from surrogate import xgb
 from surrogate.linear import Prior
@@ -52,7 +52,7 @@ def speed(size: int) -> dict[str, float | bool]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rng = np.random.default_rng(0)
     start = time.perf_counter()
-    base = ground(Same(candidates))
+    base = setup(IdentityKey(candidates))
     prepared = time.perf_counter() - start
     rows = rng.choice(size, 100, replace=False)
     values = candidates.macs[rows] / 1e7 + rng.standard_normal(100)
@@ -63,7 +63,7 @@ def speed(size: int) -> dict[str, float | bool]:
     fit_predict = time.perf_counter() - start
     assert kendall_tau(mean[rows], values) > 0.3, "the fit that is timed is wrong"
     start = time.perf_counter()
-    known = estimate(candidates, [scored(rows[:48], values[:48])], scored(rows[48:64], values[48:64]), 0, Use())
+    known = estimate(candidates, [scored(rows[:48], values[:48])], scored(rows[48:64], values[48:64]), 0, SurrogateInputs())
     both = time.perf_counter() - start
     assert kendall_tau(known.mean[rows[64:]], values[64:]) > 0.2, "the estimate that is timed is wrong"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
@@ -75,7 +75,7 @@ def speed(size: int) -> dict[str, float | bool]:
 def quality(path: Path, seeds: int = 10) -> dict[str, dict[str, float]]:
     """By N: tau on 1,000 held-out architectures (test) of the surrogate and of MACs alone, coverage of 90 %."""
     table = load(path)
-    base, n = ground(Same(table.candidates)), len(table.candidates)
+    base, n = setup(IdentityKey(table.candidates)), len(table.candidates)
     hold = min(1000, n // 3)
     out: dict[str, dict[str, float]] = {}
     for size in (10, 20, 30, 50, 100, 300):

@@ -12,57 +12,58 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from context.bench_kernels import repdistiller_nst
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
-from bench.bench_kernels import repdistiller_nst
-from engine.config import Study
-from engine.data.parts import Data, Part, fingerprint, load, subset
-from engine.space import load_space
+from engine.config import SearchConfig
+from engine.data.dataset import Dataset, Split, fingerprint, load, subset
+from engine.spaces.load import load_space
 from engine.training import teacher as teachers
+from engine.training.context import WorkerContext, keep_freed_memory
 from engine.training.distill import Output, pair
 from engine.training.evaluate import build_student
 from engine.training.train import learning_rate
-from engine.training.workbench import Bench, keep_freed_memory
 from engine.trial import Architecture, Fidelity, KDLoss, Trial
 from kernels.functional import pooled
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER = f"{ROOT / 'bench' / 'cifar_resnet.py'}:space#3"  # ResNet-56
+TEACHER = f"{ROOT / 'context' / 'cifar_resnet.py'}:space#3"  # ResNet-56
 
 
 @dataclass(frozen=True)
 class Ground:
     """What both sides stand on: the same data, the same teacher, the same space and settings."""
 
-    bench: Bench
+    context: WorkerContext
     teacher_file: Path
 
     @property
     def low(self) -> Fidelity:
-        return self.bench.study.low
+        return self.context.config.low
 
     def trials(self, count: int) -> list[Trial]:
         """Architectures drawn from the space, the same in every run."""
-        choices, rng = load_space(self.bench.study.space).choices, np.random.default_rng(0)
+        choices, rng = load_space(self.context.config.space).choices, np.random.default_rng(0)
         drawn = [tuple(int(rng.integers(len(choice.options))) for choice in choices) for _ in range(count)]
-        return [Trial(number, Architecture(one), self.low, self.bench.study.seed) for number, one in enumerate(drawn)]
+        return [Trial(number, Architecture(one), self.low, self.context.config.seed) for number, one in enumerate(drawn)]
 
 
-def noise(train: int, valid: int) -> Data:
+def noise(train: int, valid: int) -> Dataset:
     """Images of CIFAR-100's size and number of classes: what they show makes no difference to how long it takes."""
     rng = np.random.default_rng(0)
     parts = [
-        Part(np.arange(n) % 100, rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), None)
+        Split(np.arange(n) % 100, rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), None)
         for n in (train, valid)
     ]
-    return Data("noise", *parts, parts[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
+    return Dataset("noise", *parts, parts[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
 
 
-def cifar100(folder: Path) -> Data:
+def cifar100(folder: Path) -> Dataset:
     """CIFAR-100 with a tenth for validation, from the shared folder in or beside the checkout."""
     homes = [home / "shared" / "data" for home in (ROOT, ROOT.parent)]
     home = next((home for home in homes if (home / "cifar100.npz").exists()), None)
@@ -73,8 +74,8 @@ def cifar100(folder: Path) -> Data:
     return load(str(plain), valid_fraction=0.1, cache=folder / "cache")
 
 
-def ground(folder: Path, data: Data, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> Ground:
-    study = Study(space=space, low=low, batch_size=64, lr=lr, data_backend="resident" if CUDA else "dali")
+def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> Ground:
+    config = SearchConfig(space=space, low=low, batch_size=64, lr=lr, data_backend="resident" if CUDA else "dali")
     torch.manual_seed(0)
     card = teachers.Card(
         TEACHER, data.classes, data.name, fingerprint(data), data.resolution, data.mean, data.std, 0, 0.0, 0.0
@@ -84,7 +85,7 @@ def ground(folder: Path, data: Data, low: Fidelity, space: str = "mobilenetv2", 
     torch.set_num_threads(1)
     if not CUDA:
         keep_freed_memory()  # as a worker does
-    return Ground(Bench(study, data, DEVICE, folder), path)
+    return Ground(WorkerContext(config, data, DEVICE, folder), path)
 
 
 # ---- the naive loop ------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def ground(folder: Path, data: Data, low: Fidelity, space: str = "mobilenetv2", 
 class Images(Dataset[tuple[Tensor, int]]):
     """One image at a time, as every tutorial has it."""
 
-    def __init__(self, part: Part, rows: Any, data: Data, training: bool) -> None:
+    def __init__(self, part: Split, rows: Any, data: Dataset, training: bool) -> None:
         assert part.images is not None
         self.images, self.labels = torch.from_numpy(part.images[rows]).permute(0, 3, 1, 2), part.labels[rows].tolist()
         crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if training else []
@@ -106,42 +107,42 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[i]), self.labels[i]
 
 
-def naive_loss(study: Study, kd_loss: KDLoss, student: Output, teacher: Output, labels: Tensor) -> Tensor:
+def naive_loss(config: SearchConfig, kd_loss: KDLoss, student: Output, teacher: Output, labels: Tensor) -> Tensor:
     """RepDistiller's sums: gamma CE + alpha KL T^2 (+ beta NST over the stages)."""
-    (s, mine), (t, theirs), temperature = student, teacher, study.kd_temperature
-    loss = study.ce_weight * F.cross_entropy(s, labels)
+    (s, mine), (t, theirs), temperature = student, teacher, config.kd_temperature
+    loss = config.ce_weight * F.cross_entropy(s, labels)
     if "kd" in kd_loss:
         soft = F.kl_div(F.log_softmax(s / temperature, 1), F.softmax(t / temperature, 1), reduction="sum")
-        loss = loss + study.kd_weight * soft * temperature**2 / len(s)
+        loss = loss + config.kd_weight * soft * temperature**2 / len(s)
     if "nst" in kd_loss:
         for i, j in pair([f.shape for f in mine], [f.shape for f in theirs]):
-            loss = loss + study.nst_weight * repdistiller_nst(*pooled(mine[i], theirs[j]))
+            loss = loss + config.nst_weight * repdistiller_nst(*pooled(mine[i], theirs[j]))
     return loss
 
 
 def naive(at: Ground, trial: Trial, epochs: int | None = None) -> float:
     """Validation accuracy after one student's training, alone."""
-    study, data, fidelity = at.bench.study, at.bench.data, trial.fidelity
-    rows = subset(data.train.labels, fidelity.fraction, study.seed)
+    config, data, fidelity = at.context.config, at.context.data, trial.fidelity
+    rows = subset(data.train.labels, fidelity.fraction, config.seed)
     workers = 4 if CUDA else 0
     train = DataLoader(
-        Images(data.train, rows, data, True), study.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        Images(data.train, rows, data, True), config.batch_size, shuffle=True, drop_last=True, num_workers=workers,
         pin_memory=CUDA, persistent_workers=workers > 0,
     )  # fmt: skip
     valid = DataLoader(Images(data.valid, slice(None), data, False), 256, num_workers=workers, pin_memory=CUDA)
     teacher = teachers.load(at.teacher_file).to(DEVICE).eval()
-    network = build_student(study, trial, len(data.classes)).to(DEVICE)
+    network = build_student(config, trial, len(data.classes)).to(DEVICE)
     optimiser = torch.optim.SGD(
-        network.parameters(), study.lr, momentum=study.momentum, weight_decay=study.weight_decay, nesterov=True
+        network.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
     steps, step, total = fidelity.epochs * len(train), 0, 0.0
     for _ in range(epochs or fidelity.epochs):
         for images, labels in train:
             images, labels = images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True)
-            optimiser.param_groups[0]["lr"] = learning_rate(study.lr, step, steps)
+            optimiser.param_groups[0]["lr"] = learning_rate(config.lr, step, steps)
             with torch.no_grad():
                 taught = teacher(images)
-            loss = naive_loss(study, fidelity.kd_loss, network(images), taught, labels)
+            loss = naive_loss(config, fidelity.kd_loss, network(images), taught, labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

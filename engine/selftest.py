@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from engine.data.batches import Batch
+from engine.data.dataset import Dataset, Split, load
 from engine.data.loader import Backend, eval_batches, train_batches
-from engine.data.parts import Data, Part, load
 from kernels import attention_transfer_loss, ce_kd_loss, nst_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,7 +70,7 @@ def loader(device: str) -> str:
         files = tuple(str(Path(folder) / f"{level}.jpg") for level in (50, 200))
         for file, level in zip(files, (50, 200), strict=True):
             Image.new("RGB", (40, 30), (level, level, level)).save(file)
-        part = Part(np.arange(2), None, files)
+        part = Split(np.arange(2), None, files)
         plain = replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         batch = next(iter(eval_batches(part, data=plain, batch_size=2, resolution=16, device=device)))
         levels = [round(255 * image.float().mean().item()) for image in batch.images]
@@ -90,7 +90,7 @@ def device(name: str) -> str:
 TESTS = {"device": device, "kernels": kernels, "loader": loader}
 
 
-def _first_batch(data: Data, device: str, backend: Backend) -> Batch:
+def _first_batch(data: Dataset, device: str, backend: Backend) -> Batch:
     batches = train_batches(
         data.train,
         np.arange(len(data.train)),

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
-Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "unfit"]
+Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "too_slow"]
 
 
 # Settings of the loss that a fidelity may bring of its own.
@@ -198,6 +197,25 @@ class Evaluation:
         return self.status == "ok"
 
 
+@dataclass
+class History:
+    """What a policy sees: answers in the order in which they count, and the questions still open.
+
+    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/loop.py).
+    """
+
+    answered: list[Evaluation] = field(default_factory=list)
+    pending: list[Trial] = field(default_factory=list)
+
+    @property
+    def asked(self) -> int:
+        return len(self.answered) + len(self.pending)
+
+    def seconds(self) -> float:
+        """Worker seconds that the answers took."""
+        return sum(evaluation.seconds for evaluation in self.answered)
+
+
 def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
     values = {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction), "weights": dict(fidelity.weights)}
     return values if fidelity.weights else {key: value for key, value in values.items() if key != "weights"}
@@ -233,8 +251,8 @@ def trial_from_json(data: dict[str, Any]) -> Trial:
 
 
 def failed(status: str) -> bool:
-    """Whether a status is of an evaluation that went wrong: "unfit" is one that was over the limit on latency."""
-    return status not in ("ok", "unfit", "pending")
+    """Whether a status is of an evaluation that went wrong: "too_slow" is one that was over the limit on latency."""
+    return status not in ("ok", "too_slow", "pending")
 
 
 def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
@@ -243,11 +261,6 @@ def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
     for evaluation in answers:
         groups.setdefault(evaluation.trial.architecture, []).append(evaluation.accuracy)
     return {architecture: sum(values) / len(values) for architecture, values in groups.items()}
-
-
-def weights_path(run_dir: Path, trial: Trial) -> Path:
-    """Where a run folder keeps the weights of a full-fidelity trial."""
-    return run_dir / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:

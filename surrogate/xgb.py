@@ -32,14 +32,14 @@ TREES = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class SurrogateParts:
     """Which of the two parts a surrogate has; both, but for an ablation."""
 
     linear: bool = True
     trees: bool = True
 
 
-BOTH = Parts()
+BOTH = SurrogateParts()
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fit(
     prior: Prior,
     seed: int,
     noise: Array | None = None,
-    parts: Parts = BOTH,
+    parts: SurrogateParts = BOTH,
 ) -> Surrogate:
     """Fits y (n,), of about unit variance, on trend (n, k) and standardised features x (n, d).
 

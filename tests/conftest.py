@@ -8,6 +8,9 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from engine.search.methods.propose import winner
+from engine.search.setup import members
+
 # Before torch is imported: two test processes with two threads each would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -83,14 +86,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.numpy import save_file
 
     from engine import config
-    from engine.config import Budget, Slots, Study
-    from engine.search import ground, policy, search
-    from engine.search.clock import drive
-    from engine.search.journal import History, Journal
-    from engine.space import load_space
-    from engine.trial import Evaluation, Fidelity, Trial
+    from engine.config import Budget, SearchConfig, Slots
+    from engine.search import search
+    from engine.search.journal import Journal
+    from engine.search.loop import drive
+    from engine.spaces.load import load_space
+    from engine.trial import Evaluation, Fidelity, History, Trial
 
-    study = Study(
+    config = SearchConfig(
         space="nasbench201:channels=4,cells=1",
         low=Fidelity("low", epochs=2, kd_loss="kd"),
         high=Fidelity("high", epochs=20),
@@ -100,9 +103,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu", "files": False}
     folder = tmp_path_factory.mktemp("runs") / "finished"
     folder.mkdir()
-    config.fix("search", folder, study, budget, Slots(2, 1))
+    config.fix("search", folder, config, budget, Slots(2, 1))
     search.write_run_file(folder, data)
-    candidates, plan = ground.members(load_space(study.space), study, data), config.plan(study, budget)
+    candidates, plan = members(load_space(config.space), config, data), config.plan(config, budget)
 
     def answer(trial: Trial) -> Evaluation:
         luck = np.random.default_rng(int(trial.key, 16)).normal(0, 0.01)
@@ -122,19 +125,19 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             started=1.7e9 + 50.0 * trial.number,
         )
 
-    with Journal(folder / "journal.jsonl") as book:
+    with Journal(folder / "journal.jsonl") as journal:
 
         def submit(trial: Trial) -> Future[Evaluation]:
             evaluation = answer(trial)
             if trial.number == 3:
                 evaluation = Evaluation(trial, "oom", seconds=5.0, error="no memory left </script>", started=1.7e9)
-            book.answer(evaluation)
+            journal.answer(evaluation)
             future: Future[Evaluation] = Future()
             future.set_result(evaluation)
             return future
 
         def propose(seen: History, free: int) -> list[Trial]:
-            trials = policy.propose(candidates, seen, plan, free)
+            trials = propose(candidates, seen, plan, free)
             return trials if trials or seen.pending else search.unpaired(seen, plan)[:free]
 
         history = drive(
@@ -142,9 +145,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             2,
             submit,
             lambda trial: trial.fidelity.cost(),
-            asked=book.ask,
+            asked=journal.ask,
         )
-    best = policy.winner(candidates, history, plan)
+    best = winner(candidates, history, plan)
     assert best is not None
     ok = [e for e in history.answered if e.ok]
     result = {
@@ -158,15 +161,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "params": best.params,
         },
         "evaluations": {
-            "low": sum(e.trial.fidelity == study.low for e in ok),
-            "high": sum(e.trial.fidelity == study.high for e in ok),
+            "low": sum(e.trial.fidelity == config.low for e in ok),
+            "high": sum(e.trial.fidelity == config.high for e in ok),
             "failed": 1,
         },
         "tau": {"low_vs_high": None, "macs_vs_high": None},
         "seconds": 1000.0,
     }
     (folder / "result.json").write_text(json.dumps(result))
-    card = {"network": f"{study.space}#3-3-3-3-3-3", "accuracy": 0.9, "seconds": 60.0, "losses": [1.6, 1.1, 0.8]}
+    card = {"network": f"{config.space}#3-3-3-3-3-3", "accuracy": 0.9, "seconds": 60.0, "losses": [1.6, 1.1, 0.8]}
     (folder / "teacher").mkdir()
     weights = {"w": np.zeros(1, np.float32)}
     save_file(weights, folder / "teacher" / "teacher.safetensors", {"card": json.dumps(card)})

@@ -14,8 +14,7 @@ from typing import Any
 import psutil
 
 from engine.fleet.supervisor import ROOT
-from engine.search import journal
-from engine.search.journal import Record
+from engine.search.journal import Record, read_journal
 
 QUICK = [
     "--space=tests/faulty_space.py:SPACE",
@@ -56,7 +55,7 @@ def search(run_dir: Path, *more: str, code: int = 0, **environment: str) -> tupl
 
 
 def read(run_dir: Path) -> Record:
-    return journal.read(run_dir / "journal.jsonl")
+    return read_journal(run_dir / "journal.jsonl")
 
 
 def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:

@@ -19,10 +19,9 @@ import yaml
 
 import cli
 import engine
-from engine import config
-from engine.config import Budget
-from engine.search import journal
-from engine.search.policy import METHODS
+from engine.config import Budget, SearchConfig, flatten
+from engine.search.journal import read_journal
+from engine.search.methods.propose import METHODS
 from tests import searches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,13 +58,13 @@ def test_a_stopped_search_says_so_and_leaves_nothing_behind(
     more = ["--max-low=50", "--low.epochs=20", "--grace-s=5"]
     command = [sys.executable, "cli.py", *small(tiny_npz, tmp_path, workers=2), *more]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len(journal.read(tmp_path / "journal.jsonl").answers) >= 1 or process.poll() is not None)
+    wait_for(lambda: len(read_journal(tmp_path / "journal.jsonl").answers) >= 1 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert "Traceback" not in err
     wait_for(lambda: not mark())
-    assert len(journal.read(tmp_path / "journal.jsonl").answers) >= 1
+    assert len(read_journal(tmp_path / "journal.jsonl").answers) >= 1
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
@@ -213,7 +212,7 @@ def test_every_shipped_configuration_can_be_searched_with(path: Path, capsys: py
     """Its flags exist, fit together and name a space and a method; it says what machine it is meant for."""
     assert cli.main(["config", "-c", str(path), "--json"]) == 0
     origins = {key: entry["from"] for key, entry in json.loads(capsys.readouterr().out).items()}
-    for key, _ in config.flatten(yaml.safe_load(path.read_text())):
+    for key, _ in flatten(yaml.safe_load(path.read_text())):
         assert origins[key] == str(path), key
     header = path.read_text().partition("\nspace:")[0]
     assert re.search("GPU|CPU", header)
@@ -221,7 +220,7 @@ def test_every_shipped_configuration_can_be_searched_with(path: Path, capsys: py
 
 
 def test_the_manual_names_every_method() -> None:
-    assert set(METHODS) <= set(re.findall(r"[\w-]+", config.Study.__dataclass_fields__["method"].metadata["help"]))
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", SearchConfig.__dataclass_fields__["method"].metadata["help"]))
 
 
 def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
@@ -230,14 +229,14 @@ def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_pa
     command = small(tiny_npz, tmp_path / "killed", workers=1)
     process = subprocess.Popen([sys.executable, "cli.py", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
     path = tmp_path / "killed" / "journal.jsonl"
-    wait_for(lambda: len(journal.read(path).answers) >= 3 or process.poll() is not None)
+    wait_for(lambda: len(read_journal(path).answers) >= 3 or process.poll() is not None)
     process.kill()
     process.wait()
-    answered = journal.read(path).answers
+    answered = read_journal(path).answers
     assert len(answered) >= 3
     again = finish(command)
     assert {**again["winner"], "weights": ""} == {**whole["winner"], "weights": ""}  # files of two folders
-    record = journal.read(path)
+    record = read_journal(path)
     assert all(record.answers[number] == answer for number, answer in answered.items())
     assert len(path.read_text().splitlines()) == 1 + len(record.asked) + len(record.answers)  # nothing twice
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import arrays, glyphs
-from engine.data.parts import Data, fingerprint, load, steps_per_epoch, subset
+from engine.data.dataset import Dataset, fingerprint, load, steps_per_epoch, subset
 from engine.trial import EnvironmentUnusable, UsageError
 
 CLASS_SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -88,7 +88,7 @@ def test_no_such_fraction(fraction: Fraction) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.floats(0.01, 0.5), st.integers(0, 99))
 def test_train_and_valid_share_no_image_and_both_hold_every_class(sizes: list[int], valid: float, seed: int) -> None:
-    from engine.data.parts import _split
+    from engine.data.dataset import _split
 
     labels = labels_of(sizes)
     train, held = _split(labels, valid, seed, tuple(map(str, range(len(sizes)))))
@@ -185,7 +185,7 @@ def test_glyphs_are_made_once_and_mapped(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_two_processes_may_make_the_same_glyphs_at_once(tmp_path: Path) -> None:
     code = (
-        "import pathlib; from engine.data.parts import fingerprint, load;"
+        "import pathlib; from engine.data.dataset import fingerprint, load;"
         f"print(fingerprint(load('glyphs:1440', cache=pathlib.Path({str(tmp_path)!r}))))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -272,7 +272,7 @@ def test_cifar_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: py
         load("cifar10", cache=tmp_path)
 
 
-def changed(data: Data, change: Callable[[np.ndarray, np.ndarray], None]) -> Data:
+def changed(data: Dataset, change: Callable[[np.ndarray, np.ndarray], None]) -> Dataset:
     assert data.train.images is not None
     images, labels = data.train.images.copy(), data.train.labels.copy()
     change(images, labels)
@@ -303,5 +303,5 @@ def test_steps_per_epoch() -> None:
 
 def test_importing_data_loads_neither_torch_nor_pillow_nor_dali() -> None:
     heavy = "('torch', 'PIL', 'nvidia', 'torchvision')"
-    code = f"import sys, engine.data.parts; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, engine.data.dataset; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

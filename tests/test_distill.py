@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config import Study
-from engine.training.distill import Objective, lesson, pair
+from engine.config import SearchConfig
+from engine.training.distill import Objective, pair, teacher_output
 
-STUDY = Study(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
+STUDY = SearchConfig(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
 
 
 def output(channels: list[int], sides: list[int], seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -41,7 +41,7 @@ def test_stages_pair_by_size(student: list[int], teacher: list[int], pairs: list
 def test_every_loss_teaches_the_student(kd_loss: str) -> None:
     mine = (MINE[0].clone().requires_grad_(), [f.clone().requires_grad_() for f in MINE[1]])
     objective = Objective(STUDY, kd_loss, mine, THEIRS)  # type: ignore[arg-type]
-    loss = objective(mine, lesson(THEIRS, objective.taps), LABELS)
+    loss = objective(mine, teacher_output(THEIRS, objective.feature_keys), LABELS)
     loss.backward()
     assert loss.shape == ()
     assert torch.isfinite(loss)
@@ -51,9 +51,9 @@ def test_every_loss_teaches_the_student(kd_loss: str) -> None:
 
 
 def test_the_weights_weigh_the_terms() -> None:
-    def loss(study: Study, kd_loss: str) -> torch.Tensor:
-        objective = Objective(study, kd_loss, MINE, THEIRS)  # type: ignore[arg-type]
-        return objective(MINE, lesson(THEIRS, objective.taps), LABELS)
+    def loss(config: SearchConfig, kd_loss: str) -> torch.Tensor:
+        objective = Objective(config, kd_loss, MINE, THEIRS)  # type: ignore[arg-type]
+        return objective(MINE, teacher_output(THEIRS, objective.feature_keys), LABELS)
 
     entropy = torch.nn.functional.cross_entropy(MINE[0], LABELS)
     t = STUDY.kd_temperature

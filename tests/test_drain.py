@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import orders
-from engine.config import Study, to_dict
+from engine import stop_files
+from engine.config import SearchConfig, config_to_dict
 from engine.fleet.deadline import remaining
 from engine.training import evaluate
 from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
@@ -28,18 +28,18 @@ LONG = ("--high.epochs=30",)  # so that there is something to be stopped
 
 def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
     low, high = Fidelity("low", epochs=1), Fidelity("high", epochs=3)
-    study = Study(space=SPACE, data=str(tiny_npz), batch_size=16, low=low, high=high)
+    config = SearchConfig(space=SPACE, data=str(tiny_npz), batch_size=16, low=low, high=high)
     trial = Trial(0, Architecture((3, 1, 2, 0, 3, 1)), high)
 
     def answer(name: str, folder: Path | None) -> float:
-        task = {"study": to_dict(study), "run_dir": str(tmp_path / name), "device": "cpu", "teacher": ""}
+        task = {"config": config_to_dict(config), "run_dir": str(tmp_path / name), "device": "cpu", "teacher": ""}
         task |= {"trials": [trial_to_json(trial)], "orders": str(folder) if folder else None}
         (got,) = evaluate.run_trials(json.loads(json.dumps(task)))
         return evaluation_from_json(got).accuracy
 
     whole = answer("whole", None)
-    folder = orders.give(tmp_path)
-    orders.drain(folder)
+    folder = stop_files.create(tmp_path)
+    stop_files.drain(folder)
     for done in (1, 2):
         with pytest.raises(Drained, match=f"epoch {done} of 3"):
             answer("drained", folder)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import orders
-from engine.config import Study, to_dict
+from engine import stop_files
+from engine.config import SearchConfig, config_to_dict
 from engine.training import evaluate, teacher
 from engine.training.checkpoint import Progress
 from engine.trial import (
@@ -39,12 +39,12 @@ Tasks = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def study(tiny_npz: Path) -> Study:
-    return Study(space=SPACE, data=str(tiny_npz), batch_size=16, low=LOW, high=HIGH, teacher_epochs=2)
+def config(tiny_npz: Path) -> SearchConfig:
+    return SearchConfig(space=SPACE, data=str(tiny_npz), batch_size=16, low=LOW, high=HIGH, teacher_epochs=2)
 
 
 @pytest.fixture(scope="module")
-def task(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
+def task(config: SearchConfig, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     """Makes tasks of a run whose teacher is trained already."""
     run_dir = tmp_path_factory.mktemp("run")
     path = str(run_dir / "teacher" / "teacher.safetensors")
@@ -52,8 +52,8 @@ def task(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     base |= {"network": f"{SPACE}#3-3-3-3-3-3", "pretrained": False}
 
     def make(changed: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        settings = dataclasses.replace(study, **(changed or {}))
-        return json.loads(json.dumps({"study": to_dict(settings), **base, **more}))  # what crosses the wire is JSON
+        settings = dataclasses.replace(config, **(changed or {}))
+        return json.loads(json.dumps({"config": config_to_dict(settings), **base, **more}))  # what crosses the wire is JSON
 
     evaluate.run_teacher(make())
     return make
@@ -99,7 +99,7 @@ def test_another_seed_is_another_training_and_the_same_seed_the_same(task: Tasks
     assert not all(first[name].equal(other[name]) for name in first)
 
 
-def test_the_weights_of_a_full_evaluation_are_kept_and_tested(task: Tasks, study: Study) -> None:
+def test_the_weights_of_a_full_evaluation_are_kept_and_tested(task: Tasks, config: SearchConfig) -> None:
     trial = cohort(HIGH)[0]
     run(task, [trial])
     path = evaluate.weights_path(Path(task()["run_dir"]), trial)
@@ -284,15 +284,15 @@ def test_width_and_resolution_are_fidelities(task: Tasks) -> None:
     assert answer.macs < 1.1 * full.macs  # at a quarter of the pixels
 
 
-def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, study: Study) -> None:
+def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, config: SearchConfig) -> None:
     path = Path(task()["path"])
     before = path.stat().st_mtime_ns
     evaluate.run_teacher(task())
     assert path.stat().st_mtime_ns == before
     card = teacher.read_card(path)
     assert card.network == f"{SPACE}#3-3-3-3-3-3"
-    assert card.epochs == study.teacher_epochs
-    assert len(card.losses) == study.teacher_epochs
+    assert card.epochs == config.teacher_epochs
+    assert len(card.losses) == config.teacher_epochs
     assert 0 < card.losses[-1] < card.losses[0]  # means of an epoch, falling
 
 
@@ -303,10 +303,10 @@ def test_a_teacher_of_another_split_is_told(task: Tasks) -> None:
 
 def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
     """Another training that is to end in the same file begins anew; settings that it does not depend on may change."""
-    path, folder = tmp_path / "t.safetensors", orders.give(tmp_path)
+    path, folder = tmp_path / "t.safetensors", stop_files.create(tmp_path)
     others: list[dict[str, Any]] = [{"lr": 0.01}, {}, {"low": dataclasses.replace(LOW, epochs=5), "kd_weight": 2.0}]
     another, asked, compared = (task(changed, path=str(path), orders=str(folder)) for changed in others)
-    orders.drain(folder)
+    stop_files.drain(folder)
     for this in (another, asked):
         with pytest.raises(Drained, match="epoch 1 of 2"):
             evaluate.run_teacher(this)

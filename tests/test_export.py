@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.data.dataset import Dataset, Split
 from engine.data.loader import eval_batches
-from engine.data.parts import Data, Part
 from engine.export import forms as export
 from engine.export.card import with_onnx
-from engine.space import load_space
+from engine.spaces.load import load_space
 from engine.training.weights import save_weights
 from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError, trial_to_json, weights_path
 
@@ -133,9 +133,9 @@ def test_the_card_prepares_an_image_for_onnxruntime_as_the_loader_does(
     for name in ("image.png", "image.jpg"):
         Image.fromarray(pixels).save(tmp_path / name, format="PNG")
     images, paths = (None, (str(tmp_path / "image.png"),)) if files else (pixels[None], None)
-    part = Part(np.zeros(1, np.int64), images, paths)
+    part = Split(np.zeros(1, np.int64), images, paths)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    data = Data("one", part, part, part, ("a",), mean, std, 28, False)
+    data = Dataset("one", part, part, part, ("a",), mean, std, 28, False)
     (batch,) = eval_batches(part, data=data, batch_size=1, resolution=28)
 
     session = Mock(**{"run.return_value": [np.zeros((1, 1))]})

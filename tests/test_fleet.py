@@ -18,8 +18,8 @@ from parsl.errors import NoDataFlowKernelError
 from engine.config import Resources
 from engine.fleet.devices import Layout, choose_devices, layout, visible_devices
 from engine.fleet.fleet import Fleet, FleetLost, open_fleet
-from engine.fleet.supervisor import Post, TaskFailed, TimedOut, WorkerDied
-from engine.search.dispatch import Dispatch
+from engine.fleet.supervisor import TaskFailed, TimedOut, WorkerDied, WorkerSpec
+from engine.search.dispatch import Dispatcher
 from engine.search.journal import Journal
 from engine.trial import (
     Architecture,
@@ -84,9 +84,9 @@ def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> 
     assert layout(Resources(gpus="4")) == Layout(4, ("4", "5", "GPU-a", "GPU-b"), "cuda")
     wanted = Layout(8, ("4", "5", "GPU-a", "GPU-b"), "cuda", share=2)
     for devices in (wanted.devices, ()):  # without names from the driver, what the worker's machine shows
-        post = Post("", "", wanted.device, devices, wanted.share)
-        assert [post.token(rank) for rank in range(8)] == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
-    assert Post("", "").token(0) is None
+        spec = WorkerSpec("", "", wanted.device, devices, wanted.share)
+        assert [spec.token(rank) for rank in range(8)] == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
+    assert WorkerSpec("", "").token(0) is None
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
@@ -107,56 +107,56 @@ def called(process: psutil.Process, word: str) -> bool:
 
 
 @pytest.fixture(params=[1, 3], ids=["one", "parsl"])
-def crew(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
     """Workers that need no torch: alone, and three of Parsl's."""
     made = open_fleet(Resources(device="cpu"), Layout(request.param), tmp_path / "logs", module="tests.light")
     yield made
     made.close()
 
 
-def test_results_and_errors_of_tasks_come_back_as_they_are(crew: Fleet) -> None:
-    seen = crew.submit("report", {}).result(60)
+def test_results_and_errors_of_tasks_come_back_as_they_are(runner: Fleet) -> None:
+    seen = runner.submit("report", {}).result(60)
     assert seen["OMP_NUM_THREADS"] == "1"
     assert seen["MFKD_WORKER"].startswith(f"{socket.gethostname()}/0/")
     with pytest.raises(UsageError, match="^this cannot be done$"):
-        crew.submit("refuse", {}).result(60)
+        runner.submit("refuse", {}).result(60)
     with pytest.raises(TaskFailed, match="ZeroDivisionError: a mistake of ours"):
-        crew.submit("fail", {}).result(60)
-    assert crew.submit("report", {}).result(60)
+        runner.submit("fail", {}).result(60)
+    assert runner.submit("report", {}).result(60)
 
 
-def test_a_worker_that_dies_or_hangs_is_said_with_its_last_words(crew: Fleet) -> None:
+def test_a_worker_that_dies_or_hangs_is_said_with_its_last_words(runner: Fleet) -> None:
     with pytest.raises(WorkerDied, match=r"exit code 70.*\n.*my last words"):
-        crew.submit("leave", {}).result(60)
+        runner.submit("leave", {}).result(60)
     with pytest.raises(WorkerDied, match=r"SIGSEGV.*\n(.*\n)*.*string_at"):
-        crew.submit("crash", {}).result(60)
+        runner.submit("crash", {}).result(60)
     with pytest.raises(TimedOut, match=r"within 1 s.*\n(.*\n)*.*in hang"):
-        crew.submit("hang", {"timeout_s": 1}).result(60)
-    assert crew.submit("report", {}).result(60)
+        runner.submit("hang", {"timeout_s": 1}).result(60)
+    assert runner.submit("report", {}).result(60)
 
 
-def test_after_a_drain_what_runs_ends_and_nothing_begins(crew: Fleet) -> None:
-    crew.submit("report", {}).result(60)
-    tasks = [crew.submit("report", {"seconds": 1.0}) for _ in range(3 * crew.capacity)]
+def test_after_a_drain_what_runs_ends_and_nothing_begins(runner: Fleet) -> None:
+    runner.submit("report", {}).result(60)
+    tasks = [runner.submit("report", {"seconds": 1.0}) for _ in range(3 * runner.capacity)]
     time.sleep(0.5)  # the first has begun; others may be about to
-    crew.drain()
+    runner.drain()
     ended = [type(task.exception(60)) for task in tasks]
     assert set(ended) == {type(None), Drained}
     with pytest.raises(Drained):
-        crew.submit("report", {}).result(60)
+        runner.submit("report", {}).result(60)
 
 
 def test_each_worker_sees_its_device(tmp_path: Path) -> None:
     wanted = Layout(4, ("GPU-a", "7"), "cuda", share=2)
-    crew = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
+    runner = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
     try:
         seen = {}
-        running = [crew.submit("report", {"seconds": 0.5}) for _ in range(8)]
+        running = [runner.submit("report", {"seconds": 0.5}) for _ in range(8)]
         for answer in [future.result(60) for future in running]:
             seen[answer["pid"]] = answer["CUDA_VISIBLE_DEVICES"]
         assert sorted(seen.values()) == ["7", "7", "GPU-a", "GPU-a"]
     finally:
-        crew.close()
+        runner.close()
 
 
 def interchange() -> psutil.Process:
@@ -171,12 +171,12 @@ def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
 
 def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
     """Busy and idle ones, by SIGKILL."""
-    crew = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    runner = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
     three, four = ({"folder": str(tmp_path / f"meet{count}"), "count": count} for count in (3, 4))
     for place in (three, four):
         Path(place["folder"]).mkdir()
     try:
-        first = [crew.submit("meet", three) for _ in range(3)]
+        first = [runner.submit("meet", three) for _ in range(3)]
         assert len({future.result(60)["pid"] for future in first}) == 3
         assert listening([psutil.Process(), interchange(), *mark()]) == {"127.0.0.1"}
         assert listening([interchange()]) == {"127.0.0.1"}
@@ -184,42 +184,42 @@ def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], 
         assert keys.stat().st_mode & 0o077 == 0  # what opens the channels is for this account alone
         for process in workers(mark):  # idle
             process.kill()
-        running = {crew.submit("meet", four) for _ in range(3)}
+        running = {runner.submit("meet", four) for _ in range(3)}
         until(lambda: len(list(Path(four["folder"]).iterdir())) == 3)
         workers(mark)[0].kill()  # busy
-        assert crew.submit("meet", four).result(60)  # whom the others wait for
+        assert runner.submit("meet", four).result(60)  # whom the others wait for
         died = [future for future in running if isinstance(future.exception(60), WorkerDied)]
         assert len(died) == 1
     finally:
-        crew.close()
+        runner.close()
     until(lambda: mark() == [])
 
 
 def test_a_pool_that_has_lost_a_process_is_replaced(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
     """A supervisor that is killed while it waits for a task takes the lock of its pool's queue with it."""
-    crew = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    runner = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
     try:
-        first = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        first = [runner.submit("report", {"seconds": 0.5}) for _ in range(6)]
         supervisors = {future.result(60)["supervisor"] for future in first}
         for process in supervisors:
             os.kill(process, signal.SIGKILL)
-        again = [crew.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        again = [runner.submit("report", {"seconds": 0.5}) for _ in range(6)]
         assert supervisors.isdisjoint({future.result(120)["supervisor"] for future in again})
     finally:
-        crew.close()
+        runner.close()
     until(lambda: mark() == [])
 
 
 def test_without_the_process_between_tasks_fail(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
-    crew = open_fleet(Resources(device="cpu"), Layout(2), tmp_path, module="tests.light")
+    runner = open_fleet(Resources(device="cpu"), Layout(2), tmp_path, module="tests.light")
     try:
-        crew.submit("report", {}).result(60)
-        waiting = crew.submit("hang", {})
+        runner.submit("report", {}).result(60)
+        waiting = runner.submit("hang", {})
         interchange().kill()
         with pytest.raises(FleetLost, match="run the command again"):
             waiting.result(60)
     finally:
-        crew.close()
+        runner.close()
     until(lambda: mark() == [])
     with pytest.raises(NoDataFlowKernelError):  # so that this process can open another fleet
         parsl.dfk()
@@ -258,9 +258,9 @@ def test_a_search_does_not_wait_for_an_answer_that_could_not_be_taken(
     def received(evaluation: Evaluation) -> None:
         raise raised("while it was shown")
 
-    with Journal(tmp_path / "journal.jsonl") as book:
-        desk = Dispatch(InAThread(), {}, book, {}, 1, Fidelity("high"), received)
-        answer = desk.submit(TRIAL)
-        desk.flush()
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        dispatcher = Dispatcher(InAThread(), {}, journal, {}, 1, Fidelity("high"), received)
+        answer = dispatcher.submit(TRIAL)
+        dispatcher.flush()
         with pytest.raises(raised, match="while it was shown"):
             answer.result(60)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from engine.data import folder
-from engine.data.parts import fingerprint, load
+from engine.data.dataset import fingerprint, load
 from engine.trial import EnvironmentUnusable
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.config import Execution, Study
+from engine.config import Execution, SearchConfig
+from engine.data.dataset import Dataset, Split
 from engine.data.loader import Batches, train_batches
-from engine.data.parts import Data, Part
-from engine.space import load_space
+from engine.spaces.load import load_space
 from engine.training import checkpoint, graphs
 from engine.training.checkpoint import Progress
 from engine.training.graphs import has_room, reason_for_eager, waits_for_device, why_not_recorded, without_trace
 from engine.training.student import Inputs, ProcessLost, Student, fatal, prepare, take_step
-from engine.training.taught import Teacher
+from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Stopwatch, train
 
-STUDY = Study(batch_size=16, lr=0.05)
+STUDY = SearchConfig(batch_size=16, lr=0.05)
 
 
 class Net(nn.Module):
@@ -201,8 +201,8 @@ def batches(epochs: int = 4, device: str = "cuda") -> Batches:
     images = rng.integers(0, 120, (160, 16, 16, 3), dtype=np.uint8)
     for image, label in zip(images, labels, strict=True):
         image[5 * label : 5 * label + 4] += 120
-    part = Part(labels, images, None)
-    data = Data("bars", part, part, part, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 16, False)
+    part = Split(labels, images, None)
+    data = Dataset("bars", part, part, part, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, 16, False)
     return train_batches(part, np.arange(160), data=data, batch_size=16, epochs=epochs, resolution=16, seed=0,
                          device=device, backend="resident")  # fmt: skip
 
@@ -211,7 +211,7 @@ def trained(networks: list[nn.Module], execution: str, kd_loss: str = "kd+at", b
     torch.manual_seed(99)
     taught = Net(99).cuda().to(memory_format=torch.channels_last).eval().requires_grad_(False)
     cohort = [ready(device="cuda", teacher=taught, network=network, kd_loss=kd_loss) for network in networks]
-    teacher = Teacher(taught, budget)
+    teacher = CachedTeacher(taught, budget)
     train(cohort, teacher, batches(), STUDY, Stopwatch(), execution=execution)  # type: ignore[arg-type]
     torch.cuda.synchronize()
     return cohort
@@ -240,12 +240,12 @@ def test_a_graph_trains_like_eager_steps(kd_loss: str) -> None:
 def test_a_full_training_that_was_killed_goes_on_to_the_same_end(
     device: str, execution: Execution, tmp_path: Path
 ) -> None:
-    study, path = replace(STUDY, ema_decay=0.9), tmp_path / "state.pt"
+    config, path = replace(STUDY, ema_decay=0.9), tmp_path / "state.pt"
     taught = Net(99).to(device).eval().requires_grad_(False)
     feed = batches(device=device)
 
     def student(seed: int) -> Student:
-        return prepare(Net(seed), taught, study, "kd+at", torch.zeros(2, 3, 16, 16, device=device), average=True)
+        return prepare(Net(seed), taught, config, "kd+at", torch.zeros(2, 3, 16, 16, device=device), average=True)
 
     def die_after_two(epochs: int) -> None:
         if epochs == 2:
@@ -253,11 +253,11 @@ def test_a_full_training_that_was_killed_goes_on_to_the_same_end(
             raise KeyboardInterrupt
 
     whole, killed, resumed = student(0), student(0), student(7)
-    train([whole], Teacher(taught), feed, study, Stopwatch(), None, execution)
+    train([whole], CachedTeacher(taught), feed, config, Stopwatch(), None, execution)
     with pytest.raises(KeyboardInterrupt):
-        train([killed], Teacher(taught), feed, study, Stopwatch(), die_after_two, execution)
+        train([killed], CachedTeacher(taught), feed, config, Stopwatch(), die_after_two, execution)
     assert checkpoint.restore(path, resumed) == Progress(2)
-    train([resumed], Teacher(taught), replace(feed, first_epoch=2), study, Stopwatch(), None, execution)
+    train([resumed], CachedTeacher(taught), replace(feed, first_epoch=2), config, Stopwatch(), None, execution)
     assert (resumed.status, resumed.execution) == ("ok", "graph" if device == "cuda" else "eager"), resumed.error
     near = {"rtol": 0.05, "atol": 0.02} if device == "cuda" else {"rtol": 0.0, "atol": 0.0}
     assert whole.average is not None
@@ -304,18 +304,18 @@ def test_a_cohort_on_streams_gives_what_each_gives_alone() -> None:
 @pytest.mark.parametrize("budget", [10**8, 64 * 2**30], ids=["device", "host"])
 def test_a_kept_lesson_teaches_the_same_on_a_device(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if budget > 10**9:
-        monkeypatch.setattr("engine.training.taught.DEVICE_SHARE", 1e-9)
+        monkeypatch.setattr("engine.training.teacher_cache.DEVICE_SHARE", 1e-9)
     torch.manual_seed(99)
     taught = Net(99).cuda().eval().requires_grad_(False)
-    teacher = Teacher(taught, budget)
+    teacher = CachedTeacher(taught, budget)
     images = torch.randn(16, 3, 16, 16, device="cuda")
-    course = teacher.course(batches(), {(0, True), (1, False)})
-    first, again = course(0, images), course(0, torch.zeros_like(images))
+    outputs_for = teacher.outputs_for(batches(), {(0, True), (1, False)})
+    first, again = outputs_for(0, images), outputs_for(0, torch.zeros_like(images))
     assert teacher.bytes > 0
     kept = next(iter(teacher.kept.values()))
     assert kept[0].device.type == ("cpu" if budget > 10**9 else "cuda")
     assert torch.equal(first[0], again[0])
-    assert all(torch.equal(first[1][tap], again[1][tap]) for tap in first[1])
+    assert all(torch.equal(first[1][key], again[1][key]) for key in first[1])
 
 
 @pytest.mark.gpu
@@ -357,7 +357,7 @@ def test_who_finds_no_room_is_left_for_another_cohort(monkeypatch: pytest.Monkey
 
 def test_the_average_of_a_cohort_is_each_ones_own() -> None:
     """A running average is moved after the step, by a weight that grows to the decay."""
-    from engine.training.student import adopt_average, update_average
+    from engine.training.student import apply_ema, update_ema
 
     member = replace(ready(), average=None)
     member.live = [v for v in member.network.state_dict().values() if v.is_floating_point()]
@@ -365,9 +365,9 @@ def test_the_average_of_a_cohort_is_each_ones_own() -> None:
     start = member.average[0].clone()
     take_step(member, inputs())
     live = next(iter(member.network.state_dict().values())).clone()
-    update_average(member, 0, 0.999)
+    update_ema(member, 0, 0.999)
     torch.testing.assert_close(member.average[0], start + 0.9 * (live - start))
-    update_average(member, 10**6, 0.75)
+    update_ema(member, 10**6, 0.75)
     torch.testing.assert_close(member.average[0], start + (0.9 + 0.1 * 0.25) * (live - start))
-    adopt_average(member)
+    apply_ema(member)
     assert torch.equal(next(iter(member.network.state_dict().values())), member.average[0])

@@ -16,11 +16,11 @@ ANSWERS = [Evaluation(trial, "ok", 0.1 * trial.number) for trial in TRIALS]
 
 
 def write(path: Path) -> bytes:
-    with Journal(path) as book:
-        book.ask(TRIALS[:2])
-        book.answer(ANSWERS[1])
-        book.ask(TRIALS[2:])
-        book.answer(ANSWERS[0])
+    with Journal(path) as journal:
+        journal.ask(TRIALS[:2])
+        journal.answer(ANSWERS[1])
+        journal.ask(TRIALS[2:])
+        journal.answer(ANSWERS[0])
     return path.read_bytes()
 
 
@@ -46,8 +46,8 @@ def test_cut_anywhere_the_whole_lines_count_and_writing_goes_on(tmp_path: Path, 
     path.write_bytes(content[:cut])
     before = read(path)
     assert before.asked == TRIALS[: len(before.asked)]
-    with Journal(path) as book:
-        book.ask(TRIALS[len(before.asked) :])
+    with Journal(path) as journal:
+        journal.ask(TRIALS[len(before.asked) :])
     after = read(path)
     assert after.asked == TRIALS
     assert after.answers == before.answers
@@ -67,10 +67,10 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_answer_to_a_trial_is_passed_over(tmp_path: Path) -> None:
-    with Journal(tmp_path / "j") as book:
-        book.ask(TRIALS[:1])
-        book.answer(ANSWERS[0])
-        book.answer(Evaluation(TRIALS[0], "lost"))
+    with Journal(tmp_path / "j") as journal:
+        journal.ask(TRIALS[:1])
+        journal.answer(ANSWERS[0])
+        journal.answer(Evaluation(TRIALS[0], "lost"))
     assert read(tmp_path / "j").answers == {0: ANSWERS[0]}
 
 
@@ -84,15 +84,15 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> N
     """A limit on the size of files stands for the full disk: the line is written in part, then refused."""
     path = tmp_path / "j"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Journal(path) as book:
-        book.ask(TRIALS[:1])
+    with Journal(path) as journal:
+        journal.ask(TRIALS[:1])
         before = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
         try:
             with pytest.raises(OSError):  # noqa: PT011 - what it says depends on the limit
-                book.answer(ANSWERS[0])
+                journal.answer(ANSWERS[0])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
-        book.answer(ANSWERS[0])
+        journal.answer(ANSWERS[0])
     assert read(path).answers == {0: ANSWERS[0]}

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from engine.data import augment, loader
 from engine.data.batches import Batch
-from engine.data.parts import Data, Part
+from engine.data.dataset import Dataset, Split
 from engine.trial import EnvironmentUnusable, UsageError
 
 BACKENDS = ["dali", "resident", "synthetic"]
@@ -20,13 +20,13 @@ PIXELS = ["dali", "resident"]  # the backends whose images are the data's
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def arrays(count: int = 50, side: int = 32, flip: bool = True) -> Data:
+def arrays(count: int = 50, side: int = 32, flip: bool = True) -> Dataset:
     rng = np.random.default_rng(0)
-    part = Part(rng.integers(0, 10, count), rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), None)
-    return Data("arrays", part, part, part, tuple("abcdefghij"), MEAN, STD, side, flip)
+    part = Split(rng.integers(0, 10, count), rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), None)
+    return Dataset("arrays", part, part, part, tuple("abcdefghij"), MEAN, STD, side, flip)
 
 
-def train(data: Data, indices: np.ndarray | None = None, **changes: object) -> loader.Batches:
+def train(data: Dataset, indices: np.ndarray | None = None, **changes: object) -> loader.Batches:
     settings = {"batch_size": 8, "epochs": 2, "resolution": 0, "seed": 5} | changes
     chosen = np.arange(len(data.train)) if indices is None else indices
     return loader.train_batches(data.train, chosen, data=data, **settings)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def by_index(batches: list[Batch]) -> dict[int, torch.Tensor]:
     return {int(i): image for batch in batches for i, image in zip(batch.indices, batch.images, strict=True)}
 
 
-def expected(data: Data, index: int, epoch: int, seed: int = 5) -> torch.Tensor:
+def expected(data: Dataset, index: int, epoch: int, seed: int = 5) -> torch.Tensor:
     """The law, one image at a time in NumPy: black border, crop, mirror, mean and std."""
     assert data.train.images is not None
     image = data.train.images[index]
@@ -188,7 +188,7 @@ def test_memory_mapped_images_are_read_where_they_lie(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """23 smooth pictures of odd sizes, in every mode that a user's folder may hold."""
     folder = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(0)
@@ -200,11 +200,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Data:
         noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
         paths.append(str(folder / f"{i}.{ending}"))
         noise.convert(mode).save(paths[-1], **({"quality": 95} if ending == "jpg" else {}))
-    part = Part(rng.integers(0, 10, 23), None, tuple(paths))
-    return Data("files", part, part, part, tuple("abcdefghij"), MEAN, STD, 32, flip=True)
+    part = Split(rng.integers(0, 10, 23), None, tuple(paths))
+    return Dataset("files", part, part, part, tuple("abcdefghij"), MEAN, STD, 32, flip=True)
 
 
-def test_files_in_evaluation_give_what_torchvision_gives(files: Data) -> None:
+def test_files_in_evaluation_give_what_torchvision_gives(files: Dataset) -> None:
     batches = loader.eval_batches(files.test, data=files, batch_size=8, resolution=0)
     got = list(batches)
     assert [len(batch.labels) for batch in got] == [8, 8, 7]
@@ -241,8 +241,8 @@ def test_colours_and_orientation_are_those_of_the_file(
     path = tmp_path / ("a.png" if mode == "RGBA" else "a.jpg")
     options = {} if mode == "RGBA" else {"quality": 95}
     picture.convert("RGB" if mode == "EXIF" else mode).save(path, exif=exif, **options)
-    part = Part(np.zeros(4, np.int64), None, (str(path),) * 4)
-    data = Data("files", part, part, part, ("a", "b"), MEAN, STD, 32, flip=True)
+    part = Split(np.zeros(4, np.int64), None, (str(path),) * 4)
+    data = Dataset("files", part, part, part, ("a", "b"), MEAN, STD, 32, flip=True)
     if training:
         batches = train(data, epochs=1, batch_size=4)
     else:
@@ -254,7 +254,7 @@ def test_colours_and_orientation_are_those_of_the_file(
         assert images[:, :12].mean() < 0.1 < images[:, -12:].mean()
 
 
-def test_files_in_training_are_keyed_by_seed_epoch_and_index(files: Data) -> None:
+def test_files_in_training_are_keyed_by_seed_epoch_and_index(files: Dataset) -> None:
     batches = train(files)
     got = list(batches)
     assert (len(got), batches.steps_per_epoch) == (4, 2)
@@ -273,7 +273,7 @@ def test_files_in_training_are_keyed_by_seed_epoch_and_index(files: Data) -> Non
         assert batch.labels.tolist() == files.train.labels[batch.indices].tolist()
 
 
-def test_files_are_cropped_as_the_key_says(files: Data) -> None:
+def test_files_are_cropped_as_the_key_says(files: Dataset) -> None:
     assert files.train.files is not None
     for index, image in by_index(list(train(files, epochs=1, batch_size=23))).items():
         if index % 8 in (2, 6):
@@ -290,7 +290,7 @@ def test_files_are_cropped_as_the_key_says(files: Data) -> None:
         assert np.abs(have - want / 255).mean() < 0.02, files.train.files[index]
 
 
-def test_long_runs_of_files_take_a_new_list_every_few_epochs(files: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_runs_of_files_take_a_new_list_every_few_epochs(files: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     one_list = list(train(files, epochs=5))
     built = []
     build = loader._file_pipeline
@@ -302,7 +302,7 @@ def test_long_runs_of_files_take_a_new_list_every_few_epochs(files: Data, monkey
     assert built == [range(0, 4), range(4, 8), range(8, 10)]
 
 
-def test_a_file_that_breaks_after_the_check_is_named(files: Data, tmp_path: Path) -> None:
+def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: Path) -> None:
     assert files.train.files is not None
     text, cut = tmp_path / "text.jpg", tmp_path / "cut.jpg"
     text.write_text("no image at all")
@@ -319,7 +319,7 @@ def test_fewer_images_than_a_batch(backend: str) -> None:
         train(arrays(), np.arange(7), backend=backend)
 
 
-def test_errors_of_choice(files: Data) -> None:
+def test_errors_of_choice(files: Dataset) -> None:
     with pytest.raises(UsageError, match="'tfrecord': choose one of dali, resident, synthetic"):
         train(arrays(), backend="tfrecord")
     with pytest.raises(UsageError, match="image files need the backend dali"):

@@ -33,7 +33,7 @@ def test_tensorboard_shows_every_answer_once_however_often_the_search_was_contin
 ) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
     for count in (4, len(run.answers)):  # a call that was cut, and its continuation
-        with open_log("tensorboard", run.study, tmp_path) as received:
+        with open_log("tensorboard", run.config, tmp_path) as received:
             for evaluation in run.answers[:count]:
                 received(evaluation)
     read = logged(tmp_path / "tensorboard")
@@ -55,7 +55,7 @@ def test_mlflow_has_every_answer_once_and_the_settings(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for count in (4, len(run.answers)):
-        with open_log("mlflow", run.study, tmp_path) as received:
+        with open_log("mlflow", run.config, tmp_path) as received:
             for evaluation in run.answers[:count]:
                 received(evaluation)
     client = mlflow.MlflowClient()
@@ -64,7 +64,7 @@ def test_mlflow_has_every_answer_once_and_the_settings(
     assert len(history) == len(run.at(run.plan.lows[0]))
     kept = client.get_run(run_id)
     assert kept.info.status == "FINISHED"
-    assert kept.data.params["high.epochs"] == str(run.study.high.epochs)
+    assert kept.data.params["high.epochs"] == str(run.config.high.epochs)
     assert kept.data.metrics["best/accuracy"] == max(e.accuracy for e in run.at(run.plan.high))
 
 
@@ -76,7 +76,7 @@ def test_a_log_that_fails_later_stops_no_search(
     def full(*event: object) -> None:
         raise OSError("No space left on device")
 
-    with caplog.at_level(logging.WARNING), open_log("tensorboard", run.study, tmp_path) as received:
+    with caplog.at_level(logging.WARNING), open_log("tensorboard", run.config, tmp_path) as received:
         monkeypatch.setattr(writer, "add_event", full)
         for evaluation in run.answers:
             received(evaluation)
@@ -93,7 +93,7 @@ def test_a_missing_library_is_said_with_how_to_get_it(
         monkeypatch.setitem(sys.modules, name, None)
     with (
         pytest.raises(EnvironmentUnusable, match=rf"pip install -c constraints.txt -e '.\[{library}\]'"),
-        open_log(library, run.study, tmp_path),
+        open_log(library, run.config, tmp_path),
     ):
         pass
 
@@ -103,8 +103,8 @@ def test_logging_to_tensorboard_needs_no_torch(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
     code = (
         "import sys; from pathlib import Path\n"
-        "from engine.config import Study; from engine.search.log import open_log\n"
-        f"with open_log('tensorboard', Study(), Path({str(tmp_path)!r})): pass\n"
+        "from engine.config import SearchConfig; from engine.search.log import open_log\n"
+        f"with open_log('tensorboard', SearchConfig(), Path({str(tmp_path)!r})): pass\n"
         "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)

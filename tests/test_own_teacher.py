@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import Study, to_dict
+from engine.config import SearchConfig, config_to_dict
 from engine.training import teacher
 from engine.training.evaluate import run_teacher
 from engine.training.weights import load_weights, save_weights
@@ -28,9 +28,9 @@ def test_a_published_teacher_scores_here_what_it_does_elsewhere(tmp_path: Path, 
     np.savez(tmp_path / "c10.npz", **part, x_test=images["x_test"][:50], y_test=images["y_test"][:50])
     weights = np.load(shared_data / "teacher_c10_resnet20.npz")
     torch.save({name: torch.from_numpy(weights[name]) for name in weights.files}, tmp_path / "resnet20.pt")
-    study = Study(data=str(tmp_path / "c10.npz"), data_backend="resident", valid_fraction=0.5)
+    config = SearchConfig(data=str(tmp_path / "c10.npz"), data_backend="resident", valid_fraction=0.5)
     task = {
-        "study": to_dict(study),
+        "config": config_to_dict(config),
         "run_dir": str(tmp_path),
         "device": "cpu",
         "path": str(tmp_path / "t.safetensors"),

@@ -135,12 +135,12 @@ def test_jobs_that_the_scheduler_refuses_end_the_search_and_say_why(tools: Calla
     given = tools("sbatch", "sbatch: error: invalid partition specified: long", code=1)
     tools("scancel")
     asked = Resources(executor="slurm", **JOBS)
-    crew = open_fleet(asked, layout(asked), tmp_path / "logs", module="tests.light")
+    runner = open_fleet(asked, layout(asked), tmp_path / "logs", module="tests.light")
     try:
         with pytest.raises(EnvironmentUnusable, match="invalid partition specified: long"):
-            crew.submit("report", {}).result(timeout=60)
+            runner.submit("report", {}).result(timeout=60)
     finally:
-        crew.close()
+        runner.close()
     assert len(given.read_text().splitlines()) <= 6, "the scheduler was asked again and again"
 
 

@@ -18,8 +18,8 @@ from engine.report import charts, predictions
 from engine.report.drawing import draw
 from engine.report.timeline import spans_of, timeline
 from engine.search import runs
-from engine.search.hindsight import look_back
-from engine.space import load_space
+from engine.search.predictions import load_predictions
+from engine.spaces.load import load_space
 from engine.trial import Architecture
 
 CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "timeline", "cost", "teacher"]
@@ -120,11 +120,11 @@ def test_the_front_is_what_no_other_beats_in_both() -> None:
 
 def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
-    past = look_back(run)
-    said = past.foretold()
+    past = load_predictions(run)
+    said = past.at_ask_time()
     scatter, calibration = predictions.predicted(past, said)
     dots = scatter.data[1]
-    assert dots["x"] == [opinion.mean for opinion in said.values()]
+    assert dots["x"] == [predict.mean for predict in said.values()]
     measured = charts.means(run.at(run.plan.high))
     order = [measured[t.architecture] for t in run.record.asked if t.number in said]
     assert sorted(range(len(order)), key=order.__getitem__) == sorted(range(len(order)), key=dots["y"].__getitem__)
@@ -134,10 +134,10 @@ def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None
 def test_a_method_that_asks_no_surrogate_is_not_said_to(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said(folder: Path) -> tuple[str, str, str]:
         run = runs.open_run(str(folder))
-        past = look_back(run)
+        past = load_predictions(run)
         assert cli.main(["explain", str(folder), "0-0-0-1-0-0"]) == 0
         told = capsys.readouterr().out
-        return charts.low_against_full(run).help, predictions.predicted(past, past.foretold())[0].help, told
+        return charts.low_against_full(run).help, predictions.predicted(past, past.at_ask_time())[0].help, told
 
     pair, scatter, told = said(copy)
     assert "chosen for being good" in pair

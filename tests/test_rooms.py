@@ -32,7 +32,7 @@ def tops(path: Path) -> set[str]:
 
 
 def engine_parts(path: Path) -> set[str]:
-    """Which parts of engine a file imports: engine.data.parts -> data."""
+    """Which parts of engine a file imports: engine.data.dataset -> data."""
     return {name.split(".")[1] for name in imports(path) if name.startswith("engine.")}
 
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 import cli
-from engine.config import Budget, Slots, fix
-from engine.search import hindsight, runs
-from engine.search.hindsight import look_back
+from engine.config import Budget, Slots, fix_config
+from engine.search import runs
 from engine.search.journal import Journal
+from engine.search.predictions import load_predictions
 from engine.trial import EngineError, UsageError
 
 
@@ -116,7 +116,7 @@ def test_text_in_brackets_is_shown_as_it_is(copy: Path, capsys: pytest.CaptureFi
 
 
 def test_a_damaged_configuration_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (copy / "config.yaml").write_text("study: [1\n")
+    (copy / "config.yaml").write_text("config: [1\n")
     assert cli.main(["status", str(copy)]) == 3
     assert "config.yaml cannot be read" in capsys.readouterr().err
 
@@ -140,15 +140,15 @@ def test_a_run_that_was_moved_finds_what_lies_in_it(copy: Path, tmp_path: Path) 
     """As `--low auto` leaves one: it begins with the study in its own folder, and has the teacher of that."""
     path = copy / "config.yaml"
     stored = yaml.safe_load(path.read_text())
-    stored["study"] |= {"pilot": str(copy / "pilot"), "teacher": str(copy / "pilot" / "t.safetensors")}
+    stored["config"] |= {"pilot": str(copy / "pilot"), "teacher": str(copy / "pilot" / "t.safetensors")}
     path.write_text(yaml.safe_dump({**stored, "folder": str(copy)}))
     (copy / "pilot").mkdir()
     (copy / "pilot" / "t.safetensors").touch()
     there = copy.rename(tmp_path / "there")
-    study = runs.open_run(str(there)).study
-    assert (study.pilot, study.teacher) == (str(there / "pilot"), str(there / "pilot" / "t.safetensors"))
+    config = runs.open_run(str(there)).config
+    assert (config.fidelity_study, config.teacher) == (str(there / "pilot"), str(there / "pilot" / "t.safetensors"))
     budget, slots = Budget(**stored["budget"]), Slots(2, 1)
-    assert fix("search", there, study, budget, slots) == slots, "the same settings, so the same run"
+    assert fix_config("search", there, config, budget, slots) == slots, "the same settings, so the same run"
 
 
 def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_trials_as_csv_hold_every_column(finished_run: Path, capsys: pytest.Capt
 
 def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
     """Outcomes that were not known when a trial was asked do not change what is said to have been predicted."""
-    before = look_back(runs.open_run(str(copy))).foretold()
+    before = load_predictions(runs.open_run(str(copy))).at_ask_time()
     run = runs.open_run(str(copy))
     known = dict(zip((trial.number for trial in run.record.asked), run.record.known, strict=True))
     middle = list(before)[len(before) // 2]
@@ -201,7 +201,7 @@ def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
                 entry["answered"]["accuracy"] = 1 - entry["answered"]["accuracy"]
         lines.append(json.dumps(entry))
     (copy / "journal.jsonl").write_text("\n".join(lines) + "\n")
-    after = look_back(runs.open_run(str(copy))).foretold()
+    after = load_predictions(runs.open_run(str(copy))).at_ask_time()
     early = [number for number in before if known[number] <= known[middle]]
     assert early[-1] == middle
     assert [after[number] for number in early] == [before[number] for number in early]
@@ -209,7 +209,7 @@ def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
 
 
 def test_the_first_full_runs_were_the_best_by_the_surrogate(finished_run: Path) -> None:
-    said = look_back(runs.open_run(str(finished_run))).foretold()
+    said = load_predictions(runs.open_run(str(finished_run))).at_ask_time()
     first = said[min(said)]
     assert first.full == 0
     assert first.rank <= 3
@@ -265,7 +265,7 @@ def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: p
 
 
 def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    past = look_back(runs.open_run(str(copy)))
+    past = load_predictions(runs.open_run(str(copy)))
     asked = {trial.architecture for trial in past.run.record.asked}
     by_size = map(past.candidates.architecture, past.candidates.params.argsort()[::-1])
     other = next(architecture for architecture in by_size if architecture not in asked)
@@ -281,9 +281,9 @@ def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
 ) -> None:
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("max_macs: .inf", f"max_macs: {limit}"))
-    every = look_back(runs.open_run(str(copy))).candidates
-    monkeypatch.setattr(hindsight, "SAMPLE", 50)
-    past = look_back(runs.open_run(str(copy)))
+    every = load_predictions(runs.open_run(str(copy))).candidates
+    monkeypatch.setattr(predictions, "SAMPLE", 50)
+    past = load_predictions(runs.open_run(str(copy)))
     left_out = next(one for one in map(every.architecture, range(len(every))) if past.candidates.row(one) is None)
     found = explained(copy, str(left_out), capsys)
     said = " ".join(found["why"])  # type: ignore[arg-type]
@@ -295,11 +295,11 @@ def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
 def test_explain_says_that_the_pool_of_a_huge_space_does_not_hold_an_architecture(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = look_back(runs.open_run(str(copy))).candidates
+    every = load_predictions(runs.open_run(str(copy))).candidates
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("max_macs: .inf", "max_macs: 1.0e+9"))
     monkeypatch.setattr("engine.space.POOL", 4000)
-    past = look_back(runs.open_run(str(copy)))
+    past = load_predictions(runs.open_run(str(copy)))
     left_out = next(one for one in map(every.architecture, range(len(every))) if past.candidates.row(one) is None)
     why = explained(copy, str(left_out), capsys)["why"]
     assert "of the 15,625 architectures of the space a random part" in why[0]  # type: ignore[index]
@@ -310,10 +310,10 @@ def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: py
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     answered = [entry["answered"] for entry in entries if "answered" in entry]
     slow = next(one for one in answered if one["trial"]["fidelity"]["name"] == "high" and one["trial"]["seed"] == 0)
-    slow |= {"status": "unfit", "accuracy": 0.0, "error": "measured 9 ms, over --max-latency-ms 5"}
+    slow |= {"status": "too_slow", "accuracy": 0.0, "error": "measured 9 ms, over --max-latency-ms 5"}
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     state = json.loads(command(f"status {copy} --json", capsys))["evaluations"]
-    assert (state["high"]["unfit"], state["high"]["failed"], state["low"]["failed"]) == (1, 0, 1)
+    assert (state["high"]["too_slow"], state["high"]["failed"], state["low"]["failed"]) == (1, 0, 1)
     name = "-".join(map(str, slow["trial"]["architecture"]))
     assert "It was not trained: measured 9 ms" in " ".join(explained(copy, name, capsys)["why"])  # type: ignore[arg-type]
 
@@ -321,14 +321,14 @@ def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: py
 def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    every = look_back(runs.open_run(str(copy))).candidates
+    every = load_predictions(runs.open_run(str(copy))).candidates
     rows = every.macs.argsort()[:: len(every) // 30]
     taken = {str(every.architecture(row)): float(every.macs[row]) / 1e5 for row in rows}
     (copy / "latency.json").write_text(json.dumps({"milliseconds": taken}))
     path = copy / "config.yaml"
     middle = float(every.macs[rows[15]]) / 1e5
     path.write_text(path.read_text().replace("max_latency_ms: .inf", f"max_latency_ms: {middle}"))
-    fast = look_back(runs.open_run(str(copy)))
+    fast = load_predictions(runs.open_run(str(copy)))
     assert 0.3 < fast.everything / len(every) < 0.6
     assert fast.candidates.macs.max() <= 1.1e5 * middle
     asked = {trial.architecture for trial in fast.run.record.asked}

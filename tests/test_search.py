@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import config
 from engine.commands.search import summary
-from engine.config import Budget, Resources, Study
+from engine.config import Budget, Resources, SearchConfig, search_plan
 from engine.fleet.fleet import TaskLost
 from engine.fleet.supervisor import TimedOut, WorkerDied
-from engine.search import journal, search
-from engine.search.journal import History
+from engine.search import search
+from engine.search.journal import read_journal
 from engine.search.progress import Display
 from engine.trial import (
     Architecture,
     Evaluation,
     Fidelity,
+    History,
     NoWinner,
     Trial,
     UsageError,
@@ -32,7 +32,7 @@ from engine.trial import (
 from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
-STUDY = Study(space=SPACE, low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
+STUDY = SearchConfig(space=SPACE, low=Fidelity("low", Fraction(1, 9), 3, kd_loss="kd"), high=Fidelity("high", epochs=4))
 BUDGET = Budget(max_low=8, max_high=4)
 
 
@@ -61,13 +61,13 @@ def run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fleet: Recorded,
-    study: Study = STUDY,
+    config: SearchConfig = STUDY,
     budget: Budget = BUDGET,
     students: str = "auto",
 ) -> dict[str, Any]:
     monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: fleet)
     resources = Resources(device="cpu", workers=fleet.capacity, students_per_gpu=students)
-    return search.search(study, budget, resources, tmp_path / "run", Display("none"))
+    return search.search(config, budget, resources, tmp_path / "run", Display("none"))
 
 
 def test_the_way_that_steps_run_is_the_teacher_s_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_the_way_that_steps_run_is_the_teacher_s_too(tmp_path: Path, monkeypatch
 def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = Recorded()
     result = run(tmp_path, monkeypatch, fleet)
-    record = journal.read(tmp_path / "run" / "journal.jsonl")
+    record = read_journal(tmp_path / "run" / "journal.jsonl")
     names = [trial.fidelity.name for trial in record.asked]
     assert names.count("low") >= 1
     assert names.count("high") == BUDGET.max_high
@@ -99,7 +99,7 @@ def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypa
 
 def test_rank_correlations_are_of_the_means_of_repeated_trainings() -> None:
     """As in the report. By its second training alone the first architecture would be the worst, not the best."""
-    plan, names = config.plan(STUDY, BUDGET), [Architecture((i,)) for i in range(3)]
+    plan, names = search_plan(STUDY, BUDGET), [Architecture((i,)) for i in range(3)]
     rows = [(plan.lows[0], 0, (0.3, 0.2, 0.1)), (plan.high, 0, (0.9, 0.6, 0.5)), (plan.high, 1, (0.4, 0.6, 0.5))]
     answers = [
         Evaluation(Trial(0, name, fidelity, seed), "ok", accuracy, macs=100 - name.choices[0])
@@ -125,16 +125,16 @@ def test_cut_after_any_line_the_search_comes_to_the_same_end(tmp_path: Path, mon
     whole = run(tmp_path, monkeypatch, Recorded())
     path = tmp_path / "run" / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    record = journal.read(path)
+    record = read_journal(path)
     for cut in range(len(lines)):
         path.write_bytes(b"".join(lines[:cut]))
-        answered = set(journal.read(path).answers)
+        answered = set(read_journal(path).answers)
         fleet = Recorded()
         again = run(tmp_path, monkeypatch, fleet)
         assert again["winner"] == whole["winner"], cut
         assert set(fleet.trials).isdisjoint(answered)
-        assert journal.read(path).asked == record.asked
-        assert journal.read(path).answers == record.answers
+        assert read_journal(path).asked == record.asked
+        assert read_journal(path).answers == record.answers
 
 
 def test_a_run_continues_on_a_machine_of_another_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_what_the_report_lacks_is_asked_of_all_workers_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Full trainings at random have no low score to be compared with until the end."""
-    plan = config.plan(replace(STUDY, method="random"), replace(BUDGET, max_high=6))
+    plan = search_plan(replace(STUDY, method="random"), replace(BUDGET, max_high=6))
     trained = [Trial(i, Architecture((i % 5, 0, 0, 0, 0, i % 3)), plan.high) for i in range(6)]
     record = [Evaluation(trial, "ok", 0.5) for trial in trained]
     history = History(record)
@@ -229,7 +229,7 @@ def test_a_task_without_an_end_is_tried_alone_and_then_an_evaluation(
     monkeypatch.setattr(fleet, "run_trials", deadly)
     result = run(tmp_path, monkeypatch, fleet, students=students)
     assert result["evaluations"]["failed"] == 1
-    assert journal.read(tmp_path / "run" / "journal.jsonl").answers[2].status == status
+    assert read_journal(tmp_path / "run" / "journal.jsonl").answers[2].status == status
     alone = 2 if students == "1" and error is WorkerDied else 1
     assert seen == ([4] if students == "4" else []) + [1] * alone
 
@@ -254,23 +254,24 @@ def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(
 
 def test_no_candidate_within_the_limits_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no architecture of .* fits --max-macs 10 .* the smallest has"):
-        run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, max_macs=10.0))
+        run(tmp_path, monkeypatch, Recorded(), config=replace(STUDY, max_macs=10.0))
 
 
 def test_only_architectures_within_the_limits_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.space import candidates, load_space
+    from engine.space import candidates
+    from engine.spaces.load import load_space
 
     space = load_space(STUDY.space)
     limit = 4e6
-    run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, max_macs=limit))
+    run(tmp_path, monkeypatch, Recorded(), config=replace(STUDY, max_macs=limit))
     members = candidates(space, classes=2, width=1.0, resolution=32)
-    for trial in journal.read(tmp_path / "run" / "journal.jsonl").asked:
+    for trial in read_journal(tmp_path / "run" / "journal.jsonl").asked:
         assert members.macs[members.row(trial.architecture)] <= limit
 
 
 def test_an_unknown_method_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no method 'magic'"):
-        run(tmp_path, monkeypatch, Recorded(), study=replace(STUDY, method="magic"))
+        run(tmp_path, monkeypatch, Recorded(), config=replace(STUDY, method="magic"))
     assert not (tmp_path / "run").exists()
 
 

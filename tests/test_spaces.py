@@ -23,9 +23,10 @@ from engine import space as space_module
 from engine.networks import Staged, conv_bn, count_cost, pooled_classifier
 from engine.networks.nasbench201 import Cell, Reduction
 from engine.networks.shufflenetv2 import DownUnit, Unit, shuffled
-from engine.space import Choice, SearchSpace, candidates, load_space
+from engine.space import Choice, SearchSpace, candidates
 from engine.spaces import SPACES, mobilenetv2, nasbench201, shufflenetv2
 from engine.spaces.arithmetic import rounded, strided, widths
+from engine.spaces.load import load_space
 from engine.trial import Architecture, UsageError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
-from engine.space import load_space
+from engine.spaces.load import load_space
 
 
 def module(path: Path, text: str) -> ModuleType:

@@ -19,7 +19,7 @@ import yaml
 import cli
 from engine.commands import submit as command
 from engine.commands.flags import gather
-from engine.config import Budget, Resources, Study
+from engine.config import Budget, Resources, SearchConfig
 from engine.fleet.submit import DRAINED, Job, render
 from engine.trial import UsageError
 
@@ -281,9 +281,9 @@ def test_a_job_of_defaults_is_that_search_and_not_the_demo(arguments: list[str])
     """But where submit itself was told nothing."""
     _, asked = cli.parse(["submit", "slurm", "--gpus=8", "--time=1:00:00", *arguments])
     _, got = cli.parse(command.words(asked))
-    assert gather(Study, got) == gather(Study, asked)
+    assert gather(SearchConfig, got) == gather(SearchConfig, asked)
     assert gather(Budget, got) == gather(Budget, asked)
-    assert (gather(Study, got) == Study()) == bool(arguments)
+    assert (gather(SearchConfig, got) == SearchConfig()) == bool(arguments)
 
 
 def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch:
     _, asked = cli.parse(["submit", "slurm", *arguments])
     words = command.words(asked)
     _, got = cli.parse(words)
-    assert gather(Study, got) == gather(Study, asked)
+    assert gather(SearchConfig, got) == gather(SearchConfig, asked)
     assert got.log == "tensorboard"
     assert gather(Budget, got) == gather(Budget, asked)
     assert gather(Resources, got) == replace(gather(Resources, asked), time="", partition="")

@@ -23,7 +23,7 @@ def test_trees_find_the_interaction_that_the_linear_part_cannot():
     trend, x, _, y = problem(300, 0)
     new_trend, new_x, truth, _ = problem(500, 1)
     whole = xgb.fit(trend, x, y, PRIOR, seed=0).predict(new_trend, new_x)[0]
-    line = xgb.fit(trend, x, y, PRIOR, seed=0, parts=xgb.Parts(trees=False)).predict(new_trend, new_x)[0]
+    line = xgb.fit(trend, x, y, PRIOR, seed=0, parts=xgb.SurrogateParts(trees=False)).predict(new_trend, new_x)[0]
     assert kendall_tau(whole, truth) > kendall_tau(line, truth) + 0.15
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.search import tables
+from engine.search.replay import tables
 from engine.trial import EnvironmentUnusable, UsageError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

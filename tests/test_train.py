@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.config import Study
+from engine.config import SearchConfig
+from engine.data.dataset import Dataset, load
 from engine.data.loader import Batches, eval_batches, train_batches
-from engine.data.parts import Data, load
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
-from engine.training.taught import Teacher
+from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
 from engine.trial import EnvironmentUnusable, KDLoss
 
-STUDY = Study(batch_size=16, lr=0.05)
+STUDY = SearchConfig(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
 
 
@@ -80,11 +80,11 @@ class Careless(Raising):
 
 
 @pytest.fixture(scope="module")
-def data(tiny_npz: Path) -> Data:
+def data(tiny_npz: Path) -> Dataset:
     return load(str(tiny_npz))
 
 
-def batches(data: Data, epochs: int = 2) -> Batches:
+def batches(data: Dataset, epochs: int = 2) -> Batches:
     indices = np.arange(len(data.train.labels))
     return train_batches(
         data.train, indices, data=data, batch_size=16, epochs=epochs, resolution=16, seed=0, backend="resident"
@@ -95,10 +95,10 @@ def teacher() -> nn.Module:
     return Net(99, width=12).eval().requires_grad_(False)
 
 
-def trained(data: Data, networks: list[nn.Module], kd_loss: str = "kd+at", epochs: int = 2) -> list[Student]:
+def trained(data: Dataset, networks: list[nn.Module], kd_loss: str = "kd+at", epochs: int = 2) -> list[Student]:
     taught = teacher() if kd_loss != "none" else None
     cohort = [prepare(network, taught, STUDY, kd_loss, EXAMPLE) for network in networks]  # type: ignore[arg-type]
-    train(cohort, taught and Teacher(taught), batches(data, epochs), STUDY, Stopwatch())
+    train(cohort, taught and CachedTeacher(taught), batches(data, epochs), STUDY, Stopwatch())
     return cohort
 
 
@@ -106,14 +106,14 @@ def weights(member: Student) -> list[Tensor]:
     return [value.clone() for value in member.network.state_dict().values()]
 
 
-def test_a_student_learns(data: Data) -> None:
+def test_a_student_learns(data: Dataset) -> None:
     (member,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
     assert accuracies([member.network], valid)[0] > 0.9
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
-def test_a_student_of_a_cohort_is_the_student_alone_bit_for_bit(data: Data, kd_loss: str) -> None:
+def test_a_student_of_a_cohort_is_the_student_alone_bit_for_bit(data: Dataset, kd_loss: str) -> None:
     seeds = [(0, 8), (1, 4), (2, 16), (3, 8)]
     together = trained(data, [Net(seed, width) for seed, width in seeds], kd_loss)
     for (seed, width), member in zip(seeds, together, strict=True):
@@ -121,19 +121,19 @@ def test_a_student_of_a_cohort_is_the_student_alone_bit_for_bit(data: Data, kd_l
         assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(member), strict=True))
 
 
-def test_with_and_without_what_was_kept_of_the_teacher_a_student_is_the_same_bit_for_bit(data: Data) -> None:
-    def cohort(shared: Teacher) -> list[Tensor]:
+def test_with_and_without_what_was_kept_of_the_teacher_a_student_is_the_same_bit_for_bit(data: Dataset) -> None:
+    def cohort(shared: CachedTeacher) -> list[Tensor]:
         cohort = [prepare(Net(seed), shared.network, STUDY, "kd+at", EXAMPLE) for seed in (0, 1)]
         train(cohort, shared, batches(data), STUDY, Stopwatch())
         return [value for member in cohort for value in weights(member)]
 
-    without, keeping = cohort(Teacher(teacher())), Teacher(teacher(), budget=10**9)
+    without, keeping = cohort(CachedTeacher(teacher())), CachedTeacher(teacher(), budget=10**9)
     first, second = cohort(keeping), cohort(keeping)
     assert len(keeping.kept) == len(batches(data))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(without, first, second, strict=True))
 
 
-def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Data) -> None:
+def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Dataset) -> None:
     def two(members: list[Student]) -> list[list[Tensor]]:
         train(members, None, batches(data), STUDY, Stopwatch())
         return [weights(member) for member in members]
@@ -163,19 +163,19 @@ def test_what_a_layer_draws_on_the_host_depends_on_the_student_and_the_step(
     assert drawn(0) == drawn(0) != drawn(1)
 
 
-def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Data) -> None:
+def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Dataset) -> None:
     (member,) = trained(data, [Skipping(0)])
     assert (member.status, member.error) == ("ok", "")
     assert not torch.equal(member.network.two.weight, Skipping(0).two.weight)
 
 
-def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
-    study = replace(STUDY, amp_dtype="bfloat16")
-    taught = Teacher(teacher())
-    member = prepare(Net(0), taught.network, study, "kd+at", EXAMPLE)
+def test_bfloat16_on_a_cpu_trains_as_well(data: Dataset) -> None:
+    config = replace(STUDY, amp_dtype="bfloat16")
+    taught = CachedTeacher(teacher())
+    member = prepare(Net(0), taught.network, config, "kd+at", EXAMPLE)
     seen: list[torch.dtype] = []
     member.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    train([member], taught, batches(data, epochs=12), study, Stopwatch())
+    train([member], taught, batches(data, epochs=12), config, Stopwatch())
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
     assert set(seen) == {torch.bfloat16}
     seen.clear()
@@ -184,18 +184,18 @@ def test_bfloat16_on_a_cpu_trains_as_well(data: Data) -> None:
     assert member.network.head.weight.dtype == torch.float32
 
 
-def test_the_running_average_is_scored_and_kept(data: Data) -> None:
-    study = replace(STUDY, ema_decay=0.9)
-    plain, averaged = (prepare(Net(0), None, study, "none", EXAMPLE, average=kept) for kept in (False, True))
+def test_the_running_average_is_scored_and_kept(data: Dataset) -> None:
+    config = replace(STUDY, ema_decay=0.9)
+    plain, averaged = (prepare(Net(0), None, config, "none", EXAMPLE, average=kept) for kept in (False, True))
     for member in (plain, averaged):
-        train([member], None, batches(data), study, Stopwatch())
+        train([member], None, batches(data), config, Stopwatch())
     assert averaged.average is not None
     assert plain.loss_sum == averaged.loss_sum  # the training itself is the same
     assert not torch.equal(plain.network.head.weight, averaged.network.head.weight)
     assert any(torch.equal(averaged.network.head.weight, value) for value in averaged.average)
 
 
-def test_a_compiled_student_learns_and_keeps_its_names(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_student_learns_and_keeps_its_names(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced and differentiated as by default; the default's half minute of C++ compilation is left out.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = (prepare(Net(0), None, STUDY, "none", EXAMPLE, compiled=made) for made in (False, True))
@@ -207,7 +207,7 @@ def test_a_compiled_student_learns_and_keeps_its_names(data: Data, monkeypatch: 
     assert compiled.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
 
 
-def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
+def test_who_fails_leaves_and_the_others_go_on(data: Dataset) -> None:
     good, exploding, raising, careless = trained(data, [Net(0), Exploding(1), Raising(2), Careless(3)])
     (alone,) = trained(data, [Net(0)])
     assert (good.status, exploding.status, raising.status, careless.status) == ("ok", "diverged", "oom", "error")
@@ -220,21 +220,21 @@ def test_who_fails_leaves_and_the_others_go_on(data: Data) -> None:
     ("kd_loss", "network", "average"), [("none", Net, False), ("hint", Net, False), ("none", Dropping, True)]
 )
 def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
-    data: Data, tmp_path: Path, kd_loss: KDLoss, network: type[Net], average: bool
+    data: Dataset, tmp_path: Path, kd_loss: KDLoss, network: type[Net], average: bool
 ) -> None:
-    taught, study = teacher(), replace(STUDY, ema_decay=0.9)
-    whole = prepare(network(0), taught, study, kd_loss, EXAMPLE, average=average)
+    taught, config = teacher(), replace(STUDY, ema_decay=0.9)
+    whole = prepare(network(0), taught, config, kd_loss, EXAMPLE, average=average)
     path = tmp_path / "state.pt"
 
     def keep(epochs: int) -> None:
         checkpoint.save(tmp_path / f"{epochs}.pt", whole, Progress(epochs))
 
-    train([whole], Teacher(taught), batches(data, epochs=3), study, Stopwatch(), keep)
+    train([whole], CachedTeacher(taught), batches(data, epochs=3), config, Stopwatch(), keep)
     for epochs in (1, 2, 3):
         (tmp_path / f"{epochs}.pt").rename(path)
-        member = prepare(network(7), taught, study, kd_loss, EXAMPLE, average=average)
+        member = prepare(network(7), taught, config, kd_loss, EXAMPLE, average=average)
         assert checkpoint.restore(path, member) == Progress(epochs)
-        train([member], Teacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), study, Stopwatch())
+        train([member], CachedTeacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), config, Stopwatch())
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
 
 
@@ -268,14 +268,14 @@ def test_memory_that_runs_out_does_not_cost_a_state(tmp_path: Path, monkeypatch:
     assert checkpoint.restore(path, member) == Progress(1)
 
 
-def test_the_teacher_stays_as_it_is(data: Data) -> None:
+def test_the_teacher_stays_as_it_is(data: Dataset) -> None:
     taught = teacher()
     before = [value.clone() for value in taught.state_dict().values()]
-    train([prepare(Net(0), taught, STUDY, "kd+at", EXAMPLE)], Teacher(taught), batches(data), STUDY, Stopwatch())
+    train([prepare(Net(0), taught, STUDY, "kd+at", EXAMPLE)], CachedTeacher(taught), batches(data), STUDY, Stopwatch())
     assert all(torch.equal(a, b) for a, b in zip(before, taught.state_dict().values(), strict=True))
 
 
-def test_the_hint_loss_learns_its_regressor(data: Data) -> None:
+def test_the_hint_loss_learns_its_regressor(data: Dataset) -> None:
     (member,) = trained(data, [Net(0)], "hint", epochs=1)
     fresh = prepare(Net(0), teacher(), STUDY, "hint", EXAMPLE)
     learnt, untouched = (list(m.objective.parameters()) for m in (member, fresh))

@@ -87,7 +87,7 @@ def test_training_goes_on_from_the_weights_of_a_run(
     for name, value in before.items():
         if name.endswith("weight"):
             np.testing.assert_allclose(after[name], value, atol=1e-5)
-    settings = open_run(str(tmp_path / "tuned")).study
+    settings = open_run(str(tmp_path / "tuned")).config
     assert (settings.space, settings.batch_size) == ("examples/my_space.py:SPACE", 8)
     said = called(capsys, *tuned, "--lr", "0.1", "--out", tmp_path / "tuned", code=2)
     assert "holds a search with other settings (lr: 1e-09 there, 0.1 here)" in said

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import cli
 from engine.config import Resources
 from engine.fleet.devices import Layout
-from engine.search import ground, search
+from engine.search import search
 from tests.at_once import AtOnce, Task
 
 SMALL = [
@@ -51,7 +51,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return Here()
 
     monkeypatch.setattr(search, "open_fleet", here)
-    monkeypatch.setattr(ground, "open_fleet", here)
+    monkeypatch.setattr(setup, "open_fleet", here)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -141,7 +141,7 @@ def test_flags(ends: Ends, arguments: str, code: int, message: str) -> None:
         (b"max_hihg: 3\n", "Option 'max_hihg' is not accepted; did you mean max_high"),
         (b"low:\n  fractoin: 1/27\n", "Option 'low.fractoin' is not accepted; did you mean low.fraction"),
         (b"low: 1/27\n", "low is a section"),
-        (b"study: {}\nbudget: {}\n", "is the record of a run"),
+        (b"config: {}\nbudget: {}\n", "is the record of a run"),
     ],
 )
 def test_yaml_files(ends: Ends, tmp_path: Path, content: bytes, message: str) -> None:
@@ -345,7 +345,7 @@ def test_a_call_that_failed_at_once_binds_nobody(ends: Ends, tiny_npz: Path) -> 
         ("journal.jsonl", '{"journal":1}\n{"asked":{"number":\n', 3, "line 2: not a line that this program wrote"),
         ("run.json", '{"schema": 99, "calls": []}', 2, "use the version that wrote it"),
         ("run.json", "{", 3, "cannot be read"),
-        ("config.yaml", "study: [", 3, "cannot be read"),
+        ("config.yaml", "config: [", 3, "cannot be read"),
         ("config.yaml", "a: 1", 3, "is no configuration of a run"),
     ],
 )

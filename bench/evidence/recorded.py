@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from bench.evidence.keep import KEPT, table, write
-from engine.search import findings, tables
-from engine.search.policies.ranking import Measured
+from engine.search.fidelity_study import summary
+from engine.search.fidelity_study.ranking import Measured
+from engine.search.replay import tables
 from engine.trial import Fidelity, KDLoss
 
 NAME = "authors-mobilenetv2"
@@ -26,11 +27,11 @@ DIVISORS = (27, 9, 3)
 
 
 def main(path: Path) -> None:
-    result = findings.summarise(measured(tables.load(path)))
+    result = summary.summarise(measured(tables.load(path)))
     if result is None:
         raise SystemExit(f"{path} holds no architecture with a full and a low-fidelity result")
     KEPT.mkdir(exist_ok=True)
-    findings.draw(KEPT / f"{NAME}.png", result)
+    summary.draw(KEPT / f"{NAME}.png", result)
     write(NAME, "\n".join([*table(result), "", f"![{NAME}](evidence/{NAME}.png)"]))
 
 

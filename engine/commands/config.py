@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import gather
-from engine.config import Budget, Resources, Study, write_whole
+from engine.commands.flags import gather_settings
+from engine.run_folder import write_atomically
 from engine.trial import EnvironmentUnusable
 
 with_defaults = search.with_defaults
@@ -33,9 +33,9 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
-    from engine.search.ground import checked
+    from engine.search.setup import validated_space
 
-    checked(gather(Study, values), gather(Budget, values), gather(Resources, values))
+    validated_space(gather_settings(values))
     found = list(origins(values))
     if values.json:
         return {key: {"value": None if value == inf else plain(value), "from": origin} for key, value, origin in found}
@@ -44,7 +44,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
         print(text, end="")
         return None
     try:
-        write_whole(Path(values.yaml), text)
+        write_atomically(Path(values.yaml), text)
     except OSError as error:
         raise EnvironmentUnusable(f"--yaml {values.yaml} cannot be written: {error.strerror}") from error
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -17,16 +17,17 @@ from engine.commands.flags import (
     gather,
     with_settings,
 )
-from engine.config import Resources, Study
-from engine.trial import Architecture, Fidelity, Trial, UsageError, weights_path
+from engine.config import Resources, SearchConfig
+from engine.tasks import SplitName
+from engine.trial import Architecture, Fidelity, Trial, UsageError
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
 
 EXAMPLES = """\
 photos                                    the winner of runs/photos on the validation images
-photos --part all --data newer-photos/    on another data set with the same classes
---space nasbench201 --arch 3-1-0-2-4-3 --weights weights.safetensors --data photos/ --part test"""
+photos --split all --data newer-photos/    on another data set with the same classes
+--space nasbench201 --arch 3-1-0-2-4-3 --weights weights.safetensors --data photos/ --split test"""
 USED = ("space", "data", "resolution", "valid_fraction", "amp_dtype", "data_backend", "seed")
 
 
@@ -38,9 +39,9 @@ def parser() -> ArgumentParser:
     )
     made = command_parser(text, EXAMPLES)
     add_optional_run(made)
-    made.add_argument("--part", type=Literal["valid", "test", "all"], default="valid", help="part of the data")
+    made.add_argument("--split", type=SplitName, default="valid", help="split of the data to score on")
     made.add_argument("--weights", type=str | None, default=None, help="FILE of weights, instead of those of RUN")
-    add_options(made, Study, skip=tuple(f.name for f in dataclasses.fields(Study) if f.name not in USED))
+    add_options(made, SearchConfig, skip=tuple(f.name for f in dataclasses.fields(SearchConfig) if f.name not in USED))
     add_device_option(made)
     add_run_options(made, run_dir=False)
     return made
@@ -51,28 +52,32 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
 
 
 def _settings(found: Run) -> dict[str, Any]:
-    from engine.search.single import data_of
-
-    # Another data set is brought to the size of the run's.
-    return {name: getattr(found.study, name) for name in USED} | {"resolution": data_of(found)["resolution"]}
+    # Another data set is resized to the resolution of the run.
+    return {name: getattr(found.config, name) for name in USED} | {"resolution": found.data.resolution}
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.one_architecture import score, select_evaluation
     from engine.search.progress import Display
     from engine.search.runs import open_run
-    from engine.search.single import chosen, data_of, score
 
-    study = dataclasses.replace(Study(), **{name: values[name] for name in USED})
+    config = dataclasses.replace(SearchConfig(), **{name: values[name] for name in USED})
     if values.run:
         found = open_run(values.run)
         if values.weights and values.arch:
             trial = Trial(0, Architecture.parse(values.arch), found.plan.high)
         else:
-            trial = chosen(found, values.arch).trial
-        weights, known = values.weights or weights_path(found.folder, trial), data_of(found)
+            trial = select_evaluation(found, values.arch).trial
+        weights, known = values.weights or found.folder.weights(trial), found.data.normalisation
     else:
         if not (values.arch and values.weights):
             raise UsageError("say what to score: a RUN, or --space, --arch, --weights and --data")
         trial, weights, known = Trial(0, Architecture.parse(values.arch), Fidelity("high")), values.weights, None
-    with Display(values.progress) as show:
-        return score(study, trial, Path(weights), values.part, known, gather(Resources, values), show)
+    with Display(values.progress) as display:
+        found_score = score(config, gather(Resources, values), trial, Path(weights), values.split, known)
+        scored_on = "all images" if values.split == "all" else f"the {values.split} split"
+        display.say(
+            f"{trial.architecture} on {scored_on} of {config.data}, {found_score['images']} images: "
+            f"accuracy {found_score['accuracy']:.4f}"
+        )
+        return found_score

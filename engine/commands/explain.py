@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.commands.flags import add_run_argument, command_parser
 
 if TYPE_CHECKING:
-    from engine.search.hindsight import Hindsight, Opinion
+    from engine.search.predictions import Prediction, RunPredictions
     from engine.trial import Architecture, Evaluation
 
 
@@ -27,21 +27,21 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
-    from engine.search.hindsight import look_back
+    from engine.search.predictions import load_predictions
     from engine.search.runs import open_run, with_answers
-    from engine.space import load_space
+    from engine.spaces.load import load_space
     from engine.trial import Architecture
 
     opened = with_answers(open_run(values.run))
-    architecture = load_space(opened.study.space).check(Architecture.parse(values.architecture))
-    found = explain(look_back(opened, [architecture]), architecture)
+    architecture = load_space(opened.config.space).check(Architecture.parse(values.architecture))
+    found = explain(load_predictions(opened, [architecture]), architecture)
     if values.json:
         return found
     print(text(found))
     return None
 
 
-def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
+def explain(past: RunPredictions, architecture: Architecture) -> dict[str, Any]:
     """All that is known of an architecture, as plain values."""
     from engine.search.runs import row
 
@@ -50,9 +50,9 @@ def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
     then = now = None
     if run.kind == "search":
-        now = past.opinion(architecture)
-        if asked and asked.number not in run.adopted:
-            then = past.opinion(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
+        now = past.predict(architecture)
+        if asked and asked.number not in run.imported:
+            then = past.predict(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
     choices = zip(past.space.choices, architecture.choices, strict=True)
     return {
         "architecture": str(architecture),
@@ -64,7 +64,7 @@ def explain(past: Hindsight, architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def place(past: Hindsight, evaluation: Evaluation) -> str | None:
+def place(past: RunPredictions, evaluation: Evaluation) -> str | None:
     """Where a score stands among those of its fidelity; None for a failure."""
     if not evaluation.ok:
         return None
@@ -73,16 +73,16 @@ def place(past: Hindsight, evaluation: Evaluation) -> str | None:
 
 
 def why(
-    past: Hindsight,
+    past: RunPredictions,
     architecture: Architecture,
     asked: bool,
-    then: Opinion | None,
-    now: Opinion | None,
+    then: Prediction | None,
+    now: Prediction | None,
     scores: list[Evaluation],
 ) -> list[str]:
     """Why it was trained in full, or was not, in sentences."""
-    plan, study = past.run.plan, past.run.study
-    if past.run.kind == "fidelity":
+    plan, config = past.run.plan, past.run.config
+    if past.run.kind == "fidelity-study":
         return [
             "A study of low fidelities trains architectures that are spread over multiply-accumulates, and asks no "
             f"surrogate; this is {'one' if scores else 'none'} of them."
@@ -91,16 +91,16 @@ def why(
     if len(past.candidates) < past.everything:
         reasons.append(f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, at random.")
     if not past.run.asks_surrogate:
-        reasons.append(f"The method {study.method} does not ask the surrogate; what that says is for comparison.")
+        reasons.append(f"The method {config.method} does not ask the surrogate; what that says is for comparison.")
     if asked:
-        if any(e.trial.number in past.run.adopted and e.trial.fidelity == plan.high for e in scores):
-            return [*reasons, f"It was not asked for: it came with the results of the study {study.pilot}."]
+        if any(e.trial.number in past.run.imported and e.trial.fidelity == plan.high for e in scores):
+            return [*reasons, f"It was not asked for: it came with the results of the study {config.fidelity_study}."]
         if then is not None:
             reasons.append(
                 f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
                 f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
             )
-            reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "unfit"]
+            reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "too_slow"]
             if then.rank > 1 and past.run.asks_surrogate:
                 reasons.append(
                     "Better ones were passed over because full trainings under way count as if measured, so that "
@@ -122,28 +122,28 @@ def why(
     return reasons
 
 
-def absence(past: Hindsight, architecture: Architecture) -> str:
+def absence(past: RunPredictions, architecture: Architecture) -> str:
     """Why an architecture is no candidate: of the limits those that it does not keep."""
-    from engine.search.ground import members
+    from engine.search.setup import space_members
 
-    study = past.run.study
-    if study.only:
-        return f"It was never proposed: the search was among --only {study.only}."
+    config = past.run.config
+    if config.only:
+        return f"It was never proposed: the search was among --only {config.only}."
     same = past.space.canonical(architecture.choices) if past.space.canonical else architecture.choices
     if same != architecture.choices:
         twin = "-".join(map(str, same))
         return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
-    own = members(past.space, study, past.run.facts["data"], [architecture])
+    own = space_members(past.space, config, past.run.data, [architecture])
     macs, params = float(own.macs[0]), float(own.params[0])
     outside = []
-    if macs < study.min_macs:
-        outside.append(f"{macs:,.0f} MACs are under --min-macs {study.min_macs:g}")
-    if macs > study.max_macs:
-        outside.append(f"{macs:,.0f} MACs are over --max-macs {study.max_macs:g}")
-    if params > study.max_params:
-        outside.append(f"{params:,.0f} parameters are over --max-params {study.max_params:g}")
+    if macs < config.min_macs:
+        outside.append(f"{macs:,.0f} MACs are under --min-macs {config.min_macs:g}")
+    if macs > config.max_macs:
+        outside.append(f"{macs:,.0f} MACs are over --max-macs {config.max_macs:g}")
+    if params > config.max_params:
+        outside.append(f"{params:,.0f} parameters are over --max-params {config.max_params:g}")
     if architecture in past.slow:
-        outside.append(f"what was measured says that it takes more than --max-latency-ms {study.max_latency_ms:g}")
+        outside.append(f"what was measured says that it takes more than --max-latency-ms {config.max_latency_ms:g}")
     if outside:
         return f"It was never proposed: it does not fit the limits of the search ({'; '.join(outside)})."
     return (
@@ -177,5 +177,5 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *found["why"]])
 
 
-def _full(past: Hindsight, evaluation: Evaluation) -> bool:
+def _full(past: RunPredictions, evaluation: Evaluation) -> bool:
     return evaluation.ok and evaluation.trial.fidelity == past.run.plan.high

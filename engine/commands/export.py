@@ -31,12 +31,12 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.one_architecture import export, select_evaluation
     from engine.search.progress import Display
     from engine.search.runs import open_run
-    from engine.search.single import chosen, export
 
     found = open_run(values.run)
-    evaluation = chosen(found, values.arch)
-    out = Path(values.out) if values.out else found.folder / "export" / str(evaluation.trial.architecture)
-    with Display(values.progress) as show:
-        return export(found, evaluation, out, gather(Resources, values), show)
+    evaluation = select_evaluation(found, values.arch)
+    out = Path(values.out) if values.out else found.folder.export(evaluation.trial.architecture)
+    with Display(values.progress) as display:
+        return export(found, evaluation, out, gather(Resources, values), display)

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
-from engine.config import Resources, flatten
+from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten
 from engine.trial import Fidelity, UsageError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def check_sections(content: Any, parser: ArgumentParser) -> None:
     """Ends with the parser's error where a YAML file is no mapping of flags, or gives a section like `low` a value."""
     if not isinstance(content, dict):
         parser.error("holds no flags; write one a line, like max_low: 50")
-    if {"study", "budget"} <= content.keys():
+    if {"config", "budget"} <= content.keys():
         parser.error("is the record of a run; for -c, write a file with: cli.py config ... --yaml FILE")
     known = [action.dest for action in parser._actions]
     for key, value in content.items():
@@ -186,6 +186,11 @@ def gather(kind: Callable[..., Any], values: Namespace) -> Any:
         value = values.get(item.name, item.default)
         arguments[item.name] = Fidelity(item.name, **vars(value)) if isinstance(value, Namespace) else value
     return kind(**arguments)
+
+
+def gather_settings(values: Namespace) -> RunSettings:
+    """All settings of a run from parsed flags."""
+    return RunSettings(gather(SearchConfig, values), gather(Budget, values), gather(Resources, values))
 
 
 def command_parser(description: str, examples: str = "") -> ArgumentParser:
@@ -260,7 +265,7 @@ def add_device_option(parser: ArgumentParser) -> None:
     add_options(parser, Resources, skip=tuple(f.name for f in dataclasses.fields(Resources) if f.name != "device"))
 
 
-def run_folder(values: Namespace) -> Path:
+def run_dir_of(values: Namespace) -> Path:
     """The run folder that --run-dir or --name means; UsageError for a name that is a path."""
     if not values.run_dir and (Path(values.name).name != values.name or values.name in ("", "..")):
         raise UsageError(f"--name '{values.name}' is no name of a folder under runs/; --run-dir takes a path")

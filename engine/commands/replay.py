@@ -32,7 +32,7 @@ HELP = {
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    from engine.search.replay import Replay
+    from engine.search.replay.simulate import Replay
 
     made = command_parser("Run search methods on a table of recorded results with a simulated clock.")
     defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Replay)}
@@ -50,7 +50,7 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.search.replay import Replay, replay
+    from engine.search.replay.simulate import Replay, replay
 
     def words(text: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -26,4 +26,4 @@ def run(values: Namespace) -> dict[str, Any]:
     from engine.search.runs import open_run, with_answers
 
     found = with_answers(open_run(values.run))
-    return write(found, Path(values.out).absolute() if values.out else found.folder / "report")
+    return write(found, Path(values.out).absolute() if values.out else found.folder.report)

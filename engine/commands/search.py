@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_options, add_run_options, command_parser, gather, run_folder
-from engine.config import Budget, Resources, Study
+from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings, run_dir_of
+from engine.config import Budget, Resources, SearchConfig
 
 EXAMPLES = """\
 --data photos/ --space mobilenetv2:stem_stride=2 --name photos
@@ -23,7 +23,7 @@ DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 def parser() -> ArgumentParser:
     """Flags of the command."""
     made = command_parser("Start or continue a search: the same command line continues it.", EXAMPLES)
-    add_options(made, Study)
+    add_options(made, SearchConfig)
     add_options(made, Budget)
     add_options(made, Resources)
     group = add_run_options(made)
@@ -40,19 +40,19 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.search.pilot import study_first
-    from engine.search.plan import plan_search
+    from engine.search.dry_run import dry_run
+    from engine.search.fidelity_study.study import study_before_search
     from engine.search.progress import Display
     from engine.search.search import search
 
-    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
-    with Display(values.progress) as show:
+    settings, run_dir = gather_settings(values), run_dir_of(values)
+    with Display(values.progress) as display:
         if values.dry_run:
-            return plan_search(study, budget, resources, run_folder(values), show)
-        if study.pilot == "auto":
-            study = study_first(study, budget, resources, run_folder(values), show)
-        result = search(study, budget, resources, run_folder(values), show, values.log)
-        show.say(summary(result))
+            return dry_run(settings, run_dir, display)
+        if settings.config.fidelity_study == "auto":
+            settings = study_before_search(settings, run_dir, display)
+        result = search(settings, run_dir, display, values.log)
+        display.say(summary(result))
     return result
 
 
@@ -86,7 +86,7 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         place = arguments.index("--low")
         arguments = [*arguments[:place], "--pilot", *arguments[place + 1 :]]
     settings = {"-c", "--config", "--help", "-h"}
-    for kind in (Study, Budget):
+    for kind in (SearchConfig, Budget):
         settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
     given = {word.split("=")[0].split(".")[0] for word in arguments if word.startswith("-")}
     if given & settings:

@@ -76,7 +76,8 @@ def list_text(found: dict[str, Any]) -> str:
 
 def shown(values: Namespace) -> dict[str, Any]:
     """The choices of a space, and the range of its cost."""
-    from engine.space import candidates, load_space
+    from engine.space import candidates
+    from engine.spaces.load import load_space
 
     space = load_space(values.space)
     all_of = candidates(space, values.classes, 1.0, values.resolution, values.seed)
@@ -102,7 +103,7 @@ def show_text(found: dict[str, Any]) -> str:
 
 def sampled(values: Namespace) -> dict[str, Any]:
     """Random architectures of a space, with the option of each choice by name."""
-    from engine.space import load_space
+    from engine.spaces.load import load_space
 
     space = load_space(values.space)
     drawn = space.sample(values.count, values.seed)
@@ -124,11 +125,13 @@ def sample_text(found: dict[str, Any]) -> str:
 def checked(values: Namespace) -> dict[str, Any]:
     """What `engine.training.spacecheck.run_check` found, on one worker."""
     from engine.fleet.drain import answer_of
-    from engine.search.single import worker
+    from engine.fleet.fleet import submit
+    from engine.search.one_architecture import worker
+    from engine.tasks import SpaceCheckTask
 
-    task = {name: values[name] for name in ("space", "classes", "resolution", "teacher", "seed")}
+    task = SpaceCheckTask(values.space, values.classes, values.resolution, values.teacher, values.seed)
     with worker(Resources(device="cpu", workers=1), None, "engine.training.spacecheck") as (fleet, _):
-        found: dict[str, Any] = answer_of(fleet.submit("run_check", task))
+        found: dict[str, Any] = answer_of(submit(fleet, task))
     return found
 
 

@@ -59,21 +59,21 @@ def summary(run: Run) -> dict[str, Any]:
     evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
     from engine.trial import failed
 
-    path = run.folder / "journal.jsonl"
+    path = run.folder.journal
     best, plan = run.best, run.plan
     most = plan.max_low * len(plan.lows)  # a study compares several
     fidelities = {"low": (plan.lows, most), "high": ((plan.high,), plan.max_high)}
     return {
         "run_dir": str(run.folder),
         "state": "running" if written_to(path.stat().st_ino) else "finished" if run.finished else "stopped",
-        "space": run.study.space,
-        "data": run.study.data,
-        "method": run.study.method if run.kind == "search" else "a study of low fidelities",
+        "space": run.config.space,
+        "data": run.config.data,
+        "method": run.config.method if run.kind == "search" else "a study of low fidelities",
         "evaluations": {
             name: {
                 "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),
                 "failed": sum(failed(e.status) and e.trial.fidelity in kinds for e in run.answers),
-                "unfit": sum(e.status == "unfit" and e.trial.fidelity in kinds for e in run.answers),
+                "too_slow": sum(e.status == "too_slow" and e.trial.fidelity in kinds for e in run.answers),
                 "pending": sum(trial.fidelity in kinds for trial in run.pending),
                 "limit": limit,
             }
@@ -136,8 +136,8 @@ def _progress(part: dict[str, int]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    done = part["ok"] + part["failed"] + part["unfit"]
-    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed", "unfit") if part[kind]]
+    done = part["ok"] + part["failed"] + part["too_slow"]
+    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed", "too_slow") if part[kind]]
     line = Table.grid(padding=(0, 2))
     if done > part["limit"]:  # what was promoted without a cheap score gets one at the end, to compare
         text = f"{part['limit']}, and {done - part['limit']} to compare"

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import gather, run_folder
-from engine.config import Budget, Resources, Study, write_whole
+from engine.commands.flags import gather_settings, run_dir_of
+from engine.config import Resources
+from engine.run_folder import write_atomically
 from engine.trial import EnvironmentUnusable, UsageError
 
 EXAMPLES = """\
 slurm --gpus 8 --time 24:00:00 --partition gpu --data photos/ --name photos          write runs/photos/slurm.sh
-slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --name photos --go           and hand it in
+slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --name photos --go           and submit it
 kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
 # What a search in a job has no use for, and what else is not for it.
 OUTSIDE = {
@@ -29,7 +30,7 @@ OUTSIDE = {
 }
 NOT_PASSED = {*OUTSIDE, "config", "progress", "verbose"}
 FILES = {"slurm": "slurm.sh", "pbs": "pbs.sh", "lsf": "lsf.sh", "kubernetes": "kubernetes.yaml"}
-HAND_IN = {
+SUBMIT = {
     "slurm": ("sbatch", "--parsable"),
     "pbs": ("qsub",),
     "lsf": ("bsub",),
@@ -54,23 +55,24 @@ def parser() -> ArgumentParser:
     group.add_argument(
         "--script", type=str | None, default=None, help="file to write, instead of one in the run folder"
     )
-    group.add_argument("--go", action="store_true", help="hand it in")
+    group.add_argument("--go", action="store_true", help="submit it")
     return made
 
 
 def run(values: Namespace) -> dict[str, Any]:
     from engine.fleet.submit import Job, render
-    from engine.search.ground import checked
+    from engine.search.setup import validated_space
 
-    study, budget, resources = gather(Study, values), gather(Budget, values), gather(Resources, values)
-    checked(study, budget, resources)
+    settings = gather_settings(values)
+    resources = settings.resources
+    validated_space(settings)
     for name, reason in OUTSIDE.items():
         if values[name] != search.parser().get_default(name):
             raise UsageError(f"submit takes no --{name.replace('_', '-')}: {reason}")
     for name, least in (("nodes", 1), ("requeues", 0)):
         if values[name] < least:
             raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
-    folder = run_folder(values).absolute()
+    folder = run_dir_of(values).absolute()
     script = Path(values.script).absolute() if values.script else folder / FILES[values.scheduler]
     inside = values.scheduler == "kubernetes"  # of an image, where this interpreter is not
     job = Job(
@@ -88,18 +90,18 @@ def run(values: Namespace) -> dict[str, Any]:
     try:
         for made in (folder, script.parent):
             made.mkdir(parents=True, exist_ok=True)
-        write_whole(script, text)
+        write_atomically(script, text)
     except OSError as error:
         raise EnvironmentUnusable(f"{error.filename} cannot be written: {error.strerror}") from error
     result = {"scheduler": values.scheduler, "script": str(script)}
-    return {**result, "job": hand_in(values.scheduler, script)} if values.go else result
+    return {**result, "job": submit_job(values.scheduler, script)} if values.go else result
 
 
 def words(values: Namespace) -> list[str]:
     """The search's command line without what is the job's: whatever is not the default, wherever it came from. The
     space is always named: a search that is told nothing runs the demo."""
     defaults = search.parser().get_defaults()
-    of_the_job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("of_a_job")}
+    of_the_job = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("job")}
     given = []
     for key, default in defaults.items():
         changed = values[key] != default or key == "space"
@@ -109,14 +111,14 @@ def words(values: Namespace) -> list[str]:
     return ["search", *given, "--progress=lines"]
 
 
-def hand_in(scheduler: str, script: Path) -> str:
+def submit_job(scheduler: str, script: Path) -> str:
     """What the scheduler calls the job that it was given."""
-    command = [*HAND_IN[scheduler], *([] if scheduler == "lsf" else [str(script)])]
+    command = [*SUBMIT[scheduler], *([] if scheduler == "lsf" else [str(script)])]
     try:
         with open(script) as text:
             done = subprocess.run(command, stdin=text, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise EnvironmentUnusable(f"no {command[0]} here: hand {script} in on a machine of the cluster") from None
+        raise EnvironmentUnusable(f"no {command[0]} here: submit {script} on a machine of the cluster") from None
     if done.returncode:
         raise EnvironmentUnusable(f"{command[0]} refused {script}: {done.stderr.strip()}")
     return done.stdout.strip()

@@ -7,13 +7,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_options, add_run_options, command_parser, gather
-from engine.config import Budget, Resources, Study, check
+from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings
+from engine.config import Resources, SearchConfig, check_settings
+from engine.tasks import Statistic, task_to_json
 from engine.trial import LOSS_WEIGHTS, UsageError
 
 # What is about choosing among architectures, or about students.
 LEFT_OUT = (
-    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "pilot"),
+    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "fidelity_study"),
     *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
 )
 OF_A_SEARCH = (
@@ -34,37 +35,45 @@ def parser() -> ArgumentParser:
     made.add_argument("--mean", type=str, default="", help=f"mean {known}")
     made.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
     made.add_argument("--check", type=str | None, default=None, help="only check that this FILE fits --data")
-    add_options(made, Study, skip=LEFT_OUT)
+    add_options(made, SearchConfig, skip=LEFT_OUT)
     add_options(made, Resources, skip=OF_A_SEARCH)
     add_run_options(made, run_dir=False)
     return made
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.search.ground import make_teacher
     from engine.search.progress import Display
+    from engine.search.setup import TeacherRequest, make_teacher
 
     if values.check and not Path(values.check).is_file():
         raise UsageError(f"no teacher file {values.check}")
     if Path(values.out).suffix != ".safetensors":
         raise UsageError(f"--out {values.out}: a teacher is a .safetensors file")
     if values.weights and Path(values.out).exists():
-        raise UsageError(f"{values.out} is there already; remove it, or choose another --out")
-    given = {"weights": values.weights or "", "mean": _channels("mean", values), "std": _channels("std", values)}
-    study, resources = gather(Study, values), gather(Resources, values)
-    check(study, Budget(), resources)
-    path = Path(values.check or values.out)
-    with Display(values.progress) as show:
-        return make_teacher(study, values.arch, resources, path, show, given, bool(values.check))
+        raise UsageError(f"{values.out} already exists; remove it, or choose another --out")
+    settings = gather_settings(values)
+    check_settings(settings)
+    request = TeacherRequest(
+        network=values.arch,
+        path=Path(values.check or values.out),
+        check_only=bool(values.check),
+        weights=Path(values.weights) if values.weights else None,
+        mean=_channels("mean", values),
+        std=_channels("std", values),
+    )
+    with Display(values.progress) as display:
+        return task_to_json(make_teacher(settings, request, display))
 
 
-def _channels(name: str, values: Namespace) -> list[float]:
-    """Three numbers joined by commas; none where none are given."""
+def _channels(name: str, values: Namespace) -> Statistic | None:
+    """Three numbers joined by commas; None if the flag is not given."""
     text: str = values[name]
+    if not text:
+        return None
     try:
-        numbers = [float(word) for word in text.split(",")] if text else []
+        red, green, blue = map(float, text.split(","))
     except ValueError:
-        numbers = [0.0]
-    if numbers and (len(numbers) != 3 or not values.weights or (name == "std" and min(numbers) <= 0)):
+        red = green = blue = -1.0
+    if not values.weights or min(red, green, blue) < 0 or (name == "std" and 0 in (red, green, blue)):
         raise UsageError(f"--{name} {text}: give three numbers joined by commas, with --weights")
-    return numbers
+    return red, green, blue

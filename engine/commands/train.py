@@ -16,8 +16,8 @@ from engine.commands.flags import (
     gather,
     with_settings,
 )
-from engine.config import Resources, Study
-from engine.trial import Fidelity, UsageError, weights_path
+from engine.config import Resources, RunSettings, SearchConfig
+from engine.trial import Fidelity, UsageError
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
@@ -30,7 +30,7 @@ photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other     distilled from th
 # What is about choosing among architectures, or has a flag of its own here.
 LEFT_OUT = (
     *("method", "objectives", "only", "low", "high", "initial_weights"),
-    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", "pilot"),
+    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", "fidelity_study"),
 )
 
 
@@ -41,7 +41,7 @@ def parser() -> ArgumentParser:
         "same command line continues a training that was stopped. The folder it writes is a run like any other."
     )
     made = command_parser(text, EXAMPLES)
-    hints, high = get_type_hints(Fidelity), Study().high
+    hints, high = get_type_hints(Fidelity), SearchConfig().high
     add_optional_run(made)
     made.add_argument("--out", type=str, default="runs/train", help="folder to write")
     made.add_argument("--epochs", type=int, default=high.epochs, help="passes over the training images")
@@ -49,7 +49,7 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--weights", type=str | None, default=None, help="start from this FILE of weights, or `run`: those of RUN"
     )
-    add_options(made, Study, skip=LEFT_OUT)
+    add_options(made, SearchConfig, skip=LEFT_OUT)
     add_options(made, Resources, skip=("students_per_gpu",))
     add_run_options(made, run_dir=False)
     return made
@@ -60,39 +60,40 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
 
 
 def _settings(found: Run) -> dict[str, Any]:
-    study, own = found.study, found.folder / "teacher" / "teacher.safetensors"
-    settings = {f.name: getattr(study, f.name) for f in dataclasses.fields(Study) if f.name not in LEFT_OUT}
-    settings |= {"epochs": study.high.epochs, "kd_loss": study.high.kd_loss}
-    return settings | ({"teacher": own} if study.teacher == "auto" and own.is_file() else {})
+    config, own = found.config, found.folder.teacher
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SearchConfig) if f.name not in LEFT_OUT}
+    settings |= {"epochs": config.high.epochs, "kd_loss": config.high.kd_loss}
+    return settings | ({"teacher": own} if config.teacher == "auto" and own.is_file() else {})
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.one_architecture import select_evaluation, train
     from engine.search.progress import Display
     from engine.search.runs import open_run
-    from engine.search.single import chosen, train
 
     found = open_run(values.run) if values.run else None
-    base = found.study if found else Study()
-    given = {f.name: values[f.name] for f in dataclasses.fields(Study) if f.name not in LEFT_OUT}
+    base = found.config if found else SearchConfig()
+    given = {f.name: values[f.name] for f in dataclasses.fields(SearchConfig) if f.name not in LEFT_OUT}
     high = dataclasses.replace(base.high, epochs=values.epochs, kd_loss=values.kd_loss)
-    architecture = values.arch or (str(chosen(found, None).trial.architecture) if found else "")
+    architecture = values.arch or (str(select_evaluation(found, None).trial.architecture) if found else "")
     if not architecture:
-        raise UsageError("say which architecture: --arch 3-1-0-2-4-3, or a RUN, whose winner it is then")
+        raise UsageError("name an architecture with --arch 3-1-0-2-4-3, or a RUN, whose winner is then trained")
     weights = _weights(values.weights, found, architecture)
-    study = dataclasses.replace(base, **given, high=high, initial_weights=weights)
-    with Display(values.progress) as show:
-        return train(study, architecture, gather(Resources, values), Path(values.out), show)
+    config = dataclasses.replace(base, **given, high=high, initial_weights=weights)
+    with Display(values.progress) as display:
+        settings = RunSettings(config, resources=gather(Resources, values))
+        return train(settings, architecture, Path(values.out), display)
 
 
 def _weights(asked: str | None, found: Run | None, architecture: str) -> str:
-    from engine.search.single import chosen
+    from engine.search.one_architecture import select_evaluation
 
     if not asked:
         return ""
     if asked != "run":
         if not Path(asked).is_file():
-            raise UsageError(f"no file of weights {asked}")
+            raise UsageError(f"no weights file {asked}")
         return str(Path(asked).absolute())
     if found is None:
-        raise UsageError("--weights run: say of which RUN")
-    return str(weights_path(found.folder, chosen(found, architecture).trial))
+        raise UsageError("--weights run needs a RUN")
+    return str(found.folder.weights(select_evaluation(found, architecture).trial))

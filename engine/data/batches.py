@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.data import augment
-from engine.data.parts import Data, Part
+from engine.data.dataset import Dataset, Split
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Batches:
     Step s of an iteration is step s % steps_per_epoch of epoch first_epoch + s // steps_per_epoch.
     """
 
-    part: Part
-    data: Data
+    part: Split
+    data: Dataset
     batch_size: int
     resolution: int
     device: torch.device
@@ -68,7 +68,7 @@ class Batches:
         return epoch, self.indices[augment.permutation(self.seed, epoch, len(self.indices))[which]]
 
 
-def to_batch(images: Tensor, part: Part, rows: NDArray[np.int64]) -> Batch:
+def to_batch(images: Tensor, part: Split, rows: NDArray[np.int64]) -> Batch:
     """HWC images to a Batch, without a copy: a permuted view of HWC memory is channels_last."""
     device = images.device
     labels = torch.from_numpy(part.labels[rows])

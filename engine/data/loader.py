@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engine.data import augment
 from engine.data.batches import Batch, Batches, to_batch
-from engine.data.parts import Data, Part, steps_per_epoch
+from engine.data.dataset import Dataset, Split, steps_per_epoch
 from engine.data.resident import resident, synthetic
 from engine.trial import EnvironmentUnusable, UsageError
 
@@ -22,10 +22,10 @@ _LISTED = 200_000  # paths handed to DALI's reader at a time: longer runs get a 
 
 
 def train_batches(
-    part: Part,
+    part: Split,
     indices: NDArray[np.int64],
     *,
-    data: Data,
+    data: Dataset,
     batch_size: int,
     epochs: int,
     resolution: int,
@@ -61,9 +61,9 @@ def train_batches(
 
 
 def eval_batches(
-    part: Part,
+    part: Split,
     *,
-    data: Data,
+    data: Dataset,
     batch_size: int,
     resolution: int,
     device: str = "cpu",
@@ -86,7 +86,7 @@ def eval_batches(
     )
 
 
-def _source(backend: str, part: Part) -> Callable[[Batches], Iterator[Batch]]:
+def _source(backend: str, part: Split) -> Callable[[Batches], Iterator[Batch]]:
     sources = {"dali": _dali, "resident": resident, "synthetic": synthetic}
     if backend not in sources:
         raise UsageError(f"data backend '{backend}': choose one of {', '.join(sources)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.tasks import ExportTask
+
 Json = dict[str, Any]
 
 WITH_MODEL_PY = """
@@ -50,15 +52,15 @@ FILES = {
 }
 
 
-def model_card(report: Json, task: Json) -> str:
+def model_card(report: Json, task: ExportTask) -> str:
     """Markdown: what the network is, what it was trained on and how, how good and fast it is, and how to use it.
 
-    `report` is that of forms.write_forms, `task` that of run_export; task["card"] holds what the run knows.
+    `report` is that of forms.write_forms, `task` that of run_export; `task.card` holds what the run knows.
     """
-    facts, resolution, classes = task["card"], task["resolution"], task["classes"]
+    facts, resolution, classes = task.card, task.resolution, task.normalisation.classes
     missing = {"model.py"} if report["no_model_py"] else set()
     rows = [
-        ("architecture", f"`{report['architecture']}` of the space `{task['space']}`"),
+        ("architecture", f"`{report['architecture']}` of the space `{task.space}`"),
         ("input", f"(N, 3, {resolution}, {resolution}), RGB, normalised as below"),
         ("output", f"logits (N, {len(classes)}), one per class"),
         ("accuracy, validation part", _percent(facts["valid_accuracy"])),
@@ -67,7 +69,7 @@ def model_card(report: Json, task: Json) -> str:
         ("parameters", f"{report['params']:,}"),
         ("data", f"`{facts['data']}`: {facts['images']['train']:,} images trained on, {len(classes)} classes"),
         ("training", facts["training"]),
-        ("teacher", facts["taught"]),
+        ("teacher", facts["distillation"]),
     ]
     shorter = _shorter(resolution)
     cropped = f"the centre of images whose shorter side was brought to {shorter} pixels" if facts["files"] else "images"
@@ -86,8 +88,8 @@ def model_card(report: Json, task: Json) -> str:
             f"\nLargest difference of a logit from the checkpoint, float32, batches of 1 and 3: {checked}.",
             "\n## Input\n",
             "Pixels in 0..1, minus the mean, divided by the standard deviation, for each channel:\n",
-            f"- mean {', '.join(f'{value:.6g}' for value in task['mean'])}",
-            f"- std {', '.join(f'{value:.6g}' for value in task['std'])}",
+            f"- mean {', '.join(f'{value:.6g}' for value in task.normalisation.mean)}",
+            f"- std {', '.join(f'{value:.6g}' for value in task.normalisation.std)}",
             f"\nAccuracies are on {cropped}, resized by DALI or torch, antialiased.",
             *(["\n## With model.py", WITH_MODEL_PY.format(resolution=resolution)] if not missing else []),
             "\n## With onnxruntime",

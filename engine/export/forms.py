@@ -9,6 +9,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from engine.export.card import model_card
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
 from engine.networks import count_cost
-from engine.space import SearchSpace, load_space
+from engine.run_folder import RunFolder
+from engine.space import SearchSpace
+from engine.spaces.load import load_space
+from engine.tasks import ExportTask, task_from_json
 from engine.training import teacher as teachers
+from engine.training.context import device_name
 from engine.training.latency import least_median, measure
 from engine.training.weights import load_weights, save_weights
-from engine.training.workbench import device_name
-from engine.trial import Architecture, EngineError, UsageError, not_installed, trial_from_json, weights_path
+from engine.trial import Architecture, EngineError, UsageError, not_installed
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -92,27 +96,25 @@ class Logits(nn.Module):
         return logits
 
 
-def run_export(task: Json) -> Json:
-    """Writes the weights of `task["trial"]` in every form into the folder `task["out"]`, and checks each.
+def run_export(payload: Json) -> Json:
+    """ExportTask -> what the command prints: writes the weights of a trial in every format, and verifies each.
 
-    `task` holds the space, classes, resolution, mean and std beside it, the run's teacher, and `card`, what the run
-    knows for the model card. The folder is written aside and replaces an older one. Returns what the command prints.
-    Raises UsageError where the folder is not free, there are no weights or torch cannot export the network, EngineError
-    where a form gives other logits.
+    A temporary folder is written first and then replaces an older export. Raises UsageError if the folder is not free,
+    there are no weights, or torch cannot export the network, and EngineError if a format gives other logits.
     """
     torch.set_num_threads(1)
-    trial, out = trial_from_json(task["trial"]), Path(task["out"]).resolve()
+    task = task_from_json(ExportTask, payload)
+    trial, out = task.trial, task.out.resolve()
     check_free(out)
-    stored = weights_path(Path(task["run_dir"]), trial)
-    space = load_space(task["space"])
-    network = space.build(trial.architecture.choices, len(task["classes"]), trial.fidelity.width)
-    load_weights(stored, network)
+    space = load_space(task.space)
+    network = space.build(trial.architecture.choices, len(task.normalisation.classes), trial.fidelity.width)
+    load_weights(RunFolder(task.run_dir).weights(trial), network)
     aside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         report = write_forms(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, aside)
-        (aside / "README.md").write_text(model_card(report, {**task, "card": {**task["card"], **_provenance(task)}}))
+        (aside / "README.md").write_text(model_card(report, replace(task, card={**task.card, **_provenance(task)})))
         shutil.rmtree(out, ignore_errors=True)
         aside.replace(out)
     finally:
@@ -134,7 +136,7 @@ def check_free(out: Path) -> None:
 
 
 def write_forms(
-    model: Logits, space: SearchSpace, architecture: Architecture, width: float, task: Json, folder: Path
+    model: Logits, space: SearchSpace, architecture: Architecture, width: float, task: ExportTask, folder: Path
 ) -> Json:
     """Writes and checks every form of a model; returns costs, latencies, the difference of each form, and why there is
     no model.py where there is none."""
@@ -149,31 +151,31 @@ def write_forms(
     except Exception as error:  # a user's file may hold anything
         (folder / "model.py").unlink(missing_ok=True)
         why = str(error) if isinstance(error, NotSelfContained) else f"{type(error).__name__}: {error}"
-    program = exported(model, task["resolution"])
+    program = exported(model, task.resolution)
     torch.export.save(program, folder / "model.pt2")
     forms["model.pt2"] = torch.export.load(folder / "model.pt2").module()
     session = to_onnx(program, task, folder / "model.onnx")
     forms["model.onnx"] = lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    differences = {name: difference(model, form, task["resolution"]) for name, form in forms.items()}
+    differences = {name: difference(model, form, task.resolution) for name, form in forms.items()}
     for name, found in differences.items():
         if not found <= TOLERANCE:
             raise EngineError(
                 f"{name} differs from the checkpoint of {architecture} by {found:.1e} in a logit, more than "
                 f"{TOLERANCE:.0e}; nothing was written"
             )
-    macs, params = count_cost(model.network, task["resolution"])
+    macs, params = count_cost(model.network, task.resolution)
     return {
         "architecture": str(architecture),
         "macs": macs,
         "params": params,
         "differences": differences,
         "no_model_py": why,
-        "latency_ms": latencies(model, session, task["resolution"], torch.device(task["device"])),
-        "device": device_name(torch.device(task["device"])),
+        "latency_ms": latencies(model, session, task.resolution, torch.device(task.device)),
+        "device": device_name(torch.device(task.device)),
     }
 
 
-def standalone(space: SearchSpace, architecture: Architecture, width: float, task: Json) -> str:
+def standalone(space: SearchSpace, architecture: Architecture, width: float, task: ExportTask) -> str:
     """The text of model.py: what the space's `build` needs, its call, and a reader of the weights.
 
     Raises NotSelfContained where `build` needs more than torch.
@@ -196,13 +198,13 @@ def standalone(space: SearchSpace, architecture: Architecture, width: float, tas
     return "\n".join(lines) + "\n" + LOADER.format(call=call)
 
 
-def _constants(architecture: Architecture, task: Json) -> list[str]:
+def _constants(architecture: Architecture, task: ExportTask) -> list[str]:
     return [
         f"ARCHITECTURE = {architecture.choices}",
-        f"CLASSES = {json.dumps(task['classes'], ensure_ascii=False)}",
-        f"RESOLUTION = {task['resolution']}  # pixels",
+        f"CLASSES = {json.dumps(task.normalisation.classes, ensure_ascii=False)}",
+        f"RESOLUTION = {task.resolution}  # pixels",
         "# Of each channel of the training images, their pixels in 0..1.",
-        f"MEAN, STD = {tuple(task['mean'])}, {tuple(task['std'])}",
+        f"MEAN, STD = {tuple(task.normalisation.mean)}, {tuple(task.normalisation.std)}",
     ]
 
 
@@ -218,7 +220,7 @@ def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
         ) from error
 
 
-def to_onnx(program: torch.export.ExportedProgram, task: Json, path: Path) -> InferenceSession:
+def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path) -> InferenceSession:
     """Writes model.onnx, which takes "images" (batch, 3, R, R) and gives "logits"; returns it opened by onnxruntime.
 
     Its metadata say the classes, resolution, mean and std, as JSON.
@@ -235,8 +237,9 @@ def to_onnx(program: torch.export.ExportedProgram, task: Json, path: Path) -> In
             program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes={"images": {0: "batch"}}
         )
     assert written is not None
-    for key in ("classes", "resolution", "mean", "std"):
-        written.model.metadata_props[key] = json.dumps(task[key])
+    described = {**asdict(task.normalisation), "resolution": task.resolution}
+    for key, value in described.items():
+        written.model.metadata_props[key] = json.dumps(value)
     written.save(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -268,17 +271,17 @@ def latencies(model: nn.Module, session: InferenceSession, resolution: int, devi
     return {name: round(ms, 3) for name, ms in taken.items()}
 
 
-def _provenance(task: Json) -> Json:
+def _provenance(task: ExportTask) -> Json:
     """What only the machine that exports knows: itself, its versions, and the teacher's card."""
-    name, teacher = "a teacher whose file is gone", Path(task["teacher"])
+    name, teacher = "a teacher whose file is gone", task.teacher
     if teacher.is_file():
         card = teachers.read_card(teacher)
         name = f"`{card.network}`, validation accuracy {100 * card.accuracy:.2f} %"
-    device = device_name(torch.device(task["device"]))
+    device = device_name(torch.device(task.device))
     processor = next((li.split(":")[1].strip() for li in _cpuinfo() if li.startswith("model name")), platform.machine())
     machine = f"one thread of {processor}" + ("" if device == "cpu" else f" (onnxruntime) and {device} (torch)")
     versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")}
-    return {"taught": task["card"]["taught"].replace("TEACHER", name), "machine": machine, "versions": versions}
+    return {"distillation": task.card["distillation"].replace("TEACHER", name), "machine": machine, "versions": versions}
 
 
 def _cpuinfo() -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from engine.config import Resources, gpus_of_a_node
+from engine.config import Resources, gpus_per_node
 from engine.trial import EnvironmentUnusable, UsageError
 
 
@@ -109,7 +109,7 @@ def layout(resources: Resources) -> Layout:
 
 def _elsewhere(resources: Resources) -> Layout:
     """On jobs of a cluster, whose machines take what they were given."""
-    nodes, gpus = resources.max_nodes, gpus_of_a_node(resources)
+    nodes, gpus = resources.max_nodes, gpus_per_node(resources)
     if gpus:
         share = _share(resources, gpus)
         return Layout(gpus * share * nodes, (), "cuda", share, nodes)

@@ -1,4 +1,4 @@
-"""Being told to stop: by a signal, or by the time limit of the job that this process runs in."""
+"""Stopping gracefully: on a signal, or before the time limit of the batch job that this process runs in."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from engine.fleet.processes import DRAINING
 from engine.trial import Drained
 
 T = TypeVar("T")
-# A signal that comes in the moment before a thread begins to wait does not wake it: Python's handler would run with the
-# next event only. So a wait of the main thread looks up every so many seconds.
-LOOK_S = 0.5
+# A signal that arrives just before a thread starts to wait does not wake it: Python's handler would run only at the next
+# event. So the main thread interrupts its wait at this interval, in seconds.
+POLL_S = 0.5
 
 
 def answer_of(future: Future[T]) -> T:
-    """What a future comes to. The main thread hears signals while it waits."""
+    """The result of a future. The main thread handles signals while it waits."""
     while not future.done():
-        wait([future], LOOK_S)
+        wait([future], POLL_S)
     return future.result()
 
 
 class Drain:
-    """Whether to stop. Within `with`, signals ask for it, see `DRAINING`, and so does the end of a time limit.
+    """Whether to stop. Inside `with`, the signals in `DRAINING` request it, and so does the end of a time limit.
 
-    The first one has `order` called, see `tell`; Drained is raised in the main thread `grace_s` seconds later, if it
-    has not come to its end by then. A second INT or TERM stops at once. HUP and INT stay ignored where they were: by
-    nohup, by a shell for what it starts in the background. The time limit is `remaining_s` seconds from now, less the
-    grace; None is none.
+    The first request calls the function given to `on_drain`; Drained is raised in the main thread `grace_s` seconds
+    later, unless the block has ended by then. A second INT or TERM stops at once. HUP and INT stay ignored if they
+    were: by nohup, or by a shell that started this process in the background. The time limit is `remaining_s` seconds
+    from now, minus the grace period; None means no limit.
     """
 
     def __init__(self, grace_s: float, remaining_s: float | None) -> None:
         self._grace, self._remaining = grace_s, remaining_s
-        self._order: Callable[[], None] | None = None
+        self._on_drain: Callable[[], None] | None = None
         self._reason, self._over = "", False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Drain:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python lets only the main thread hear signals
+            return self  # only the main thread of Python receives signals
         for number in (*DRAINING, signal.SIGALRM):
             if number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # not meant for this process
-            self._before[number] = signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._handle)
         if self._remaining is not None:
             _alarm(self._remaining - self._grace)
         return self
@@ -56,7 +56,7 @@ class Drain:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.rest()
+        self.cancel_alarm()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -64,40 +64,40 @@ class Drain:
     def asked(self) -> bool:
         return bool(self._reason)
 
-    def tell(self, order: Callable[[], None]) -> None:
-        """What passes the order on to the workers; called at once if it has been given already."""
-        self._order = order
+    def on_drain(self, notify: Callable[[], None]) -> None:
+        """Sets what tells the workers to stop; called at once if the request has already come."""
+        self._on_drain = notify
         if self.asked:
-            order()
+            notify()
 
     def settle(self, futures: Iterable[Future[Any]]) -> None:
-        """Waits for all of them, whatever they end with, as far as the grace goes."""
+        """Waits for all futures, whatever their outcome, until the grace period ends."""
         with contextlib.suppress(Drained):
             for future in futures if not self._over else ():
                 while not future.done():
-                    wait([future], LOOK_S)
+                    wait([future], POLL_S)
 
-    def rest(self) -> None:
-        """The time is no longer looked at: what comes now must not be cut short."""
+    def cancel_alarm(self) -> None:
+        """Cancels the time-limit alarm: what follows must not be cut short."""
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def end(self) -> Drained:
-        return Drained(f"stopped by {self._reason}; the same command continues")
+    def drained(self) -> Drained:
+        return Drained(f"interrupted by {self._reason}; run the same command again to resume")
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Runs between any two steps of the main thread, so it takes no lock, as printing would."""
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """May run between any two steps of the main thread, so it must not take a lock, as printing would."""
         if not self.asked:
             self._reason = "the time limit" if number == signal.SIGALRM else signal.Signals(number).name
             _alarm(self._grace)
-            text = f"{self._reason}: nothing new is started; what runs has {self._grace:g} s to finish\n"
-            with contextlib.suppress(OSError):  # nobody reads stderr, or the run folder is gone: the grace still ends
+            text = f"{self._reason}: starting nothing new; running trials have {self._grace:g} s to finish\n"
+            with contextlib.suppress(OSError):  # stderr or the run folder may be gone; the grace period still ends
                 os.write(2, text.encode())
-                if self._order is not None:
-                    self._order()
+                if self._on_drain is not None:
+                    self._on_drain()
         elif number == signal.SIGALRM:
             self._over = True
-            raise self.end()
+            raise self.drained()
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM:

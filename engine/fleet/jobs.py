@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import Resources, gpus_of_a_node
+from engine.config import Resources, gpus_per_node
 from engine.trial import UsageError
 
 # Options that a scheduler has no word for, and those that it must be given.
@@ -36,12 +36,12 @@ def check(scheduler: str, asked: Resources) -> None:
     for name in NEEDED[scheduler]:
         if not getattr(asked, name):
             raise UsageError(f"{scheduler} must be told --{_flag(name)}")
-    gpus_of_a_node(asked)
+    gpus_per_node(asked)
 
 
 def slurm_options(asked: Resources) -> list[str]:
     """What stands after #SBATCH, but for nodes and time."""
-    gpus = gpus_of_a_node(asked)
+    gpus = gpus_per_node(asked)
     memory = f"--mem={asked.memory_gb}G" if asked.memory_gb else "" if asked.cpus else "--mem=0"  # 0: all of the node
     return _given(
         f"--cpus-per-task={asked.cpus}" if asked.cpus else "--exclusive",
@@ -56,7 +56,7 @@ def slurm_options(asked: Resources) -> list[str]:
 
 def pbs_chunk(asked: Resources) -> str:
     """What is to be found on a node beside cores, as it goes on after `select=1:ncpus=N`."""
-    gpus = gpus_of_a_node(asked)
+    gpus = gpus_per_node(asked)
     return (f":ngpus={gpus}" if gpus else "") + (f":mem={asked.memory_gb}gb" if asked.memory_gb else "")
 
 
@@ -71,7 +71,7 @@ def pbs_options(asked: Resources) -> list[str]:
 
 def lsf_options(asked: Resources) -> list[str]:
     """What stands after #BSUB, but for cores and time."""
-    gpus = gpus_of_a_node(asked)
+    gpus = gpus_per_node(asked)
     return _given(
         gpus and f'-gpu "num={gpus}"',
         asked.partition and f"-q {asked.partition}",
@@ -82,7 +82,7 @@ def lsf_options(asked: Resources) -> list[str]:
 
 def pod_limits(asked: Resources) -> dict[str, str]:
     """The limits of a container's resources, which are its requests too."""
-    gpus = gpus_of_a_node(asked)
+    gpus = gpus_per_node(asked)
     limits = {"cpu": str(asked.cpus), "memory": f"{asked.memory_gb}Gi"}
     return {**limits, "nvidia.com/gpu": str(gpus)} if gpus else limits
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine import orders
+from engine import stop_files
 from engine.fleet.processes import die_with, leave_signals_to_the_driver
 
 LOOK_S = 0.5
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     before: set[int] = set()
     while pool.poll() is None:
         now = members(pool.pid)
-        if before - now or not orders.living(folder):
+        if before - now or not stop_files.workers_wanted(folder):
             end([pool.pid, *now])
             pool.wait()
             return 1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.config import Resources, gpus_of_a_node, walltime_s
+from engine.config import Resources, gpus_per_node, walltime_s
 from engine.fleet import jobs
 from engine.fleet.devices import Layout, allocated_nodes
 from engine.trial import EnvironmentUnusable
@@ -129,7 +129,7 @@ def _kubernetes(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvid
     from parsl.errors import OptionalModuleMissing
     from parsl.providers import KubernetesProvider
 
-    limits, gpus, claim = jobs.pod_limits(resources), gpus_of_a_node(resources), jobs.claimed(resources)
+    limits, gpus, claim = jobs.pod_limits(resources), gpus_per_node(resources), jobs.claimed(resources)
     try:
         made = KubernetesProvider(
             image=resources.image,

@@ -1,7 +1,7 @@
-"""Looks after one worker process: starts it, hands it tasks, says what became of them when it dies or hangs.
+"""Supervises one worker process: starts it, sends it tasks, and reports what happened when it dies or hangs.
 
-It never imports torch. A worker may be killed, crash in C, run out of memory or lose its CUDA context; none of that
-reaches the process that has to report it, be it one of Parsl's or the driver.
+This module never imports torch. A worker may be killed, crash in C, run out of memory or lose its CUDA context; none
+of that affects the process that has to report it, whether that is one of Parsl's or the driver.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import orders
+from engine import stop_files
 from engine.fleet.devices import visible_devices
 from engine.fleet.processes import die_with
 from engine.trial import Drained, EngineError, EnvironmentUnusable, NoWinner, UsageError
 
-Task = dict[str, Any]
+Payload = dict[str, Any]  # a task as JSON, see engine/tasks.py
 Outcome = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT_S = 600.0  # imports from a slow file system take minutes; more is a hang
-DUMP_S = 5.0  # for the stacks of a worker that hangs to reach its log
+START_LIMIT_S = 600.0  # imports from a slow file system take minutes; anything longer is a hang
+DUMP_S = 5.0  # time for a hanging worker to write its stacks to its log
 TAIL_BYTES = 2000
 
 
@@ -37,11 +37,11 @@ class WorkerDied(EnvironmentUnusable):
 
 
 class TimedOut(EnvironmentUnusable):
-    """A task took longer than its limit and was ended."""
+    """A task exceeded its time limit and was killed."""
 
 
 class TaskFailed(Exception):
-    """A task raised something that no user can act on; the text is its traceback."""
+    """A task raised an error that a user cannot act on; the text is its traceback."""
 
 
 ERRORS: dict[str, type[Exception]] = {
@@ -51,69 +51,69 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 def result_of(outcome: Outcome) -> Any:
-    """The result of a task, or its error raised."""
+    """The result of a task; raises its error if it failed."""
     if "error" in outcome:
         raise ERRORS[outcome["error"]](outcome["text"])
     return outcome["result"]
 
 
 @dataclass(frozen=True)
-class Post:
-    """What every worker of a fleet is told: folders of its logs and orders, and how workers share devices.
+class WorkerSpec:
+    """What every worker of a fleet needs to know: its log and stop-file folders, and how workers share devices.
 
-    Workers take `devices` in turn, `share` in a row the same one; those of the machine where none are named. `beside`
-    is how many of them a machine has: they divide its cores. `module` holds the functions that are the tasks.
+    Workers are assigned `devices` in order, `workers_per_device` consecutive workers to each; by default, all devices
+    of the machine. The `workers_per_machine` workers divide the cores of a machine. `module` has the task functions.
     """
 
     logs: str
-    orders: str
+    stop_files: str
     device: str = "cpu"
     devices: tuple[str, ...] = ()
-    share: int = 1
-    beside: int = 1
-    module: str = "engine.training.evaluate"
+    workers_per_device: int = 1
+    workers_per_machine: int = 1
+    module: str = "engine.training.run_tasks"
 
     def token(self, rank: int) -> str | None:
-        """The one device that the worker of a rank may see; None for a CPU worker."""
+        """The one device that is visible to the worker of a rank; None for a CPU worker."""
         if self.device == "cpu":
             return None
         devices = self.devices or visible_devices()
-        return devices[(rank // self.share) % len(devices)] if devices else ""
+        return devices[(rank // self.workers_per_device) % len(devices)] if devices else ""
 
 
 class Supervisor:
-    """One worker process at a time; the next task after its end has a new one."""
+    """Keeps one worker process, and starts another for the next task after it has died."""
 
-    def __init__(self, post: Post, block: str = "0", rank: int = 0) -> None:
-        self._post, self._rank = post, rank
+    def __init__(self, spec: WorkerSpec, block: str = "0", rank: int = 0) -> None:
+        self._spec, self._rank = spec, rank
         machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self._name = f"{machine}/{block}/{rank}"
-        self._log = Path(post.logs) / f"worker-{machine}-{block}-{rank}.log"
+        self._log = Path(spec.logs) / f"worker-{machine}-{block}-{rank}.log"
         self._child: subprocess.Popen[bytes] | None = None
         self._tasks = self._answers = -1
         self._buffer = b""
 
-    def run(self, name: str, task: Task) -> Outcome:
+    def run(self, name: str, payload: Payload) -> Outcome:
         """{"result": what the function `name` of the module returned} or {"error": kind, "text"}, see `result_of`.
 
-        `task["timeout_s"]`, if given, is how many seconds it may take, not counting the start of the process.
+        `payload["timeout_s"]`, if given, limits its time in seconds, not counting the start of the process.
         """
-        if not orders.working(Path(self._post.orders)):
+        if not stop_files.work_wanted(Path(self._spec.stop_files)):
             return _failure(Drained("the search is being stopped"))
         try:
-            return self._put(name, {**task, "orders": self._post.orders}, task.get("timeout_s") or float("inf"))
+            return self._send(name, payload, payload.get("timeout_s") or float("inf"))
         except EngineError as error:
             return _failure(error)
 
     def kill(self) -> None:
-        """Ends the process at once; from any thread, `run` says that it died."""
+        """Kills the process. May be called from any thread; `run` then reports that it died."""
         child = self._child
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Ends the process, and clears up after it."""
+        """Kills the process and releases its pipes."""
         if self._child is not None:
             self.kill()
             self._child.wait()
@@ -121,13 +121,13 @@ class Supervisor:
             os.close(self._tasks)
             os.close(self._answers)
 
-    def _put(self, name: str, task: Task, limit: float) -> Outcome:
+    def _send(self, name: str, payload: Payload, limit: float) -> Outcome:
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._start()
         before = self._log.stat().st_size
-        with contextlib.suppress(BrokenPipeError):  # reading tells why
-            os.write(self._tasks, json.dumps({"name": name, "task": task}).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the read below reports why
+            os.write(self._tasks, json.dumps({"name": name, "task": payload}).encode() + b"\n")
         self._read(START_LIMIT_S, before)
         outcome: Outcome = json.loads(self._read(limit, before))
         return outcome
@@ -136,11 +136,11 @@ class Supervisor:
         theirs, self._tasks = os.pipe()
         self._answers, mine = os.pipe()
         self._buffer = b""
-        arguments = [str(theirs), str(mine), str(os.getpid()), self._post.module]
+        arguments = [str(theirs), str(mine), str(os.getpid()), self._spec.module]
         try:
             with open(self._log, "ab") as log:
                 self._child = subprocess.Popen(
-                    # -P: a file in the user's folder shall not take the place of a module.
+                    # -P: a file in the current folder must not shadow a module.
                     [sys.executable, "-P", "-m", "engine.fleet.worker", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -150,24 +150,25 @@ class Supervisor:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise EnvironmentUnusable(f"no worker can be started: {error}") from error
+            raise EnvironmentUnusable(f"cannot start a worker: {error}") from error
         finally:
             os.close(theirs)
             os.close(mine)
 
     def _environment(self) -> dict[str, str]:
-        """Of the worker: its device is set before torch can be imported, and a thread is enough for one of many."""
+        """The worker's environment: its device is set before torch can be imported; one of many workers needs one thread."""
         given = dict(os.environ)
         paths = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
-        cores = max(1, len(os.sched_getaffinity(0)) // self._post.beside)
+        cores = max(1, len(os.sched_getaffinity(0)) // self._spec.workers_per_machine)
         made = {"PYTHONPATH": os.pathsep.join(paths), "MFKD_WORKER": self._name, "MFKD_CORES": str(cores)}
-        token = self._post.token(self._rank)
+        made["MFKD_STOP_FILES"] = self._spec.stop_files
+        token = self._spec.token(self._rank)
         if token is not None:
             made["CUDA_VISIBLE_DEVICES"] = token
         return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **given, **made}
 
     def _read(self, limit: float, before: int) -> bytes:
-        """The next line of the worker; WorkerDied or TimedOut in its place."""
+        """The next line from the worker; raises WorkerDied or TimedOut if there is none."""
         end = time.monotonic() + limit
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
@@ -191,11 +192,11 @@ class Supervisor:
         if code is None:
             return f"the worker process {self._name} closed its pipe{self._tail(before)}"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        hint = " (somebody's kill, or memory ran out)" if code == -signal.SIGKILL else ""
+        hint = " (killed, possibly by the OOM killer)" if code == -signal.SIGKILL else ""
         return f"the worker process {self._name} ended with {how}{hint}{self._tail(before)}"
 
     def _give_up(self, limit: float, before: int) -> str:
-        """Has the worker write its stacks, then ends it."""
+        """Makes the worker dump its stacks, then kills it."""
         assert self._child is not None
         self._child.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -211,21 +212,21 @@ class Supervisor:
                 text = log.read().decode(errors="replace").strip()
         except OSError:
             return ""
-        return f"; its last words in {self._log}:\n{text}" if text else ""
+        return f"; the end of its log {self._log}:\n{text}" if text else ""
 
 
 def _failure(error: EngineError) -> Outcome:
     return {"error": type(error).__name__, "text": str(error)}
 
 
-_here: Supervisor | None = None  # of this process, where it is one of Parsl's workers
+_here: Supervisor | None = None  # the supervisor of this process, if this is one of Parsl's workers
 
 
-def call(name: str, task: Task, post: Post) -> Outcome:
-    """What a worker of Parsl's does with a task; its own worker process stays for the next one."""
+def call(name: str, payload: Payload, spec: WorkerSpec) -> Outcome:
+    """Runs a task in a Parsl worker. The worker process that it starts stays alive for the next task."""
     global _here
     if _here is None:
-        # Parsl's workers look whether their pool still exists, and take one that is not yet reaped for alive.
+        # Parsl's workers poll whether their pool still exists, and mistake a zombie for a living one.
         die_with(os.getppid())
-        _here = Supervisor(post, os.environ["PARSL_WORKER_BLOCK_ID"], int(os.environ["PARSL_WORKER_RANK"]))
-    return _here.run(name, task)
+        _here = Supervisor(spec, os.environ["PARSL_WORKER_BLOCK_ID"], int(os.environ["PARSL_WORKER_RANK"]))
+    return _here.run(name, payload)

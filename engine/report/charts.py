@@ -80,7 +80,7 @@ def incumbent(run: Run) -> Chart:
 
 def own_teacher_seconds(run: Run) -> float:
     """What the training of a teacher by this run itself took."""
-    card = run.teacher_card() if run.study.teacher == "auto" else None
+    card = run.teacher_card() if run.config.teacher == "auto" else None
     return float(card["seconds"]) if card else 0.0
 
 
@@ -118,11 +118,11 @@ def low_against_full(run: Run) -> Chart:
 
 def _chosen(run: Run) -> str:
     """How the architectures that were trained in full were chosen, and so what their rank correlations are worth."""
-    if run.kind == "fidelity":
+    if run.kind == "fidelity-study":
         return "spread evenly over multiply-accumulates, so these rank correlations are estimates for the whole space"
-    if run.study.method == "random":
+    if run.config.method == "random":
         return "drawn at random, so these rank correlations are estimates for the whole space"
-    brought = ", but for what came with a study" if run.adopted else ""
+    brought = ", but for what came with a study" if run.imported else ""
     return f"chosen for being good{brought}, so these rank correlations are not those of the whole space"
 
 
@@ -204,7 +204,7 @@ def front(x: Sequence[float], y: Sequence[float]) -> list[int]:
 def teacher(run: Run) -> Chart:
     """The teacher's loss by epoch."""
     title = "The teacher"
-    if run.study.low.kd_loss == "none" and run.study.high.kd_loss == "none":
+    if run.config.low.kd_loss == "none" and run.config.high.kd_loss == "none":
         return Chart("teacher", title, "This search distils from no teacher.")
     card = run.teacher_card()
     if card is None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from engine import config
+from engine.config import config_to_dict, flatten
 from engine.report.chart import Chart, Json
 from engine.report.charts import means
 from engine.report.drawing import draw
 from engine.search.runs import Run
-from engine.space import load_space
+from engine.spaces.load import load_space
 from engine.trial import Evaluation, failed
 
 BEST = 10
@@ -26,19 +26,19 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
     """The whole HTML text; `library` is the source of plotly.js."""
     best = run.best
     state = "finished" if run.finished else "not finished"
-    study = run.study
-    method = study.method if run.kind == "search" else "a study of low fidelities"
+    config = run.config
+    method = config.method if run.kind == "search" else "a study of low fidelities"
     return Template(_part("page.html")).substitute(
-        title=escape(f"{run.folder.name}: search report"),
-        name=escape(run.folder.name),
-        about=escape(f"{method} in {study.space} on {study.data}; {state}"),
+        title=escape(f"{run.folder.path.name}: search report"),
+        name=escape(run.folder.path.name),
+        about=escape(f"{method} in {config.space} on {config.data}; {state}"),
         claim="The winner" if run.result else "The best so far",
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),
-        drawing=draw(load_space(study.space), best.trial.architecture) if best else "",
+        drawing=draw(load_space(config.space), best.trial.architecture) if best else "",
         charts="\n".join(map(_figure, charts)),
         best=_table(run),
-        settings=_pairs(config.flatten(config.to_dict(study) | config.to_dict(run.budget))),
+        settings=_pairs(flatten(config_to_dict(config) | config_to_dict(run.budget))),
         calls=_calls(run),
         footer=f"Written {datetime.now():%-d %B %Y, %H:%M}. Every evaluation is in trials.csv beside this page.",
         # Text of others (errors, paths) is in there: nothing in it may end the script element.
@@ -66,7 +66,7 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
     yield "full runs", f"{len(run.answers) - low}"
     for name, count in (
         ("of these failed", sum(failed(e.status) for e in run.answers)),
-        ("of these too slow", sum(e.status == "unfit" for e in run.answers)),
+        ("of these too slow", sum(e.status == "too_slow" for e in run.answers)),
     ):
         if count:
             yield name, f"{count}"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from engine.report.chart import FEW, FULL, RULE, SOFT, Chart, axis, coloured_by, line, percent, points
 from engine.report.charts import means
-from engine.search.hindsight import Hindsight, Opinion
+from engine.search.predictions import Prediction, RunPredictions
 from engine.search.runs import Run
 from engine.trial import Architecture
 from surrogate.quality import coverage, kendall_tau
@@ -19,11 +19,11 @@ Array = npt.NDArray[np.float64]
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-def predicted(past: Hindsight, said: dict[int, Opinion]) -> list[Chart]:
+def predicted(past: RunPredictions, said: dict[int, Prediction]) -> list[Chart]:
     """What the surrogate said of each architecture when it was asked for in full, against what came out."""
     titles = ("Predicted against measured", "Calibration")
     run = past.run
-    if run.kind == "fidelity":
+    if run.kind == "fidelity-study":
         why = "A study of low fidelities asks no surrogate: the architectures are spread over multiply-accumulates."
         return [Chart("predicted", titles[0], why), Chart("calibration", titles[1], why)]
     ending = past.at_the_end
@@ -39,14 +39,14 @@ def predicted(past: Hindsight, said: dict[int, Opinion]) -> list[Chart]:
     return [scatter_of(titles[0], run, pairs, truth, mean, std), calibration(titles[1], truth, mean, std)]
 
 
-def rows_of_full(past: Hindsight) -> list[int]:
+def rows_of_full(past: RunPredictions) -> list[int]:
     """Rows of the candidates measured in full, in the order in which the surrogate holds their scores."""
     rows = [past.candidates.row(e.trial.architecture) for e in past.run.at(past.run.plan.high)]
     return list(dict.fromkeys(row for row in rows if row is not None))
 
 
 def scatter_of(
-    title: str, run: Run, pairs: Sequence[tuple[Architecture, Opinion]], truth: Array, mean: Array, std: Array
+    title: str, run: Run, pairs: Sequence[tuple[Architecture, Prediction]], truth: Array, mean: Array, std: Array
 ) -> Chart:
     full = means(run.at(run.plan.high))
     about = [
@@ -72,7 +72,7 @@ def scatter_of(
     picked = (
         "Architectures were picked for a high prediction: that dots lean below the dotted line is expected."
         if run.asks_surrogate
-        else f"The method {run.study.method} did not ask the surrogate: this is for comparison."
+        else f"The method {run.config.method} did not ask the surrogate: this is for comparison."
     )
     help = (
         "Each prediction was made when its architecture was asked for, from the answers that were there by then: none "

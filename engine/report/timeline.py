@@ -88,7 +88,7 @@ def _by_status(answers: Sequence[Evaluation], run: Run) -> dict[str, tuple[str, 
         "low fidelity": (LOW, [e for e in answers if e.ok and e.trial.fidelity != run.plan.high]),
         "full": (FULL, [e for e in answers if e.ok and e.trial.fidelity == run.plan.high]),
         "failed": (FAILED, [e for e in answers if failed(e.status)]),
-        "too slow to train": (SOFT, [e for e in answers if e.status == "unfit"]),
+        "too slow to train": (SOFT, [e for e in answers if e.status == "too_slow"]),
     }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine import config
 from engine.report import charts, predictions
 from engine.report.chart import Chart, Json
 from engine.report.page import page
 from engine.report.timeline import timeline
-from engine.search.hindsight import look_back
+from engine.run_folder import write_atomically
+from engine.search.predictions import load_predictions
 from engine.search.runs import Run, as_csv, row
 from engine.trial import EnvironmentUnusable, not_installed
 
@@ -23,8 +23,8 @@ def write(run: Run, folder: Path) -> Json:
     drawn = make(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_whole(folder / "index.html", page(run, drawn, library))
-        config.write_whole(folder / "trials.csv", as_csv(map(row, run.answers)))
+        write_atomically(folder / "index.html", page(run, drawn, library))
+        write_atomically(folder / "trials.csv", as_csv(map(row, run.answers)))
     except OSError as error:
         raise EnvironmentUnusable(f"{folder} cannot be written: {error}; choose another folder with --out") from error
     return {
@@ -38,12 +38,12 @@ def write(run: Run, folder: Path) -> Json:
 
 def make(run: Run) -> list[Chart]:
     """The charts in the order of the page."""
-    past = look_back(run)
+    past = load_predictions(run)
     return [
         charts.incumbent(run),
         charts.low_against_full(run),
         charts.pareto(run),
-        *predictions.predicted(past, past.foretold()),
+        *predictions.predicted(past, past.at_ask_time()),
         timeline(run),
         charts.cost_by_phase(run),
         charts.teacher(run),

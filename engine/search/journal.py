@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,6 @@ from engine.trial import (
 )
 
 SCHEMA = 1
-
-
-@dataclass
-class History:
-    """What a policy sees: answers in the order in which they count, and the questions still open.
-
-    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/clock.py).
-    """
-
-    answered: list[Evaluation] = field(default_factory=list)
-    pending: list[Trial] = field(default_factory=list)
-
-    @property
-    def asked(self) -> int:
-        return len(self.answered) + len(self.pending)
-
-    def seconds(self) -> float:
-        """Worker seconds that the answers took."""
-        return sum(evaluation.seconds for evaluation in self.answered)
 
 
 @dataclass(frozen=True)
@@ -147,7 +128,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def read(path: Path) -> Record:
+def read_journal(path: Path) -> Record:
     """The content of a journal. A second answer to the same trial (of a worker thought lost) is passed over.
 
     Raises EnvironmentUnusable naming the line where the file cannot be understood.

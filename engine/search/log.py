@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import Study, flatten, to_dict
+from engine.config import SearchConfig, config_to_dict, flatten
+from engine.run_folder import RunFolder
 from engine.trial import EnvironmentUnusable, Evaluation, not_installed
 
-Kind = Literal["none", "tensorboard", "mlflow"]
+LogKind = Literal["none", "tensorboard", "mlflow"]
 Log = Callable[[Evaluation], None]
 # (trial number, seconds since 1970, metrics by name) of one evaluation, to wherever they go.
 Send = Callable[[int, float, dict[str, float]], None]
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_log(kind: Kind, study: Study, run_dir: Path) -> Iterator[Log]:
+def open_log(kind: LogKind, config: SearchConfig, folder: RunFolder) -> Iterator[Log]:
     """A function to hand every evaluation of a run to, from any thread; steps are trial numbers.
 
     Raises EnvironmentUnusable where the library is missing or the server does not answer. What fails later is said
@@ -37,8 +37,8 @@ def open_log(kind: Kind, study: Study, run_dir: Path) -> Iterator[Log]:
     if kind == "none":
         yield lambda evaluation: None
         return
-    with (_tensorboard if kind == "tensorboard" else _mlflow)(study, run_dir) as send:
-        yield _guarded(send, study)
+    with (_tensorboard if kind == "tensorboard" else _mlflow)(config, folder) as send:
+        yield _guarded(send, config)
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
@@ -51,7 +51,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
     return {f"{fidelity}/{name}": value for name, value in values.items()}
 
 
-def _guarded(send: Send, study: Study) -> Log:
+def _guarded(send: Send, config: SearchConfig) -> Log:
     """Adds the best full accuracy so far; answers come from several threads, and a lost server stops no search."""
     lock, best, lost = threading.Lock(), 0.0, False
 
@@ -59,7 +59,7 @@ def _guarded(send: Send, study: Study) -> Log:
         nonlocal best, lost
         with lock:
             values = metrics(evaluation)
-            if evaluation.ok and evaluation.trial.fidelity == study.high:
+            if evaluation.ok and evaluation.trial.fidelity == config.high:
                 best = max(best, evaluation.accuracy)
                 values["best/accuracy"] = best
             when = evaluation.started + evaluation.seconds if evaluation.started else time.time()
@@ -74,7 +74,7 @@ def _guarded(send: Send, study: Study) -> Log:
 
 
 @contextmanager
-def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
+def _tensorboard(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
     """An event file in RUN/tensorboard, begun anew by each call of the search."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -82,10 +82,10 @@ def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
         raise not_installed("--log tensorboard needs TensorBoard", "tensorboard") from None
-    folder = run_dir / "tensorboard"
-    for old in folder.glob("events.out.tfevents.*"):
+    events = folder.tensorboard
+    for old in events.glob("events.out.tfevents.*"):
         old.unlink()
-    writer = EventFileWriter(str(folder), flush_secs=5)
+    writer = EventFileWriter(str(events), flush_secs=5)
 
     def send(step: int, when: float, values: dict[str, float]) -> None:
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
@@ -98,7 +98,7 @@ def _tensorboard(study: Study, run_dir: Path) -> Iterator[Send]:
 
 
 @contextmanager
-def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
+def _mlflow(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
     """A run of MLflow's experiment "mfkd", where MLFLOW_TRACKING_URI says; RUN/mlflow.txt keeps its id."""
     try:
         from mlflow import MlflowClient
@@ -107,8 +107,8 @@ def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
         raise not_installed("--log mlflow needs MLflow's client", "mlflow") from None
     try:
         client = MlflowClient()
-        run_id = _mlflow_run(client, run_dir)
-        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(to_dict(study))])
+        run_id = _mlflow_run(client, folder)
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(config_to_dict(config))])
         there = _steps_there(client, run_id)
     except Exception as error:
         raise EnvironmentUnusable(
@@ -130,16 +130,16 @@ def _mlflow(study: Study, run_dir: Path) -> Iterator[Send]:
             log.warning("MLflow was not told that the search has ended: %s", error)
 
 
-def _mlflow_run(client: Any, run_dir: Path) -> str:
+def _mlflow_run(client: Any, folder: RunFolder) -> str:
     """The id of this search's run on the server: the one of an earlier call, or a new one."""
-    kept = run_dir / "mlflow.txt"
+    kept = folder.mlflow_id
     if kept.exists():
         run_id = kept.read_text().strip()
         client.update_run(run_id, "RUNNING")
         return run_id
     experiment = client.get_experiment_by_name("mfkd")
     number = experiment.experiment_id if experiment else client.create_experiment("mfkd")
-    run_id = str(client.create_run(number, run_name=run_dir.name).info.run_id)
+    run_id = str(client.create_run(number, run_name=folder.path.name).info.run_id)
     kept.write_text(run_id + "\n")
     return run_id
 

@@ -1,4 +1,4 @@
-"""A run folder as it can be read: settings, journal, result. Its search may still be running."""
+"""Reads a run folder: settings, journal, result. Its search may still be running."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine import config
-from engine.config import Budget, Plan, Study
-from engine.search import ground, journal
-from engine.search.journal import Record
+from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
+from engine.run_folder import RunFolder
+from engine.search.journal import Record, read_journal
+from engine.tasks import DataFacts, task_from_json
 from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
 
 SURROGATE_METHODS = ("mfkd", "mfkd-front")
-# What an evaluation's seconds are split into; `costs` holds rates and sizes besides.
+# The phases that an evaluation's seconds are split into; `costs` also holds rates and sizes.
 PHASES = ("setup", "data", "teacher", "train", "evaluate")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: `facts` is run.json, `result` is result.json where it is that of the whole journal; a
-    fidelity study has none."""
+    """The content of a run folder.
 
-    folder: Path
-    kind: config.Kind
-    study: Study
+    `facts` is run.json. `result` is result.json if it covers the whole journal; a fidelity study has none.
+    """
+
+    folder: RunFolder
+    kind: RunKind
+    config: SearchConfig
     budget: Budget
     record: Record
     facts: Json
@@ -40,50 +42,58 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the search; of a fidelity study, with the low fidelities that it has compared."""
-        plan = config.plan(self.study, self.budget)
+        """The plan of the search; for a fidelity study, with the low fidelities that it has compared."""
+        plan = search_plan(self.config, self.budget)
         asked = dict.fromkeys(trial.fidelity for trial in self.record.asked if trial.fidelity != plan.high)
-        return plan if not asked or self.study.low in asked else replace(plan, lows=tuple(asked))
+        return plan if not asked or self.config.low in asked else replace(plan, lows=tuple(asked))
+
+    @property
+    def data(self) -> DataFacts:
+        """What run.json says of the data; EnvironmentUnusable if it says nothing, since no worker has seen them yet."""
+        if "data" not in self.facts:
+            raise EnvironmentUnusable(
+                f"{self.folder.run_file} does not describe the data: the run was stopped before it began; run the same "
+                "command again to resume it"
+            )
+        return task_from_json(DataFacts, self.facts["data"])
 
     @property
     def finished(self) -> bool:
-        """Whether the search has named its winner, or the study has measured all that it was to and has asked for no
-        more since."""
-        if self.kind == "fidelity":
-            found = _read(self.folder / "fidelity.json") or {}
+        """Whether the search has named its winner, or the fidelity study has measured everything it has asked for."""
+        if self.kind == "fidelity-study":
+            found = _read(self.folder.study_result) or {}
             return bool(found.get("complete")) and found.get("evaluations") == len(self.record.asked)
         return self.result is not None
 
     @property
     def answers(self) -> list[Evaluation]:
-        """Every evaluation, in the order in which they arrived."""
+        """All evaluations, in order of arrival."""
         return list(self.record.answers.values())
 
     @property
     def pending(self) -> list[Trial]:
-        """What was asked and not answered yet: under way, or cut short by the end of the search."""
+        """Trials without an evaluation: still running, or cut short by the end of the search."""
         return [trial for trial in self.record.asked if trial.number not in self.record.answers]
 
     @property
     def asks_surrogate(self) -> bool:
-        """Whether full trainings are those that the surrogate thinks best of."""
+        """Whether the surrogate chooses the architectures that are trained in full."""
         return self.kind == "search" and self.plan.method in SURROGATE_METHODS
 
     @property
-    def adopted(self) -> set[int]:
-        """Numbers of the trials that the run did not ask itself: it began with their answers, see --pilot."""
+    def imported(self) -> set[int]:
+        """Numbers of the trials that came from a fidelity study, see --fidelity-study."""
         asked = zip(self.record.asked, self.record.seen, strict=True)
-        return {trial.number for trial, seen in asked if seen < 0} if self.study.pilot else set()
+        return {trial.number for trial, seen in asked if seen < 0} if self.config.fidelity_study else set()
 
     def at(self, fidelity: Fidelity) -> list[Evaluation]:
-        """The evaluations at a fidelity that gave a score."""
+        """The successful evaluations at a fidelity."""
         return [e for e in self.answers if e.ok and e.trial.fidelity == fidelity]
 
     def teacher_card(self) -> Json | None:
-        """What the file of the run's teacher says of itself (teacher.Card), None where there is none."""
-        path = ground.teacher_path(self.study, self.folder)
+        """The card in the teacher's weights file (engine.training.teacher.Card), None if there is no such file."""
         try:
-            with safe_open(path, "np") as stored:
+            with safe_open(self.folder.teacher_weights(self.config), "np") as stored:
                 card: Json = json.loads(stored.metadata()["card"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
@@ -91,7 +101,7 @@ class Run:
 
     @property
     def best(self) -> Evaluation | None:
-        """The winner, or the best full-fidelity evaluation so far; None where there is none yet."""
+        """The winner, or the best full-fidelity evaluation so far; None if there is none yet."""
         full = self.at(self.plan.high)
         if self.result is not None:
             name = self.result["winner"]["architecture"]
@@ -102,44 +112,44 @@ class Run:
 def open_run(name: str) -> Run:
     """The run that a command names: a folder, or a name under runs/.
 
-    Raises UsageError where there is none, EngineError where another version wrote it.
+    Raises UsageError if there is none, EngineError if another version wrote it.
     """
-    folder = find(name)
-    stored = config.read_stored(folder / "config.yaml")
+    folder = find_run(name)
+    stored = folder.read_config()
     try:
-        study, budget = config.study_from_dict(stored["study"]), Budget(**stored["budget"])
+        config, budget = config_from_dict(stored["config"]), Budget(**stored["budget"])
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder / 'config.yaml'} was written by another version ({error}); use that version to look into it"
+            f"{folder.config} was written by another version ({error}); use that version to read it"
         ) from error
-    path = folder / "journal.jsonl"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no journal.jsonl, which is all that is known of a run; restore it from a copy")
-    record = journal.read(path)
-    facts, kind = _read(folder / "run.json") or {}, stored.get("kind", "search")
-    return Run(folder, kind, study, budget, record, facts, _result(folder, record))
+    if not folder.journal.is_file():
+        raise UsageError(f"{folder} has no {folder.journal.name}, the record of the run; restore it from a copy")
+    record = read_journal(folder.journal)
+    facts, kind = _read(folder.run_file) or {}, stored.get("kind", "search")
+    return Run(folder, kind, config, budget, record, facts, _result(folder, record))
 
 
-def find(name: str) -> Path:
-    """The folder of a run; UsageError says which runs there are."""
-    for folder in (Path(name), Path("runs") / name):
-        if (folder / "config.yaml").is_file():
-            return folder.absolute()
-    known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-    there = f"runs/ has {', '.join(known)}" if known else "give the folder that search wrote with --run-dir"
-    raise UsageError(f"'{name}' is no run: no folder with a config.yaml, and no name under runs/; {there}")
+def find_run(name: str) -> RunFolder:
+    """The folder of a run; UsageError lists the runs there are."""
+    for path in (Path(name), Path("runs") / name):
+        folder = RunFolder(path.absolute())
+        if folder.config.is_file():
+            return folder
+    known = sorted(path.name for path in Path("runs").glob("*") if RunFolder(path).config.is_file())
+    hint = f"runs/ has {', '.join(known)}" if known else "give the folder that search wrote with --run-dir"
+    raise UsageError(f"no run named '{name}': not a run folder, and not a name under runs/; {hint}")
 
 
 def with_answers(run: Run) -> Run:
-    """The run itself; UsageError where nothing has been measured in it yet."""
+    """The run itself; UsageError if it has no evaluations yet."""
     if not run.record.answers:
-        raise UsageError(f"nothing has been measured in {run.folder} yet; wait for the first evaluation")
+        raise UsageError(f"{run.folder} has no evaluations yet; wait for the first one")
     return run
 
 
-def _result(folder: Path, record: Record) -> Json | None:
-    """result.json, unless the search has gone on since it was written."""
-    result = _read(folder / "result.json")
+def _result(folder: RunFolder, record: Record) -> Json | None:
+    """result.json, unless the search has continued since it was written."""
+    result = _read(folder.result)
     if result is None or sum(result["evaluations"].values()) != len(record.answers):
         return None
     return result
@@ -151,7 +161,7 @@ def _read(path: Path) -> Json | None:
     try:
         content: Json = json.loads(path.read_text())
     except ValueError as error:
-        raise EnvironmentUnusable(f"{path} cannot be read ({error}); restore it from a copy, or remove it") from error
+        raise EnvironmentUnusable(f"cannot read {path} ({error}); restore it from a copy, or remove it") from error
     return content
 
 
@@ -184,7 +194,7 @@ def row(evaluation: Evaluation) -> Json:
 
 
 def row_of_trial(trial: Trial) -> Json:
-    """What is known of a trial before its answer."""
+    """What is known of a trial before it is evaluated."""
     return {
         "number": trial.number,
         "architecture": str(trial.architecture),
@@ -195,7 +205,7 @@ def row_of_trial(trial: Trial) -> Json:
 
 
 def as_csv(rows: Iterable[Json]) -> str:
-    """Rows of the same kind as CSV with a header; missing values are empty."""
+    """Rows as CSV with a header; missing values are empty."""
     rows = list(rows)
     columns = list(dict.fromkeys(name for one in rows for name in one))
     text = io.StringIO()

@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.config import Study
+from engine.config import SearchConfig
 from engine.trial import KDLoss
 from kernels import HintLoss, attention_transfer_loss, ce_kd_loss, nst_loss, similarity_loss
 
 # What a student or teacher returns: logits (N, classes) and stage features [(N, C_i, H_i, W_i)], coarse last.
 Output = tuple[Tensor, Sequence[Tensor]]
 # What a loss reads of a teacher's stage: (its index, whether the attention map is all that is read).
-Tap = tuple[int, bool]
+FeatureKey = tuple[int, bool]
 # What students learn from: the teacher's logits, and by tap its features.
-Lesson = tuple[Tensor, Mapping[Tap, Tensor]]
+TeacherOutput = tuple[Tensor, Mapping[FeatureKey, Tensor]]
 
 
 def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[tuple[int, int]]:
@@ -31,14 +31,14 @@ def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[t
     return sorted(shared) or [(len(student) - 1, len(teacher) - 1)]
 
 
-def lesson(teacher: Output, taps: Collection[Tap]) -> Lesson:
+def teacher_output(teacher: Output, feature_keys: Collection[FeatureKey]) -> TeacherOutput:
     """What the losses read of a teacher's output: a feature (N, C, H, W), or its attention map (N, 1, H, W) in fp32.
 
     The map is sqrt(mean over channels of F^2), which has the attention of F. It is taken once for a cohort instead of
     once per student, and is what makes lessons small enough to keep.
     """
     logits, features = teacher
-    return logits, {tap: _attention(features[tap[0]]) if tap[1] else features[tap[0]] for tap in sorted(taps)}
+    return logits, {key: _attention(features[key[0]]) if key[1] else features[key[0]] for key in sorted(feature_keys)}
 
 
 def _attention(feature: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ class Objective(nn.Module):
     `taps` says what `forward` reads of the teacher's stages.
     """
 
-    def __init__(self, study: Study, kd_loss: KDLoss, student: Output, teacher: Output | None) -> None:
+    def __init__(self, config: SearchConfig, kd_loss: KDLoss, student: Output, teacher: Output | None) -> None:
         """`student` and `teacher` are outputs for one example batch: only their shapes count."""
         super().__init__()
-        self.study = study
+        self.config = config
         self.terms = frozenset(kd_loss.split("+")) - {"none"}
         self.pairs: list[tuple[int, int]] = []
-        self.taps: list[Tap] = []
+        self.feature_keys: list[FeatureKey] = []
         self.hint: HintLoss | None = None
         if self.terms:
             if teacher is None:
@@ -75,11 +75,11 @@ class Objective(nn.Module):
         for mine, theirs in self.pairs:
             # Maps of different sizes are pooled before the attention is taken: the loss needs the features.
             alike = teacher is not None and student[1][mine].shape[2:] == teacher[1][theirs].shape[2:]
-            self.taps.append((theirs, "at" in self.terms and alike))
+            self.feature_keys.append((theirs, "at" in self.terms and alike))
 
-    def forward(self, student: Output, teacher: Lesson | None, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, teacher: TeacherOutput | None, labels: Tensor) -> Tensor:
         """The weighted sum of the terms, a scalar in fp32. `teacher` may be None where no term needs it."""
-        study, (logits, features) = self.study, student
+        config, (logits, features) = self.config, student
         if teacher is None or not self.terms:
             return nn.functional.cross_entropy(logits.float(), labels)
         taught_logits, taught = teacher
@@ -87,18 +87,18 @@ class Objective(nn.Module):
             logits,
             taught_logits,
             labels,
-            temperature=study.kd_temperature,
-            ce_weight=study.ce_weight,
-            kd_weight=study.kd_weight if "kd" in self.terms else 0.0,
+            temperature=config.kd_temperature,
+            ce_weight=config.ce_weight,
+            kd_weight=config.kd_weight if "kd" in self.terms else 0.0,
         )
-        mine, theirs = [features[s] for s, _ in self.pairs], [taught[tap] for tap in self.taps]
+        mine, theirs = [features[s] for s, _ in self.pairs], [taught[key] for key in self.feature_keys]
         if "at" in self.terms:
-            loss = loss + study.at_weight * attention_transfer_loss(mine, theirs)
+            loss = loss + config.at_weight * attention_transfer_loss(mine, theirs)
         if "nst" in self.terms:
-            loss = loss + study.nst_weight * nst_loss(mine, theirs)
+            loss = loss + config.nst_weight * nst_loss(mine, theirs)
         if self.hint is not None:
             # In fp32: its convolution is outside the mixed precision of the networks.
-            loss = loss + study.hint_weight * self.hint(mine[0].float(), theirs[0].float())
+            loss = loss + config.hint_weight * self.hint(mine[0].float(), theirs[0].float())
         if "similarity" in self.terms:
-            loss = loss + study.similarity_weight * similarity_loss(mine[-1], theirs[-1])
+            loss = loss + config.similarity_weight * similarity_loss(mine[-1], theirs[-1])
         return loss

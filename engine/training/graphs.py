@@ -2,7 +2,7 @@
 
 At 64 images a student's step is some 600 kernels of a few microseconds, and starting them one by one takes longer than
 running them. A graph starts them all at once; graphs on several streams fill the device. The calls into CUDA are in
-`Lane`; what is decided, and what is put back after a trial step, are functions of plain numbers and tensors.
+`GraphedStudent`; what is decided, and what is put back after a trial step, are functions of plain numbers and tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.training.student import (
     reseed,
     status_of,
     take_step,
-    update_average,
+    update_ema,
 )
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses, Triton compiles, autograd and the optimiser allocate
@@ -102,7 +102,7 @@ def without_trace(member: Student, trial: Callable[[], None]) -> None:
 
 
 @dataclass
-class Lane:
+class GraphedStudent:
     """A student, its stream, and the graph of its step once that is captured. Each graph has a memory pool of its own:
     graphs that run at the same time must not share one."""
 
@@ -119,7 +119,7 @@ class Lane:
             else:
                 reseed(self.member, step)
                 take_step(self.member, inputs)
-            update_average(self.member, step, decay)
+            update_ema(self.member, step, decay)
 
     def capture(self, inputs: Inputs) -> str:
         """Records the student's step on `inputs`; returns why that could not be done, or nothing.
@@ -168,7 +168,7 @@ class Lane:
             self.graph = None
 
 
-class Lanes:
+class StreamRunner:
     """The students of a cohort in their lanes. They read inputs that stay where they are: each step's are copied there
     when all lanes are done with the last one's, while the loader and the teacher are already at the next."""
 
@@ -181,46 +181,46 @@ class Lanes:
         self._benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = steps >= BENCHMARK_STEPS
         eager = reason_for_eager(execution, device, steps)
-        self.lanes: list[Lane] = []
+        self.students: list[GraphedStudent] = []
         taken: list[int] = []
         for member in cohort:
             free = _free_memory(device)
             if not has_room(free, taken):
                 member.leave("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
                 continue
-            lane = Lane(member, torch.cuda.Stream(device))
-            self.lanes.append(lane)
-            reason = eager or self._capture(lane)
+            student = GraphedStudent(member, torch.cuda.Stream(device))
+            self.students.append(student)
+            reason = eager or self._capture(student)
             member.execution = f"eager: {reason}" if reason else "graph"
             if reason and execution == "graph" and member.status == "ok":
                 member.leave("error", f"no graph: {reason}")
             taken.append(free - _free_memory(device))
 
-    def _capture(self, lane: Lane) -> str:
+    def _capture(self, student: GraphedStudent) -> str:
         reasons: list[str] = []
-        guarded(lane.member, partial(without_trace, lane.member, lambda: reasons.append(lane.capture(self.inputs))))
-        return reasons[0] if reasons else lane.member.error
+        guarded(student.member, partial(without_trace, student.member, lambda: reasons.append(student.capture(self.inputs))))
+        return reasons[0] if reasons else student.member.error
 
     def advance(self, inputs: Inputs, step: int) -> None:
         """The step of every student that is still in the cohort."""
         self.join()
         self.inputs.take(inputs)
-        for lane in self.lanes:
-            if lane.member.status == "ok":
-                guarded(lane.member, partial(lane.advance, self.inputs, step, self.decay))
+        for student in self.students:
+            if student.member.status == "ok":
+                guarded(student.member, partial(student.advance, self.inputs, step, self.decay))
 
     def join(self) -> None:
-        for lane in self.lanes:
-            lane.join()
+        for student in self.students:
+            student.join()
 
     def close(self) -> None:
-        for lane in self.lanes:
-            lane.close()
+        for student in self.students:
+            student.close()
         torch.backends.cudnn.benchmark = self._benchmark  # latencies are measured without
 
 
-class Line:
-    """The students of a cohort one after the other, as a CPU has them. `Lanes` without the lanes."""
+class SequentialRunner:
+    """The students of a cohort one after the other, as a CPU has them. `StreamRunner` without the lanes."""
 
     def __init__(self, cohort: Sequence[Student], decay: float) -> None:
         self.cohort, self.decay = cohort, decay
@@ -234,7 +234,7 @@ class Line:
     def _one(self, member: Student, inputs: Inputs, step: int) -> None:
         reseed(member, step)
         take_step(member, inputs)
-        update_average(member, step, self.decay)
+        update_ema(member, step, self.decay)
 
     def join(self) -> None:
         """Nothing is under way."""

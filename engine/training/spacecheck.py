@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import Study
+from engine.config import SearchConfig
 from engine.networks import count_cost
-from engine.space import IntMatrix, SearchSpace, load_space
+from engine.space import IntMatrix, SearchSpace
+from engine.spaces.load import load_space
+from engine.tasks import SpaceCheckTask, task_from_json
 from engine.training import teacher as teachers
-from engine.training.distill import Objective, lesson, pair
+from engine.training.distill import Objective, pair, teacher_output
 from engine.trial import Architecture, UsageError
 
 Json = dict[str, Any]
@@ -23,22 +25,23 @@ WIDTHS = (1.0, 0.5)
 IMAGES = 4
 
 
-def run_check(task: Json) -> Json:
-    """Checks `task["space"]` on members of it, for {"classes", "resolution", "teacher", "seed"}; what it found.
+def run_check(payload: Json) -> Json:
+    """SpaceCheckTask -> what the command prints: checks a space by building some of its members.
 
     Raises UsageError for the first thing that would go wrong in a search.
     """
+    task = task_from_json(SpaceCheckTask, payload)
     torch.set_num_threads(1)
-    space, classes, resolution = load_space(task["space"]), task["classes"], task["resolution"]
+    space, classes, resolution = load_space(task.space), task.classes, task.resolution
     check_choices(space)
-    members = some_members(space, task["seed"])
+    members = some_members(space, task.seed)
     check_canonical(space, members)
     shapes = [check_network(space, member, classes, width, resolution) for width in WIDTHS for member in members]
     costs = check_cost(space, members, classes, resolution)
     name, teacher = teacher_of(task, space, members)
     pairs = [check_lessons(space, member, teacher, name, classes, resolution) for member in members]
     return {
-        "space": task["space"],
+        "space": task.space,
         "architectures": space.size,
         "checked": [str(member) for member in members],
         "features": [list(shape[1:]) for shape in shapes[0]],
@@ -163,9 +166,9 @@ def check_cost(space: SearchSpace, members: list[Architecture], classes: int, re
     return counted
 
 
-def teacher_of(task: Json, space: SearchSpace, members: list[Architecture]) -> tuple[str, nn.Module]:
+def teacher_of(task: SpaceCheckTask, space: SearchSpace, members: list[Architecture]) -> tuple[str, nn.Module]:
     """Name and network of the teacher that features are paired with: a file, or an untrained one of the same shape."""
-    given, classes, resolution = task["teacher"], task["classes"], task["resolution"]
+    given, classes, resolution = task.teacher, task.classes, task.resolution
     if given.endswith(".safetensors"):
         return given, teachers.freeze(teachers.load(Path(given)), torch.device("cpu"))
     if given != "auto":
@@ -195,8 +198,8 @@ def check_lessons(
         )
     labels = torch.arange(IMAGES) % classes
     for terms in ("kd+at", "kd+nst"):
-        objective = Objective(Study(), terms, student, taught)
-        loss = objective(student, lesson(taught, objective.taps), labels)
+        objective = Objective(SearchConfig(), terms, student, taught)
+        loss = objective(student, teacher_output(taught, objective.feature_keys), labels)
         if not torch.isfinite(loss):
             raise UsageError(f"{who}: the loss {terms} is not finite on the first batch; look at its features")
         loss.backward(retain_graph=True)

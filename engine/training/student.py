@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from engine.config import Study
-from engine.training.distill import Lesson, Objective, Output
+from engine.config import SearchConfig
+from engine.training.distill import Objective, Output, TeacherOutput
 from engine.trial import KDLoss, Status
 
 
@@ -53,13 +53,13 @@ class Inputs:
 
     images: Tensor
     labels: Tensor
-    taught: Lesson | None
+    taught: TeacherOutput | None
     rate: float | Tensor
 
     def held(self) -> Inputs:
         """A copy whose memory stays where it is, for steps that are recorded."""
         rate = torch.as_tensor(self.rate, dtype=torch.float32).to(self.images.device, copy=True)
-        taught = self.taught and (self.taught[0].clone(), {tap: value.clone() for tap, value in self.taught[1].items()})
+        taught = self.taught and (self.taught[0].clone(), {key: value.clone() for key, value in self.taught[1].items()})
         return Inputs(self.images.clone(), self.labels.clone(), taught, rate)
 
     def take(self, other: Inputs) -> None:
@@ -68,17 +68,17 @@ class Inputs:
         self.labels.copy_(other.labels)
         if self.taught is not None and other.taught is not None:
             self.taught[0].copy_(other.taught[0])
-            for tap, value in self.taught[1].items():
-                value.copy_(other.taught[1][tap])
+            for key, value in self.taught[1].items():
+                value.copy_(other.taught[1][key])
         if isinstance(self.rate, Tensor):
             self.rate.fill_(other.rate)
 
 
-def precision(study: Study, device: torch.device) -> torch.dtype:
+def precision(config: SearchConfig, device: torch.device) -> torch.dtype:
     """The type of the forward pass: bfloat16 on CUDA and float32 on CPU unless the study says otherwise."""
-    if study.amp_dtype == "auto":
+    if config.amp_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if study.amp_dtype == "bfloat16" else torch.float32
+    return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float32
 
 
 def autocast(images: Tensor) -> torch.autocast:
@@ -99,7 +99,7 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
 def prepare(
     network: nn.Module,
     teacher: nn.Module | None,
-    study: Study,
+    config: SearchConfig,
     kd_loss: KDLoss,
     example: Tensor,
     seed: int = 0,
@@ -110,23 +110,23 @@ def prepare(
     network = place(network, example.device).eval()
     with torch.no_grad():
         taught = teacher(example) if teacher is not None else None
-        objective = Objective(study, kd_loss, network(example), taught).to(example.device)
+        objective = Objective(config, kd_loss, network(example), taught).to(example.device)
     network.train()
     # Biases and normalisation gain nothing from decay; 1-d parameters are exactly those.
     parameters = [*network.parameters(), *objective.parameters()]
     optimiser = torch.optim.SGD(
         [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": study.weight_decay},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ],
-        lr=study.lr,
-        momentum=study.momentum,
-        nesterov=study.momentum > 0,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
         fused=True,
     )
     # SGD makes them in a parameter's first step, but not where others have theirs by then: a step that is the first to
     # take a layer (LayerDrop, stochastic depth) would fail. From 0 a first step is the same.
-    for parameter in parameters if study.momentum > 0 else []:
+    for parameter in parameters if config.momentum > 0 else []:
         optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     # Weights and running statistics; counters are not averaged.
     live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
@@ -179,7 +179,7 @@ def reseed(member: Student, step: int) -> None:
 
 
 @torch.no_grad()
-def update_average(member: Student, step: int, decay: float) -> None:
+def update_ema(member: Student, step: int, decay: float) -> None:
     """Moves the running average towards the present state; faster in the first steps, to forget the initial weights
     (decay at step t at most (1 + t) / (10 + t), as TensorFlow's ExponentialMovingAverage)."""
     if member.average is not None:
@@ -188,7 +188,7 @@ def update_average(member: Student, step: int, decay: float) -> None:
 
 
 @torch.no_grad()
-def adopt_average(member: Student) -> None:
+def apply_ema(member: Student) -> None:
     """The averaged state becomes the network's, for evaluation and for keeping."""
     if member.average is not None:
         torch._foreach_copy_(member.live, member.average)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.space import from_file, load_space
+from engine.spaces.load import from_file, load_space
 from engine.training.student import place
 from engine.training.weights import load_weights, save_weights
 from engine.trial import Architecture, EnvironmentUnusable, UsageError, not_installed

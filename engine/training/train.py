@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from engine.config import Execution, Study
+from engine.config import Execution, SearchConfig
 from engine.data.batches import Batch, Batches
-from engine.training.graphs import Lanes, Line
-from engine.training.student import Inputs, Student, adopt_average, precision
-from engine.training.taught import Teacher
+from engine.training.graphs import SequentialRunner, StreamRunner
+from engine.training.student import Inputs, Student, apply_ema, precision
+from engine.training.teacher_cache import CachedTeacher
 
 
 @dataclass
@@ -43,9 +43,9 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
 
 def train(
     cohort: Sequence[Student],
-    teacher: Teacher | None,
+    teacher: CachedTeacher | None,
     batches: Batches,
-    study: Study,
+    config: SearchConfig,
     watch: Stopwatch,
     after_epoch: Callable[[int], None] | None = None,
     execution: Execution = "auto",
@@ -55,43 +55,43 @@ def train(
 
     A student whose loss is no longer finite, or that raises, leaves the cohort with its status; the others go on.
     """
-    iterator, dtype = iter(batches), precision(study, batches.device)
-    taps = {tap for member in cohort for tap in member.objective.taps}
-    lesson = teacher.course(batches, taps) if teacher is not None else None
+    iterator, dtype = iter(batches), precision(config, batches.device)
+    feature_keys = {key for member in cohort for key in member.objective.feature_keys}
+    teacher_output = teacher.outputs_for(batches, feature_keys) if teacher is not None else None
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
-    crew: Line | Lanes | None = None
+    runner: SequentialRunner | StreamRunner | None = None
     try:
         for step in range(first, steps):
             with watch.phase("data"):
                 batch = next(iterator)
                 images = batch.images.to(dtype)
             with watch.phase("teacher"):
-                taught = lesson(step, images) if lesson is not None else None
-            inputs = Inputs(images, batch.labels, taught, learning_rate(study.lr, step, steps))
-            if crew is None:
+                taught = teacher_output(step, images) if teacher_output is not None else None
+            inputs = Inputs(images, batch.labels, taught, learning_rate(config.lr, step, steps))
+            if runner is None:
                 with watch.phase("capture"):
-                    crew = _crew(cohort, inputs, execution, steps - first, study.ema_decay)
+                    runner = _crew(cohort, inputs, execution, steps - first, config.ema_decay)
             with watch.phase("train"):
-                crew.advance(inputs, step)
+                runner.advance(inputs, step)
             if (step + 1) % batches.steps_per_epoch == 0:
                 with watch.phase("train"):
-                    crew.join()
+                    runner.join()
                     _drop_diverged(cohort, step + 1)
                 if not any(member.status == "ok" for member in cohort):
                     return
                 if after_epoch is not None:
                     after_epoch((step + 1) // batches.steps_per_epoch)
     finally:
-        if crew is not None:
-            crew.close()
+        if runner is not None:
+            runner.close()
     for member in cohort:
-        adopt_average(member)
+        apply_ema(member)
 
 
-def _crew(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> Line | Lanes:
+def _crew(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> SequentialRunner | StreamRunner:
     if inputs.images.device.type == "cuda":
-        return Lanes(cohort, inputs, execution, steps, decay)
-    return Line(cohort, decay)
+        return StreamRunner(cohort, inputs, execution, steps, decay)
+    return SequentialRunner(cohort, decay)
 
 
 def _drop_diverged(cohort: Sequence[Student], step: int) -> None:

@@ -17,15 +17,15 @@ from engine.fleet.fleet import open_fleet
 
 def main(folder: Path, flags: list[str]) -> None:
     resources = gather(Resources, search.parser().parse_args(flags))
-    crew = open_fleet(resources, layout(resources), folder / "logs", module="tests.light")
+    runner = open_fleet(resources, layout(resources), folder / "logs", module="tests.light")
     try:
         room = folder / "room"
         room.mkdir()
-        task = {"folder": str(room), "count": crew.capacity}
-        futures = [crew.submit("meet", task) for _ in range(crew.capacity)]
+        task = {"folder": str(room), "count": runner.capacity}
+        futures = [runner.submit("meet", task) for _ in range(runner.capacity)]
         print(json.dumps([future.result() for future in futures]))
     finally:
-        crew.close()
+        runner.close()
 
 
 if __name__ == "__main__":

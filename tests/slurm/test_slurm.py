@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.search import journal
+from engine.search.journal import read_journal
 from engine.trial import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def test_a_killed_driver_leaves_no_job_behind(slurm: Any, tmp_path: Path) -> Non
 
 def measured(run_dir: Path) -> list[Evaluation]:
     record = run_dir / "journal.jsonl"
-    return list(journal.read(record).answers.values()) if record.exists() else []
+    return list(read_journal(record).answers.values()) if record.exists() else []
 
 
 def answers(run_dir: Path) -> dict[tuple[str, str, int], Any]:

@@ -1,0 +1,59 @@
+"""`fidelity`: which cheap judgement to search with, on the user's own data and space."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings, run_dir_of
+from engine.config import Budget, Resources, SearchConfig
+
+HELP = {
+    "architectures": "how many are judged, spread over the order by multiply-accumulates; may be raised later",
+    "repeats": "full trainings of each, with different seeds",
+    "low_repeats": "trainings of each at each low fidelity, with different seeds",
+    "drop": "stop asking a low fidelity once one that costs no more is clearly better",
+}
+
+
+def parser() -> ArgumentParser:
+    """Flags of the command."""
+    from engine.search.fidelity_study.design import FidelityStudy
+
+    made = command_parser(
+        "Judge some architectures in full and at several low fidelities, and recommend one of these for a search. "
+        "The same command line continues a study."
+    )
+    group = made.add_argument_group("What is compared")
+    group.add_argument(
+        "--lows",
+        type=str,
+        nargs="+",
+        default=None,
+        help="low fidelities, each LOSS@FRACTIONxEPOCHS[:name=value,...] with width, resolution or loss weights, like "
+        "kd+at@1/27x30:width=0.5; by default four that suit the full one",
+    )
+    for item in dataclasses.fields(FidelityStudy):
+        if item.name in HELP:
+            flag = f"--{item.name.replace('_', '-')}"
+            group.add_argument(flag, type=type(item.default), default=item.default, help=HELP[item.name])
+    add_options(made, SearchConfig, skip=("low", "method", "objectives"))
+    add_options(made, Budget, skip=("max_low", "max_high", "target_accuracy"))
+    add_options(made, Resources)
+    add_run_options(made, name="fidelity")
+    return made
+
+
+def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.fidelity_study.design import FidelityStudy
+    from engine.search.fidelity_study.study import default_lows, run_fidelity_study
+    from engine.search.progress import Display
+    from engine.trial import Fidelity
+
+    settings = gather_settings(values)
+    lows = tuple(map(Fidelity.parse, values.lows)) if values.lows else default_lows(settings.config.high)
+    study = FidelityStudy(lows, *(values[name] for name in HELP))
+    with Display(values.progress) as display:
+        return run_fidelity_study(settings, study, run_dir_of(values), display)

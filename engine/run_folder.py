@@ -1,0 +1,193 @@
+"""The run folder: the name of every file in it, and its config.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config import Budget, RunKind, SearchConfig, Slots, config_to_dict, flatten
+from engine.trial import EnvironmentUnusable, Trial, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder at `path` (absolute). Nothing else in the engine spells out the names of the files in it."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """The settings of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """Every trial asked and every evaluation received: the only record that a run depends on."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def run_file(self) -> Path:
+        """The data, versions, devices and command lines that the run has seen."""
+        return self.path / "run.json"
+
+    @property
+    def result(self) -> Path:
+        """The winner of a finished search."""
+        return self.path / "result.json"
+
+    @property
+    def latencies(self) -> Path:
+        """Milliseconds of the architectures measured for --max-latency-ms."""
+        return self.path / "latency.json"
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of the teacher that the run trains itself."""
+        return self.path / "teacher" / "teacher.safetensors"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def mlflow_id(self) -> Path:
+        """The id of this run on the MLflow server."""
+        return self.path / "mlflow.txt"
+
+    @property
+    def first_study(self) -> RunFolder:
+        """The fidelity study that `search --low auto` runs first."""
+        return RunFolder(self.path / "fidelity-study")
+
+    @property
+    def study_result(self) -> Path:
+        """What a fidelity study found."""
+        return self.path / "fidelity-study.json"
+
+    @property
+    def study_picture(self) -> Path:
+        return self.path / "fidelity-study.png"
+
+    @property
+    def study_evaluations(self) -> Path:
+        """Every evaluation of a fidelity study, as CSV."""
+        return self.path / "evaluations.csv"
+
+    @property
+    def recommended(self) -> Path:
+        """The settings that a fidelity study recommends, for `search -c`."""
+        return self.path / "recommended.yaml"
+
+    def weights(self, trial: Trial) -> Path:
+        """Trained weights of a full-fidelity trial."""
+        return self.path / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+
+    def training_state(self, trial: Trial) -> Path:
+        """State of a full training between epochs; removed once the training has finished or failed for good."""
+        return self.weights(trial).with_suffix(".state.pt")
+
+    def export(self, architecture: object) -> Path:
+        return self.path / "export" / str(architecture)
+
+    def job_script(self, name: str) -> Path:
+        return self.path / name
+
+    def teacher_weights(self, config: SearchConfig) -> Path:
+        """The teacher's weights: the file that `config` names, else the one that the run makes itself."""
+        return Path(config.teacher).absolute() if config.teacher.endswith(".safetensors") else self.teacher
+
+    def has_begun(self) -> bool:
+        """Whether the folder holds anything that took work: a teacher, or a trial in its journal."""
+        asked = self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
+        return asked or any(self.teacher.parent.glob("*"))
+
+    def forget_settings(self) -> None:
+        """Removes the settings and data of a call that failed before any work was done."""
+        self.config.unlink(missing_ok=True)
+        self.run_file.unlink(missing_ok=True)
+
+    def fix_config(self, kind: RunKind, config: SearchConfig, budget: Budget, wanted: Slots) -> Slots:
+        """Writes config.yaml, or checks `config` against the one already there; returns the slots of the run.
+
+        Decisions depend on the slots, so these stay the same for the life of the run, whatever machine resumes it.
+        They only grow, where a later call brings more workers, which would otherwise be idle. The low fidelity of a
+        fidelity study may differ: it can compare more of them later. Raises UsageError for any other difference.
+        """
+        if self.config.exists():
+            stored = self.read_config()
+            self._check_same(stored, kind, config)
+            first = Slots(**stored["slots"])
+            wanted = Slots(max(first.total, wanted.total // wanted.cohort * first.cohort), first.cohort)
+        content = {
+            "kind": kind,
+            "config": config_to_dict(config),
+            "budget": config_to_dict(budget),
+            "slots": dataclasses.asdict(wanted),
+            "folder": str(self),
+        }
+        write_atomically(self.config, yaml.safe_dump(content, sort_keys=False))
+        return wanted
+
+    def _check_same(self, stored: dict[str, Any], kind: RunKind, config: SearchConfig) -> None:
+        if stored.get("kind", kind) != kind:
+            raise UsageError(
+                f"{self} holds a run of `{stored['kind']}`; choose another --name or --run-dir for `{kind}`"
+            )
+        # A setting that an older version did not have counts as its default.
+        before = {**dict(flatten(config_to_dict(SearchConfig()))), **dict(flatten(stored["config"]))}
+        now = dict(flatten(config_to_dict(config)))
+        fixed = [key for key in now if kind == "search" or not key.startswith("low.")]
+        changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in fixed if now[key] != before.get(key)]
+        if changed:
+            raise UsageError(
+                f"{self} holds a search with other settings ({'; '.join(changed)}); repeat its settings to resume it, "
+                "or choose another folder (--run-dir or --out)"
+            )
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of config.yaml. Paths into the run folder are updated if the folder has been moved.
+
+        Raises EnvironmentUnusable where the file cannot be read or is not the configuration of a run.
+        """
+        try:
+            stored = yaml.safe_load(self.config.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise EnvironmentUnusable(
+                f"cannot read {self.config} ({error}); restore it, or use another folder (--run-dir or --out)"
+            ) from error
+        if not isinstance(stored, dict) or not {"config", "slots"} <= stored.keys():
+            raise EnvironmentUnusable(
+                f"{self.config} is not the configuration of a run; restore it, "
+                "or use another folder (--run-dir or --out)"
+            )
+        here = str(self.config.absolute().parent)
+        there = stored.get("folder", here)
+        for name in ("fidelity_study", "teacher"):
+            path = str(stored["config"].get(name, ""))
+            inside = path.removeprefix(there + os.sep)
+            if inside != path and (Path(here) / inside).exists():
+                stored["config"][name] = str(Path(here) / inside)
+        return stored
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a temporary file and moves it into place, so that a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

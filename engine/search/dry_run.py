@@ -1,0 +1,198 @@
+"""What a search would cost here: its evaluations, and their hours extrapolated from a few timed steps."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config import RunSettings, check_paths, cohort_size, is_library_model
+from engine.fleet import providers
+from engine.fleet.devices import describe, layout
+from engine.run_folder import RunFolder
+from engine.search.journal import read_journal
+from engine.search.progress import Display
+from engine.search.run_context import RunContext, one_worker, open_context
+from engine.search.setup import find_candidates, largest_member, limit_latency, probe, validated_space
+from engine.search.warm_start import study_config
+from engine.space import Candidates
+from engine.tasks import DataFacts, TeacherTask, TrialsTask
+from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, Trial, UsageError, evaluation_from_json
+
+Json = dict[str, Any]
+# What is timed of a training: this many batches, in one epoch to warm up and two that count.
+TIMED_BATCHES, TIMED_EPOCHS = 4, (1, 2)
+STEP_PHASES = ("data", "teacher", "train")  # paid at every step; the other phases once per evaluation
+
+
+@dataclass(frozen=True)
+class WorkEstimate:
+    """Evaluations of one kind: how many, on how many images each, and the seconds of one."""
+
+    count: int
+    images: int
+    epochs: int
+    seconds: float
+
+    @property
+    def hours(self) -> float:
+        return self.count * self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is timed for an estimate: `members` trained side by side at a fidelity, for `count` evaluations of it."""
+
+    fidelity: Fidelity
+    members: list[Architecture]
+    count: int
+
+
+def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
+    """What the search with these settings has left to do, and its expected cost on this machine.
+
+    A worker times a few steps of real trainings: a cohort of low-fidelity students from the whole range of MACs, one
+    full training of a student of median size, the teacher. The numbers of evaluations are the most that the budget
+    allows. Raises EngineError as a search does, and NoWinner if a timed training fails.
+    """
+    validated_space(settings)
+    config, resources = settings.config, settings.resources
+    wanted, folder = layout(resources), RunFolder(run_dir.absolute())
+    check_paths(config)
+    if config.fidelity_study == "auto":
+        display.say("the fidelity study that comes first is not part of this estimate")
+    elif config.fidelity_study:
+        study_config(RunFolder(Path(config.fidelity_study)), config)
+        display.say(f"this estimate counts the evaluations of {config.fidelity_study} as if they were still to be done")
+    if not providers.local(resources):
+        raise UsageError("--dry-run times steps on this machine; leave --executor out, or run it inside a job")
+    with tempfile.TemporaryDirectory(prefix="mfkd-dry-run-") as scratch:
+        # Without the teacher cache: what it saves depends on how much of it later cohorts can use.
+        timed = replace(settings, resources=replace(resources, teacher_cache="0"))
+        with open_context(timed, RunFolder(Path(scratch)), one_worker(wanted), display) as context:
+            facts = probe(context)
+            samples, teacher, candidates = _samples(context, facts, folder, wanted.device == "cuda")
+            estimates = {s.fidelity.name: time_sample(context, facts, s, teacher) for s in samples}
+    display.say(summary(estimates, run_dir, wanted.workers, describe(wanted)))
+    return as_json(estimates, run_dir, wanted.workers, candidates)
+
+
+def _samples(
+    context: RunContext, facts: DataFacts, folder: RunFolder, gpu: bool
+) -> tuple[list[Sample], Path, int]:
+    """What is to be timed for the run in `folder`, the teacher's weights to time it with, and how many candidates there
+    are."""
+    config, budget = context.config, context.budget
+    everything, fit = find_candidates(context.space, config, facts, context.display)
+    if config.max_latency_ms < float("inf"):
+        # A search that has begun keeps its measurements; until then they are repeated, and here in the scratch folder.
+        begun = bool(read_journal(folder.journal).asked)
+        fit = limit_latency(context, fit, folder if begun else context.folder)
+    teacher = folder.teacher_weights(config)
+    distils = config.low.kd_loss != "none"
+    to_train = config.teacher == "auto" and distils and not teacher.exists()
+    if distils and not teacher.exists():
+        teacher = context.folder.teacher
+        _make_stand_in(context, largest_member(everything), teacher)
+    done = answered(folder)
+    # Architectures promoted without a low-fidelity score get one in the end (engine/search/search.py, `unpaired`).
+    lows = budget.max_low + budget.max_high if budget.max_low else 0
+    side = min(cohort_size(context.resources, gpu=gpu), len(fit))
+    samples = [
+        Sample(config.low, evenly_spaced(fit, side), max(0, lows - done.get(config.low, 0))),
+        Sample(config.high, evenly_spaced(fit, 1), max(0, budget.max_high - done.get(config.high, 0))),
+    ]
+    if to_train:
+        fidelity = Fidelity("teacher", epochs=config.teacher_epochs)
+        samples.insert(0, Sample(fidelity, [largest_member(everything)], 1))
+    return samples, teacher, len(fit)
+
+
+def _make_stand_in(context: RunContext, architecture: Architecture, path: Path) -> None:
+    """A teacher as the search will have it, but untrained: "pretrained" leaves a member of the space as it was built."""
+    config = context.config
+    network = config.teacher if is_library_model(config.teacher) else f"{config.space}#{architecture}"
+    context.answer(TeacherTask(context.worker, network, path, pretrained=True))
+
+
+def evenly_spaced(fit: Candidates, count: int) -> list[Architecture]:
+    """Candidates at `count` equally spaced ranks by MACs; the median if it is one."""
+    order = np.argsort(fit.macs, kind="stable")
+    return [fit.architecture(int(order[int((place + 0.5) / count * len(fit))])) for place in range(count)]
+
+
+def answered(folder: RunFolder) -> dict[Fidelity, int]:
+    """The number of evaluations of each fidelity in a journal."""
+    counts: dict[Fidelity, int] = {}
+    for evaluation in read_journal(folder.journal).answers.values():
+        counts[evaluation.trial.fidelity] = counts.get(evaluation.trial.fidelity, 0) + 1
+    return counts
+
+
+def time_sample(context: RunContext, facts: DataFacts, sample: Sample, teacher: Path) -> WorkEstimate:
+    """The seconds of one evaluation: its steps extrapolated from a short training, its other phases as measured."""
+    fidelity, members = sample.fidelity, sample.members
+    train, classes = facts.images["train"], len(facts.classes)
+    images = max(round(fidelity.fraction * train), classes)
+    batch = min(context.config.batch_size, images)
+    short = replace(fidelity, fraction=min(fidelity.fraction, Fraction(max(TIMED_BATCHES * batch, classes), train)))
+    steps = TIMED_EPOCHS[-1] * (max(round(short.fraction * train), classes) // batch)
+    for epochs in TIMED_EPOCHS:
+        answers = _train(context, replace(short, name="timing", epochs=epochs), members, teacher)
+        failed = next((answer for answer in answers if not answer.ok), None)
+        if failed is not None:
+            why = f"{failed.status}: {failed.error}"
+            raise NoWinner(f"a timed training of {failed.trial.architecture} at {fidelity.name} fidelity failed: {why}")
+    stepping = sum(answer.costs.get(phase, 0.0) for answer in answers for phase in STEP_PHASES)
+    once = sum(answer.seconds for answer in answers) - stepping
+    whole = once + stepping / steps * fidelity.epochs * (images // batch)
+    return WorkEstimate(sample.count, images, fidelity.epochs, whole / len(members))
+
+
+def _train(
+    context: RunContext, fidelity: Fidelity, members: list[Architecture], teacher: Path
+) -> list[Evaluation]:
+    trials = tuple(Trial(number, one, fidelity, context.config.seed) for number, one in enumerate(members))
+    context.display.say(f"timing: {len(trials)} at a time, {fidelity.epochs * TIMED_BATCHES} steps")
+    return [evaluation_from_json(e) for e in context.answer(TrialsTask(context.worker, trials, teacher))]
+
+
+def hours(estimates: dict[str, WorkEstimate], workers: int) -> float:
+    """Wall time: the teacher is trained first and alone, then every worker is busy."""
+    alone = estimates["teacher"].hours if "teacher" in estimates else 0.0
+    return alone + (estimates["low"].hours + estimates["high"].hours) / workers
+
+
+def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, machines: str) -> str:
+    """The estimate for people."""
+    lines = [f"estimate for {run_dir} on {machines}; nothing has been started"]
+    for name, work in estimates.items():
+        lines.append(
+            f"  {name:<8}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
+            f"{work.seconds:,.1f} s each, {work.hours:,.2f} worker-hours"
+        )
+    lines.append(
+        f"  at most {sum(work.hours for work in estimates.values()):,.2f} worker-hours; "
+        f"about {hours(estimates, workers):,.2f} hours if workers do not slow each other down"
+    )
+    return "\n".join(lines)
+
+
+def as_json(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, candidates: int) -> Json:
+    described = {
+        name: {"evaluations": w.count, "images": w.images, "epochs": w.epochs, "seconds": round(w.seconds, 3)}
+        for name, w in estimates.items()
+    }
+    return {
+        "run_dir": str(run_dir.absolute()),
+        "status": "planned",
+        "candidates": candidates,
+        "workers": workers,
+        **described,
+        "worker_hours": round(sum(work.hours for work in estimates.values()), 4),
+        "hours": round(hours(estimates, workers), 4),
+    }

@@ -1,0 +1,98 @@
+"""The trials of a fidelity study: the same architectures judged in full and at several low fidelities, side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from engine.config import Plan
+from engine.search.fidelity_study.ranking import StudyScores, clearly_worse
+from engine.search.methods.scores import IdentityKey
+from engine.space import Candidates
+from engine.trial import Architecture, Evaluation, Fidelity, History, Trial
+
+# Architectures that are asked at every fidelity before the next ones: what is known early is known of all fidelities.
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class FidelityStudy:
+    """What a study compares: `lows` with the full fidelity, over `architectures` of them; `repeats` and `low_repeats`
+    trainings of each, with different seeds. `drop`: stop asking a low fidelity once it is clearly worse."""
+
+    lows: tuple[Fidelity, ...]
+    architectures: int = 16
+    repeats: int = 1
+    low_repeats: int = 1
+    drop: bool = True
+
+
+def propose_study(candidates: Candidates, history: History, plan: Plan, slots: int, study: FidelityStudy) -> list[Trial]:
+    """At most `slots` of the trials that the study still lacks, block by block; a pure function of the history, so
+    that more architectures, seeds or fidelities may be asked for later."""
+    seen = [*(e.trial for e in history.answered), *history.pending]
+    asked = {(trial.architecture, trial.fidelity, trial.seed) for trial in seen}
+    dropped = clearly_worse(study_scores(candidates, history, plan, study)) if study.drop else set()
+    missing = (
+        question
+        for question in _questions(study_architectures(candidates, study.architectures, plan.seed), plan, study)
+        if question not in asked and question[1] not in dropped
+    )
+    return [Trial(history.asked + place, *question) for place, question in enumerate(itertools.islice(missing, slots))]
+
+
+def _questions(
+    architectures: Sequence[Architecture], plan: Plan, study: FidelityStudy
+) -> Iterator[tuple[Architecture, Fidelity, int]]:
+    for start in range(0, len(architectures), BLOCK):
+        block = architectures[start : start + BLOCK]
+        # The long ones first: the short ones fill the workers that are left at the end.
+        for fidelity, times in [(plan.high, study.repeats), *((low, study.low_repeats) for low in study.lows)]:
+            for repeat in range(times):
+                for architecture in block:
+                    yield architecture, fidelity, plan.seed + repeat
+
+
+def study_architectures(candidates: Candidates, count: int, seed: int) -> list[Architecture]:
+    """`count` architectures spread evenly over the order by MACs; the first ones of a longer list, for one seed."""
+    return [candidates.architecture(row) for row in _spread_over_macs(IdentityKey(candidates), count, seed)]
+
+
+@lru_cache(maxsize=2)
+def _spread_over_macs(candidates: IdentityKey, count: int, seed: int) -> tuple[int, ...]:
+    """Rows at the places of van der Corput's sequence, shifted, in the order by MACs; equals in MACs are shuffled."""
+    macs = candidates.value.macs
+    rng = np.random.default_rng(seed)
+    shift = rng.random()
+    order = np.lexsort((rng.random(len(macs)), macs))
+    rows: dict[int, None] = {}
+    for place in itertools.count():
+        if len(rows) >= min(count, len(macs)):
+            return tuple(rows)
+        reversed_bits = sum(((place >> bit) & 1) / 2 ** (bit + 1) for bit in range(place.bit_length()))
+        rows.setdefault(int(order[int((reversed_bits + shift) % 1.0 * len(order))]))
+    raise AssertionError("unreachable")
+
+
+def study_scores(candidates: Candidates, history: History, plan: Plan, study: FidelityStudy) -> StudyScores:
+    """The scores of those of the study's architectures that have been trained in full at least once."""
+    table: dict[tuple[Fidelity, Architecture], list[Evaluation]] = {}
+    for evaluation in history.answered:
+        if evaluation.ok:
+            table.setdefault((evaluation.trial.fidelity, evaluation.trial.architecture), []).append(evaluation)
+    rows = _spread_over_macs(IdentityKey(candidates), study.architectures, plan.seed)
+    known = {row: a for row in rows if (plan.high, a := candidates.architecture(row)) in table}
+    answers = {f: [table.get((f, a), []) for a in known.values()] for f in (plan.high, *study.lows)}
+    return StudyScores(
+        architectures=list(known.values()),
+        macs=candidates.macs[list(known)],
+        high=plan.high,
+        scores={f: [[e.accuracy for e in own] for own in column] for f, column in answers.items()},
+        seconds={
+            f: [sum(e.seconds for e in own) / max(1, len(own)) for own in column] for f, column in answers.items()
+        },
+    )

@@ -1,0 +1,177 @@
+"""What a fidelity study found, as JSON, as a table, as a CSV file and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from engine.search.fidelity_study.ranking import (
+    LOOKS_COST,
+    Difference,
+    Ranking,
+    Statistic,
+    StudyScores,
+    difference,
+    macs_alone,
+    rank,
+    repeatability,
+)
+from engine.trial import Evaluation, Fidelity
+
+Json = dict[str, Any]
+
+
+def summarise(found: StudyScores, dropped: Collection[Fidelity] = ()) -> Json | None:
+    """All figures of a study (docs/fidelity-study.md); None where no fidelity was measured on three architectures."""
+    rankings = [ranking for low in found.lows if (ranking := rank(found, low)) is not None]
+    if not rankings:
+        return None
+    # A search whose full trainings are distilled has a teacher for its low ones too.
+    best, reason = recommend(found, [r for r in rankings if found.high.kd_loss == "none" or taught(r)] or rankings)
+    return {
+        "full": len(found.architectures),
+        "repeatability": repeatability(found),
+        "macs": statistic_to_json(macs_alone(found)),
+        "fidelities": [ranking_to_json(r) | {"dropped": r.fidelity in dropped} for r in rankings],
+        "distilled_less_undistilled": [difference_to_json(d) for d in against_undistilled(found)],
+        "recommended": best.fidelity.name,
+        "reason": reason,
+    }
+
+
+def taught(ranking: Ranking) -> bool:
+    return ranking.fidelity.kd_loss != "none"
+
+
+def recommend(found: StudyScores, rankings: list[Ranking]) -> tuple[Ranking, str]:
+    """The fidelity whose looks are worth most for their price, and why."""
+    ordered = sorted(rankings, key=lambda r: (r.worth, r.given_macs.value), reverse=True)
+    best, says = ordered[0], ordered[0].given_macs
+    reason = (
+        f"tau given MACs is {says.value:.2f} ± {says.stderr:.2f} at {best.price:.3f} of a full training: the best of "
+        f"the looks that {LOOKS_COST:g} full trainings buy is expected to gain most"
+    )
+    if says.value < 2 * says.stderr:
+        reason += "; within two standard errors it may say no more than MACs do: take more architectures to be sure"
+    if len(ordered) > 1:
+        gap = difference(found, best.fidelity, ordered[1].fidelity)
+        if gap is not None and gap.value < 2 * gap.stderr:
+            reason += f"; not surely better than {ordered[1].fidelity.name} ({gap.value:+.2f} ± {gap.stderr:.2f})"
+    return best, reason
+
+
+def against_undistilled(found: StudyScores) -> list[Difference]:
+    """Each distilled fidelity against every one without a teacher on the same part of the data, and against the
+    cheapest without a teacher that costs as much, or up to twice that: what the money buys without one."""
+    plain = sorted((low for low in found.lows if low.kd_loss == "none"), key=found.price)
+    gaps = []
+    for low in found.lows:
+        if low.kd_loss == "none":
+            continue
+        part = (low.fraction, low.width, low.resolution)
+        same = [other for other in plain if (other.fraction, other.width, other.resolution) == part]
+        dearer = [other for other in plain if 1 <= found.price(other) / max(found.price(low), 1e-9) <= 2]
+        others = dict.fromkeys([*same, *dearer[:1]])
+        gaps += [gap for other in others if (gap := difference(found, low, other)) is not None]
+    return gaps
+
+
+def statistic_to_json(statistic: Statistic) -> Json:
+    return {"tau": statistic.value, "stderr": statistic.stderr, "interval": [statistic.low, statistic.high]}
+
+
+def ranking_to_json(ranking: Ranking) -> Json:
+    """One entry of "fidelities": `stderr` and `interval` are of tau given MACs; seconds are those of one evaluation."""
+    return {
+        "name": ranking.fidelity.name,
+        "n": ranking.n,
+        "accuracy": ranking.accuracy,
+        "tau": ranking.tau.value,
+        "tau_stderr": ranking.tau.stderr,
+        "tau_interval": [ranking.tau.low, ranking.tau.high],
+        "spearman": ranking.spearman.value,
+        "spearman_interval": [ranking.spearman.low, ranking.spearman.high],
+        "tau_given_macs": ranking.given_macs.value,
+        "stderr": ranking.given_macs.stderr,
+        "interval": [ranking.given_macs.low, ranking.given_macs.high],
+        "tau_top_fifth": ranking.top,
+        "top_n": ranking.top_n,
+        "seconds": ranking.seconds,
+        "price": ranking.price,
+        "evaluations_per_tau": ranking.per_tau,
+    }
+
+
+def difference_to_json(gap: Difference) -> Json:
+    return {
+        "name": gap.better.name,
+        "against": gap.than.name,
+        "n": gap.n,
+        "tau_given_macs": gap.value,
+        "stderr": gap.stderr,
+    }
+
+
+def table(result: Json) -> list[str]:
+    """The result for people, a line a fidelity."""
+    head = f"{'fidelity':<28}{'n':>3}  {'score':>5}  {'tau':>5} {'95 %':>14}  {'spearman':>8}  {'tau | MACs':>13}"
+    lines = [head + f"  {'top':>5}  {'seconds':>8}  {'price':>6}  {'price/tau':>9}"]
+    for row in result["fidelities"]:
+        top = "" if row["tau_top_fifth"] is None else f"{row['tau_top_fifth']:.2f}"
+        per_tau = "" if row["evaluations_per_tau"] is None else f"{row['evaluations_per_tau']:.3f}"
+        low, high = row["tau_interval"]
+        lines.append(
+            f"{row['name']:<28}{row['n']:>3}  {row['accuracy']:>5.3f}  {row['tau']:>5.2f} "
+            f"{f'{low:.2f} to {high:.2f}':>14}  {row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} "
+            f"± {row['stderr']:>5.2f}  {top:>5}  {row['seconds']:>8.1f}  {row['price']:>6.3f}  {per_tau:>9}"
+            + ("  dropped" if row["dropped"] else "")
+        )
+    lines.append(f"{'MACs alone':<28}{result['full']:>3}  {'':>5}  {result['macs']['tau']:>5.2f}")
+    if result["repeatability"] is not None:
+        lines.append(f"{'full, another seed':<28}{result['full']:>3}  {'':>5}  {result['repeatability']:>5.2f}")
+    for gap in result["distilled_less_undistilled"]:
+        value, error = gap["tau_given_macs"], gap["stderr"]
+        lines.append(f"{gap['name']} less {gap['against']}: tau given MACs {value:+.2f} ± {error:.2f}")
+    return [*lines, f"recommended: {result['recommended']}: {result['reason']}"]
+
+
+def evaluations_csv(answers: list[Evaluation]) -> str:
+    """Every evaluation as it was measured, a row each, in the order of the run's clock."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["architecture", "fidelity", "seed", "status", "accuracy", "seconds", "macs", "params"])
+    for e in answers:
+        row = [e.trial.architecture, e.trial.fidelity.name, e.trial.seed, e.status]
+        writer.writerow([*row, f"{e.accuracy:.6f}", f"{e.seconds:.3f}", e.macs, e.params])
+    return text.getvalue()
+
+
+def draw(path: Path, result: Json) -> None:
+    """Tau and tau given MACs of each fidelity with 95 % intervals; MACs alone and a second seed as lines."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # an extra; fidelity.json has the same figures
+    rows = result["fidelities"][::-1]
+    figure = Figure(figsize=(8, 1.4 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for key, bounds, shift, label in (
+        ("tau", "tau_interval", 0.12, "tau with full accuracy"),
+        ("tau_given_macs", "interval", -0.12, "tau given MACs"),
+    ):
+        values = [row[key] for row in rows]
+        ends = [(row[key] - row[bounds][0], row[bounds][1] - row[key]) for row in rows]
+        errors = [[max(0.0, end) for end in side] for side in zip(*ends, strict=True)]
+        places = [place + shift for place in range(len(rows))]
+        axes.errorbar(values, places, xerr=errors, fmt="o", markersize=4, capsize=2, linewidth=1, label=label)
+    axes.axvline(result["macs"]["tau"], color="black", linestyle=":", linewidth=1, label="tau of MACs alone")
+    if result["repeatability"] is not None:
+        axes.axvline(result["repeatability"], color="black", linestyle="--", linewidth=1, label="full, another seed")
+    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.set_yticks(range(len(rows)), [f"{row['name']}  ({row['price']:.3f})" for row in rows])
+    axes.set(xlabel=f"Kendall's tau, {result['full']} architectures, 95 % intervals; (price in full trainings)")
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,55 @@
+"""What to try next: a dict of methods, each a pure function of the history, and the final recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from engine.config import Plan
+from engine.search.methods import baselines
+from engine.search.methods.estimate import SurrogateInputs
+from engine.search.methods.mfkd import MfkdOptions, mfkd
+from engine.search.methods.recommend import front, winner
+from engine.space import Candidates
+from engine.trial import History, Trial, UsageError
+from surrogate.xgb import SurrogateParts
+
+__all__ = ["ABLATIONS", "METHODS", "front", "propose", "winner"]
+
+Method = Callable[[Candidates, History, Plan, int], list[Trial]]
+
+METHODS: dict[str, Method] = {
+    "mfkd": mfkd,
+    "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)),
+    "mfkd1": baselines.mfkd1,
+    "mfkd2": baselines.mfkd2,
+    "cokriging": baselines.cokriging,
+    "gp": baselines.gp,
+    "random": baselines.random,
+    "evolution": baselines.evolution,
+    "halving": baselines.halving,
+    "asha": baselines.asha,
+    "macs": baselines.macs_only,
+}
+
+# Our method with one part taken out, for docs/surrogate.md; `replay` takes them by name.
+ABLATIONS: dict[str, Method] = {
+    "mfkd:no-low": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(low=False))),
+    "mfkd:no-macs": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(macs=False))),
+    "mfkd:trees-only": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(parts=SurrogateParts(linear=False)))),
+    "mfkd:linear-only": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(parts=SurrogateParts(trees=False)))),
+    "mfkd:greedy": partial(mfkd, options=MfkdOptions(beta=0.0)),
+    "mfkd:gate": partial(mfkd, options=MfkdOptions(gate=True)),
+    "mfkd:unguided": partial(mfkd, options=MfkdOptions(guided=False)),
+}
+
+
+def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """At most `slots` new trials of plan.method, numbered on from history.asked; none: wait for answers, or done.
+
+    Raises UsageError for an unknown method.
+    """
+    method = METHODS.get(plan.method) or ABLATIONS.get(plan.method)
+    if method is None:
+        raise UsageError(f"no method '{plan.method}'; there are {', '.join(METHODS)}")
+    return method(candidates, history, plan, slots) if slots > 0 else []

@@ -1,0 +1,171 @@
+"""One architecture: trained in full, scored, or exported, with the settings of a run or without a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig
+from engine.fleet.devices import layout
+from engine.fleet.drain import answer_of
+from engine.fleet.fleet import Fleet, open_fleet, submit
+from engine.search.progress import Display
+from engine.search.run_context import one_worker
+from engine.search.runs import Run
+from engine.search.search import search
+from engine.space import Candidates
+from engine.spaces.load import load_space
+from engine.tasks import ExportTask, Normalisation, ScoreTask, SplitName, WorkerSettings
+from engine.trial import Architecture, Evaluation, Fidelity, History, Trial, UsageError
+
+Json = dict[str, Any]
+# An architecture named by the user is trained, whatever limits the search that found it had.
+NO_LIMITS: Json = {"min_macs": 0.0, "max_macs": math.inf, "max_params": math.inf, "max_latency_ms": math.inf}
+
+
+def train(settings: RunSettings, architecture: str, out: Path, display: Display) -> Json:
+    """Trains an architecture at full fidelity and scores it on the test split; call again to resume.
+
+    This is a search with a single candidate: `out` is a run folder like any other, for `eval`, `export` and `report`.
+    """
+    config = settings.config
+    low = replace(config.high, name="low")  # never asked for; a distilled low fidelity makes the run obtain a teacher
+    config = replace(config, low=low, only=architecture, method="random", objectives="accuracy", fidelity_study="")
+    alone = RunSettings(
+        replace(config, **NO_LIMITS), Budget(max_low=0, max_high=1, max_failures=1), settings.resources
+    )
+    result = search(alone, out, display, method=until_one_succeeds)
+    return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
+
+
+def until_one_succeeds(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """Asks for the same training again after a failure, so that the next call resumes from the last saved epoch."""
+    if history.pending or any(evaluation.ok for evaluation in history.answered):
+        return []
+    return [Trial(history.asked, candidates.architecture(0), plan.high, plan.seed)]
+
+
+def score(
+    config: SearchConfig,
+    resources: Resources,
+    trial: Trial,
+    weights: Path,
+    split: SplitName,
+    trained_on: Normalisation | None,
+) -> Json:
+    """Accuracy of an architecture's weights on a split of the data of `config` (valid, test, or all).
+
+    `trained_on` describes the data that the weights were trained on; None means that they are these data.
+    """
+    load_space(config.space).check(trial.architecture)
+    with worker(resources, None, "engine.training.run_tasks") as (fleet, folder):
+        settings = WorkerSettings(config, folder, fleet.device, resources)
+        found = answer_of(submit(fleet, ScoreTask(settings, trial, weights.absolute(), split, trained_on)))
+    return {"architecture": str(trial.architecture), "data": config.data, "split": split, **found}
+
+
+def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, display: Display) -> Json:
+    """Writes the weights of a full training in every format, each verified, and a model card, into `out`."""
+    data, trial = run.data, evaluation.trial
+    display.say(f"exporting {trial.architecture} of {run.folder}")
+    logs = run.folder.logs if os.access(run.folder.path, os.W_OK) else None  # other people's runs can be exported too
+    with worker(resources, logs, "engine.export.forms") as (fleet, _):
+        task = ExportTask(
+            run_dir=run.folder.path,
+            trial=trial,
+            space=run.config.space,
+            teacher=run.folder.teacher_weights(run.config),
+            out=out.absolute(),
+            normalisation=data.normalisation,
+            resolution=trial.fidelity.resolution or data.resolution,
+            device=fleet.device,
+            card=card_facts(run, evaluation),
+        )
+        report: Json = answer_of(submit(fleet, task))
+    worst = max(report["differences"].values())
+    display.say(f"{', '.join(report['differences'])}: logits within {worst:.1e} of the checkpoint's")
+    if report["no_model_py"]:
+        display.say(f"no model.py: {report['no_model_py']}")
+    return report
+
+
+def card_facts(run: Run, evaluation: Evaluation) -> Json:
+    """What a run knows of an evaluation, for its model card."""
+    config, trial, call = run.config, evaluation.trial, run.facts["calls"][0]
+    winner = (run.result or {}).get("winner", {})
+    tested = winner.get("architecture") == str(trial.architecture) and winner["valid_accuracy"] == evaluation.accuracy
+    return {
+        "title": f"{config.space} {trial.architecture}",
+        "data": config.data,
+        "images": asdict(run.data)["images"],
+        "valid_accuracy": evaluation.accuracy,
+        "test_accuracy": winner["test_accuracy"] if tested else None,
+        "training": _training(config, trial),
+        "distillation": _distillation(config, trial.fidelity),
+        "files": run.data.files,
+        "run": run.folder.path.name,
+        "command": shlex.join(call["command"]),
+        "trained_with": call["versions"],
+        "trained_on": evaluation.device,
+    }
+
+
+def _training(config: SearchConfig, trial: Trial) -> str:
+    fidelity = trial.fidelity
+    images = "all images" if fidelity.fraction == 1 else f"{fidelity.fraction} of the images"
+    start = f", starting from the weights {config.initial_weights}" if config.initial_weights else ""
+    return (
+        f"{fidelity.epochs} epochs on {images}, batch size {config.batch_size}, SGD with momentum "
+        f"{config.momentum:g}, peak learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
+        f"seed {trial.seed}{start}"
+    )
+
+
+def _distillation(config: SearchConfig, fidelity: Fidelity) -> str:
+    """TEACHER stands for the teacher's name."""
+    if fidelity.kd_loss != "none":
+        return f"from TEACHER, by {fidelity.kd_loss}"
+    if config.low.kd_loss != "none" and not config.only:
+        return f"none here; candidates were ranked by short trainings distilled from TEACHER ({config.low.kd_loss})"
+    return "none"
+
+
+def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
+    """The full training that a command means: that of a named architecture, or of the winner if none is named."""
+    if architecture is None:
+        if run.kind == "fidelity-study":
+            raise UsageError(
+                f"{run.folder} is a fidelity study, which names no winner; name an architecture with --arch"
+            )
+        if run.result is None or run.best is None:
+            raise UsageError(
+                f"{run.folder} has no winner yet; let its search finish, or name an architecture with --arch"
+            )
+        return run.best
+    wanted = load_space(run.config.space).check(Architecture.parse(architecture))
+    full = [evaluation for evaluation in run.at(run.plan.high) if evaluation.trial.architecture == wanted]
+    if not full:
+        known = dict.fromkeys(str(evaluation.trial.architecture) for evaluation in run.at(run.plan.high))
+        raise UsageError(
+            f"{wanted} was not trained in full in {run.folder} (trained in full: {', '.join(known) or 'none yet'}); "
+            f"train it: cli.py train {run.folder} --arch {wanted} --out FOLDER"
+        )
+    return max(full, key=lambda evaluation: evaluation.accuracy)
+
+
+@contextmanager
+def worker(resources: Resources, logs: Path | None, module: str) -> Iterator[tuple[Fleet, Path]]:
+    """A single worker for the tasks of a module, and a temporary folder, which also holds the logs if `logs` is None."""
+    with tempfile.TemporaryDirectory(prefix="mfkd-") as scratch:
+        fleet = open_fleet(resources, one_worker(layout(resources)), logs or Path(scratch) / "logs", module)
+        try:
+            yield fleet, Path(scratch)
+        finally:
+            fleet.close()

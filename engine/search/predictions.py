@@ -1,0 +1,137 @@
+"""What the surrogate predicted of an architecture, at the end and at any earlier moment, from the journal alone.
+
+A prediction is recomputed from the evaluations that the journal held at that moment, so none has seen its own outcome.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from engine.search.latency_limit import within_latency_limit
+from engine.search.methods.estimate import Estimate, SurrogateInputs, estimate
+from engine.search.methods.mfkd import BETA
+from engine.search.methods.scores import find_rows, scores
+from engine.search.progress import Display
+from engine.search.runs import Run
+from engine.search.setup import find_candidates
+from engine.space import Candidates, SearchSpace
+from engine.spaces.load import load_space
+from engine.trial import Architecture, Evaluation, History
+
+# Predictions cover a random sample of this many candidates, and those that were asked: millions would take seconds.
+SAMPLE = 20_000
+# At most this many predictions at ask time, since each needs a fit.
+MAX_AT_ASK_TIME = 100
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The surrogate's prediction for a candidate: mean and standard deviation of its full score, including measurement
+    noise, in normal scores (0 is the middle of the candidates, 1 is one standard deviation above it).
+
+    `rank` is its rank by upper bound among the `among` candidates not yet asked for in full; `low` and `full` count the
+    scores that the surrogate was fitted to.
+    """
+
+    mean: float
+    std: float
+    rank: int
+    among: int
+    low: int
+    full: int
+
+
+@dataclass(frozen=True)
+class RunPredictions:
+    """The predictions of a run. It had `everything` candidates; `candidates` holds all of them or a sample.
+
+    `slow` holds the architectures asked about that only the latency limit excludes.
+    """
+
+    run: Run
+    space: SearchSpace
+    candidates: Candidates
+    everything: int
+    slow: frozenset[Architecture] = frozenset()
+
+    @cached_property
+    def at_the_end(self) -> Estimate:
+        return self.estimate(self.run.answers)
+
+    def estimate(self, answers: Sequence[Evaluation]) -> Estimate:
+        """The surrogate fitted to these evaluations."""
+        plan, history = self.run.plan, History(list(answers), [])
+        lows = [scores(self.candidates, history, low) for low in plan.lows]
+        full = scores(self.candidates, history, plan.high)
+        return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
+
+    def predict(
+        self, architecture: Architecture, known: int | None = None, number: int | None = None
+    ) -> Prediction | None:
+        """The prediction for an architecture after the first `known` evaluations, when `number` trials had been asked; by
+        default at the end. None if it is not a candidate."""
+        row = self.candidates.row(architecture)
+        if row is None:
+            return None
+        answers = self.run.answers[:known]
+        fitted = self.at_the_end if known is None else self.estimate(answers)
+        free = np.ones(len(self.candidates), dtype=bool)
+        free[self._asked_in_full(number)] = False
+        free[row] = True
+        bound = fitted.mean + BETA * np.sqrt(fitted.variance)
+        full = [e.ok for e in answers if e.trial.fidelity == self.run.plan.high]
+        low = [e.ok for e in answers if e.trial.fidelity in self.run.plan.lows]
+        return Prediction(
+            mean=float(fitted.mean[row]),
+            std=float(np.sqrt(fitted.variance[row] + fitted.noise)),
+            rank=1 + int((bound[free] > bound[row]).sum()),
+            among=int(free.sum()),
+            low=sum(low),
+            full=sum(full),
+        )
+
+    def at_ask_time(self) -> dict[int, Prediction]:
+        """The predictions at the time when full-fidelity trials were asked, by trial number.
+
+        Repeats, and evaluations imported from a fidelity study, are left out. Of more than MAX_AT_ASK_TIME trials, an
+        evenly spaced selection is taken.
+        """
+        if self.run.kind == "fidelity-study":
+            return {}
+        first: dict[Architecture, tuple[int, int]] = {}
+        for trial, known in zip(self.run.record.asked, self.run.record.known, strict=True):
+            if trial.fidelity == self.run.plan.high:
+                first.setdefault(trial.architecture, (known, trial.number))
+        imported = self.run.imported
+        own = [(architecture, when) for architecture, when in first.items() if when[1] not in imported]
+        some = own[:: math.ceil(len(own) / MAX_AT_ASK_TIME) or 1]
+        said = {number: self.predict(architecture, known, number) for architecture, (known, number) in some}
+        return {number: prediction for number, prediction in said.items() if prediction is not None}
+
+    def _asked_in_full(self, number: int | None) -> list[int]:
+        asked = [t.architecture for t in self.run.record.asked[:number] if t.fidelity == self.run.plan.high]
+        return [int(row) for row in find_rows(self.candidates, asked) if row >= 0]
+
+
+def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredictions:
+    """The run with the candidates that its search had; a sample of them always includes those of `about`."""
+    space = load_space(run.config.space)
+    _, fit = find_candidates(space, run.config, run.data, Display("none"))
+    inside = [architecture for architecture in about if fit.row(architecture) is not None]
+    if run.config.max_latency_ms < math.inf:
+        limit, stored = run.config.max_latency_ms, run.folder.latencies
+        fit, _ = within_latency_limit(fit, limit, stored, True, 0, _measured_already)
+    keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
+    wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
+    keep[wanted[wanted >= 0]] = True
+    slow = frozenset(architecture for architecture in inside if fit.row(architecture) is None)
+    return RunPredictions(run, space, fit.where(keep), len(fit), slow)
+
+
+def _measured_already(sample: Sequence[Architecture]) -> list[float]:
+    raise AssertionError("a search that has begun has stored its latencies")

@@ -1,0 +1,228 @@
+"""Runs or resumes a run folder: replay the journal, propose, submit, collect, append, until nothing is left to ask."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from engine.config import Plan, Resources, RunKind, RunSettings, Slots, check_paths, cohort_size, slots_for
+from engine.fleet.deadline import START, remaining
+from engine.fleet.devices import describe, layout
+from engine.fleet.drain import Drain
+from engine.fleet.fleet import FleetLost
+from engine.run_folder import RunFolder, write_atomically
+from engine.search.dispatch import Cohorts, Dispatcher
+from engine.search.journal import Journal, Record, read_journal
+from engine.search.log import LogKind, open_log
+from engine.search.loop import Recorded, VirtualWorkers, drive
+from engine.search.methods.propose import Method
+from engine.search.progress import Display
+from engine.search.run_context import RunContext, open_context
+from engine.search.setup import SearchSetup, probe, set_up, validated_space
+from engine.search.warm_start import check_same_data, study_config, warm_start
+from engine.stop_files import remove_stale
+from engine.tasks import DataFacts
+from engine.trial import Drained, EnvironmentUnusable, Evaluation, History, NoWinner, Trial, UsageError, failed
+
+Json = dict[str, Any]
+FILE_SCHEMA = 2
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost", "parsl", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDefinition:
+    """What a run does: the kind of its folder, what it may ask for, the method that asks, and what is made of the
+    answers."""
+
+    kind: RunKind
+    plan: Plan
+    method: Method
+    finish: Callable[[SearchSetup, History], Json]
+
+
+def run(
+    definition: RunDefinition, settings: RunSettings, run_dir: Path, display: Display, log: LogKind = "none"
+) -> Json:
+    """Starts or resumes a run folder: evaluates what the method proposes, and returns what is made of it.
+
+    Raises EngineError where it cannot start or go on; everything measured until then is in the journal.
+    """
+    validated_space(settings)
+    config, resources = settings.config, settings.resources
+    check_paths(config)
+    study = RunFolder(Path(config.fidelity_study).absolute()) if config.fidelity_study else None
+    if study:
+        study_config(study, config)
+    wanted = layout(resources)
+    folder = RunFolder(run_dir.absolute())
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    with (
+        stoppable(resources, folder) as drain,
+        Journal(folder.journal) as journal,
+        open_log(log, config, folder) as display.log,
+    ):
+        if not folder.has_begun():  # a call that failed before it did any work fixes neither settings nor data
+            folder.forget_settings()
+        slots = slots_for(wanted.workers, cohort_size(resources, gpu=wanted.device == "cuda"))
+        slots = folder.fix_config(definition.kind, config, settings.budget, slots)
+        display.say(f"run folder {folder}; {describe(wanted)}")
+        remove_stale(folder.logs)
+        with open_context(settings, folder, wanted, display, drain) as context:
+            facts = probe(context)
+            if study:
+                check_same_data(study, facts.fingerprint)
+            setup = set_up(context, definition.plan, facts)
+            write_run_file(folder, facts)
+            if study:
+                warm_start(study, setup, journal)
+            history = evaluate_all(setup, journal, slots, definition.method)
+            return definition.finish(setup, history)
+
+
+@contextmanager
+def stoppable(resources: Resources, folder: RunFolder) -> Iterator[Drain]:
+    """Turns being told to stop into Drained, and a full disk into an EnvironmentUnusable."""
+    with Drain(resources.grace_s, remaining(resources.time_limit)) as drain:
+        try:
+            yield drain
+        except Drained as stopped:
+            reason = str(drain.drained() if drain.asked else stopped)
+            raise Drained(reason, {"run_dir": str(folder), "status": "drained"}) from None
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise unwritable(folder, error) from error
+
+
+def unwritable(folder: RunFolder, error: OSError) -> EnvironmentUnusable:
+    return EnvironmentUnusable(
+        f"cannot write {folder}: {error}; free space or change its permissions, then run the command again, "
+        "or choose another folder (--run-dir or --out)"
+    )
+
+
+def evaluate_all(setup: SearchSetup, journal: Journal, slots: Slots, method: Method) -> History:
+    """Evaluates everything that the method asks for; all evaluations of the run, in the order of the virtual clock."""
+    context = setup.context
+    display, drain, resources = context.display, context.drain, context.resources
+    record = read_journal(journal.path)
+    plan = replace(setup.plan, cohort=slots.cohort)
+    if record.answers:
+        display.say(f"resuming: {len(record.answers)} evaluations in the journal")
+    for low in plan.lows:
+        display.expect(low.name, plan.max_low)
+    display.expect(plan.high.name, plan.max_high)
+
+    def share(trial: Trial) -> int:
+        return slots.cohort if trial.fidelity == plan.high else 1
+
+    def cost(trial: Trial) -> float:
+        return setup.cost(trial) * slots.cohort / share(trial)  # a worker is shared by a cohort
+
+    def propose(history: History, free: int) -> list[Trial]:
+        return method(setup.candidates, visible(history, setup), plan, free)
+
+    def received(evaluation: Evaluation) -> None:
+        display.show(evaluation, evaluation.trial.fidelity == plan.high)
+
+    teacher = context.folder.teacher_weights(context.config)
+    cohorts = Cohorts(context.worker, teacher, slots.cohort, plan.high, resources.trial_timeout)
+    dispatcher = Dispatcher(context.fleet, cohorts, journal, record.answers, received)
+    workers = VirtualWorkers(slots.total, cost, share, at_least=slots.cohort)
+    try:
+        history = drive(
+            propose,
+            dispatcher,
+            workers,
+            Recorded(record.asked, record.seen),
+            journal.ask,
+            lambda history: should_stop(context, plan, record, history),
+        )
+    except (Drained, FleetLost):
+        if not drain.asked:
+            raise
+    if drain.asked:
+        drain.settle(dispatcher.open())
+        raise drain.drained()
+    return history
+
+
+def should_stop(context: RunContext, plan: Plan, record: Record, history: History) -> bool:
+    """Whether a limit of the budget has been reached, or the run has been told to stop.
+
+    Raises NoWinner after too many failures in a row.
+    """
+    budget, drain = context.budget, context.drain
+    if history.asked < len(record.asked) and not drain.asked:
+        return False  # lowering a budget does not undo what has been measured
+    full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
+    # Only failures of this call count: the user may have fixed the cause of earlier ones.
+    last = [e for e in history.answered if e.trial.number not in record.answers][-budget.max_failures :]
+    if len(last) == budget.max_failures and all(failed(e.status) for e in last):
+        raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {why_no_winner(history)}")
+    return (
+        drain.asked
+        or history.seconds() >= budget.gpu_hours * 3600
+        or time.monotonic() - START >= budget.wall_time * 3600
+        or max(full, default=0.0) >= budget.target_accuracy
+    )
+
+
+def visible(history: History, setup: SearchSetup) -> History:
+    """The history as a method sees it: with the expected cost of a trial as its seconds, see `SearchSetup.cost`."""
+    answered = [replace(e, seconds=setup.cost(e.trial), test_accuracy=None) for e in history.answered]
+    return History(answered, list(history.pending))
+
+
+def why_no_winner(history: History) -> str:
+    """What to tell the user if no full training succeeded."""
+    failures = [e for e in history.answered if not e.ok]
+    if not failures:
+        return "no full-fidelity evaluation was made: raise the budget (--max-high, --gpu-hours, --wall-time)"
+    return f"the last failure: {failures[-1].trial.architecture}: {failures[-1].status}: {failures[-1].error}"
+
+
+def write_run_file(folder: RunFolder, facts: DataFacts) -> None:
+    """Records data, versions, machine and command line in run.json; UsageError if the data have changed."""
+    path = folder.run_file
+    try:
+        stored: Json = json.loads(path.read_text()) if path.exists() else {"schema": FILE_SCHEMA, "calls": []}
+    except ValueError as error:
+        raise EnvironmentUnusable(f"cannot read {path} ({error}); delete it and run the command again") from error
+    if stored["schema"] != FILE_SCHEMA:
+        raise UsageError(
+            f"{path} has format {stored['schema']}, this version reads {FILE_SCHEMA}; "
+            "use the version that wrote it, or another folder (--run-dir or --out)"
+        )
+    data = asdict(facts)
+    fingerprint, device = data["fingerprint"], data.pop("device")
+    if stored.get("data", data)["fingerprint"] != fingerprint:
+        raise UsageError(
+            f"the data have changed since {folder} was started; restore them, "
+            "or choose another folder (--run-dir or --out)"
+        )
+    stored["data"] = data
+    versions = {name: _version(name) for name in VERSIONED}
+    call = {"command": sys.argv, "device": device, "python": platform.python_version(), "versions": versions}
+    stored["calls"].append(call)
+    write_atomically(path, json.dumps(stored, indent=2) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,201 @@
+"""What must be known before a search asks for anything: the data as a worker sees them, the candidates, the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_library_model
+from engine.fleet.devices import layout
+from engine.run_folder import RunFolder
+from engine.search.journal import read_journal
+from engine.search.latency_limit import within_latency_limit
+from engine.search.methods.propose import METHODS
+from engine.search.progress import Display
+from engine.search.run_context import RunContext, one_worker, open_context
+from engine.space import Candidates, SearchSpace, candidates
+from engine.spaces.load import load_space
+from engine.tasks import DataFacts, LatencyTask, ProbeTask, Statistic, TeacherFacts, TeacherTask, task_from_json
+from engine.trial import Architecture, Trial, UsageError
+
+# A network without operations still takes time per image: loading, normalisation, the classifier.
+OVERHEAD_MACS = 1e6
+
+
+@dataclass(frozen=True)
+class SearchSetup:
+    """A run whose data, candidates and teacher are known, ready to ask for trials."""
+
+    context: RunContext
+    plan: Plan
+    candidates: Candidates
+    facts: DataFacts
+
+    def cost(self, trial: Trial) -> float:
+        """Expected cost of a trial, up to a constant factor: passes over the data times MACs.
+
+        It drives the virtual clock and is what methods see as seconds. Measured seconds would be more accurate but
+        differ between a run and its continuation on another machine, and decisions must not.
+        """
+        fidelity = trial.fidelity
+        row = self.candidates.row(trial.architecture)
+        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
+        scale = fidelity.width * (fidelity.resolution or self.facts.resolution) / self.facts.resolution
+        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
+
+
+def validated_space(settings: RunSettings) -> SearchSpace:
+    """The search space of settings that can work; UsageError for others, before anything is started."""
+    check_settings(settings)
+    if settings.config.method not in METHODS:
+        raise UsageError(f"no method named '{settings.config.method}'; choose from {', '.join(METHODS)}")
+    return load_space(settings.config.space)
+
+
+def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
+    """Finds the candidates and obtains the teacher; `facts` is the answer of `probe`."""
+    config = context.config
+    everything, fit = find_candidates(context.space, config, facts, context.display)
+    if config.max_latency_ms < math.inf:
+        fit = limit_latency(context, fit, context.folder)
+    if config.low.kd_loss != "none":
+        library = is_library_model(config.teacher)
+        network = config.teacher if library else f"{config.space}#{largest_member(everything)}"
+        path = context.folder.teacher_weights(config)
+        obtain_teacher(context, TeacherTask(context.worker, network, path, pretrained=library))
+    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts)
+
+
+def probe(context: RunContext) -> DataFacts:
+    """Has a worker check data and device; returns what it found."""
+    config = context.config
+    facts = task_from_json(DataFacts, context.answer(ProbeTask(context.worker)))
+    if facts.images["train"] < config.batch_size:
+        raise UsageError(
+            f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it"
+        )
+    counts = f"{facts.images['train']} train, {facts.images['valid']} valid, {len(facts.classes)} classes"
+    context.display.say(f"data {config.data}: {counts}")
+    return facts
+
+
+def find_candidates(
+    space: SearchSpace, config: SearchConfig, facts: DataFacts, display: Display
+) -> tuple[Candidates, Candidates]:
+    """All members of the space, and the candidates: those that meet the limits on MACs and parameters."""
+    only = [space.check(Architecture.parse(word.strip())) for word in config.only.split(",") if word.strip()]
+    needs_largest = config.teacher == "auto" and config.low.kd_loss != "none"  # it becomes the teacher
+    everything = space_members(space, config, facts, () if needs_largest else only)
+    allowed = space_members(space, config, facts, only) if only else everything
+    inside = (allowed.macs >= config.min_macs) & (allowed.macs <= config.max_macs)
+    fit = allowed.where(inside & (allowed.params <= config.max_params))
+    if not len(fit):
+        raise UsageError(
+            f"no architecture of {space.name} meets --max-macs {config.max_macs:g}, --max-params "
+            f"{config.max_params:g} and --min-macs {config.min_macs:g}; the smallest has "
+            f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
+        )
+    display.say(
+        f"space {space.name}: {space.size:,} architectures, {len(fit):,} candidates, "
+        f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
+    )
+    return everything, fit
+
+
+def space_members(
+    space: SearchSpace, config: SearchConfig, facts: DataFacts, only: Sequence[Architecture] = ()
+) -> Candidates:
+    """All members of the space, or those in `only`, with their cost at full fidelity."""
+    resolution = config.high.resolution or facts.resolution
+    return candidates(space, len(facts.classes), config.high.width, resolution, config.seed, only)
+
+
+def largest_member(everything: Candidates) -> Architecture:
+    """The member with the most multiply-accumulates: the default teacher."""
+    return everything.architecture(int(everything.macs.argmax()))
+
+
+def limit_latency(context: RunContext, fit: Candidates, folder: RunFolder) -> Candidates:
+    """The candidates within --max-latency-ms, judged by measurements that are stored in a run folder."""
+    config, display = context.config, context.display
+
+    def measure(sample: Sequence[Architecture]) -> list[float]:
+        display.say(f"latency: measuring {len(sample)} architectures at batch size {config.latency_batch}")
+        milliseconds: list[float] = context.answer(LatencyTask(context.worker, tuple(sample)))
+        return milliseconds
+
+    begun = bool(read_journal(folder.journal).asked)
+    left, how = within_latency_limit(fit, config.max_latency_ms, folder.latencies, begun, config.seed, measure)
+    display.say(how)
+    return left
+
+
+def obtain_teacher(context: RunContext, task: TeacherTask) -> TeacherFacts:
+    """Checks the teacher's weights file against the data, or makes it if there is none."""
+    display = context.display
+    display.say(f"teacher: {task.path if task.path.exists() else task.network}")
+    facts = task_from_json(TeacherFacts, context.answer(task))
+    display.say(
+        f"teacher: {facts.network}, validation accuracy {facts.accuracy:.4f}, trained for {facts.seconds:.0f} s"
+    )
+    if facts.elsewhere:
+        display.say(
+            "teacher: it was trained on other images, or with another --seed, and may have seen some of these "
+            "validation images"
+        )
+    return facts
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """What the `teacher` command asks for: a network (auto, an architecture of the space, torchvision:NAME, timm:NAME or
+    FILE.py:NAME), the file to write, and ready-made weights with the mean and std of the images they were trained on.
+
+    `check_only` accepts any network that the file holds.
+    """
+
+    network: str
+    path: Path
+    check_only: bool = False
+    weights: Path | None = None
+    mean: Statistic | None = None
+    std: Statistic | None = None
+
+
+def make_teacher(settings: RunSettings, request: TeacherRequest, display: Display) -> TeacherFacts:
+    """Trains or imports a teacher if its file does not exist, and checks the file against the data.
+
+    Raises UsageError if the file exists and holds another network, or one trained for another number of epochs.
+    """
+    config, path = settings.config, request.path.absolute()
+    folder = RunFolder(path.parent)
+    with open_context(settings, folder, one_worker(layout(settings.resources)), display) as context:
+        existed = path.exists()
+        facts = probe(context)
+        network = _network_name(context, facts, request.network)
+        task = TeacherTask(
+            context.worker, network, path, weights=request.weights, mean=request.mean, std=request.std
+        )
+        made = obtain_teacher(context, task)
+    same = network == made.network and made.epochs in (0, config.teacher_epochs)  # 0: we did not train it
+    if existed and not request.check_only and not same:
+        raise UsageError(
+            f"{path} holds {made.network}, trained for {made.epochs} epochs; remove it, or choose another --out for "
+            f"{network} and {config.teacher_epochs} epochs"
+        )
+    return made
+
+
+def _network_name(context: RunContext, facts: DataFacts, network: str) -> str:
+    """What the `teacher` command's --arch names, as a weights file records it."""
+    if is_library_model(network) or ".py:" in network:
+        return network
+    if network == "auto":
+        architecture = largest_member(space_members(context.space, context.config, facts))
+    else:
+        architecture = context.space.check(Architecture.parse(network))
+    return f"{context.config.space}#{architecture}"

@@ -1,0 +1,234 @@
+"""What a driver asks of a worker: a frozen dataclass per task, and its JSON form.
+
+A task is sent as the name of a function and a JSON object. `task_to_json` and `task_from_json` are the only places
+that know that object; `Task.function` names the function of `engine.training.run_tasks` (or another module, see
+`engine.fleet.fleet.open_fleet`) that takes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from engine.config import Budget, Resources, SearchConfig, config_from_dict, config_to_dict
+from engine.trial import Architecture, Trial, trial_from_json, trial_to_json
+
+Json = dict[str, Any]
+T = TypeVar("T")
+SplitName = Literal["valid", "test", "all"]
+Statistic = tuple[float, float, float]  # one number per channel
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What every task of a run needs: its settings, its folder (a shared path) and the kind of device."""
+
+    config: SearchConfig
+    run_dir: Path
+    device: str
+    resources: Resources = Resources()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """The classes of a data set, and the mean and standard deviation of its channels, of pixels in 0..1."""
+
+    classes: tuple[str, ...]
+    mean: Statistic
+    std: Statistic
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a worker found out about the data and its device. `files`: whether the images are files of a folder.
+
+    `resolution` is the side in pixels of what a network sees, `images` the size of each split, `fingerprint` stands for
+    the content (engine.data.dataset.fingerprint).
+    """
+
+    classes: tuple[str, ...]
+    resolution: int
+    mean: Statistic
+    std: Statistic
+    images: dict[str, int]
+    files: bool = False
+    fingerprint: str = ""
+    device: str = ""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        return Normalisation(self.classes, self.mean, self.std)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question to a worker."""
+
+    function: ClassVar[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTask(Task):
+    """Check data and device; the answer is a DataFacts."""
+
+    function: ClassVar[str] = "run_probe"
+    worker: WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTask(Task):
+    """Make sure that `path` holds a teacher that fits the data; the answer is a TeacherFacts.
+
+    If there is no such file, `network` is imported from the weights file `weights`, or taken from its library with the
+    library's weights (`pretrained`), or else trained. `mean` and `std` (default: those of the data) are those of the images
+    that imported weights were trained on.
+    """
+
+    function: ClassVar[str] = "run_teacher"
+    worker: WorkerSettings
+    network: str
+    path: Path
+    pretrained: bool = False
+    weights: Path | None = None
+    mean: Statistic | None = None
+    std: Statistic | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherFacts:
+    """What the file of a teacher says of itself. `elsewhere`: we trained it, but on other images or another split."""
+
+    network: str
+    accuracy: float
+    epochs: int
+    seconds: float
+    elsewhere: bool
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrialsTask(Task):
+    """Train and score trials of one fidelity and one seed side by side; the answer is an evaluation for each.
+
+    `teacher` is its weights file (unused where the fidelity does not distil), `timeout_s` the time limit of the whole
+    task in seconds (0: none).
+    """
+
+    function: ClassVar[str] = "run_trials"
+    worker: WorkerSettings
+    trials: tuple[Trial, ...]
+    teacher: Path
+    timeout_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TestTask(Task):
+    """Score the stored weights of a full-fidelity trial on the test split."""
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+    function: ClassVar[str] = "run_test"
+    worker: WorkerSettings
+    trial: Trial
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTask(Task):
+    """Time the forward pass of each architecture; the answer is milliseconds."""
+
+    function: ClassVar[str] = "run_latency"
+    worker: WorkerSettings
+    architectures: tuple[Architecture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask(Task):
+    """Score the weights in a file on a split of the data, or on all of it.
+
+    `trained_on` describes the data that the weights were trained on; None means that they are these data.
+    """
+
+    function: ClassVar[str] = "run_score"
+    worker: WorkerSettings
+    trial: Trial
+    weights: Path
+    split: SplitName
+    trained_on: Normalisation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTask(Task):
+    """Write the weights of a full-fidelity trial of `run_dir` in every export format into `out`, with a model card.
+
+    `card` holds what the run knows of the network (engine/export/card.py).
+    """
+
+    function: ClassVar[str] = "run_export"
+    run_dir: Path
+    trial: Trial
+    space: str
+    teacher: Path
+    out: Path
+    normalisation: Normalisation
+    resolution: int
+    device: str
+    card: Json
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceCheckTask(Task):
+    """Check that a search space does what a search asks of it."""
+
+    function: ClassVar[str] = "run_check"
+    space: str
+    classes: int
+    resolution: int
+    teacher: str
+    seed: int
+
+
+def task_to_json(task: Any) -> Json:
+    """A task, or one of the dataclasses above, as plain JSON values."""
+    return {item.name: _encode(getattr(task, item.name)) for item in dataclasses.fields(task)}
+
+
+def task_from_json(kind: type[T], values: Json) -> T:
+    """The inverse of `task_to_json`."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _decode(hints[name], value) for name, value in values.items()})
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, SearchConfig | Budget | Resources):
+        return config_to_dict(value)
+    if isinstance(value, Trial):
+        return trial_to_json(value)
+    if isinstance(value, Architecture):
+        return list(value.choices)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_encode(entry) for entry in value]
+    return task_to_json(value) if dataclasses.is_dataclass(value) else value
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _decode(get_args(kind)[0], value)
+    if get_origin(kind) is tuple:  # tuple[X, ...], or of equal types
+        return tuple(_decode(get_args(kind)[0], entry) for entry in value)
+    if kind is SearchConfig:
+        return config_from_dict(value)
+    if kind is Resources:
+        return Resources(**value)
+    if kind is Trial:
+        return trial_from_json(value)
+    if kind is Architecture:
+        return Architecture(tuple(value))
+    if kind is Path:
+        return Path(value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return task_from_json(kind, value)
+    return value

@@ -1,0 +1,157 @@
+"""What a worker keeps between tasks: the configuration, the data, the device; and what needs only these."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from engine import stop_files
+from engine.config import SearchConfig
+from engine.data.dataset import Dataset, Split, load, subset
+from engine.data.loader import Batches, eval_batches, train_batches
+from engine.run_folder import RunFolder
+from engine.tasks import WorkerSettings
+from engine.training import checkpoint
+from engine.training.checkpoint import Progress
+from engine.training.latency import measure
+from engine.training.student import Student
+from engine.training.train import accuracies
+from engine.trial import Drained, Fidelity
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerContext:
+    """The configuration, its data and its device. `max_cohort` records how many students of a fidelity fit into memory
+    at once, where a whole cohort did not."""
+
+    config: SearchConfig
+    data: Dataset
+    device: torch.device
+    folder: RunFolder
+    max_cohort: dict[Fidelity, int] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the loader: for a GPU worker its share of the cores (set by its supervisor), for a CPU worker one."""
+        return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
+
+    def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
+        """Indices of the training images of a fidelity, and the batch size: the configured one, or all images if fewer."""
+        indices = subset(self.data.train.labels, fidelity.fraction, self.config.seed)
+        return indices, min(self.config.batch_size, len(indices))
+
+    def images(self, fidelity: Fidelity) -> int:
+        """How many images a training at a fidelity processes, counting repeats."""
+        indices, batch_size = self.subset(fidelity)
+        return fidelity.epochs * (len(indices) // batch_size) * batch_size
+
+    def resolution(self, fidelity: Fidelity) -> int:
+        return fidelity.resolution or self.data.resolution
+
+    def train_batches(self, fidelity: Fidelity, seed: int, first_epoch: int = 0) -> Batches:
+        """The batches of a training at a fidelity, starting at an epoch."""
+        indices, batch_size = self.subset(fidelity)
+        return train_batches(
+            self.data.train,
+            indices,
+            data=self.data,
+            batch_size=batch_size,
+            epochs=fidelity.epochs,
+            resolution=self.resolution(fidelity),
+            seed=seed,
+            device=str(self.device),
+            backend=self.config.data_backend,
+            threads=self.threads,
+            first_epoch=first_epoch,
+        )
+
+    def scores(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[float | Exception]:
+        """Accuracies (0..1) of networks in one pass over a split, or the exception that a network raised."""
+        if not networks:
+            return []
+        views = eval_batches(
+            split,
+            data=self.data,
+            batch_size=256,
+            resolution=self.resolution(fidelity),
+            device=str(self.device),
+            backend=self.config.data_backend,
+            threads=self.threads,
+        )
+        return accuracies(networks, views)
+
+    def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
+        """Accuracy (0..1) of one network; raises what the network raises."""
+        (score,) = self.scores([network], split, fidelity)
+        if isinstance(score, Exception):
+            raise score
+        return score
+
+    def latency_ms(self, network: nn.Module) -> float:
+        return measure(network, self.resolution(self.config.high), self.config.latency_batch, self.device)
+
+    def save_progress(self, path: Path, member: Student, progress: Progress, epochs: int, of: str = "") -> None:
+        """Saves the state of a training of `epochs` epochs; raises Drained if the driver has asked workers to stop."""
+        checkpoint.save(path, member, progress, of)
+        done = progress.epochs
+        if done < epochs and not _work_wanted():
+            raise Drained(f"interrupted after epoch {done} of {epochs}; run the same command again to resume")
+
+
+def _work_wanted() -> bool:
+    """Whether this worker's driver still wants it to work; always true outside a worker."""
+    folder = os.environ.get("MFKD_STOP_FILES")
+    return folder is None or stop_files.work_wanted(Path(folder))
+
+
+@lru_cache(maxsize=1)
+def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerContext:
+    data = load(
+        config.data,
+        seed=config.seed,
+        valid_fraction=config.valid_fraction,
+        resolution=config.resolution,
+        flip=config.flip,
+    )
+    if device == "cpu":
+        torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
+        keep_freed_memory()
+    return WorkerContext(config, data, torch.device(device), RunFolder(run_dir))
+
+
+def open_context(settings: WorkerSettings) -> WorkerContext:
+    """The context of a task. The last one is kept, so that data are read once."""
+    return _open_context(settings.config, settings.run_dir, settings.device)
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep freed tensor memory for the next step, as torch itself does on a GPU.
+
+    By default glibc returns blocks of a few MB to the kernel at once. A MobileNetV2 step then spends up to 90,000 page
+    faults and a third of its time on getting them back (docs/training.md). Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # M_MMAP_THRESHOLD: block size from which glibc uses mmap; older versions accept at most 32 MiB. If both are refused,
+    # the trim threshold must stay unset too: setting it would turn off glibc's own adaptation.
+    if mallopt is not None and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak bytes: of the device's allocator on CUDA, of the whole process so far on CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,125 @@
+"""The functions that a worker runs, one per task of engine/tasks.py. They take and return plain JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engine.data.dataset import Split, fingerprint
+from engine.spaces.load import load_space
+from engine.tasks import (
+    DataFacts,
+    LatencyTask,
+    ProbeTask,
+    ScoreTask,
+    TeacherFacts,
+    TeacherTask,
+    TestTask,
+    TrialsTask,
+    task_from_json,
+    task_to_json,
+)
+from engine.training import teacher as teachers
+from engine.training.context import device_name, open_context
+from engine.training.evaluate import evaluate
+from engine.training.make_teacher import fetch_teacher, import_teacher, train_teacher
+from engine.training.spacecheck import glance
+from engine.training.student import place
+from engine.training.weights import load_weights
+from engine.trial import EnvironmentUnusable, UsageError, evaluation_to_json
+
+Json = dict[str, Any]
+
+
+def run_probe(payload: Json) -> Json:
+    """ProbeTask -> DataFacts. Raises EngineError if data or device cannot be used."""
+    task = task_from_json(ProbeTask, payload)
+    if task.worker.device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentUnusable(
+            "this worker was given a GPU but torch cannot use it; check the driver with nvidia-smi, or use --device cpu"
+        )
+    context = open_context(task.worker)
+    config, data = context.config, context.data
+    if ".py:" in config.space:
+        for fidelity in (config.low, config.high):
+            glance(config.space, len(data.classes), fidelity.width, context.resolution(fidelity))
+    facts = DataFacts(
+        classes=data.classes,
+        resolution=data.resolution,
+        mean=data.mean,
+        std=data.std,
+        images={"train": len(data.train), "valid": len(data.valid)},
+        files=data.train.files is not None,
+        fingerprint=fingerprint(data),
+        device=device_name(context.device),
+    )
+    return task_to_json(facts)
+
+
+def run_trials(payload: Json) -> list[Json]:
+    """TrialsTask -> an evaluation for each trial."""
+    task = task_from_json(TrialsTask, payload)
+    evaluations = evaluate(open_context(task.worker), task.teacher, list(task.trials), task.worker.resources)
+    return [evaluation_to_json(evaluation) for evaluation in evaluations]
+
+
+def run_teacher(payload: Json) -> Json:
+    """TeacherTask -> TeacherFacts. Raises UsageError if the teacher's classes are not those of the data."""
+    task = task_from_json(TeacherTask, payload)
+    context, path = open_context(task.worker), task.path
+    if not path.exists():
+        if task.weights is not None:
+            import_teacher(context, task)
+        elif task.pretrained:
+            fetch_teacher(context, task.network, path)
+        else:
+            train_teacher(context, task.network, path, task.worker.resources)
+    card = teachers.read_card(path)
+    teachers.check_fits(card, context.data.classes)
+    elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)
+    return task_to_json(TeacherFacts(card.network, card.accuracy, card.epochs, card.seconds, elsewhere, path))
+
+
+def run_test(payload: Json) -> Json:
+    """TestTask -> {"test_accuracy", "weights" (their file)}."""
+    task = task_from_json(TestTask, payload)
+    context, trial = open_context(task.worker), task.trial
+    space = load_space(context.config.space)
+    network = space.build(trial.architecture.choices, len(context.data.classes), trial.fidelity.width)
+    weights = context.folder.weights(trial)
+    load_weights(weights, network)
+    network = place(network, context.device)
+    accuracy = context.accuracy(network, context.data.test, trial.fidelity)
+    return {"test_accuracy": accuracy, "weights": str(weights)}
+
+
+def run_latency(payload: Json) -> list[float]:
+    """LatencyTask -> milliseconds of a forward pass of each architecture, at full fidelity's width and resolution."""
+    task = task_from_json(LatencyTask, payload)
+    context = open_context(task.worker)
+    space, width, classes = load_space(context.config.space), context.config.high.width, len(context.data.classes)
+    return [context.latency_ms(space.build(one.choices, classes, width)) for one in task.architectures]
+
+
+def run_score(payload: Json) -> Json:
+    """ScoreTask -> {"accuracy", "images", "device"}. Raises UsageError if the classes, or their order, differ."""
+    task = task_from_json(ScoreTask, payload)
+    context, trial, known = open_context(task.worker), task.trial, task.trained_on
+    if known is not None:
+        if known.classes != context.data.classes:
+            raise UsageError(
+                f"{context.config.data} has the classes {', '.join(context.data.classes)}, but the network was trained "
+                f"on {', '.join(known.classes)}; they must be the same, in the same order"
+            )
+        context = replace(context, data=replace(context.data, mean=known.mean, std=known.std))
+    data = context.data
+    network = load_space(context.config.space).build(
+        trial.architecture.choices, len(data.classes), trial.fidelity.width
+    )
+    load_weights(task.weights, network)
+    splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
+    network, images = place(network, context.device), sum(map(len, splits))
+    correct = sum(len(split) * context.accuracy(network, split, trial.fidelity) for split in splits)
+    return {"accuracy": correct / images, "images": images, "device": device_name(context.device)}

@@ -1,0 +1,550 @@
+"""A fidelity study: what it asks, what it finds, what it drops, and the search that begins with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cli
+from engine.config import Budget, Resources, SearchConfig, config_at, search_plan
+from engine.report import charts, predictions
+from engine.search import one_architecture, search
+from engine.search.fidelity_study.design import FidelityStudy, chosen
+from engine.search.fidelity_study.ranking import StudyScores, difference, macs_alone, rank, repeatability
+from engine.search.fidelity_study.study import (
+    by_luck,
+    default_lows,
+    fidelity_study_first,
+    recommended,
+    run_fidelity_study,
+)
+from engine.search.journal import Journal, read_journal
+from engine.search.predictions import load_predictions
+from engine.search.progress import Display
+from engine.search.runs import open_run
+from engine.search.warm_start import warm_start
+from engine.space import candidates
+from engine.spaces.load import load_space
+from engine.trial import (
+    Architecture,
+    Evaluation,
+    Fidelity,
+    NoWinner,
+    Status,
+    Trial,
+    UsageError,
+    evaluation_to_json,
+    trial_from_json,
+)
+from tests.at_once import AtOnce
+
+SPACE = "nasbench201:channels=8,cells=1"
+STUDY = SearchConfig(space=SPACE, high=Fidelity("high", epochs=9))
+GOOD, FAIR, NOISE = Fidelity.parse("kd@1/9x3"), Fidelity.parse("at@1/9x3"), Fidelity.parse("none@1/9x3")
+LUCK = {GOOD: 0.01, FAIR: 0.15, NOISE: 10.0}
+
+
+class Formula(AtOnce):
+    """A fleet whose answers are a function of the trial: quality is no function of MACs; `LUCK` is added to it."""
+
+    capacity = 2
+
+    def __init__(self, broken: Fidelity | None = None) -> None:
+        self.broken = broken
+        self.asked: list[tuple[Architecture, Fidelity, int]] = []
+
+    def run_teacher(self, task: dict[str, Any]) -> dict[str, Any]:
+        Path(task["path"]).parent.mkdir(exist_ok=True)
+        Path(task["path"]).touch()
+        return super().run_teacher(task)
+
+    def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+        return [evaluation_to_json(self.measure(trial_from_json(data), task)) for data in task["trials"]]
+
+    def measure(self, trial: Any, task: dict[str, Any]) -> Evaluation:
+        self.asked.append((trial.architecture, trial.fidelity, trial.seed))
+        if trial.fidelity == self.broken:
+            return Evaluation(trial, "oom", error="no memory")
+        full = trial.fidelity.name == "high"
+        if full:
+            weights = Path(task["run_dir"]) / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.write_text(f"weights of {trial.architecture}")
+        luck = 0.005 if full else LUCK.get(trial.fidelity, 0.1)
+        quality = np.random.default_rng(trial.architecture.choices).random()
+        score = 0.5 + 0.1 * (quality + luck * np.random.default_rng(int(trial.key, 16)).normal())
+        return Evaluation(trial, "ok", score, seconds=9.0 if full else 1.0, macs=10, params=5)
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Formula:
+    made = Formula()
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: made)
+    return made
+
+
+def run(folder: Path, plan: FidelityStudy, config: SearchConfig = STUDY, budget: Budget = Budget()) -> dict[str, Any]:  # noqa: B008
+    resources = Resources(device="cpu", workers=2)
+    return run_fidelity_study(config, plan, budget, resources, folder, Display("none"))
+
+
+def test_a_fidelity_is_read_from_its_short_form() -> None:
+    found = Fidelity.parse("kd+at@1/27x30:width=0.5,at_weight=100,kd_temperature=2")
+    assert (found.fraction, found.epochs, found.width, found.kd_loss) == (Fraction(1, 27), 30, 0.5, "kd+at")
+    assert found.weights == (("at_weight", 100.0), ("kd_temperature", 2.0))
+    config = config_at(SearchConfig(), found)
+    assert (config.at_weight, config.kd_temperature, config.kd_weight) == (100.0, 2.0, SearchConfig().kd_weight)
+    assert Fidelity.parse("none@1x3:resolution=16").resolution == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kd", "write LOSS@FRACTIONxEPOCHS"),
+        ("kd@1/0x3", "write LOSS@FRACTIONxEPOCHS"),
+        ("kd@1/9x3:width", "write LOSS@FRACTIONxEPOCHS"),
+        ("magic@1/9x3", "no loss 'magic'; there are none, kd,"),
+        ("kd@1/9x3:at_wait=3", "no weight 'at_wait'; there are kd_temperature"),
+        ("kd@4/3x3", "at most 1"),
+    ],
+)
+def test_what_is_no_fidelity_is_refused_with_the_way_out(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Fidelity.parse(text)
+
+
+def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:
+    members = candidates(load_space(SPACE), classes=10, width=1.0, resolution=32)
+    many = chosen(members, 16, seed=3)
+    assert chosen(members, 6, seed=3) == many[:6]
+    assert len(set(many)) == 16
+    order = np.argsort(np.argsort(members.macs, kind="stable"))
+    slices = {int(order[members.row(a)] * 16 / len(members)) for a in many}
+    assert len(slices) >= 12  # of 16; many networks are equal in MACs
+
+
+def test_a_study_judges_every_architecture_every_way_and_recommends_the_best(tmp_path: Path, fleet: Formula) -> None:
+    result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR, GOOD), 12, repeats=2, low_repeats=2, drop=False))
+    per = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (STUDY.high, *LUCK)}
+    assert [len(set(questions)) for questions in per.values()] == [24, 24, 24, 24]
+    rows = {row["name"]: row for row in result["fidelities"]}
+    assert result["full"] == 12
+    assert result["recommended"] == GOOD.name
+    assert rows[GOOD.name]["tau"] > 0.9
+    assert rows[GOOD.name]["tau"] > rows[FAIR.name]["tau"] > rows[NOISE.name]["tau"]
+    assert rows[GOOD.name]["price"] == pytest.approx(1 / 9)
+    assert rows[GOOD.name]["evaluations_per_tau"] == pytest.approx(1 / 9 / rows[GOOD.name]["tau"])
+    assert result["repeatability"] > 0.9
+    gap = next(g for g in result["distilled_less_undistilled"] if g["name"] == GOOD.name)
+    assert gap["tau_given_macs"] > 2 * gap["stderr"]
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        assert len(list(csv.DictReader(file))) == 4 * 24
+
+
+def test_a_fidelity_that_is_clearly_worse_is_asked_no_more(tmp_path: Path, fleet: Formula) -> None:
+    result = run(tmp_path / "study", FidelityStudy((NOISE, GOOD), 24))
+    counts = {f.name: sum(1 for _, g, _ in fleet.asked if g == f) for f in (NOISE, GOOD)}
+    assert counts[GOOD.name] == 24
+    assert 8 <= counts[NOISE.name] < 24
+    assert [row["dropped"] for row in result["fidelities"]] == [True, False]
+    assert result["complete"]
+
+
+def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet: Formula) -> None:
+    plan = FidelityStudy((NOISE, GOOD), 12, repeats=2)
+    whole = run(tmp_path / "study", plan)
+    path = tmp_path / "study" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    record = read_journal(path)
+    for cut in range(1, len(lines), 12):
+        path.write_bytes(b"".join(lines[:cut]))
+        fleet.asked.clear()
+        assert run(tmp_path / "study", plan) == whole, cut
+        assert read_journal(path).asked == record.asked
+    fleet.asked.clear()
+    assert run(tmp_path / "study", plan) == whole
+    assert fleet.asked == []
+
+
+def test_a_study_grows(tmp_path: Path, fleet: Formula) -> None:
+    """More architectures and another fidelity are asked for later; nothing is measured twice."""
+    run(tmp_path / "study", FidelityStudy((NOISE,), 6))
+    result = run(tmp_path / "study", FidelityStudy((FAIR, GOOD, NOISE), 12, drop=False))
+    assert {row["name"]: row["n"] for row in result["fidelities"]} == {FAIR.name: 12, GOOD.name: 12, NOISE.name: 12}
+    assert len(set(fleet.asked)) == len(fleet.asked)
+
+
+def test_failures_leave_the_others_and_nothing_at_all_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Formula(broken=GOOD)
+    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: broken)
+    result = run(tmp_path / "one", FidelityStudy((GOOD, FAIR), 8))
+    assert [row["name"] for row in result["fidelities"]] == [FAIR.name]
+    with pytest.raises(NoWinner, match="fewer than three architectures"):
+        run(tmp_path / "none", FidelityStudy((GOOD,), 8))
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (FidelityStudy((GOOD,), 3), "--architectures is 3; it must be at least 4"),
+        (FidelityStudy((GOOD,), repeats=0), "--repeats is 0"),
+        (FidelityStudy((GOOD, GOOD)), "names a fidelity twice"),
+    ],
+)
+def test_a_study_that_cannot_tell_anything_is_refused(tmp_path: Path, plan: FidelityStudy, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        run(tmp_path / "study", plan)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: Formula) -> None:
+    """Nothing is trained again, weights included, and the study's evaluations count towards the budget."""
+    result = run(tmp_path / "study", FidelityStudy((NOISE, GOOD), 8, repeats=2, drop=False))
+    measured = set(fleet.asked)
+    fleet.asked.clear()
+    command = ["search", "-c", result["config"], "--max-high", "20", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    record = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert sum(t.fidelity == STUDY.high for t in record.asked) == 20
+    assert [t.number for t in record.asked] == list(range(len(record.asked)))
+    begun = record.asked[:24]
+    assert {(t.architecture, t.fidelity.kd_loss, t.seed) for t in begun} <= {(a, f.kd_loss, s) for a, f, s in measured}
+    full = {(a, s) for a, f, s in measured if f == STUDY.high}
+    assert full.isdisjoint((a, s) for a, f, s in fleet.asked if f == STUDY.high)
+    for trial in record.asked:
+        if trial.fidelity == STUDY.high:
+            weights = tmp_path / "run" / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+            assert weights.read_text() == f"weights of {trial.architecture}"
+
+
+def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the predictions of the report nor by explain."""
+    result = run(tmp_path / "study", FidelityStudy((GOOD,), 8))
+    command = ["search", "-c", result["config"], "--max-high", "14", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    opened = open_run(str(tmp_path / "run"))
+    full = [trial for trial in opened.record.asked if trial.fidelity == STUDY.high]
+    brought = {trial.architecture for trial in full[:8]}
+    assert sorted(load_predictions(opened).at_ask_time()) == [
+        trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
+    ]
+    assert "but for what came with a study" in charts.low_against_full(opened).help
+    capsys.readouterr()
+    own = next(trial.architecture for trial in full if trial.architecture not in brought)
+    for architecture, says, not_so in (
+        (full[0].architecture, f"it came with the results of the study {tmp_path}/study", "It was asked for"),
+        (own, "It was asked for in full", "it came with"),
+    ):
+        assert cli.main(["explain", str(tmp_path / "run"), str(architecture)]) == 0
+        told = capsys.readouterr().out
+        assert says in told
+        assert not_so not in told
+
+
+def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 6))
+    assert open_run(str(tmp_path / "study")).finished
+    before = (tmp_path / "study" / "fidelity.json").read_bytes()
+    run(tmp_path / "study", FidelityStudy((GOOD,), 8))
+    assert open_run(str(tmp_path / "study")).finished
+    (tmp_path / "study" / "fidelity.json").write_bytes(before)  # as a kill leaves it
+    assert not open_run(str(tmp_path / "study")).finished
+
+
+def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 8))
+    config = open_run(str(tmp_path / "study"))
+    assert "spread evenly over multiply-accumulates" in charts.low_against_full(config).help
+    past = load_predictions(config)
+    for chart in predictions.predicted(past, past.at_ask_time()):
+        assert not chart.data
+        assert "asks no surrogate" in chart.help
+
+
+def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 8))
+    config = recommended(STUDY, GOOD, tmp_path / "study")
+    show, resources, budget = Display("none"), Resources(device="cpu", workers=2), Budget(max_low=12, max_high=10)
+    whole = search.search(config, budget, resources, tmp_path / "run", show)
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in (2, 10, 20):
+        path.write_bytes(b"".join(lines[:cut]))
+        assert search.search(config, budget, resources, tmp_path / "run", show)["winner"] == whole["winner"]
+        assert b"".join(sorted(path.read_bytes().splitlines())) == b"".join(sorted(b"".join(lines).splitlines()))
+    with pytest.raises(UsageError, match="measured with other settings .*lr: 0.1 there, 0.2 here"):
+        search.search(replace(config, lr=0.2), budget, resources, tmp_path / "other", show)
+    with pytest.raises(UsageError, match="is no run folder of the fidelity command"):
+        search.search(replace(config, fidelity_study=str(tmp_path)), budget, resources, tmp_path / "third", show)
+
+
+def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet: Formula) -> None:
+    """With other fidelities, or another teacher: the full trainings are what costs."""
+    run(tmp_path / "one", FidelityStudy((GOOD,), 6, repeats=2))
+    fleet.asked.clear()
+    teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
+    config = replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(teacher))
+    result = run(tmp_path / "two", FidelityStudy((FAIR, NOISE), 6, repeats=2, drop=False), config)
+    assert {f for _, f, _ in fleet.asked} == {FAIR, NOISE}
+    assert [row["n"] for row in result["fidelities"]] == [6, 6]
+
+
+def test_a_study_and_a_search_do_not_share_a_run_folder(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 6))
+    low = replace(GOOD, name="low")
+    with pytest.raises(UsageError, match="is a run of `fidelity`; for `search` choose another --name"):
+        search.search(replace(STUDY, low=low), Budget(), Resources(device="cpu"), tmp_path / "study", Display("none"))
+
+
+def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 8))
+    studied = {e.trial.architecture for e in read_journal(tmp_path / "study" / "journal.jsonl").answers.values()}
+    members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
+    limit = float(np.median([members.macs[members.row(a)] for a in studied]))
+    config = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=limit)
+    budget = Budget(max_low=12, max_high=10)
+    search.search(config, budget, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+    record = read_journal(tmp_path / "run" / "journal.jsonl")
+    assert all(members.macs[members.row(t.architecture)] <= limit for t in record.asked)
+    assert studied & {t.architecture for t in record.asked}
+    timed = replace(config, max_macs=float("inf"), max_latency_ms=5.0)
+    assert not [t for t in _adopted(timed, tmp_path / "timed") if t.fidelity == STUDY.high]
+
+
+def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limited_to(
+    tmp_path: Path, fleet: Formula
+) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 6))
+    config = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=3e6, max_latency_ms=5.0)
+    wanted = "3-3-3-3-3-3"  # the largest
+    fleet.asked.clear()
+    resources = Resources(device="cpu", workers=1)
+    result = one_architecture.train(config, wanted, resources, tmp_path / "one", Display("none"))
+    assert result["architecture"] == wanted
+    assert [str(architecture) for architecture, _, _ in fleet.asked] == [wanted]
+
+
+@pytest.mark.parametrize("status", ["timeout", "diverged"])
+def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
+    status: Status, tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the same question: what it kept of its epochs goes by that."""
+
+    def train() -> dict[str, Any]:
+        return one_architecture.train(STUDY, "0-1-2-3-2-1", Resources(device="cpu", workers=1), tmp_path / "one", Display("none"))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(fleet, "measure", lambda trial, task: Evaluation(trial, status, error="too bad"))
+        for _ in range(2):
+            with pytest.raises(NoWinner, match="too bad"):
+                train()
+    assert train()["architecture"] == "0-1-2-3-2-1"
+    record = read_journal(tmp_path / "one" / "journal.jsonl")
+    assert [record.answers[t.number].status for t in record.asked] == [status, status, "ok"]
+    assert len({trial.key for trial in record.asked}) == 1
+    assert train()["valid_accuracy"] == record.answers[2].accuracy
+    assert len(fleet.asked) == 1, "a training that has succeeded is not asked again"
+    assert open_run(str(tmp_path / "one")).finished
+
+
+def _adopted(config: SearchConfig, folder: Path) -> list[Trial]:
+    """What a search of the study begins with."""
+    folder.mkdir()
+    members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
+    with Journal(folder / "journal.jsonl") as journal:
+        warm_start(Path(config.fidelity_study), config, search_plan(config, Budget()), members, folder, journal, Display("none"))
+    return read_journal(folder / "journal.jsonl").asked
+
+
+def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
+    tmp_path: Path, fleet: Formula
+) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 6))
+    facts = json.loads((tmp_path / "study" / "run.json").read_text())
+    (tmp_path / "study" / "run.json").write_text(json.dumps({**facts, "fingerprint": "of other images"}))
+    config = replace(STUDY, fidelity_study=str(tmp_path / "study"), low=replace(GOOD, name="low"))
+    for fidelity_study, says in ((config.fidelity_study, "measured on other data"), (str(tmp_path / "typo"), "is no run folder of the")):
+        wrong = replace(config, fidelity_study=fidelity_study)
+        with pytest.raises(UsageError, match=says):
+            search.search(wrong, Budget(), Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+        assert not (tmp_path / "run" / "teacher").exists()
+    # The folder is bound to nothing by then.
+    right, few = replace(config, fidelity_study=""), Budget(max_low=8, max_high=4)
+    search.search(right, few, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+
+
+def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "study", FidelityStudy((GOOD,), 6))
+    next((tmp_path / "study" / "checkpoints").glob("*/*.safetensors")).unlink()
+    config = recommended(STUDY, GOOD, tmp_path / "study")
+    resources, show, few = Resources(device="cpu", workers=2), Display("none"), Budget(max_low=8, max_high=4)
+    with pytest.raises(UsageError, match="lost the weights of 1 of its 6 full trainings: restore .* or leave --pilot"):
+        search.search(config, few, resources, tmp_path / "run", show)
+    assert not read_journal(tmp_path / "run" / "journal.jsonl").asked
+    other = {**fleet.run_probe({}), "fingerprint": "of other images"}
+    fleet.run_probe = lambda task: other  # type: ignore[method-assign]
+    search.search(replace(config, fidelity_study=""), few, resources, tmp_path / "run", show)
+
+
+def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
+    """And the search that follows begins with the study."""
+    config = replace(STUDY, high=replace(STUDY.high, kd_loss="kd"))
+    result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR), 8, drop=False), config)
+    assert result["recommended"] == FAIR.name
+    fleet.asked.clear()
+    command = ["search", "-c", result["config"], "--max-high", "10", "--run-dir", str(tmp_path / "run"), "-q"]
+    assert cli.main(command) == 0
+    assert len([f for _, f, _ in fleet.asked if f == config.high]) == 2
+
+
+def test_weights_of_a_low_fidelity_alone_are_refused_where_both_are_distilled(tmp_path: Path, fleet: Formula) -> None:
+    config, warm = replace(STUDY, high=replace(STUDY.high, kd_loss="kd")), Fidelity.parse("kd@1/9x3:kd_temperature=2")
+    with pytest.raises(UsageError, match="a search has one set of weights for both"):
+        run(tmp_path, FidelityStudy((NOISE, warm), 8), config)
+    assert fleet.asked == []
+
+
+def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
+    tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, show = Resources(device="cpu", workers=2), Display("none")
+    short = Budget(max_high=20, gpu_hours=60 / 3600)
+    with pytest.raises(NoWinner, match="is not finished"):
+        fidelity_study_first(STUDY, short, resources, tmp_path / "run", show)
+    assert not json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["complete"]
+    config = fidelity_study_first(STUDY, Budget(max_high=20), resources, tmp_path / "run", show)
+    assert config.fidelity_study == str(tmp_path / "run" / "pilot")
+    assert json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["full"] == 10
+
+
+@pytest.mark.parametrize("teacher", ["the same", "another"])
+def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, tmp_path: Path, fleet: Formula) -> None:
+    plain = Fidelity.parse("none@1/9x10")
+    run(tmp_path / "one", FidelityStudy((plain, GOOD), 6, drop=False))
+    (tmp_path / "one" / "teacher" / "teacher.safetensors").write_text("the same")
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text(teacher)
+    fleet.asked.clear()
+    config = replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(mine), teacher_epochs=7)
+    run(tmp_path / "two", FidelityStudy((plain, GOOD, NOISE), 6, drop=False), config)
+    assert {f for _, f, _ in fleet.asked} == ({NOISE} if teacher == "the same" else {GOOD, NOISE})
+    journalled = read_journal(tmp_path / "two" / "journal.jsonl").asked
+    assert {t.fidelity for t in journalled} == {STUDY.high, plain, GOOD, NOISE}
+
+
+def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, fleet: Formula) -> None:
+    run(tmp_path / "one", FidelityStudy((GOOD,), 6), replace(STUDY, kd_temperature=2.0))
+    fleet.asked.clear()
+    teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
+    run(tmp_path / "two", FidelityStudy((GOOD,), 6), replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(teacher)))
+    assert {f for _, f, _ in fleet.asked} == {GOOD}
+
+
+def test_low_auto_studies_first_and_is_not_repeated(
+    tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "--progress", "lines"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    counted = [int(number) for number in re.findall(r"\] high +(\d+) ", capsys.readouterr().err)]
+    assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, and those of the search"
+    found = json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())
+    assert found["full"] == 10
+    assert found["recommended"] in [low.name for low in default_lows(SearchConfig().high)]
+    fleet.asked.clear()
+    assert cli.main(command) == 0
+    assert fleet.asked == []
+    with pytest.raises(UsageError, match="--max-high must be over 8"):
+        fidelity_study_first(STUDY, Budget(max_high=8), Resources(), tmp_path / "small", Display("none"))
+
+
+def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -> StudyScores:
+    """Scores of architectures without networks; `full` (n, seeds)."""
+    high = STUDY.high
+    scores = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
+    seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in scores}
+    return StudyScores([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
+
+
+def test_full_trainings_that_rank_by_luck_are_told_by_a_second_seed_or_else_by_what_they_learned() -> None:
+    once = np.array([[0.51], [0.53], [0.52]])
+    found = fake({GOOD: once[:, 0]}, once, np.ones(3))
+    assert "52.0 % of 2 classes" in by_luck(found, 2)
+    assert by_luck(found, 100) == ""
+    # Near guessing, but two seeds agree: there is something to rank.
+    alike = np.array([[0.03, 0.04], [0.05, 0.06], [0.07, 0.08]])
+    assert by_luck(fake({GOOD: alike[:, 0]}, alike, np.ones(3)), 100) == ""
+    apart = np.array([[0.81, 0.84], [0.82, 0.83], [0.83, 0.82]])
+    assert "a tau of only -1.00" in by_luck(fake({GOOD: apart[:, 0]}, apart, np.ones(3)), 10)
+
+
+def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:
+    rng = np.random.default_rng(0)
+    macs, own = rng.random(60), rng.random(60)
+    found = fake({NOISE: macs + 0.1 * rng.normal(size=60), GOOD: own}, (macs + own)[:, None], macs)
+    plain, good = rank(found, NOISE), rank(found, GOOD)
+    assert plain is not None
+    assert good is not None
+    assert plain.tau.value == pytest.approx(macs_alone(found).value, abs=0.1)
+    assert abs(plain.given_macs.value) < 2 * plain.given_macs.stderr
+    assert good.given_macs.value > 5 * good.given_macs.stderr
+    gap = difference(found, GOOD, NOISE)
+    assert gap is not None
+    assert gap.value == pytest.approx(good.given_macs.value - plain.given_macs.value)
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """Over many studies the 95 % interval of tau holds the tau of the whole population nearly as often."""
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(60):
+        quality = rng.normal(size=30)
+        low = 0.7 * quality + np.sqrt(1 - 0.49) * rng.normal(size=30)
+        found = rank(fake({GOOD: low}, quality[:, None], rng.random(30)), GOOD)
+        assert found is not None
+        inside += found.tau.low <= 2 / np.pi * np.arcsin(0.7) <= found.tau.high
+    assert inside >= 50
+
+
+def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None:
+    rng = np.random.default_rng(2)
+    quality, macs = rng.normal(size=20), rng.random(20)
+    sharp = fake({GOOD: quality}, quality[:, None] + 0.01 * rng.normal(size=(20, 3)), macs)
+    noisy = fake({GOOD: quality}, quality[:, None] + 2.0 * rng.normal(size=(20, 3)), macs)
+    assert repeatability(sharp) > 0.95
+    assert repeatability(noisy) < 0.6
+    assert repeatability(fake({GOOD: quality}, quality[:, None], macs)) is None
+    sharp.scores[sharp.high][4] = sharp.scores[sharp.high][4][:1]  # two of its trainings failed
+    assert repeatability(sharp) > 0.95
+    sure, unsure = rank(sharp, GOOD), rank(noisy, GOOD)
+    assert sure is not None
+    assert unsure is not None
+    assert sure.tau.stderr < unsure.tau.stderr
+
+
+def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one fails."""
+    command = ["fidelity", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
+    command += ["--batch-size", "32", "--teacher-epochs", "1", "--high.epochs", "2", "--architectures", "4"]
+    command += ["--lows", "none@1/2x1", "kd@1/2x1", "kd@1/2x1:ce_weight=3.3e38", "--device", "cpu"]
+    assert cli.main([*command, "--run-dir", str(tmp_path / "study")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["full"] == 4
+    assert [row["name"] for row in result["fidelities"]] == ["none@1/2x1", "kd@1/2x1"]
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        statuses = {row["status"] for row in csv.DictReader(file) if "weight" in row["fidelity"]}
+    assert statuses
+    assert "ok" not in statuses
+    assert {"name", "tau", "tau_given_macs", "stderr", "seconds"} <= set(result["fidelities"][0])

@@ -1,0 +1,144 @@
+"""Limits on latency, and the front of accuracy against MACs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import Budget, Resources, SearchConfig, config_to_dict, search_plan
+from engine.search.journal import read_journal
+from engine.search.latency_limit import MARGIN, SAMPLE, estimate, fast_enough
+from engine.search.methods.propose import front
+from engine.search.progress import Display
+from engine.search.search import search
+from engine.space import Candidates, candidates
+from engine.spaces.load import load_space
+from engine.training.evaluate import run_latency
+from engine.trial import Architecture, EngineError, Evaluation, Fidelity, History, Trial, UsageError
+
+SPACE = "nasbench201:channels=4,cells=1"
+
+
+@pytest.fixture(scope="module")
+def everything() -> Candidates:
+    return candidates(load_space("mobilenetv2:width=0.25"), 10, 1.0, 32).where(np.arange(2_097_152) % 41 == 0)
+
+
+def true_ms(everything: Candidates) -> np.ndarray:
+    """Of a made-up device: a part for each layer, a part for each multiply-accumulate, 5 % of luck."""
+    layers = everything.choices[:, ::2].sum(axis=1) + 7.0
+    luck = np.random.default_rng(1).normal(0, 0.05, len(everything))
+    return (0.2 * layers + 0.4 * everything.macs / 1e6) * np.exp(luck)
+
+
+class Device:
+    def __init__(self, everything: Candidates) -> None:
+        self.ms, self.everything, self.asked = true_ms(everything), everything, 0
+
+    def __call__(self, sample: Sequence[Architecture]) -> list[float]:
+        self.asked += len(sample)
+        return [float(self.ms[self.everything.row(architecture)]) for architecture in sample]
+
+
+def test_what_is_kept_fits_and_not_much_else_is_lost(everything: Candidates, tmp_path: Path) -> None:
+    device = Device(everything)
+    limit = float(np.median(device.ms))
+    kept, how = fast_enough(everything, limit, tmp_path / "latency.json", False, 0, device)
+    assert device.asked == SAMPLE
+    ms = {choices.tobytes(): value for choices, value in zip(everything.choices, device.ms, strict=True)}
+    taken = np.array([ms[choices.tobytes()] for choices in kept.choices])
+    assert np.mean(taken <= limit) > 0.95
+    # All that is faster than the limit by more than three margins is kept.
+    error = estimate(everything, json.loads((tmp_path / "latency.json").read_text())["milliseconds"]).error
+    assert 0.03 < error < 0.12
+    clear = device.ms < limit * np.exp(-3 * MARGIN * error)
+    assert clear.sum() > 100
+    assert len(kept) > clear.sum()
+    assert f"{SAMPLE} measured, the others predicted with an error of {100 * error:.0f} %" in how
+
+
+def test_a_run_keeps_what_it_measured(everything: Candidates, tmp_path: Path) -> None:
+    device, path = Device(everything), tmp_path / "latency.json"
+    first, _ = fast_enough(everything, 5.0, path, False, 0, device)
+    again, _ = fast_enough(everything, 5.0, path, True, 0, device)
+    assert device.asked == SAMPLE
+    np.testing.assert_array_equal(first.choices, again.choices)
+    path.unlink()
+    with pytest.raises(EngineError, match=r"latency.json is gone, on which this search's candidates depend"):
+        fast_enough(everything, 5.0, path, True, 0, device)
+
+
+def test_what_a_call_measured_that_did_not_begin_is_not_taken_for_another_calls(
+    everything: Candidates, tmp_path: Path
+) -> None:
+    """It may have been for another batch, space, resolution or device: nothing rests on it yet."""
+    path, slow = tmp_path / "latency.json", Device(everything)
+    slow.ms = 100 * slow.ms
+    with pytest.raises(UsageError, match="no architecture takes at most 5 ms here"):
+        fast_enough(everything, 5.0, path, False, 0, slow)
+    kept, _ = fast_enough(everything, 5.0, path, False, 0, Device(everything))
+    fresh, _ = fast_enough(everything, 5.0, tmp_path / "new.json", False, 0, Device(everything))
+    np.testing.assert_array_equal(kept.choices, fresh.choices)
+
+
+def test_few_candidates_are_all_measured(everything: Candidates, tmp_path: Path) -> None:
+    few = everything.where(np.arange(len(everything)) % 2000 == 0)
+    device = Device(few)
+    limit = float(np.median(device.ms))
+    kept, how = fast_enough(few, limit, tmp_path / "latency.json", False, 0, device)
+    np.testing.assert_array_equal(kept.choices, few.choices[device.ms <= limit])
+    assert "predicted" not in how
+
+
+def test_a_limit_that_nothing_meets_is_an_error(everything: Candidates, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no architecture takes at most 0.1 ms here \(--max-latency-ms\)"):
+        fast_enough(everything, 0.1, tmp_path / "latency.json", False, 0, Device(everything))
+
+
+def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_npz: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    config = SearchConfig(
+        space=SPACE,
+        data=str(tiny_npz),
+        low=Fidelity("low", Fraction(1, 2), 1),
+        high=Fidelity("high", epochs=1),
+        objectives="accuracy,macs",
+        latency_batch=8,
+        data_backend="resident",
+    )
+    task = {"config": config_to_dict(config), "run_dir": str(tmp_path), "device": "cpu"}
+    fast, slow = run_latency({**task, "architectures": [[1] * 6, [3] * 6]})
+    assert fast < slow
+    limited = replace(config, max_latency_ms=fast**0.25 * slow**0.75)  # far from both: other work may slow either
+    with Display("none") as show:
+        result = search(limited, Budget(4, 6), Resources(device="cpu", workers=1), tmp_path / "run", show)
+    assert 0 < result["winner"]["latency_ms"] <= limited.max_latency_ms
+    answers = read_journal(tmp_path / "run" / "journal.jsonl").answers.values()
+    full = [e for e in answers if e.trial.fidelity == limited.high]
+    assert full
+    for evaluation in full:
+        assert evaluation.ok == (evaluation.costs["latency_ms"] <= limited.max_latency_ms), evaluation
+        assert evaluation.status in ("ok", "too_slow")
+    assert result["front"]
+    assert {entry["architecture"] for entry in result["front"]} <= {str(e.trial.architecture) for e in full if e.ok}
+    assert len(json.loads((tmp_path / "run" / "latency.json").read_text())["milliseconds"]) == SAMPLE
+
+
+def test_the_front_is_what_no_other_beats_in_both() -> None:
+    config = SearchConfig(space=SPACE)
+
+    def answer(number: int, accuracy: float, macs: int, fidelity: Fidelity = config.high) -> Evaluation:
+        return Evaluation(Trial(number, Architecture((number,) * 6), fidelity), "ok", accuracy, macs=macs)
+
+    full = [answer(0, 0.5, 10), answer(1, 0.7, 30), answer(2, 0.6, 30), answer(3, 0.4, 20), answer(4, 0.8, 40)]
+    low = answer(1, 0.99, 1, config.low)
+    failed = Evaluation(Trial(4, Architecture((4,) * 6), config.high), "oom")
+    found = front(History([*full, low, failed]), search_plan(config, Budget()))
+    assert [(e.accuracy, e.macs) for e in found] == [(0.5, 10), (0.7, 30), (0.8, 40)]

@@ -1,0 +1,365 @@
+"""Every method on a space made by a formula: the contract of `propose`, and what ours decides."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import Plan
+from engine.search.methods.estimate import SurrogateInputs, estimate
+from engine.search.methods.mfkd import mfkd
+from engine.search.methods.propose import ABLATIONS, METHODS, propose, winner
+from engine.search.methods.recommend import noise_variance, posterior
+from engine.search.methods.scores import find_rows, scores, worker_count
+from engine.space import Candidates
+from engine.trial import Evaluation, Fidelity, History, Trial, UsageError
+from surrogate.linear import Linear
+
+LOW, OTHER, FULL = Fidelity("low", epochs=1), Fidelity("other", epochs=1), Fidelity("full", epochs=20)
+
+
+def space(side=4, d=5):
+    """side ** d architectures of ordinal choices; MACs grow with the first ones."""
+    choices = np.indices((side,) * d).reshape(d, -1).T.astype(np.int8)
+    macs = 1e6 * (1.0 + choices[:, : d // 2 + 1].sum(axis=1))
+    return Candidates(choices, (choices / (side - 1)).astype(np.float32), macs, macs / 10)
+
+
+SPACE = space()
+
+
+def truth(architecture):
+    """0..1: later choices count too, and the last pair interacts."""
+    c = np.array(architecture.choices) / 3
+    return float(0.2 + 0.1 * c[:3].sum() + 0.15 * c[3] + 0.2 * (c[3] > 0.5) * (c[4] < 0.4))
+
+
+def answer(trial, luck=0.0):
+    noise = np.random.default_rng(int(trial.key, 16)).standard_normal()
+    low = trial.fidelity != FULL
+    accuracy = truth(trial.architecture) * (0.6 if low else 1.0) + (0.03 if low else luck) * noise
+    return Evaluation(trial, "ok", accuracy, seconds=1.0 if low else 20.0)
+
+
+def run(plan, slots=4, space=SPACE, answer=answer, method=None):
+    """Answers every question at once, `slots` at a time."""
+    history = History()
+    while trials := (method or propose)(space, history, plan, slots):
+        assert [t.number for t in trials] == list(range(history.asked, history.asked + len(trials)))
+        assert len(trials) <= slots
+        history.answered.extend(answer(t) for t in trials)
+    return history
+
+
+def full(history):
+    return [e for e in history.answered if e.trial.fidelity == FULL]
+
+
+ALL = [*METHODS, *ABLATIONS]
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_keeps_to_the_plan_and_asks_nothing_twice(method):
+    history = run(Plan((LOW,), FULL, method, max_low=20, max_high=7))
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+    assert len(full(history)) == 7
+    assert len(asked) - 7 <= 20
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_is_a_pure_function(method):
+    plan = Plan((LOW,), FULL, method, max_low=12, max_high=6, seed=3)
+    whole = run(plan)
+    for cut in (0, 5, 12, 15):
+        seen = History(whole.answered[:cut], [e.trial for e in whole.answered[cut : cut + 2]])
+        before = (list(seen.answered), list(seen.pending))
+        first = propose(SPACE, seen, plan, 3)
+        assert propose(SPACE, seen, plan, 3) == first
+        assert (seen.answered, seen.pending) == before
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_survives_failures_and_does_not_ask_again(method):
+    def broken(trial):
+        fails = trial.number % 3 == 0
+        return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
+
+    history = run(Plan((LOW,), FULL, method, max_low=12, max_high=9), answer=broken)
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+    assert winner(SPACE, history, Plan((LOW,), FULL, method)) is not None
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_survives_a_space_of_two_and_all_failing(method):
+    tiny = SPACE.where(np.arange(len(SPACE)) < 2)
+    fail = lambda trial: Evaluation(trial, "oom", error="too big")  # noqa: E731
+    history = run(Plan((LOW,), FULL, method), space=tiny, answer=fail)
+    assert len(history.answered) <= 4
+    assert winner(tiny, history, Plan((LOW,), FULL)) is None
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_pending_trials_count_as_asked(method):
+    plan = Plan((LOW,), FULL, method, max_low=16, max_high=6)
+    seen = History(run(plan).answered[:14])
+    for _ in range(4):
+        seen.pending.extend(propose(SPACE, seen, plan, 1))
+    asked = [(t.architecture, t.fidelity) for t in [e.trial for e in seen.answered] + seen.pending]
+    assert len(set(asked)) == len(asked)
+
+
+def test_unknown_method_names_the_methods():
+    with pytest.raises(UsageError, match="no method 'magic'; there are mfkd, "):
+        propose(SPACE, History(), Plan((LOW,), FULL, "magic"), 1)
+
+
+def test_ours_is_better_than_random_at_equal_full_runs():
+    def regret(method):
+        best = max(map(truth, (SPACE.architecture(i) for i in range(len(SPACE)))))
+        plans = [Plan((LOW,), FULL, method, max_low=24, max_high=6, seed=s) for s in range(5)]
+        return np.mean([best - truth(winner(SPACE, run(p), p).trial.architecture) for p in plans])
+
+    assert regret("mfkd") < 0.5 * regret("random")
+
+
+def test_the_first_batch_is_spread_over_macs():
+    plan = Plan((LOW,), FULL, max_low=20, max_high=5)
+    first = propose(SPACE, History(), plan, 10)
+    macs = np.sort([SPACE.macs[find_rows(SPACE, [t.architecture])[0]] for t in first])
+    assert all(t.fidelity == LOW for t in first)
+    assert macs[0] <= np.quantile(SPACE.macs, 0.2)
+    assert macs[-1] >= np.quantile(SPACE.macs, 0.8)
+
+
+def test_a_plan_with_many_low_runs_a_full_one_spends_them_first():
+    history = run(Plan((LOW,), FULL, max_low=24, max_high=6))
+    kinds = [e.trial.fidelity.name for e in history.answered]
+    assert kinds == ["low"] * 24 + ["full"] * 6
+
+
+def test_a_space_smaller_than_the_low_budget_is_looked_at_whole_and_then_trained_in_full():
+    history = run(Plan((LOW,), FULL, max_low=50, max_high=10), space=space(side=2))
+    kinds = [e.trial.fidelity.name for e in history.answered]
+    assert kinds == ["low"] * 32 + ["full"] * 10
+
+
+def test_more_is_looked_at_where_looking_is_cheap():
+    def lows(epochs):
+        plan = Plan((Fidelity("low", epochs=epochs),), Fidelity("full", epochs=20), max_low=200, max_high=60)
+        price = lambda t: Evaluation(t, "ok", answer(t).accuracy, seconds=float(t.fidelity.epochs))  # noqa: E731
+        history = History()
+        while len([e for e in history.answered if e.trial.fidelity == plan.high]) < 4:
+            history.answered.extend(map(price, propose(SPACE, history, plan, 2)))
+        return sum(e.trial.fidelity == plan.lows[0] for e in history.answered)
+
+    assert lows(1) > lows(16)
+
+
+def test_a_low_fidelity_of_noise_is_dropped_and_the_log_says_so(caplog):
+    def random_low(trial):
+        noise = np.random.default_rng(int(trial.key, 16)).random()
+        return answer(trial) if trial.fidelity == FULL else Evaluation(trial, "ok", noise, seconds=1.0)
+
+    history = History()
+    rows = np.random.default_rng(0).permutation(len(SPACE))
+    for fidelity, some in ((LOW, rows[:90]), (FULL, rows[90:150])):
+        trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(some)]
+        history.answered.extend(map(random_low, trials))
+    with caplog.at_level("INFO", logger="engine.search.methods.estimate"):
+        propose(SPACE, history, Plan((LOW,), FULL, max_low=100, max_high=80, seed=11), 1)
+    assert "low fidelity 0 carries no signal" in caplog.text
+
+
+def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
+    """Where leaving it out predicts better: by luck noise fits now and then, so most of five draws."""
+
+    def one_is_noise(trial):
+        noise = np.random.default_rng(int(trial.key, 16)).random()
+        return Evaluation(trial, "ok", noise, seconds=1.0) if trial.fidelity == LOW else answer(trial)
+
+    dropped = []
+    for draw in range(1, 6):
+        history, rows = History(), np.random.default_rng(draw).permutation(len(SPACE))
+        for fidelity, some in ((LOW, rows[:60]), (OTHER, rows[:60]), (FULL, rows[60:120])):
+            trials = [Trial(history.asked + i, SPACE.architecture(r), fidelity) for i, r in enumerate(some)]
+            history.answered.extend(map(one_is_noise, trials))
+        lows = [scores(SPACE, history, low) for low in (LOW, OTHER)]
+        known = estimate(SPACE, lows, scores(SPACE, history, FULL), 0, SurrogateInputs())
+        assert len(known.levels) == len(known.slopes) == 2 - len(known.dropped)
+        dropped.append(known.dropped)
+    assert all(some in ([], [0]) for some in dropped)
+    assert dropped.count([0]) >= 3
+
+
+def test_a_full_training_counts_as_the_worker_that_it_takes_and_a_low_one_as_its_share():
+    low, high = (Trial(n, SPACE.architecture(n), fidelity) for n, fidelity in enumerate((LOW, FULL)))
+    shared = Plan((LOW,), FULL, cohort=4)
+    assert worker_count(Plan((LOW,), FULL), History([], [low, high]), free=1) == 3
+    assert worker_count(shared, History([], [high]), free=4) == 2
+    assert worker_count(shared, History([], [high, low, low]), free=2) == 2
+    assert worker_count(shared, History([], [low]), free=1) == 1  # what was asked before the run had this many slots
+
+
+def test_a_gaussian_process_begins_with_one_random_full_training_for_each_worker_not_for_each_share_of_it():
+    first = [Evaluation(Trial(0, SPACE.architecture(7), FULL), "ok", 0.5)]
+    alone = propose(SPACE, History(first), Plan((LOW,), FULL, "gp"), 1)
+    shared = propose(SPACE, History(first), Plan((LOW,), FULL, "gp", cohort=4), 4)
+    assert alone[0] == shared[0]
+
+
+def test_repeats_are_asked_where_measurements_are_noisy_with_a_new_seed():
+    plan = Plan((LOW,), FULL, max_low=12, max_high=40, seed=5)
+    history = run(plan, slots=1, answer=lambda t: answer(t, luck=0.1))
+    repeated = [e.trial for e in full(history) if e.trial.seed > 5]
+    assert repeated
+    for trial in repeated:
+        earlier = [e.trial.seed for e in full(history) if e.trial.architecture == trial.architecture]
+        assert sorted(earlier) == list(range(5, 5 + len(earlier)))
+
+
+def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_answer():
+    plan = Plan((LOW,), FULL)
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(len(SPACE))[:60]
+    trials = [Trial(i, SPACE.architecture(r), FULL) for i, r in enumerate(rows)]
+    exact = [Evaluation(t, "ok", truth(t.architecture)) for t in trials]
+    order = sorted(exact, key=lambda e: e.accuracy)
+    lucky, best = order[0], order[-1]  # the poorest architecture with an incredible score, just above the best
+    answers = [Evaluation(e.trial, "ok", best.accuracy + 0.001) if e is lucky else e for e in exact]
+    answers.append(Evaluation(Trial(60, SPACE.architecture(0), LOW), "ok", 0.99))
+    chosen = winner(SPACE, History(answers), plan)
+    assert chosen.trial.fidelity == FULL
+    assert chosen.trial != lucky.trial
+    assert chosen.accuracy >= order[-3].accuracy
+
+
+@pytest.mark.parametrize(("noise", "weight"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
+def test_a_measurement_counts_as_much_as_it_is_known_to_be_no_luck(noise, weight):
+    """Left-out predictions of it have the variance 1, noise included."""
+    fitted = Linear(np.zeros(2), np.eye(2), 0.3, left_out=np.array([0.0]), left_out_variance=np.array([1.0]))
+    mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), np.array([noise]))
+    assert mean[0] == pytest.approx(weight)
+    assert variance[0] == pytest.approx(weight * noise)
+
+
+def test_luck_is_a_quarter_of_what_is_not_foretold_up_to_half_where_few_images_are_counted_unless_repeats_show_it():
+    trials = [Trial(i, SPACE.architecture(i), FULL) for i in range(12)]
+    history = History([answer(t) for t in trials])
+    high = scores(SPACE, history, FULL)
+    known = estimate(SPACE, [], high, 0, SurrogateInputs())
+    quarter = 0.25 * known.linear.left_out_variance
+
+    def noise(images, history=history, high=high):
+        return noise_variance(history, Plan((LOW,), FULL, valid_images=images), high, known)
+
+    assert noise(0) == pytest.approx(quarter)
+    assert noise(1_000_000) == pytest.approx(quarter)
+    assert noise(1) == pytest.approx(2 * quarter)
+    of_one = high.values * (1 - high.values) * np.var(known.y) / np.var(high.values)
+    images = int(of_one[0] / (1.5 * quarter[0]))  # so many that it is between the two for the first architecture
+    assert quarter[0] < of_one[0] / images < 2 * quarter[0]
+    assert noise(images)[0] == pytest.approx(of_one[0] / images)
+    again = History([*history.answered, Evaluation(Trial(12, SPACE.architecture(0), FULL, 1), "ok", 0.9)])
+    shown = np.var([history.answered[0].accuracy, 0.9], ddof=1) * np.var(known.y) / np.var(high.values)
+    assert noise(10, again) == pytest.approx(np.full(12, shown))
+
+
+def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over():
+    def cheapest(method):
+        history = run(Plan((LOW,), FULL, method, max_low=24, max_high=16))
+        return min(SPACE.macs[find_rows(SPACE, [e.trial.architecture])[0]] for e in full(history))
+
+    assert cheapest("mfkd-front") < cheapest("mfkd")
+
+
+def test_workers_of_a_front_search_do_not_train_twins():
+    """What is asked at once, or is under way, is spread over costs; what is best for the front alone is not."""
+    plan = Plan((LOW,), FULL, "mfkd-front", max_low=24, max_high=40)
+    seen = History(run(replace(plan, max_high=12)).answered)
+    together = propose(SPACE, seen, plan, 6)
+    macs = SPACE.macs[find_rows(SPACE, [t.architecture for t in together])]
+    assert len(set(macs)) >= 4
+    assert [t.fidelity for t in together] == [FULL] * 6
+    seen.pending.extend(together[:3])
+    later = propose(SPACE, seen, plan, 3)
+    assert [t.architecture for t in later] == [t.architecture for t in together[3:]]
+
+
+@pytest.mark.parametrize("free", [1, 4])
+def test_a_search_that_begins_with_a_study_asks_nothing_of_it_twice(free):
+    """Low scores of architectures that are not the first of our own spread, as `--pilot` brings them."""
+    plan = Plan((LOW,), FULL, max_low=40, max_high=20)
+    small = space(side=2)
+    begun = [answer(Trial(i, small.architecture(3 * i), LOW)) for i in range(9)]
+    history = History(list(begun))
+    while trials := propose(small, history, plan, free):
+        history.answered.extend(map(answer, trials))
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+    assert len(full(history)) == 20
+
+
+def test_all_low_runs_of_a_plan_with_many_are_waited_for():
+    plan = Plan((LOW,), FULL, max_low=24, max_high=6)
+    answered = run(plan).answered[:24]
+    cut = History(answered[:20], [e.trial for e in answered[20:]])
+    assert propose(SPACE, cut, plan, 4) == []
+    assert propose(SPACE, History(answered), plan, 4)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_trains_in_full_where_no_low_fidelity_run_is_allowed_or_all_fail(method):
+    def only_full(trial):
+        return answer(trial) if trial.fidelity == FULL else Evaluation(trial, "oom", error="too big")
+
+    assert len(full(run(Plan((LOW,), FULL, method, max_low=0, max_high=3)))) == 3
+    assert len(full(run(Plan((LOW,), FULL, method, max_low=12, max_high=3), answer=only_full))) == 3
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_every_method_asks_nothing_twice_of_a_few_candidates(method):
+    few = SPACE.where(np.arange(len(SPACE)) < 6)
+    history = run(Plan((LOW,), FULL, method, max_low=50, max_high=20), space=few)
+    asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+    assert len(set(asked)) == len(asked)
+
+
+def test_asha_looks_at_nothing_more_once_nothing_can_be_promoted():
+    history = run(Plan((LOW,), FULL, "asha", max_low=200, max_high=3))
+    assert len(full(history)) == 3
+    assert len(history.answered) < 40
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, len(SPACE) - 1), max_size=30), st.booleans())
+def test_rows_are_found_and_strangers_are_not(rows, stranger):
+    from engine.trial import Architecture
+
+    asked = [SPACE.architecture(row) for row in rows] + [Architecture((9,) * 5)] * stranger
+    assert find_rows(SPACE, asked).tolist() == rows + [-1] * stranger
+
+
+def test_scores_average_repeats_and_leave_failures_out():
+    a, b = SPACE.architecture(3), SPACE.architecture(8)
+    history = History(
+        [
+            Evaluation(Trial(0, a, FULL, 0), "ok", 0.4, seconds=2.0),
+            Evaluation(Trial(1, b, FULL, 0), "oom", seconds=1.0),
+            Evaluation(Trial(2, a, FULL, 1), "ok", 0.6, seconds=3.0),
+        ],
+        [Trial(3, SPACE.architecture(9), FULL, 0)],
+    )
+    got = scores(SPACE, history, FULL)
+    assert (got.rows.tolist(), got.values.tolist(), got.counts.tolist()) == ([3], [0.5], [2.0])
+    assert (got.asked.tolist(), got.pending.tolist(), got.trials) == ([3, 8, 9], [9], 4)
+    assert got.times == {3: 2, 8: 1, 9: 1}
+    assert got.seconds == 2.0
+
+
+def test_mfkd_of_no_low_budget_still_searches():
+    history = run(Plan((LOW,), FULL, max_low=0, max_high=5), method=mfkd)
+    assert [e.trial.fidelity for e in history.answered] == [FULL] * 5
