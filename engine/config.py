@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -152,6 +153,7 @@ class RunSettings:
     config: SearchConfig
     budget: Budget = Budget()
     resources: Resources = Resources()
+    started: float = field(default_factory=time.monotonic)  # of this call, which may consist of several runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,15 +144,15 @@ def test_a_time_limit_drains(tmp_path: Path) -> None:
 
 
 def test_the_time_limit_is_seconds_or_what_slurm_says() -> None:
-    assert remaining("90000", {}) == pytest.approx(90000, abs=10000)  # from the start of this process
-    assert remaining("none", {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1"}) is None
-    assert remaining("auto", {}) is None
+    assert remaining("90000", time.monotonic() - 100, {}) == pytest.approx(89900, abs=60)  # since the call began
+    assert remaining("none", 0.0, {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1"}) is None
+    assert remaining("auto", 0.0, {}) is None
     end = time.time() + 600
-    told = remaining("auto", {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(end))})
+    told = remaining("auto", 0.0, {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(end))})
     assert told == pytest.approx(600, abs=5)
     for wrong in ("soon", "-1", "0", "nan"):
         with pytest.raises(UsageError, match="write auto, none, or seconds"):
-            remaining(wrong, {})
+            remaining(wrong, 0.0, {})
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,6 @@ def test_the_scheduler_is_asked_for_the_end(
     (tmp_path / name).write_text(f"#!/bin/sh\n[ \"$*\" = '{arguments}' ] && echo '{said}'\n")
     (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert remaining("auto", {variable: "7"}) == pytest.approx(600, abs=5)
+    assert remaining("auto", 0.0, {variable: "7"}) == pytest.approx(600, abs=5)
     (tmp_path / name).write_text("#!/bin/sh\necho N/A\n")
-    assert remaining("auto", {variable: "7"}) is None
+    assert remaining("auto", 0.0, {variable: "7"}) is None

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from engine.trial import UsageError
 
 ASK_S = 20
-START = time.monotonic()  # of the command, which may consist of several searches
 
 
-def remaining(asked: str, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Seconds that are left for `--time-limit`: auto (what the scheduler says), seconds from the start of the command,
-    or none."""
+def remaining(asked: str, started: float, environment: Mapping[str, str] = os.environ) -> float | None:
+    """Seconds left under `--time-limit`: auto (asks the scheduler), seconds from `started` (time.monotonic), or none."""
     if asked == "none":
         return None
     if asked == "auto":
@@ -31,7 +29,7 @@ def remaining(asked: str, environment: Mapping[str, str] = os.environ) -> float 
         seconds = -1.0
     if not seconds > 0:
         raise UsageError(f"--time-limit {asked}: write auto, none, or seconds from the start of the command")
-    return seconds - (time.monotonic() - START)
+    return seconds - (time.monotonic() - started)
 
 
 def _slurm(environment: Mapping[str, str]) -> float | None:

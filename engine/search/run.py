@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.config import Plan, Resources, RunKind, RunSettings, Slots, check_paths, cohort_size, slots_for
-from engine.fleet.deadline import START, remaining
+from engine.config import Plan, RunKind, RunSettings, Slots, check_paths, cohort_size, slots_for
+from engine.fleet.deadline import remaining
 from engine.fleet.devices import describe, layout
 from engine.fleet.drain import Drain
 from engine.fleet.fleet import FleetLost
@@ -70,7 +70,7 @@ def run(
     except OSError as error:
         raise unwritable(folder, error) from error
     with (
-        stoppable(resources, folder) as drain,
+        stoppable(settings, folder) as drain,
         Journal(folder.journal) as journal,
         open_log(log, config, folder) as display.log,
     ):
@@ -93,9 +93,10 @@ def run(
 
 
 @contextmanager
-def stoppable(resources: Resources, folder: RunFolder) -> Iterator[Drain]:
+def stoppable(settings: RunSettings, folder: RunFolder) -> Iterator[Drain]:
     """Turns being told to stop into Drained, and a full disk into an EnvironmentUnusable."""
-    with Drain(resources.grace_s, remaining(resources.time_limit)) as drain:
+    resources = settings.resources
+    with Drain(resources.grace_s, remaining(resources.time_limit, settings.started)) as drain:
         try:
             yield drain
         except Drained as stopped:
@@ -176,7 +177,7 @@ def should_stop(context: RunContext, plan: Plan, record: Record, history: Histor
     return (
         drain.asked
         or history.seconds() >= budget.gpu_hours * 3600
-        or time.monotonic() - START >= budget.wall_time * 3600
+        or time.monotonic() - context.started >= budget.wall_time * 3600
         or max(full, default=0.0) >= budget.target_accuracy
     )
 

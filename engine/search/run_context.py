@@ -30,6 +30,7 @@ class RunContext:
     fleet: Fleet
     display: Display
     drain: Drain
+    started: float  # of the call (time.monotonic)
 
     @property
     def worker(self) -> WorkerSettings:
@@ -52,7 +53,7 @@ def open_context(
     fleet = open_fleet(resources, layout, folder.logs)
     try:
         drain.on_drain(fleet.drain)
-        yield RunContext(config, settings.budget, resources, space, folder, fleet, display, drain)
+        yield RunContext(config, settings.budget, resources, space, folder, fleet, display, drain, settings.started)
     finally:
         drain.cancel_alarm()
         fleet.close()
