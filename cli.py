@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from engine import __version__
-from engine.trial import Drained, EngineError, EnvironmentUnusable
+from engine.trial import Drained, EngineError, EnvironmentUnusable, WrongFlags
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         if verbose:
             traceback.print_exc()
         print(f"{program()} {words[0]}: {error}", file=sys.stderr)
+        if isinstance(error, WrongFlags):
+            print(f"See {program()} {words[0]} --help", file=sys.stderr)
         if isinstance(error, Drained) and error.result is not None:
             print(json.dumps(error.result))
         return error.exit_code

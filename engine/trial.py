@@ -41,6 +41,10 @@ class UsageError(EngineError):
     exit_code = 2
 
 
+class WrongFlags(UsageError):
+    """A flag or setting that does not exist or has a value of the wrong kind."""
+
+
 class EnvironmentUnusable(EngineError):
     """Data missing or unreadable, no such device, a dependency that does not load."""
 

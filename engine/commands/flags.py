@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,7 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from jsonargparse.typing import register_type
 
 from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten
-from engine.trial import Fidelity, UsageError
+from engine.trial import Fidelity, UsageError, WrongFlags
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
@@ -76,11 +75,9 @@ class Parser(ArgumentParser):
     reading = ""  # the YAML file that is being read
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the message with the way out, and exits with 2."""
+        """Raises a WrongFlags with the message and the way out."""
         text = plain(message) + self._way_out(message)
-        file = f"{self.reading}: " if self.reading else ""
-        print(f"{self.prog}: {file}{text}\nSee {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+        raise WrongFlags(f"{self.reading}: {text}" if self.reading else text)
 
     def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
         """The flags of a YAML text."""
