@@ -8,9 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from engine.search.methods.propose import winner
-from engine.search.setup import members
-
 # Before torch is imported: two test processes with two threads each would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -80,17 +77,21 @@ def heard() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as `search` leaves it, made by its own loop and policy; the answers are a formula, one failed."""
+    """A run folder as `search` leaves it, made by its own loop and method; the answers are a formula, one failed."""
     from concurrent.futures import Future
 
     from safetensors.numpy import save_file
 
-    from engine import config
-    from engine.config import Budget, SearchConfig, Slots
+    from engine.config import Budget, SearchConfig, Slots, search_plan
+    from engine.run_folder import RunFolder
     from engine.search import search
     from engine.search.journal import Journal
-    from engine.search.loop import drive
+    from engine.search.loop import VirtualWorkers, drive
+    from engine.search.methods.propose import winner
+    from engine.search.run import write_run_file
+    from engine.search.setup import space_members
     from engine.spaces.load import load_space
+    from engine.tasks import DataFacts
     from engine.trial import Evaluation, Fidelity, History, Trial
 
     config = SearchConfig(
@@ -99,13 +100,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         high=Fidelity("high", epochs=20),
     )
     budget = Budget(max_low=14, max_high=9)
-    data = {"classes": list("abcde"), "resolution": 16, "images": {"train": 80, "valid": 20}}
-    data |= {"mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": "f", "device": "cpu", "files": False}
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    folder.mkdir()
-    config.fix("search", folder, config, budget, Slots(2, 1))
-    search.write_run_file(folder, data)
-    candidates, plan = members(load_space(config.space), config, data), config.plan(config, budget)
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    data = DataFacts(tuple("abcde"), 16, mean, std, {"train": 80, "valid": 20}, fingerprint="f", device="cpu")
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "finished")
+    folder.path.mkdir()
+    folder.fix_config("search", config, budget, Slots(2, 1))
+    write_run_file(folder, data)
+    candidates, plan = space_members(load_space(config.space), config, data), search_plan(config, budget)
 
     def answer(trial: Trial) -> Evaluation:
         luck = np.random.default_rng(int(trial.key, 16)).normal(0, 0.01)
@@ -125,9 +126,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             started=1.7e9 + 50.0 * trial.number,
         )
 
-    with Journal(folder / "journal.jsonl") as journal:
-
-        def submit(trial: Trial) -> Future[Evaluation]:
+    class Formula:
+        def submit(self, trial: Trial) -> Future[Evaluation]:
             evaluation = answer(trial)
             if trial.number == 3:
                 evaluation = Evaluation(trial, "oom", seconds=5.0, error="no memory left </script>", started=1.7e9)
@@ -136,15 +136,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             future.set_result(evaluation)
             return future
 
-        def propose(seen: History, free: int) -> list[Trial]:
-            trials = propose(candidates, seen, plan, free)
-            return trials if trials or seen.pending else search.unpaired(seen, plan)[:free]
+        def flush(self) -> None:
+            return None
 
+    with Journal(folder.journal) as journal:
         history = drive(
-            propose,
-            2,
-            submit,
-            lambda trial: trial.fidelity.cost(),
+            lambda seen, free: search.propose(candidates, seen, plan, free),
+            Formula(),
+            VirtualWorkers(2, lambda trial: trial.fidelity.cost()),
             asked=journal.ask,
         )
     best = winner(candidates, history, plan)
@@ -168,9 +167,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tau": {"low_vs_high": None, "macs_vs_high": None},
         "seconds": 1000.0,
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    folder.result.write_text(json.dumps(result))
     card = {"network": f"{config.space}#3-3-3-3-3-3", "accuracy": 0.9, "seconds": 60.0, "losses": [1.6, 1.1, 0.8]}
-    (folder / "teacher").mkdir()
-    weights = {"w": np.zeros(1, np.float32)}
-    save_file(weights, folder / "teacher" / "teacher.safetensors", {"card": json.dumps(card)})
-    return folder
+    folder.teacher.parent.mkdir()
+    save_file({"w": np.zeros(1, np.float32)}, folder.teacher, {"card": json.dumps(card)})
+    return folder.path
