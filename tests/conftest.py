@@ -92,7 +92,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from engine.search.setup import space_members
     from engine.spaces.load import load_space
     from engine.tasks import DataFacts
-    from engine.trial import Evaluation, Fidelity, History, Trial
+    from engine.trial import Evaluation, Fidelity, Trial
 
     config = SearchConfig(
         space="nasbench201:channels=4,cells=1",
