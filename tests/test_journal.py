@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.search.journal import Journal, read
+from engine.search.journal import Journal, read_journal
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, Trial, UsageError
 
 LOW = Fidelity("low")
@@ -26,13 +26,13 @@ def write(path: Path) -> bytes:
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     write(tmp_path / "j")
-    record = read(tmp_path / "j")
+    record = read_journal(tmp_path / "j")
     assert record.asked == TRIALS
     assert record.answers == {0: ANSWERS[0], 1: ANSWERS[1]}
 
 
 def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:
-    assert read(tmp_path / "j").asked == []
+    assert read_journal(tmp_path / "j").asked == []
 
 
 @given(st.data())
@@ -44,11 +44,11 @@ def test_cut_anywhere_the_whole_lines_count_and_writing_goes_on(tmp_path: Path, 
     content = write(path)
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
-    before = read(path)
+    before = read_journal(path)
     assert before.asked == TRIALS[: len(before.asked)]
     with Journal(path) as journal:
         journal.ask(TRIALS[len(before.asked) :])
-    after = read(path)
+    after = read_journal(path)
     assert after.asked == TRIALS
     assert after.answers == before.answers
 
@@ -57,13 +57,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     lines = write(tmp_path / "j").splitlines(keepends=True)
     (tmp_path / "j").write_bytes(b"".join([*lines[:2], b'{"asked": {"num\n', *lines[3:]]))
     with pytest.raises(EngineError, match="line 3: not a line that this program wrote"):
-        read(tmp_path / "j")
+        read_journal(tmp_path / "j")
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "j").write_text('{"journal":99}\n')
     with pytest.raises(EngineError, match="format 99"):
-        read(tmp_path / "j")
+        read_journal(tmp_path / "j")
 
 
 def test_a_second_answer_to_a_trial_is_passed_over(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_second_answer_to_a_trial_is_passed_over(tmp_path: Path) -> None:
         journal.ask(TRIALS[:1])
         journal.answer(ANSWERS[0])
         journal.answer(Evaluation(TRIALS[0], "lost"))
-    assert read(tmp_path / "j").answers == {0: ANSWERS[0]}
+    assert read_journal(tmp_path / "j").answers == {0: ANSWERS[0]}
 
 
 def test_a_journal_has_one_writer(tmp_path: Path) -> None:
@@ -95,4 +95,4 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> N
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_bytes() == before
         journal.answer(ANSWERS[0])
-    assert read(path).answers == {0: ANSWERS[0]}
+    assert read_journal(path).answers == {0: ANSWERS[0]}
