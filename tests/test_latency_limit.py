@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import Budget, Resources, SearchConfig, config_to_dict, search_plan
+from engine.config import Budget, Resources, RunSettings, SearchConfig, search_plan
 from engine.search.journal import read_journal
-from engine.search.latency_limit import MARGIN, SAMPLE, estimate, fast_enough
+from engine.search.latency_limit import MARGIN, SAMPLE, estimate, within_latency_limit
 from engine.search.methods.propose import front
 from engine.search.progress import Display
 from engine.search.search import search
 from engine.space import Candidates, candidates
 from engine.spaces.load import load_space
-from engine.training.evaluate import run_latency
+from engine.tasks import LatencyTask, WorkerSettings, task_to_json
+from engine.training.run_tasks import run_latency
 from engine.trial import Architecture, EngineError, Evaluation, Fidelity, History, Trial, UsageError
 
 SPACE = "nasbench201:channels=4,cells=1"
@@ -32,7 +33,7 @@ def everything() -> Candidates:
 
 
 def true_ms(everything: Candidates) -> np.ndarray:
-    """Of a made-up device: a part for each layer, a part for each multiply-accumulate, 5 % of luck."""
+    """Latencies of an invented device: so much per layer, so much per multiply-accumulate, and 5 % noise."""
     layers = everything.choices[:, ::2].sum(axis=1) + 7.0
     luck = np.random.default_rng(1).normal(0, 0.05, len(everything))
     return (0.2 * layers + 0.4 * everything.macs / 1e6) * np.exp(luck)
@@ -47,15 +48,15 @@ class Device:
         return [float(self.ms[self.everything.row(architecture)]) for architecture in sample]
 
 
-def test_what_is_kept_fits_and_not_much_else_is_lost(everything: Candidates, tmp_path: Path) -> None:
+def test_almost_all_kept_candidates_meet_the_limit_and_few_others_are_lost(everything: Candidates, tmp_path: Path) -> None:
     device = Device(everything)
     limit = float(np.median(device.ms))
-    kept, how = fast_enough(everything, limit, tmp_path / "latency.json", False, 0, device)
+    kept, how = within_latency_limit(everything, limit, tmp_path / "latency.json", False, 0, device)
     assert device.asked == SAMPLE
     ms = {choices.tobytes(): value for choices, value in zip(everything.choices, device.ms, strict=True)}
     taken = np.array([ms[choices.tobytes()] for choices in kept.choices])
     assert np.mean(taken <= limit) > 0.95
-    # All that is faster than the limit by more than three margins is kept.
+    # Every candidate that is faster than the limit by more than three margins is kept.
     error = estimate(everything, json.loads((tmp_path / "latency.json").read_text())["milliseconds"]).error
     assert 0.03 < error < 0.12
     clear = device.ms < limit * np.exp(-3 * MARGIN * error)
@@ -64,27 +65,27 @@ def test_what_is_kept_fits_and_not_much_else_is_lost(everything: Candidates, tmp
     assert f"{SAMPLE} measured, the others predicted with an error of {100 * error:.0f} %" in how
 
 
-def test_a_run_keeps_what_it_measured(everything: Candidates, tmp_path: Path) -> None:
+def test_a_run_keeps_its_measurements(everything: Candidates, tmp_path: Path) -> None:
     device, path = Device(everything), tmp_path / "latency.json"
-    first, _ = fast_enough(everything, 5.0, path, False, 0, device)
-    again, _ = fast_enough(everything, 5.0, path, True, 0, device)
+    first, _ = within_latency_limit(everything, 5.0, path, False, 0, device)
+    again, _ = within_latency_limit(everything, 5.0, path, True, 0, device)
     assert device.asked == SAMPLE
     np.testing.assert_array_equal(first.choices, again.choices)
     path.unlink()
     with pytest.raises(EngineError, match=r"latency.json is gone, on which this search's candidates depend"):
-        fast_enough(everything, 5.0, path, True, 0, device)
+        within_latency_limit(everything, 5.0, path, True, 0, device)
 
 
-def test_what_a_call_measured_that_did_not_begin_is_not_taken_for_another_calls(
+def test_until_a_search_has_begun_each_call_measures_again(
     everything: Candidates, tmp_path: Path
 ) -> None:
-    """It may have been for another batch, space, resolution or device: nothing rests on it yet."""
+    """The earlier call may have used another batch size, space, resolution or device, and nothing depends on it yet."""
     path, slow = tmp_path / "latency.json", Device(everything)
     slow.ms = 100 * slow.ms
     with pytest.raises(UsageError, match="no architecture takes at most 5 ms here"):
-        fast_enough(everything, 5.0, path, False, 0, slow)
-    kept, _ = fast_enough(everything, 5.0, path, False, 0, Device(everything))
-    fresh, _ = fast_enough(everything, 5.0, tmp_path / "new.json", False, 0, Device(everything))
+        within_latency_limit(everything, 5.0, path, False, 0, slow)
+    kept, _ = within_latency_limit(everything, 5.0, path, False, 0, Device(everything))
+    fresh, _ = within_latency_limit(everything, 5.0, tmp_path / "new.json", False, 0, Device(everything))
     np.testing.assert_array_equal(kept.choices, fresh.choices)
 
 
@@ -92,14 +93,14 @@ def test_few_candidates_are_all_measured(everything: Candidates, tmp_path: Path)
     few = everything.where(np.arange(len(everything)) % 2000 == 0)
     device = Device(few)
     limit = float(np.median(device.ms))
-    kept, how = fast_enough(few, limit, tmp_path / "latency.json", False, 0, device)
+    kept, how = within_latency_limit(few, limit, tmp_path / "latency.json", False, 0, device)
     np.testing.assert_array_equal(kept.choices, few.choices[device.ms <= limit])
     assert "predicted" not in how
 
 
 def test_a_limit_that_nothing_meets_is_an_error(everything: Candidates, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no architecture takes at most 0.1 ms here \(--max-latency-ms\)"):
-        fast_enough(everything, 0.1, tmp_path / "latency.json", False, 0, Device(everything))
+        within_latency_limit(everything, 0.1, tmp_path / "latency.json", False, 0, Device(everything))
 
 
 def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_npz: Path, tmp_path: Path) -> None:
@@ -113,12 +114,13 @@ def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_np
         latency_batch=8,
         data_backend="resident",
     )
-    task = {"config": config_to_dict(config), "run_dir": str(tmp_path), "device": "cpu"}
-    fast, slow = run_latency({**task, "architectures": [[1] * 6, [3] * 6]})
+    worker = WorkerSettings(config, tmp_path, "cpu")
+    fast, slow = run_latency(task_to_json(LatencyTask(worker, (Architecture((1,) * 6), Architecture((3,) * 6)))))
     assert fast < slow
-    limited = replace(config, max_latency_ms=fast**0.25 * slow**0.75)  # far from both: other work may slow either
-    with Display("none") as show:
-        result = search(limited, Budget(4, 6), Resources(device="cpu", workers=1), tmp_path / "run", show)
+    limited = replace(config, max_latency_ms=fast**0.25 * slow**0.75)  # far from both, in case other work slows one of them
+    settings = RunSettings(limited, Budget(4, 6), Resources(device="cpu", workers=1))
+    with Display("none") as display:
+        result = search(settings, tmp_path / "run", display)
     assert 0 < result["winner"]["latency_ms"] <= limited.max_latency_ms
     answers = read_journal(tmp_path / "run" / "journal.jsonl").answers.values()
     full = [e for e in answers if e.trial.fidelity == limited.high]
@@ -131,7 +133,7 @@ def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_np
     assert len(json.loads((tmp_path / "run" / "latency.json").read_text())["milliseconds"]) == SAMPLE
 
 
-def test_the_front_is_what_no_other_beats_in_both() -> None:
+def test_no_other_network_beats_one_of_the_front_in_both_objectives() -> None:
     config = SearchConfig(space=SPACE)
 
     def answer(number: int, accuracy: float, macs: int, fidelity: Fidelity = config.high) -> Evaluation:

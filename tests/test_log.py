@@ -1,4 +1,4 @@
-"""Metrics of a search in TensorBoard's files and on an MLflow server: every answer there, once."""
+"""Metrics of a search in TensorBoard's files and on an MLflow server: every evaluation is there, once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine.run_folder import RunFolder
 from engine.search import runs
 from engine.search.log import open_log
 from engine.trial import EnvironmentUnusable
@@ -28,12 +29,12 @@ def logged(folder: Path) -> Any:
     return reader
 
 
-def test_tensorboard_shows_every_answer_once_however_often_the_search_was_continued(
+def test_tensorboard_shows_every_evaluation_once_however_often_the_search_was_resumed(
     run: runs.Run, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
-    for count in (4, len(run.answers)):  # a call that was cut, and its continuation
-        with open_log("tensorboard", run.config, tmp_path) as received:
+    for count in (4, len(run.answers)):  # a call that was interrupted, and the one that resumed it
+        with open_log("tensorboard", run.config, RunFolder(tmp_path)) as received:
             for evaluation in run.answers[:count]:
                 received(evaluation)
     read = logged(tmp_path / "tensorboard")
@@ -48,14 +49,14 @@ def test_tensorboard_shows_every_answer_once_however_often_the_search_was_contin
     assert read.Scalars("low/accuracy")[0].wall_time == first.started + first.seconds
 
 
-def test_mlflow_has_every_answer_once_and_the_settings(
+def test_mlflow_has_every_evaluation_once_and_the_settings(
     run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow", reason="MLflow's client is not installed (extra: mlflow)")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for count in (4, len(run.answers)):
-        with open_log("mlflow", run.config, tmp_path) as received:
+        with open_log("mlflow", run.config, RunFolder(tmp_path)) as received:
             for evaluation in run.answers[:count]:
                 received(evaluation)
     client = mlflow.MlflowClient()
@@ -68,7 +69,7 @@ def test_mlflow_has_every_answer_once_and_the_settings(
     assert kept.data.metrics["best/accuracy"] == max(e.accuracy for e in run.at(run.plan.high))
 
 
-def test_a_log_that_fails_later_stops_no_search(
+def test_a_log_that_fails_later_does_not_stop_the_search(
     run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer").EventFileWriter
@@ -76,7 +77,7 @@ def test_a_log_that_fails_later_stops_no_search(
     def full(*event: object) -> None:
         raise OSError("No space left on device")
 
-    with caplog.at_level(logging.WARNING), open_log("tensorboard", run.config, tmp_path) as received:
+    with caplog.at_level(logging.WARNING), open_log("tensorboard", run.config, RunFolder(tmp_path)) as received:
         monkeypatch.setattr(writer, "add_event", full)
         for evaluation in run.answers:
             received(evaluation)
@@ -86,14 +87,14 @@ def test_a_log_that_fails_later_stops_no_search(
 
 
 @pytest.mark.parametrize("library", ["tensorboard", "mlflow"])
-def test_a_missing_library_is_said_with_how_to_get_it(
+def test_a_missing_library_is_reported_with_the_command_that_installs_it(
     run: runs.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Any
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == library] + [library]:
         monkeypatch.setitem(sys.modules, name, None)
     with (
         pytest.raises(EnvironmentUnusable, match=rf"pip install -c constraints.txt -e '.\[{library}\]'"),
-        open_log(library, run.config, tmp_path),
+        open_log(library, run.config, RunFolder(tmp_path)),
     ):
         pass
 
@@ -103,8 +104,9 @@ def test_logging_to_tensorboard_needs_no_torch(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
     code = (
         "import sys; from pathlib import Path\n"
-        "from engine.config import SearchConfig; from engine.search.log import open_log\n"
-        f"with open_log('tensorboard', SearchConfig(), Path({str(tmp_path)!r})): pass\n"
+        "from engine.config import SearchConfig; from engine.run_folder import RunFolder\n"
+        "from engine.search.log import open_log\n"
+        f"with open_log('tensorboard', SearchConfig(), RunFolder(Path({str(tmp_path)!r}))): pass\n"
         "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parent.parent)

@@ -10,11 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 import cli
-from engine.config import Budget, Slots, fix_config
-from engine.search import runs
+from engine.run_folder import RunFolder
+from engine.search import predictions, runs
 from engine.search.journal import Journal
 from engine.search.predictions import load_predictions
 from engine.trial import EngineError, UsageError
@@ -39,9 +38,9 @@ def test_a_run_is_found_by_its_folder_and_by_its_name(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(finished_run)
     monkeypatch.chdir(tmp_path)
-    assert runs.find("mine").samefile(runs.find(str(finished_run)))
-    with pytest.raises(UsageError, match=r"'nine' is no run.*runs/ has mine"):
-        runs.find("nine")
+    assert runs.find_run("mine").path.samefile(runs.find_run(str(finished_run)).path)
+    with pytest.raises(UsageError, match=r"no run named 'nine'.*runs/ has mine"):
+        runs.find_run("nine")
 
 
 def test_a_run_of_another_version_is_refused(copy: Path) -> None:
@@ -57,15 +56,15 @@ def test_a_run_without_its_journal_is_refused(copy: Path, capsys: pytest.Capture
     assert "has no journal.jsonl" in capsys.readouterr().err
 
 
-def test_nothing_measured_yet_is_said(copy: Path) -> None:
+def test_a_run_without_evaluations_says_so(copy: Path) -> None:
     (copy / "journal.jsonl").write_text('{"journal":1}\n')
     run = runs.open_run(str(copy))
-    with pytest.raises(UsageError, match="nothing has been measured"):
+    with pytest.raises(UsageError, match="has no evaluations yet"):
         runs.with_answers(run)
     assert run.best is None
 
 
-def test_a_result_that_the_search_went_on_from_is_not_shown_as_the_winner(copy: Path) -> None:
+def test_a_result_older_than_the_journal_is_not_shown_as_the_winner(copy: Path) -> None:
     assert runs.open_run(str(copy)).result is not None
     lines = (copy / "journal.jsonl").read_text().splitlines(keepends=True)
     again = json.loads(lines[-1])
@@ -118,37 +117,22 @@ def test_text_in_brackets_is_shown_as_it_is(copy: Path, capsys: pytest.CaptureFi
 def test_a_damaged_configuration_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "config.yaml").write_text("config: [1\n")
     assert cli.main(["status", str(copy)]) == 3
-    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert f"cannot read {copy / 'config.yaml'}" in capsys.readouterr().err
 
 
 def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "config.yaml"
-    path.write_text(path.read_text().replace("kind: search", "kind: fidelity"))
+    path.write_text(path.read_text().replace("kind: search", "kind: fidelity-study"))
     (copy / "result.json").unlink()
-    (copy / "fidelity.json").write_text('{"complete": false}')
+    (RunFolder(copy).study_result).write_text('{"complete": false}')
     assert json.loads(command(f"status {copy} --json", capsys))["state"] == "stopped"
     asked = len(runs.open_run(str(copy)).record.asked)
-    (copy / "fidelity.json").write_text(json.dumps({"complete": True, "evaluations": asked}))
+    (RunFolder(copy).study_result).write_text(json.dumps({"complete": True, "evaluations": asked}))
     assert "finished" in command(f"status {copy} --watch", capsys)
     architecture = runs.open_run(str(copy)).answers[0].trial.architecture
     assert "asks no surrogate; this is one of them" in command(f"explain {copy} {architecture}", capsys)
     assert cli.main(["export", str(copy)]) == 2
-    assert "is a study, which names no winner" in capsys.readouterr().err
-
-
-def test_a_run_that_was_moved_finds_what_lies_in_it(copy: Path, tmp_path: Path) -> None:
-    """As `--low auto` leaves one: it begins with the study in its own folder, and has the teacher of that."""
-    path = copy / "config.yaml"
-    stored = yaml.safe_load(path.read_text())
-    stored["config"] |= {"pilot": str(copy / "pilot"), "teacher": str(copy / "pilot" / "t.safetensors")}
-    path.write_text(yaml.safe_dump({**stored, "folder": str(copy)}))
-    (copy / "pilot").mkdir()
-    (copy / "pilot" / "t.safetensors").touch()
-    there = copy.rename(tmp_path / "there")
-    config = runs.open_run(str(there)).config
-    assert (config.fidelity_study, config.teacher) == (str(there / "pilot"), str(there / "pilot" / "t.safetensors"))
-    budget, slots = Budget(**stored["budget"]), Slots(2, 1)
-    assert fix_config("search", there, config, budget, slots) == slots, "the same settings, so the same run"
+    assert "is a fidelity study, which names no winner" in capsys.readouterr().err
 
 
 def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

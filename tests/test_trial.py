@@ -66,6 +66,6 @@ def test_an_architecture_is_written_as_digits_and_read_back() -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("fraction", Fraction(0)), ("fraction", Fraction(3, 2)), ("epochs", 0), ("width", 0.0)]
 )
-def test_a_fidelity_that_means_nothing_is_refused(field: str, value: object) -> None:
+def test_a_fidelity_outside_its_range_is_refused(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"low.{field}"):
         Fidelity("low", **{field: value})  # type: ignore[arg-type]
