@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from engine import stop_files
-from engine.config import SearchConfig, config_to_dict
+from engine.config import SearchConfig
 from engine.fleet.deadline import remaining
-from engine.training import evaluate
-from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json, trial_to_json
+from engine.tasks import TrialsTask, WorkerSettings, task_to_json
+from engine.training import run_tasks
+from engine.trial import Architecture, Drained, Fidelity, Trial, UsageError, evaluation_from_json
 from tests.searches import finish, measured, processes, read, search, start, until, winner
 
 pytestmark = pytest.mark.usefixtures("heard")
@@ -26,24 +27,26 @@ RUNS = int(os.environ.get("DRAIN_RUNS", "1"))  # make test-faults takes 20
 LONG = ("--high.epochs=30",)  # so that there is something to be stopped
 
 
-def test_a_full_training_stops_after_its_epoch_and_goes_on_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
+def test_a_full_training_stops_after_its_epoch_and_resumes_to_the_same_end(
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low, high = Fidelity("low", epochs=1), Fidelity("high", epochs=3)
     config = SearchConfig(space=SPACE, data=str(tiny_npz), batch_size=16, low=low, high=high)
     trial = Trial(0, Architecture((3, 1, 2, 0, 3, 1)), high)
 
-    def answer(name: str, folder: Path | None) -> float:
-        task = {"config": config_to_dict(config), "run_dir": str(tmp_path / name), "device": "cpu", "teacher": ""}
-        task |= {"trials": [trial_to_json(trial)], "orders": str(folder) if folder else None}
-        (got,) = evaluate.run_trials(json.loads(json.dumps(task)))
-        return evaluation_from_json(got).accuracy
+    def accuracy(name: str) -> float:
+        task = TrialsTask(WorkerSettings(config, tmp_path / name, "cpu"), (trial,), tmp_path / "no-teacher")
+        (answer,) = run_tasks.run_trials(json.loads(json.dumps(task_to_json(task))))
+        return evaluation_from_json(answer).accuracy
 
-    whole = answer("whole", None)
+    whole = accuracy("whole")
     folder = stop_files.create(tmp_path)
+    monkeypatch.setenv("MFKD_STOP_FILES", str(folder))
     stop_files.drain(folder)
     for done in (1, 2):
         with pytest.raises(Drained, match=f"epoch {done} of 3"):
-            answer("drained", folder)
-    assert answer("drained", folder) == whole  # what has come to its end is scored
+            accuracy("drained")
+    assert accuracy("drained") == whole  # a training that has reached its last epoch is scored
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +71,8 @@ def test_a_signal_drains_and_the_same_command_comes_to_the_same_end(seed: int, w
     result, err = finish(process, 75)
     assert time.monotonic() - told < grace
     assert result == {"run_dir": str(tmp_path), "status": "drained"}
-    assert f"{number.name}: nothing new is started; what runs has {grace} s" in err
-    assert f"stopped by {number.name}; the same command continues" in err
+    assert f"{number.name}: starting nothing new; running trials have {grace} s to finish" in err
+    assert f"interrupted by {number.name}; run the same command again to resume" in err
     assert processes(tmp_path) == []
     before = read(tmp_path).answers
     search(tmp_path, *LONG)
@@ -132,7 +135,7 @@ def test_what_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         process.send_signal(number)
     err = finish(process, 75)[1]
-    assert "stopped by SIGTERM" in err
+    assert "interrupted by SIGTERM" in err
     assert "SIGHUP" not in err
     assert "SIGINT" not in err
 
@@ -140,7 +143,7 @@ def test_what_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
 def test_a_time_limit_drains(tmp_path: Path) -> None:
     result, err = search(tmp_path, "--time-limit=1.5", "--grace-s=1", code=75)
     assert result["status"] == "drained"
-    assert "stopped by the time limit" in err
+    assert "interrupted by the time limit" in err
 
 
 def test_the_time_limit_is_seconds_or_what_slurm_says() -> None:

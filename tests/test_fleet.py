@@ -15,12 +15,13 @@ import psutil
 import pytest
 from parsl.errors import NoDataFlowKernelError
 
-from engine.config import Resources
+from engine.config import Resources, SearchConfig
 from engine.fleet.devices import Layout, choose_devices, layout, visible_devices
 from engine.fleet.fleet import Fleet, FleetLost, open_fleet
 from engine.fleet.supervisor import TaskFailed, TimedOut, WorkerDied, WorkerSpec
-from engine.search.dispatch import Dispatcher
+from engine.search.dispatch import Cohorts, Dispatcher
 from engine.search.journal import Journal
+from engine.tasks import WorkerSettings
 from engine.trial import (
     Architecture,
     Drained,
@@ -234,7 +235,7 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file in its place")
-    with pytest.raises(EnvironmentUnusable, match="cannot be written.*choose another folder"):
+    with pytest.raises(EnvironmentUnusable, match="cannot write .*choose another folder"):
         open_fleet(Resources(device="cpu"), Layout(1), tmp_path / "logs")
 
 
@@ -259,7 +260,9 @@ def test_a_search_does_not_wait_for_an_answer_that_could_not_be_taken(
         raise raised("while it was shown")
 
     with Journal(tmp_path / "journal.jsonl") as journal:
-        dispatcher = Dispatcher(InAThread(), {}, journal, {}, 1, Fidelity("high"), received)
+        worker = WorkerSettings(SearchConfig(), tmp_path, "cpu")
+        cohorts = Cohorts(worker, tmp_path / "no-teacher", 1, Fidelity("high"))
+        dispatcher = Dispatcher(InAThread(), cohorts, journal, {}, received)
         answer = dispatcher.submit(TRIAL)
         dispatcher.flush()
         with pytest.raises(raised, match="while it was shown"):

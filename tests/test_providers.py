@@ -173,7 +173,7 @@ def test_workers_are_counted_for_each_node(asked: Resources, wanted: Layout) -> 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (Resources(executor="slurm"), "cannot be seen from here; say how many GPUs"),
+        (Resources(executor="slurm"), "not visible from here; say how many GPUs"),
         (Resources(executor="slurm", device="cpu"), "say how many --workers a node shall have"),
         (Resources(executor="slurm", gpus="8", workers=12), "--workers 12 on 8 GPUs: give a multiple"),
         (Resources(executor="slurm", gpus="8", workers=4), "give a multiple"),
