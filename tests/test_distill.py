@@ -8,7 +8,7 @@ import torch
 from engine.config import SearchConfig
 from engine.training.distill import Objective, pair, teacher_output
 
-STUDY = SearchConfig(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
+CONFIG = SearchConfig(ce_weight=0.5, kd_weight=2.0, at_weight=10.0, nst_weight=3.0, kd_temperature=3.0)
 
 
 def output(channels: list[int], sides: list[int], seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -40,7 +40,7 @@ def test_stages_pair_by_size(student: list[int], teacher: list[int], pairs: list
 @pytest.mark.parametrize("kd_loss", ["kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"])
 def test_every_loss_teaches_the_student(kd_loss: str) -> None:
     mine = (MINE[0].clone().requires_grad_(), [f.clone().requires_grad_() for f in MINE[1]])
-    objective = Objective(STUDY, kd_loss, mine, THEIRS)  # type: ignore[arg-type]
+    objective = Objective(CONFIG, kd_loss, mine, THEIRS)  # type: ignore[arg-type]
     loss = objective(mine, teacher_output(THEIRS, objective.feature_keys), LABELS)
     loss.backward()
     assert loss.shape == ()
@@ -56,23 +56,21 @@ def test_the_weights_weigh_the_terms() -> None:
         return objective(MINE, teacher_output(THEIRS, objective.feature_keys), LABELS)
 
     entropy = torch.nn.functional.cross_entropy(MINE[0], LABELS)
-    t = STUDY.kd_temperature
+    t = CONFIG.kd_temperature
     divergence = t**2 * torch.nn.functional.kl_div(
         (MINE[0] / t).log_softmax(1), (THEIRS[0] / t).softmax(1), reduction="batchmean"
     )
-    torch.testing.assert_close(loss(STUDY, "kd"), 0.5 * entropy + 2.0 * divergence)
-    attention = (loss(STUDY, "at") - 0.5 * entropy) / 10
-    torch.testing.assert_close(loss(replace(STUDY, at_weight=20.0), "at"), 0.5 * entropy + 20 * attention)
-    torch.testing.assert_close(loss(STUDY, "kd+at"), 0.5 * entropy + 2.0 * divergence + 10 * attention)
+    torch.testing.assert_close(loss(CONFIG, "kd"), 0.5 * entropy + 2.0 * divergence)
+    attention = (loss(CONFIG, "at") - 0.5 * entropy) / 10
+    torch.testing.assert_close(loss(replace(CONFIG, at_weight=20.0), "at"), 0.5 * entropy + 20 * attention)
+    torch.testing.assert_close(loss(CONFIG, "kd+at"), 0.5 * entropy + 2.0 * divergence + 10 * attention)
 
 
 def test_without_a_teacher_it_is_cross_entropy() -> None:
-    objective = Objective(STUDY, "none", MINE, None)
-    torch.testing.assert_close(
-        objective(MINE, None, LABELS), torch.nn.functional.cross_entropy(MINE[0], LABELS)
-    )
+    objective = Objective(CONFIG, "none", MINE, None)
+    torch.testing.assert_close(objective(MINE, None, LABELS), torch.nn.functional.cross_entropy(MINE[0], LABELS))
 
 
 def test_a_loss_that_needs_a_teacher_says_so() -> None:
     with pytest.raises(ValueError, match="needs a teacher"):
-        Objective(STUDY, "kd", MINE, None)
+        Objective(CONFIG, "kd", MINE, None)

@@ -21,7 +21,7 @@ from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Stopwatch, accuracies, learning_rate, train
 from engine.trial import EnvironmentUnusable, KDLoss
 
-STUDY = SearchConfig(batch_size=16, lr=0.05)
+CONFIG = SearchConfig(batch_size=16, lr=0.05)
 EXAMPLE = torch.zeros(2, 3, 16, 16)
 
 
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 class Dropping(Net):
-    """Draws random numbers in training."""
+    """Draws random numbers during training."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, features = super().forward(nn.functional.dropout(images, 0.2, self.training))
@@ -49,7 +49,7 @@ class Dropping(Net):
 
 
 class Skipping(Net):
-    """Leaves a layer out of its first step, as LayerDrop and stochastic depth may."""
+    """Skips a layer in its first step, as LayerDrop and stochastic depth may."""
 
     steps = 0
 
@@ -91,104 +91,104 @@ def batches(data: Dataset, epochs: int = 2) -> Batches:
     )
 
 
-def teacher() -> nn.Module:
+def make_teacher() -> nn.Module:
     return Net(99, width=12).eval().requires_grad_(False)
 
 
 def trained(data: Dataset, networks: list[nn.Module], kd_loss: str = "kd+at", epochs: int = 2) -> list[Student]:
-    taught = teacher() if kd_loss != "none" else None
-    cohort = [prepare(network, taught, STUDY, kd_loss, EXAMPLE) for network in networks]  # type: ignore[arg-type]
-    train(cohort, taught and CachedTeacher(taught), batches(data, epochs), STUDY, Stopwatch())
+    teacher = make_teacher() if kd_loss != "none" else None
+    cohort = [prepare(network, teacher, CONFIG, kd_loss, EXAMPLE) for network in networks]  # type: ignore[arg-type]
+    train(cohort, teacher and CachedTeacher(teacher), batches(data, epochs), CONFIG, Stopwatch())
     return cohort
 
 
-def weights(member: Student) -> list[Tensor]:
-    return [value.clone() for value in member.network.state_dict().values()]
+def weights(student: Student) -> list[Tensor]:
+    return [value.clone() for value in student.network.state_dict().values()]
 
 
 def test_a_student_learns(data: Dataset) -> None:
-    (member,) = trained(data, [Net(0)], "none", epochs=12)
+    (student,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracies([member.network], valid)[0] > 0.9
+    assert accuracies([student.network], valid)[0] > 0.9
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
-def test_a_student_of_a_cohort_is_the_student_alone_bit_for_bit(data: Dataset, kd_loss: str) -> None:
+def test_a_student_of_a_cohort_equals_the_student_trained_alone_bit_for_bit(data: Dataset, kd_loss: str) -> None:
     seeds = [(0, 8), (1, 4), (2, 16), (3, 8)]
     together = trained(data, [Net(seed, width) for seed, width in seeds], kd_loss)
-    for (seed, width), member in zip(seeds, together, strict=True):
+    for (seed, width), student in zip(seeds, together, strict=True):
         (alone,) = trained(data, [Net(seed, width)], kd_loss)
-        assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(member), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(student), strict=True))
 
 
-def test_with_and_without_what_was_kept_of_the_teacher_a_student_is_the_same_bit_for_bit(data: Dataset) -> None:
+def test_the_teacher_cache_does_not_change_a_student_bit_for_bit(data: Dataset) -> None:
     def cohort(shared: CachedTeacher) -> list[Tensor]:
-        cohort = [prepare(Net(seed), shared.network, STUDY, "kd+at", EXAMPLE) for seed in (0, 1)]
-        train(cohort, shared, batches(data), STUDY, Stopwatch())
-        return [value for member in cohort for value in weights(member)]
+        cohort = [prepare(Net(seed), shared.network, CONFIG, "kd+at", EXAMPLE) for seed in (0, 1)]
+        train(cohort, shared, batches(data), CONFIG, Stopwatch())
+        return [value for student in cohort for value in weights(student)]
 
-    without, keeping = cohort(CachedTeacher(teacher())), CachedTeacher(teacher(), budget=10**9)
-    first, second = cohort(keeping), cohort(keeping)
-    assert len(keeping.kept) == len(batches(data))
+    without, caching = cohort(CachedTeacher(make_teacher())), CachedTeacher(make_teacher(), budget=10**9)
+    first, second = cohort(caching), cohort(caching)
+    assert len(caching.cache) == len(batches(data))
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(without, first, second, strict=True))
 
 
-def test_layers_that_draw_random_numbers_do_not_see_who_is_beside_them(data: Dataset) -> None:
-    def two(members: list[Student]) -> list[list[Tensor]]:
-        train(members, None, batches(data), STUDY, Stopwatch())
-        return [weights(member) for member in members]
+def test_random_layers_are_independent_of_the_other_students(data: Dataset) -> None:
+    def train_all(students: list[Student]) -> list[list[Tensor]]:
+        train(students, None, batches(data), CONFIG, Stopwatch())
+        return [weights(student) for student in students]
 
-    def student(number: int) -> Student:
-        return prepare(Dropping(number), None, STUDY, "none", EXAMPLE, seed=number)
+    def dropping(number: int) -> Student:
+        return prepare(Dropping(number), None, CONFIG, "none", EXAMPLE, seed=number)
 
-    together = two([student(0), student(1)])
+    together = train_all([dropping(0), dropping(1)])
     torch.rand(3)
-    assert all(torch.equal(a, b) for a, b in zip(together[1], two([student(1)])[0], strict=True))
-    other = prepare(Dropping(1), None, STUDY, "none", EXAMPLE, seed=2)
-    assert not all(torch.equal(a, b) for a, b in zip(together[1], two([other])[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(together[1], train_all([dropping(1)])[0], strict=True))
+    other = prepare(Dropping(1), None, CONFIG, "none", EXAMPLE, seed=2)
+    assert not all(torch.equal(a, b) for a, b in zip(together[1], train_all([other])[0], strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_a_layer_draws_on_the_host_depends_on_the_student_and_the_step(
+def test_random_numbers_on_the_host_depend_on_the_student_and_the_step(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
-    member = prepare(Net(0), None, STUDY, "none", EXAMPLE, seed=1)
-    member.loss_sum = Mock(device=torch.device(device))
+    student = prepare(Net(0), None, CONFIG, "none", EXAMPLE, seed=1)
+    student.loss_sum = Mock(device=torch.device(device))
 
     def drawn(step: int) -> float:
-        reseed(member, step)
+        reseed(student, step)
         return torch.rand(()).item()
 
     assert drawn(0) == drawn(0) != drawn(1)
 
 
-def test_a_layer_that_is_first_taken_in_a_later_step_learns_too(data: Dataset) -> None:
-    (member,) = trained(data, [Skipping(0)])
-    assert (member.status, member.error) == ("ok", "")
-    assert not torch.equal(member.network.two.weight, Skipping(0).two.weight)
+def test_a_layer_first_used_in_a_later_step_is_trained(data: Dataset) -> None:
+    (student,) = trained(data, [Skipping(0)])
+    assert (student.status, student.error) == ("ok", "")
+    assert not torch.equal(student.network.two.weight, Skipping(0).two.weight)
 
 
-def test_bfloat16_on_a_cpu_trains_as_well(data: Dataset) -> None:
-    config = replace(STUDY, amp_dtype="bfloat16")
-    taught = CachedTeacher(teacher())
-    member = prepare(Net(0), taught.network, config, "kd+at", EXAMPLE)
+def test_bfloat16_training_works_on_a_cpu(data: Dataset) -> None:
+    config = replace(CONFIG, amp_dtype="bfloat16")
+    cached = CachedTeacher(make_teacher())
+    student = prepare(Net(0), cached.network, config, "kd+at", EXAMPLE)
     seen: list[torch.dtype] = []
-    member.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    train([member], taught, batches(data, epochs=12), config, Stopwatch())
+    student.network.head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    train([student], cached, batches(data, epochs=12), config, Stopwatch())
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
     assert set(seen) == {torch.bfloat16}
     seen.clear()
-    assert accuracies([member.network], valid)[0] > 0.9
+    assert accuracies([student.network], valid)[0] > 0.9
     assert set(seen) == {torch.float32}, "scored in full precision"
-    assert member.network.head.weight.dtype == torch.float32
+    assert student.network.head.weight.dtype == torch.float32
 
 
-def test_the_running_average_is_scored_and_kept(data: Dataset) -> None:
-    config = replace(STUDY, ema_decay=0.9)
-    plain, averaged = (prepare(Net(0), None, config, "none", EXAMPLE, average=kept) for kept in (False, True))
-    for member in (plain, averaged):
-        train([member], None, batches(data), config, Stopwatch())
+def test_the_running_average_is_scored_and_saved(data: Dataset) -> None:
+    config = replace(CONFIG, ema_decay=0.9)
+    plain, averaged = (prepare(Net(0), None, config, "none", EXAMPLE, average=average) for average in (False, True))
+    for student in (plain, averaged):
+        train([student], None, batches(data), config, Stopwatch())
     assert averaged.average is not None
     assert plain.loss_sum == averaged.loss_sum  # the training itself is the same
     assert not torch.equal(plain.network.head.weight, averaged.network.head.weight)
@@ -198,16 +198,16 @@ def test_the_running_average_is_scored_and_kept(data: Dataset) -> None:
 def test_a_compiled_student_learns_and_keeps_its_names(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     # Traced and differentiated as by default; the default's half minute of C++ compilation is left out.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, compiled = (prepare(Net(0), None, STUDY, "none", EXAMPLE, compiled=made) for made in (False, True))
-    for member in (plain, compiled):
-        train([member], None, batches(data), STUDY, Stopwatch())
+    plain, compiled = (prepare(Net(0), None, CONFIG, "none", EXAMPLE, compiled=on) for on in (False, True))
+    for student in (plain, compiled):
+        train([student], None, batches(data), CONFIG, Stopwatch())
     assert compiled.status == "ok", compiled.error
     assert compiled.forward is not compiled.network
     assert list(compiled.network.state_dict()) == list(plain.network.state_dict())
     assert compiled.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=1e-3)
 
 
-def test_who_fails_leaves_and_the_others_go_on(data: Dataset) -> None:
+def test_a_student_that_fails_is_dropped_and_the_others_go_on(data: Dataset) -> None:
     good, exploding, raising, careless = trained(data, [Net(0), Exploding(1), Raising(2), Careless(3)])
     (alone,) = trained(data, [Net(0)])
     assert (good.status, exploding.status, raising.status, careless.status) == ("ok", "diverged", "oom", "error")
@@ -219,66 +219,68 @@ def test_who_fails_leaves_and_the_others_go_on(data: Dataset) -> None:
 @pytest.mark.parametrize(
     ("kd_loss", "network", "average"), [("none", Net, False), ("hint", Net, False), ("none", Dropping, True)]
 )
-def test_resumed_after_any_epoch_it_is_the_training_that_was_never_broken(
+def test_a_training_resumed_after_any_epoch_equals_the_uninterrupted_one(
     data: Dataset, tmp_path: Path, kd_loss: KDLoss, network: type[Net], average: bool
 ) -> None:
-    taught, config = teacher(), replace(STUDY, ema_decay=0.9)
-    whole = prepare(network(0), taught, config, kd_loss, EXAMPLE, average=average)
+    teacher, config = make_teacher(), replace(CONFIG, ema_decay=0.9)
+    whole = prepare(network(0), teacher, config, kd_loss, EXAMPLE, average=average)
     path = tmp_path / "state.pt"
 
-    def keep(epochs: int) -> None:
+    def save(epochs: int) -> None:
         checkpoint.save(tmp_path / f"{epochs}.pt", whole, Progress(epochs))
 
-    train([whole], CachedTeacher(taught), batches(data, epochs=3), config, Stopwatch(), keep)
+    train([whole], CachedTeacher(teacher), batches(data, epochs=3), config, Stopwatch(), save)
     for epochs in (1, 2, 3):
         (tmp_path / f"{epochs}.pt").rename(path)
-        member = prepare(network(7), taught, config, kd_loss, EXAMPLE, average=average)
-        assert checkpoint.restore(path, member) == Progress(epochs)
-        train([member], CachedTeacher(taught), replace(batches(data, epochs=3), first_epoch=epochs), config, Stopwatch())
-        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(member), strict=True))
+        student = prepare(network(7), teacher, config, kd_loss, EXAMPLE, average=average)
+        assert checkpoint.restore(path, student) == Progress(epochs)
+        rest = replace(batches(data, epochs=3), first_epoch=epochs)
+        train([student], CachedTeacher(teacher), rest, config, Stopwatch())
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(student), strict=True))
 
 
-def test_a_state_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
-    member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
-    before = weights(member)
-    assert checkpoint.restore(tmp_path / "none.pt", member) == Progress()
+def test_an_invalid_state_file_is_ignored(tmp_path: Path) -> None:
+    student = prepare(Net(0), None, CONFIG, "none", EXAMPLE)
+    before = weights(student)
+    assert checkpoint.restore(tmp_path / "none.pt", student) == Progress()
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    assert checkpoint.restore(tmp_path / "bad.pt", member) == Progress()
-    checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, STUDY, "none", EXAMPLE), Progress(3))
-    assert checkpoint.restore(tmp_path / "wide.pt", member) == Progress()
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(member), strict=True))
+    assert checkpoint.restore(tmp_path / "bad.pt", student) == Progress()
+    checkpoint.save(tmp_path / "wide.pt", prepare(Net(0, width=16), None, CONFIG, "none", EXAMPLE), Progress(3))
+    assert checkpoint.restore(tmp_path / "wide.pt", student) == Progress()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(student), strict=True))
 
 
-def test_a_state_that_cannot_be_read_now_is_left_for_later(tmp_path: Path) -> None:
-    member = prepare(Net(0), None, STUDY, "none", EXAMPLE)
+def test_a_state_file_behind_an_io_error_is_not_deleted(tmp_path: Path) -> None:
+    student = prepare(Net(0), None, CONFIG, "none", EXAMPLE)
     path = tmp_path / "state.pt"
-    path.symlink_to("/proc/self/mem")  # reading its first bytes is an error of input and output
+    path.symlink_to("/proc/self/mem")  # reading its first bytes is an I/O error
     with pytest.raises(EnvironmentUnusable, match="state.pt cannot be read now .*; repeat the command"):
-        checkpoint.restore(path, member)
+        checkpoint.restore(path, student)
     assert path.is_symlink()
 
 
-def test_memory_that_runs_out_does_not_cost_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    member, path = prepare(Net(0), None, STUDY, "none", EXAMPLE), tmp_path / "state.pt"
-    checkpoint.save(path, member, Progress(1))
+def test_a_state_file_survives_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, path = prepare(Net(0), None, CONFIG, "none", EXAMPLE), tmp_path / "state.pt"
+    checkpoint.save(path, student, Progress(1))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "load", Mock(side_effect=RuntimeError("DefaultCPUAllocator: not enough memory")))
         with pytest.raises(RuntimeError, match="not enough memory"):
-            checkpoint.restore(path, member)
-    assert checkpoint.restore(path, member) == Progress(1)
+            checkpoint.restore(path, student)
+    assert checkpoint.restore(path, student) == Progress(1)
 
 
-def test_the_teacher_stays_as_it_is(data: Dataset) -> None:
-    taught = teacher()
-    before = [value.clone() for value in taught.state_dict().values()]
-    train([prepare(Net(0), taught, STUDY, "kd+at", EXAMPLE)], CachedTeacher(taught), batches(data), STUDY, Stopwatch())
-    assert all(torch.equal(a, b) for a, b in zip(before, taught.state_dict().values(), strict=True))
+def test_training_does_not_change_the_teacher(data: Dataset) -> None:
+    teacher = make_teacher()
+    before = [value.clone() for value in teacher.state_dict().values()]
+    student = prepare(Net(0), teacher, CONFIG, "kd+at", EXAMPLE)
+    train([student], CachedTeacher(teacher), batches(data), CONFIG, Stopwatch())
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.state_dict().values(), strict=True))
 
 
-def test_the_hint_loss_learns_its_regressor(data: Dataset) -> None:
-    (member,) = trained(data, [Net(0)], "hint", epochs=1)
-    fresh = prepare(Net(0), teacher(), STUDY, "hint", EXAMPLE)
-    learnt, untouched = (list(m.objective.parameters()) for m in (member, fresh))
+def test_the_hint_loss_trains_its_regressor(data: Dataset) -> None:
+    (student,) = trained(data, [Net(0)], "hint", epochs=1)
+    fresh = prepare(Net(0), make_teacher(), CONFIG, "hint", EXAMPLE)
+    learnt, untouched = (list(one.objective.parameters()) for one in (student, fresh))
     assert len(learnt) == 2
     assert not torch.equal(learnt[0], untouched[0])
 
@@ -291,9 +293,9 @@ def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert learning_rate(0.1, 0, 1) == pytest.approx(0.1)
 
 
-def test_decay_is_for_matrices_only() -> None:
-    member = prepare(Net(0), None, replace(STUDY, weight_decay=0.1), "none", EXAMPLE)
-    for group in member.optimiser.param_groups:
+def test_only_matrices_have_weight_decay() -> None:
+    student = prepare(Net(0), None, replace(CONFIG, weight_decay=0.1), "none", EXAMPLE)
+    for group in student.optimiser.param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
 
 
@@ -306,7 +308,7 @@ def test_decay_is_for_matrices_only() -> None:
         (RuntimeError("shapes"), "error"),
     ],
 )
-def test_what_ran_out_is_told_from_what_broke(error: Exception, status: str) -> None:
+def test_out_of_memory_is_told_apart_from_other_errors(error: Exception, status: str) -> None:
     assert status_of(error) == status
 
 
@@ -318,7 +320,7 @@ def test_what_ran_out_is_told_from_what_broke(error: Exception, status: str) -> 
         (RuntimeError("Triton Error [CUDA]: out of memory"), "oom", False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "oom", False),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "error", True),
-        (ProcessLost("torch 2.11.0 cannot go on after a capture that failed: out of memory"), "oom", True),
+        (ProcessLost("torch 2.11.0 cannot go on after a failed capture: out of memory"), "oom", True),
         (RuntimeError("shapes"), "error", False),
     ],
     ids=lambda value: str(value)[:40],
@@ -328,8 +330,8 @@ def test_a_device_without_memory_is_not_a_lost_device(error: Exception, status: 
     assert fatal(error) == lost
 
 
-def test_a_ninth_compiled_network_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All run one forward, and torch.compile stops after 8 for one code; beside each other, and one after another."""
+def test_more_than_eight_networks_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the code of one forward, and torch.compile stops after 8 compilations of one code."""
     compiled: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
@@ -340,11 +342,11 @@ def test_a_ninth_compiled_network_is_compiled_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
 
     def ready(number: int) -> Student:
-        return prepare(Net(0, width=4 + number), None, STUDY, "none", EXAMPLE, compiled=True)
+        return prepare(Net(0, width=4 + number), None, CONFIG, "none", EXAMPLE, compiled=True)
 
-    for member in [ready(number) for number in range(9)]:
-        member.forward(EXAMPLE)
+    for student in [ready(number) for number in range(9)]:
+        student.forward(EXAMPLE)
     assert len(compiled) == 9
     ready(9).forward(EXAMPLE)
     kept = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Net.forward.__code__)
-    assert (len(compiled), len(kept)) == (10, 1), "what earlier cohorts compiled is kept"
+    assert (len(compiled), len(kept)) == (10, 1), "compilations of earlier cohorts are kept"

@@ -1,8 +1,8 @@
-"""Students side by side on a CUDA device: each on a stream of its own, its whole step one CUDA graph.
+"""Students side by side on a CUDA device: each has its own stream and runs its whole step as one CUDA graph.
 
-At 64 images a student's step is some 600 kernels of a few microseconds, and starting them one by one takes longer than
-running them. A graph starts them all at once; graphs on several streams fill the device. The calls into CUDA are in
-`GraphedStudent`; what is decided, and what is put back after a trial step, are functions of plain numbers and tensors.
+At 64 images a student's step is some 600 kernels of a few microseconds, and launching them one by one takes longer than
+running them. A graph launches them all at once, and graphs on several streams fill the device. Calls into CUDA are in
+`GraphedStudent`; decisions, and restoring state after trial steps, are functions of plain numbers and tensors.
 """
 
 from __future__ import annotations
@@ -27,40 +27,41 @@ from engine.training.student import (
     update_ema,
 )
 
-WARM_UP = 3  # steps before a capture: cuDNN chooses, Triton compiles, autograd and the optimiser allocate
+WARM_UP = 3  # steps before a capture: cuDNN chooses algorithms, Triton compiles, autograd and the optimiser allocate
 # A capture costs the warm-up (3 steps of about 6 ms), the recording (10 to 20 ms) and its instantiation (some ms):
 # 40 to 50 ms. A replay saves about 4 ms a step, 5 to 6 ms launched one by one against 1.5. Estimates, not measured.
-LEAST_STEPS = 20
-# cuDNN's trying of algorithms costs some ms per shape of convolution, a second per network of the larger spaces, for
+MIN_STEPS = 20
+# cuDNN's benchmark mode costs some ms per shape of convolution, a second per network of the larger spaces, and saves
 # perhaps half a millisecond per step.
 BENCHMARK_STEPS = 2000
-ROOM = 1.1  # of what the largest student took: free memory that another one is let in with
-# Before 2.12 a capture that fails is under way for ever to the allocator, which then refuses to free anything
+HEADROOM = 1.1  # another student is admitted if this many times the largest student's memory is free
+# Before torch 2.12 the allocator believes that a failed capture is still under way, and then refuses to free memory
 # (pytorch/pytorch#180395).
-FAILURES_STAY = torch.__version__ < "2.12"  # a TorchVersion: by number
+CAPTURE_FAILURE_IS_FATAL = torch.__version__ < "2.12"  # a TorchVersion, compared by number
 
 
 def reason_for_eager(execution: Execution, device: torch.device, steps: int) -> str:
-    """Why a training of so many steps runs without graphs; empty where it has them."""
+    """Why a training of this many steps runs without graphs; empty if it uses them."""
     if execution == "eager":
         return "asked for"
     if device.type != "cuda":
         return "no CUDA device"
-    if execution == "auto" and steps < LEAST_STEPS:
+    if execution == "auto" and steps < MIN_STEPS:
         return f"{steps} steps do not pay for a capture"
     return ""
 
 
 def has_room(free: int, taken: Sequence[int]) -> bool:
-    """Whether another student fits into `free` bytes beside those that took `taken`; the first one always may try."""
-    return not taken or free >= ROOM * max(taken)
+    """Whether another student fits into `free` bytes beside those that took `taken`. The first one may always try."""
+    return not taken or free >= HEADROOM * max(taken)
 
 
-def waits_for_device(step: Callable[[], None]) -> str:
-    """Does a step; says so where it makes the host wait for the device, at which point it ends.
+def find_host_sync(step: Callable[[], None]) -> str:
+    """Runs a step. If it makes the host wait for the device, the step ends there and the place is described; else "".
 
-    No graph can record that, and a capture must not meet it: one that fails keeps its memory, and before torch 2.12
-    costs the process. The mode is the whole process's: no other thread of ours calls CUDA through torch.
+    No graph can record such a wait, and a capture must not reach one: a failed capture keeps its memory, and before
+    torch 2.12 costs the process. The debug mode applies to the whole process, but no other thread of ours calls CUDA
+    through torch.
     """
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -77,25 +78,25 @@ def waits_for_device(step: Callable[[], None]) -> str:
     return ""
 
 
-def why_not_recorded(error: RuntimeError) -> str:
-    """Why a capture failed. Raises out of memory, and `ProcessLost` where this version of torch cannot go on."""
-    cause = error.__context__ or error  # ending a broken capture raises once more
+def capture_failure(error: RuntimeError) -> str:
+    """Why a capture failed. Raises if memory ran out, and `ProcessLost` if this version of torch cannot go on."""
+    cause = error.__context__ or error  # ending a broken capture raises a second error
     if status_of(error) == "oom":
         raise error
-    if FAILURES_STAY:
-        raise ProcessLost(f"torch {torch.__version__} cannot go on after a capture that failed: {cause}") from error
+    if CAPTURE_FAILURE_IS_FATAL:
+        raise ProcessLost(f"torch {torch.__version__} cannot go on after a failed capture: {cause}") from error
     if status_of(cause) == "oom":
         raise cause
     return f"{type(cause).__name__}: {cause}"
 
 
 @torch.no_grad()
-def without_trace(member: Student, trial: Callable[[], None]) -> None:
-    """Runs `trial` steps, then puts the student back into the state it was in, in place: a graph knows the memory."""
-    saved = [(tensor, tensor.clone()) for tensor in member.state()]
+def run_and_restore(student: Student, steps: Callable[[], None]) -> None:
+    """Runs trial `steps`, then restores the student's state in place: a graph refers to that memory."""
+    saved = [(tensor, tensor.clone()) for tensor in student.state()]
     try:
         with torch.enable_grad():
-            trial()
+            steps()
     finally:
         for tensor, copy in saved:
             tensor.copy_(copy)
@@ -103,64 +104,64 @@ def without_trace(member: Student, trial: Callable[[], None]) -> None:
 
 @dataclass
 class GraphedStudent:
-    """A student, its stream, and the graph of its step once that is captured. Each graph has a memory pool of its own:
+    """A student, its stream, and the graph of its step once captured. Each graph has its own memory pool, because
     graphs that run at the same time must not share one."""
 
-    member: Student
+    student: Student
     stream: torch.cuda.Stream
     graph: torch.cuda.CUDAGraph | None = None
 
     def advance(self, inputs: Inputs, step: int, decay: float) -> None:
-        """One step, after what the current stream has been given so far."""
+        """One step, after everything that has been queued on the current stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             if self.graph is not None:
                 self.graph.replay()
             else:
-                reseed(self.member, step)
-                take_step(self.member, inputs)
-            update_ema(self.member, step, decay)
+                reseed(self.student, step)
+                take_step(self.student, inputs)
+            update_ema(self.student, step, decay)
 
     def capture(self, inputs: Inputs) -> str:
-        """Records the student's step on `inputs`; returns why that could not be done, or nothing.
+        """Captures the student's step on `inputs`; returns the reason if that is impossible, else "".
 
-        Raises what the step itself raises, out of memory, and the loss of the device.
+        Raises any error of the step itself, out of memory, and the loss of the device.
         """
         before = _random_state(self.stream.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP - 1):
-                take_step(self.member, inputs)
-            reason = waits_for_device(partial(take_step, self.member, inputs))
+                take_step(self.student, inputs)
+            reason = find_host_sync(partial(take_step, self.student, inputs))
         self.stream.synchronize()
         if reason:
-            self.member.optimiser.zero_grad(set_to_none=True)
+            self.student.optimiser.zero_grad(set_to_none=True)
             return reason
         if before != _random_state(self.stream.device):
-            # Graphs that run side by side share one generator: what each draws would depend on the others.
+            # Graphs that run side by side share one generator: the numbers of each would depend on the others.
             return "its layers draw random numbers"
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's threads may go on calling CUDA. The stream around it: some versions of torch
-            # leave the graph's current when the capture fails.
+            # thread_local: the loader's threads may go on calling CUDA. The outer stream context is there because some
+            # versions of torch leave the graph's stream current when a capture fails.
             with (
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
-                take_step(self.member, inputs)
+                take_step(self.student, inputs)
         except RuntimeError as error:
-            torch.cuda.synchronize()  # raises again where more was lost than the capture
-            self.member.optimiser.zero_grad(set_to_none=True)
-            return why_not_recorded(error)
+            torch.cuda.synchronize()  # raises again if more than the capture was lost
+            self.student.optimiser.zero_grad(set_to_none=True)
+            return capture_failure(error)
         self.graph = graph
         return ""
 
     def join(self) -> None:
-        """What the current stream does next comes after all that this lane was given."""
+        """Makes the current stream wait for all steps of this student."""
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def close(self) -> None:
-        """Gives the graph's memory back."""
+        """Frees the graph's memory."""
         self.join()
         self.stream.synchronize()
         if self.graph is not None:
@@ -169,92 +170,95 @@ class GraphedStudent:
 
 
 class StreamRunner:
-    """The students of a cohort in their lanes. They read inputs that stay where they are: each step's are copied there
-    when all lanes are done with the last one's, while the loader and the teacher are already at the next."""
+    """Runs the students of a cohort side by side, each on its stream. They read one static copy of the inputs: each
+    step's values are copied into it when all students are done with the last step, while the loader and the teacher
+    already work on the next."""
 
     def __init__(
         self, cohort: Sequence[Student], first: Inputs, execution: Execution, steps: int, decay: float
     ) -> None:
-        """Captures the students' steps one after the other; who finds no room leaves as "oom", for another cohort."""
-        self.inputs, self.decay = first.held(), decay
+        """Captures the students' steps one after another. A student that does not fit into memory is dropped as "oom",
+        and retried in another cohort."""
+        self.inputs, self.decay = first.static_copy(), decay
         device = first.images.device
         self._benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = steps >= BENCHMARK_STEPS
         eager = reason_for_eager(execution, device, steps)
-        self.students: list[GraphedStudent] = []
+        self.admitted: list[GraphedStudent] = []
         taken: list[int] = []
-        for member in cohort:
+        for student in cohort:
             free = _free_memory(device)
             if not has_room(free, taken):
-                member.leave("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
+                student.drop("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
                 continue
-            student = GraphedStudent(member, torch.cuda.Stream(device))
-            self.students.append(student)
-            reason = eager or self._capture(student)
-            member.execution = f"eager: {reason}" if reason else "graph"
-            if reason and execution == "graph" and member.status == "ok":
-                member.leave("error", f"no graph: {reason}")
+            graphed = GraphedStudent(student, torch.cuda.Stream(device))
+            self.admitted.append(graphed)
+            reason = eager or self._capture(graphed)
+            student.execution = f"eager: {reason}" if reason else "graph"
+            if reason and execution == "graph" and student.status == "ok":
+                student.drop("error", f"no graph: {reason}")
             taken.append(free - _free_memory(device))
 
-    def _capture(self, student: GraphedStudent) -> str:
+    def _capture(self, graphed: GraphedStudent) -> str:
         reasons: list[str] = []
-        guarded(student.member, partial(without_trace, student.member, lambda: reasons.append(student.capture(self.inputs))))
-        return reasons[0] if reasons else student.member.error
+        student = graphed.student
+        guarded(student, partial(run_and_restore, student, lambda: reasons.append(graphed.capture(self.inputs))))
+        return reasons[0] if reasons else student.error
 
     def advance(self, inputs: Inputs, step: int) -> None:
-        """The step of every student that is still in the cohort."""
+        """One step of every student that is still in the cohort."""
         self.join()
-        self.inputs.take(inputs)
-        for student in self.students:
-            if student.member.status == "ok":
-                guarded(student.member, partial(student.advance, self.inputs, step, self.decay))
+        self.inputs.copy_from(inputs)
+        for graphed in self.admitted:
+            if graphed.student.status == "ok":
+                guarded(graphed.student, partial(graphed.advance, self.inputs, step, self.decay))
 
     def join(self) -> None:
-        for student in self.students:
-            student.join()
+        for graphed in self.admitted:
+            graphed.join()
 
     def close(self) -> None:
-        for student in self.students:
-            student.close()
-        torch.backends.cudnn.benchmark = self._benchmark  # latencies are measured without
+        for graphed in self.admitted:
+            graphed.close()
+        torch.backends.cudnn.benchmark = self._benchmark  # latencies are measured without it
 
 
 class SequentialRunner:
-    """The students of a cohort one after the other, as a CPU has them. `StreamRunner` without the lanes."""
+    """Runs the students of a cohort one after another (CPU)."""
 
     def __init__(self, cohort: Sequence[Student], decay: float) -> None:
         self.cohort, self.decay = cohort, decay
 
     def advance(self, inputs: Inputs, step: int) -> None:
-        """The step of every student that is still in the cohort."""
-        for member in self.cohort:
-            if member.status == "ok":
-                guarded(member, partial(self._one, member, inputs, step))
+        """One step of every student that is still in the cohort."""
+        for student in self.cohort:
+            if student.status == "ok":
+                guarded(student, partial(self._advance_one, student, inputs, step))
 
-    def _one(self, member: Student, inputs: Inputs, step: int) -> None:
-        reseed(member, step)
-        take_step(member, inputs)
-        update_ema(member, step, self.decay)
+    def _advance_one(self, student: Student, inputs: Inputs, step: int) -> None:
+        reseed(student, step)
+        take_step(student, inputs)
+        update_ema(student, step, self.decay)
 
     def join(self) -> None:
-        """Nothing is under way."""
+        """Nothing runs in the background."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to free."""
 
 
-def guarded(member: Student, work: Callable[[], None]) -> None:
-    """Does a student's work; what that raises makes it leave with its status. Raises only where the device is lost."""
+def guarded(student: Student, work: Callable[[], None]) -> None:
+    """Does a student's work. An exception drops the student with a status; only the loss of the device is raised."""
     try:
         work()
-    except Exception as error:  # of a user's network it may be any
+    except Exception as error:  # a user's network may raise anything
         if fatal(error):
             raise
-        member.leave(status_of(error), f"{type(error).__name__}: {error}")
+        student.drop(status_of(error), f"{type(error).__name__}: {error}")
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that the device has left, without what the allocator keeps for itself."""
+    """Free bytes of the device, after the allocator has returned its cache."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
@@ -262,5 +266,5 @@ def _free_memory(device: torch.device) -> int:
 
 def _random_state(device: torch.device) -> tuple[bytes, bytes]:
     states: Iterable[Tensor] = (torch.get_rng_state(), torch.cuda.get_rng_state(device))
-    one, other = (state.numpy().tobytes() for state in states)
-    return one, other
+    host, on_device = (state.numpy().tobytes() for state in states)
+    return host, on_device

@@ -1,4 +1,4 @@
-"""A network in training: what it needs, one step of it, and what may go wrong."""
+"""A student: a network in training, one step of it, and how its errors are classified."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from engine.trial import KDLoss, Status
 
 @dataclass
 class Student:
-    """A network in training. It leaves the cohort when `status` is no longer "ok"; `error` then says why.
+    """A network in training. It is in its cohort while `status` is "ok"; after that, `error` says why it was dropped.
 
     `forward` is the network or its compiled form. Random numbers that its layers draw depend on `seed` and the step.
-    `average` holds the running average of its state where one is kept, and `live` what that is an average of.
-    `execution` says how its steps ran,
-    `latency_ms` how long its forward pass takes where there is a limit on that.
+    `average` is the running average of the tensors in `live`, if one is kept. `execution` says how its steps ran.
+    `latency_ms` is the time of its forward pass, measured if latency is limited.
     """
 
     network: nn.Module
@@ -36,56 +35,57 @@ class Student:
     status: Status = "ok"
     error: str = ""
 
-    def leave(self, status: Status, error: str) -> None:
+    def drop(self, status: Status, error: str) -> None:
+        """Takes the student out of its cohort."""
         self.status, self.error = status, error
         self.optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> list[Tensor]:
         """All tensors that a step changes in place."""
         modules = [*self.network.state_dict().values(), *self.objective.state_dict().values()]
-        return [*modules, self.loss_sum, *(kept["momentum_buffer"] for kept in self.optimiser.state.values())]
+        return [*modules, self.loss_sum, *(entry["momentum_buffer"] for entry in self.optimiser.state.values())]
 
 
 @dataclass
 class Inputs:
-    """What every student of a cohort reads in a step: images (N, 3, R, R), labels (N,), the teacher's lesson, and the
-    learning rate: a number, or on a CUDA device a tensor there, which a graph reads anew in every replay."""
+    """What all students of a cohort read in a step: images (N, 3, R, R), labels (N,), the teacher's output, and the
+    learning rate. The rate is a number, or on a CUDA device a tensor, which a graph reads again in every replay."""
 
     images: Tensor
     labels: Tensor
-    taught: TeacherOutput | None
+    teacher_output: TeacherOutput | None
     rate: float | Tensor
 
-    def held(self) -> Inputs:
-        """A copy whose memory stays where it is, for steps that are recorded."""
+    def static_copy(self) -> Inputs:
+        """A copy whose memory a CUDA graph can be recorded on; `copy_from` fills it for later steps."""
         rate = torch.as_tensor(self.rate, dtype=torch.float32).to(self.images.device, copy=True)
-        taught = self.taught and (self.taught[0].clone(), {key: value.clone() for key, value in self.taught[1].items()})
-        return Inputs(self.images.clone(), self.labels.clone(), taught, rate)
+        output = None if self.teacher_output is None else self.teacher_output.map(Tensor.clone)
+        return Inputs(self.images.clone(), self.labels.clone(), output, rate)
 
-    def take(self, other: Inputs) -> None:
-        """Puts the values of another step into this one's memory."""
+    def copy_from(self, other: Inputs) -> None:
+        """Copies the values of another step into this one's memory."""
         self.images.copy_(other.images)
         self.labels.copy_(other.labels)
-        if self.taught is not None and other.taught is not None:
-            self.taught[0].copy_(other.taught[0])
-            for key, value in self.taught[1].items():
-                value.copy_(other.taught[1][key])
+        if self.teacher_output is not None and other.teacher_output is not None:
+            self.teacher_output.logits.copy_(other.teacher_output.logits)
+            for key, value in self.teacher_output.features.items():
+                value.copy_(other.teacher_output.features[key])
         if isinstance(self.rate, Tensor):
             self.rate.fill_(other.rate)
 
 
 def precision(config: SearchConfig, device: torch.device) -> torch.dtype:
-    """The type of the forward pass: bfloat16 on CUDA and float32 on CPU unless the study says otherwise."""
+    """The dtype of the forward pass: by default bfloat16 on CUDA and float32 on the CPU."""
     if config.amp_dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.amp_dtype == "bfloat16" else torch.float32
 
 
 def autocast(images: Tensor) -> torch.autocast:
-    """Mixed precision in the type of the images; none where that is float32.
+    """Mixed precision in the dtype of the images; disabled if that is float32.
 
-    Without the cache of converted weights: a network reads each weight once in a step, and a graph that is recorded
-    with the cache would read stale ones.
+    The cache of converted weights is off: a network reads each weight once in a step, and a graph recorded with the
+    cache would read stale ones.
     """
     enabled = images.dtype != torch.float32
     return torch.autocast(images.device.type, dtype=images.dtype, enabled=enabled, cache_enabled=False)
@@ -106,14 +106,28 @@ def prepare(
     average: bool = False,
     compiled: bool = False,
 ) -> Student:
-    """A network ready for training on the device of `example`, a batch of images (N, 3, R, R) like those to come."""
+    """A student ready to train on the device of `example`, a batch of images (N, 3, R, R) of the training's size."""
     network = place(network, example.device).eval()
     with torch.no_grad():
-        taught = teacher(example) if teacher is not None else None
-        objective = Objective(config, kd_loss, network(example), taught).to(example.device)
+        teacher_example = teacher(example) if teacher is not None else None
+        objective = Objective(config, kd_loss, network(example), teacher_example).to(example.device)
     network.train()
-    # Biases and normalisation gain nothing from decay; 1-d parameters are exactly those.
-    parameters = [*network.parameters(), *objective.parameters()]
+    # Weights and running statistics; counters are not averaged.
+    live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
+    return Student(
+        network,
+        compile_network(network) if compiled else network,
+        objective,
+        _optimiser([*network.parameters(), *objective.parameters()], config),
+        torch.zeros((), dtype=torch.float64, device=example.device),  # float32 loses digits over a million steps
+        seed,
+        [value.clone() for value in live] if average else None,
+        live,
+    )
+
+
+def _optimiser(parameters: list[nn.Parameter], config: SearchConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum. Only matrices decay: biases and normalisation, all 1-d, gain nothing from it."""
     optimiser = torch.optim.SGD(
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -124,29 +138,19 @@ def prepare(
         nesterov=config.momentum > 0,
         fused=True,
     )
-    # SGD makes them in a parameter's first step, but not where others have theirs by then: a step that is the first to
-    # take a layer (LayerDrop, stochastic depth) would fail. From 0 a first step is the same.
+    # SGD creates a momentum buffer in a parameter's first step, but fails if other parameters have theirs by then, as
+    # after LayerDrop or stochastic depth skipped a layer. A first step from zeros gives the same result.
     for parameter in parameters if config.momentum > 0 else []:
         optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    # Weights and running statistics; counters are not averaged.
-    live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
-    return Student(
-        network,
-        compile_anew(network) if compiled else network,
-        objective,
-        optimiser,
-        torch.zeros((), dtype=torch.float64, device=example.device),  # in float32 a million steps would drown
-        seed,
-        [value.clone() for value in live] if average else None,
-        live,
-    )
+    return optimiser
 
 
-def compile_anew(network: nn.Module) -> Callable[[Tensor], Output]:
-    """The network, to be compiled in its first step.
+def compile_network(network: nn.Module) -> Callable[[Tensor], Output]:
+    """The network's compiled form; compilation happens in the first step.
 
-    Networks of a space share the code of one forward, and torch.compile counts by code: past its 8 it would run the
-    next one eagerly, with a warning. So what was compiled for earlier cohorts is let go, and one cohort may have 64.
+    All networks of a space share the code of one forward, and torch.compile counts by code: past 8 compilations it
+    would run the next network eagerly, with a warning. So the compilations of earlier cohorts are discarded, and one
+    cohort may have 64.
     """
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -154,61 +158,62 @@ def compile_anew(network: nn.Module) -> Callable[[Tensor], Output]:
     return compiled
 
 
-def take_step(member: Student, inputs: Inputs) -> None:
-    """Forward, loss, backward, update. Asks the device nothing, and leaves no gradient behind."""
-    for group in member.optimiser.param_groups:
+def take_step(student: Student, inputs: Inputs) -> None:
+    """Forward, loss, backward, update. Reads nothing back from the device, and leaves no gradient behind."""
+    for group in student.optimiser.param_groups:
         group["lr"] = inputs.rate
     with autocast(inputs.images):
-        output = member.forward(inputs.images)
-    loss = member.objective(output, inputs.taught, inputs.labels)
+        output = student.forward(inputs.images)
+    loss = student.objective(output, inputs.teacher_output, inputs.labels)
     loss.backward()
-    member.optimiser.step()
-    member.optimiser.zero_grad(set_to_none=True)
-    member.loss_sum += loss.detach()
+    student.optimiser.step()
+    student.optimiser.zero_grad(set_to_none=True)
+    student.loss_sum += loss.detach()
 
 
-def reseed(member: Student, step: int) -> None:
-    """Keys the random numbers that layers like dropout draw: not who was trained before, nor where it was resumed.
+def reseed(student: Student, step: int) -> None:
+    """Seeds the random numbers that layers like dropout draw, so that they depend on the student and the step only, not
+    on other students or on a resume.
 
-    Those of the CPU in any case: beside a GPU too a network may decide on the host, as stochastic depth does.
+    The CPU generator is always seeded: on a GPU too, a network may decide on the host, as stochastic depth does.
     """
-    device, key = member.loss_sum.device, (member.seed + step * 0x9E3779B97F4A7C15) % 2**63
+    device, key = student.loss_sum.device, (student.seed + step * 0x9E3779B97F4A7C15) % 2**63
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(key)
 
 
 @torch.no_grad()
-def update_ema(member: Student, step: int, decay: float) -> None:
-    """Moves the running average towards the present state; faster in the first steps, to forget the initial weights
+def update_ema(student: Student, step: int, decay: float) -> None:
+    """Moves the running average towards the current state, faster in the first steps, to forget the initial weights
     (decay at step t at most (1 + t) / (10 + t), as TensorFlow's ExponentialMovingAverage)."""
-    if member.average is not None:
+    if student.average is not None:
         weight = 1 - min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(member.average, member.live, weight)
+        torch._foreach_lerp_(student.average, student.live, weight)
 
 
 @torch.no_grad()
-def apply_ema(member: Student) -> None:
-    """The averaged state becomes the network's, for evaluation and for keeping."""
-    if member.average is not None:
-        torch._foreach_copy_(member.live, member.average)
+def apply_ema(student: Student) -> None:
+    """Replaces the network's state by its running average, to be scored and saved."""
+    if student.average is not None:
+        torch._foreach_copy_(student.live, student.average)
 
 
 class ProcessLost(RuntimeError):
     """This process can no longer use its device."""
 
 
-# As said by PyTorch's allocators, by the CUDA runtime and Triton's launcher ("CUDA error: out of memory", "Triton Error
-# [CUDA]: out of memory"), and by cuBLAS and its kin (CUBLAS_STATUS_ALLOC_FAILED).
+# Messages of PyTorch's allocators, of the CUDA runtime ("CUDA error: out of memory"), of Triton's launcher ("Triton
+# Error [CUDA]: out of memory"), and of cuBLAS and similar libraries (CUBLAS_STATUS_ALLOC_FAILED).
 NO_MEMORY = ("not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def status_of(error: BaseException) -> Status:
-    """"oom" for either device's ways of saying that memory ran out, else "error"."""
-    said = any(words in str(error) for words in NO_MEMORY)
-    return "oom" if said or isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
+    """The status "oom" for every way in which either device reports that memory ran out, else "error"."""
+    no_memory = any(words in str(error) for words in NO_MEMORY)
+    return "oom" if no_memory or isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
 
 
 def fatal(error: BaseException) -> bool:
-    """Whether the CUDA context is lost with this error, and the process with it; want of memory leaves it whole."""
+    """Whether the error has destroyed the CUDA context, and with it the process. Running out of memory has not."""
     return isinstance(error, ProcessLost) or (isinstance(error, torch.AcceleratorError) and status_of(error) != "oom")

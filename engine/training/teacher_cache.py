@@ -1,4 +1,4 @@
-"""What a teacher says of each batch: asked once for a cohort, and kept for the next cohort that sees the same batch."""
+"""A frozen teacher and a cache of its outputs, shared by all cohorts that train on the same batches."""
 
 from __future__ import annotations
 
@@ -13,71 +13,70 @@ from engine.data.batches import Batches
 from engine.training.distill import FeatureKey, TeacherOutput, teacher_output
 from engine.training.student import autocast
 
-# On a device the lessons stay where they are needed, unless they may take more than this part of its memory.
+# Outputs are cached on the device, unless the budget is more than this share of its memory: then on the host.
 DEVICE_SHARE = 1 / 8
 
 
 @dataclass
 class CachedTeacher:
-    """A frozen network and what it said, up to `budget` bytes (0: nothing is kept).
+    """A frozen network and its outputs, up to `budget` bytes (0: no cache).
 
-    What a batch holds depends on (seed, epoch, place in the epoch) and the subset alone, and a search asks for the same
-    steps with every cohort. So what is kept is what came first: of steps 0..n-1 asked again and again, a cache that
-    drops the oldest would hold none by the time it is asked for. A study has several losses in turn, and the lessons of
-    one may be hundreds of times another's: in want of room a lesson replaces a larger one, and never the other way.
+    A batch depends only on the seed, the step and the subset of images, and every cohort of a search asks for the same
+    steps. The cache therefore keeps what came first: under repeated passes over steps 0..n-1, a cache that evicts the
+    oldest entry has always just evicted the next one wanted. A run may use several losses in turn, and the outputs for
+    one may be hundreds of times larger than those for another. If the cache is full, an output therefore replaces a
+    larger one, but never a smaller one.
     """
 
     network: nn.Module
     budget: int = 0
-    kept: dict[Hashable, TeacherOutput] = field(default_factory=dict)
+    cache: dict[Hashable, TeacherOutput] = field(default_factory=dict)
     bytes: int = 0
-    sizes: dict[int, list[Hashable]] = field(default_factory=dict)  # in bytes -> what is kept of that size
+    keys_by_size: dict[int, list[Hashable]] = field(default_factory=dict)  # size in bytes -> keys in `cache`
 
-    def outputs_for(self, batches: Batches, feature_keys: Collection[FeatureKey]) -> Callable[[int, Tensor], TeacherOutput]:
-        """The function (step, its images (N, 3, R, R)) -> lesson, for the training on `batches`."""
-        place = (*_identity(batches), tuple(sorted(feature_keys)))
-        onto_host = batches.device.type == "cuda" and self.budget > DEVICE_SHARE * _memory(batches.device)
+    def outputs_for(
+        self, batches: Batches, feature_keys: Collection[FeatureKey]
+    ) -> Callable[[int, Tensor], TeacherOutput]:
+        """The function (step, images of that step (N, 3, R, R)) -> teacher's output, for a training on `batches`."""
+        training = (*_identity(batches), tuple(sorted(feature_keys)))
+        on_host = batches.device.type == "cuda" and self.budget > DEVICE_SHARE * _memory(batches.device)
 
-        def at(step: int, images: Tensor) -> TeacherOutput:
-            key = (*place, step, images.dtype)
-            known = self.kept.get(key)
-            if known is not None:
-                return _map(lambda tensor: tensor.to(images.device, non_blocking=True), known)
+        def output_at(step: int, images: Tensor) -> TeacherOutput:
+            key = (*training, step, images.dtype)
+            cached = self.cache.get(key)
+            if cached is not None:
+                return cached.map(lambda tensor: tensor.to(images.device, non_blocking=True))
             with torch.no_grad(), autocast(images):
-                answer = teacher_output(self.network(images), feature_keys)
-            size = sum(tensor.nbytes for tensor in (answer[0], *answer[1].values()))
+                output = teacher_output(self.network(images), feature_keys)
+            size = sum(tensor.nbytes for tensor in output.tensors)
             if self._make_room(size):
-                self.kept[key] = _map(_pinned, answer) if onto_host else answer
-                self.sizes.setdefault(size, []).append(key)
+                self.cache[key] = output.map(_pinned) if on_host else output
+                self.keys_by_size.setdefault(size, []).append(key)
                 self.bytes += size
-            return answer
+            return output
 
-        return at
+        return output_at
 
     def _make_room(self, size: int) -> bool:
-        """Whether so many bytes can be kept, at need in place of one of the largest lessons, if that is larger."""
-        largest = max(self.sizes, default=0)
+        """Whether `size` bytes fit, if necessary after evicting one of the largest outputs (only if it is larger)."""
+        largest = max(self.keys_by_size, default=0)
         if self.bytes + size > self.budget and size < largest:
-            keys = self.sizes[largest]
-            del self.kept[keys.pop()]
+            keys = self.keys_by_size[largest]
+            del self.cache[keys.pop()]
             self.bytes -= largest
             if not keys:
-                del self.sizes[largest]
+                del self.keys_by_size[largest]
         return self.bytes + size <= self.budget
 
 
 def _identity(batches: Batches) -> tuple[Hashable, ...]:
-    """What the images of a step depend on, within one data set: not where an iteration begins or ends."""
+    """Everything that the images of a step depend on, within one data set. The first and last epoch do not matter."""
     indices = b"" if batches.indices is None else batches.indices.tobytes()
     return hashlib.sha256(indices).digest(), batches.seed, batches.batch_size, batches.resolution, batches.source
 
 
-def _map(change: Callable[[Tensor], Tensor], answer: TeacherOutput) -> TeacherOutput:
-    return change(answer[0]), {key: change(tensor) for key, tensor in answer[1].items()}
-
-
 def _pinned(tensor: Tensor) -> Tensor:
-    """A copy in memory of the host that the device reads by itself; in order with the work of the current stream."""
+    """A copy in pinned host memory, queued on the current stream."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 

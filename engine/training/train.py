@@ -17,10 +17,12 @@ from engine.training.graphs import SequentialRunner, StreamRunner
 from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
 
+Runner = SequentialRunner | StreamRunner
+
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase. On CUDA these are host seconds: the device runs behind, only the sum is exact."""
+    """Seconds by phase. On CUDA these are host seconds: the device runs behind, so only their sum is exact."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -50,79 +52,80 @@ def train(
     after_epoch: Callable[[int], None] | None = None,
     execution: Execution = "auto",
 ) -> None:
-    """Trains every student of the cohort on the same batches, in place, from the first epoch of the batches to the
-    last; `after_epoch` is told how many epochs are done.
+    """Trains every student of the cohort on the same batches, in place, from `batches.first_epoch` to the last epoch.
 
-    A student whose loss is no longer finite, or that raises, leaves the cohort with its status; the others go on.
+    `after_epoch` is called with the number of epochs done. A student whose loss is no longer finite, or that raises,
+    is dropped with a status; the others go on.
     """
     iterator, dtype = iter(batches), precision(config, batches.device)
-    feature_keys = {key for member in cohort for key in member.objective.feature_keys}
-    teacher_output = teacher.outputs_for(batches, feature_keys) if teacher is not None else None
+    feature_keys = {key for student in cohort for key in student.objective.feature_keys}
+    outputs = teacher.outputs_for(batches, feature_keys) if teacher is not None else None
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
-    runner: SequentialRunner | StreamRunner | None = None
+    runner: Runner | None = None
     try:
         for step in range(first, steps):
             with watch.phase("data"):
                 batch = next(iterator)
                 images = batch.images.to(dtype)
             with watch.phase("teacher"):
-                taught = teacher_output(step, images) if teacher_output is not None else None
-            inputs = Inputs(images, batch.labels, taught, learning_rate(config.lr, step, steps))
+                output = outputs(step, images) if outputs is not None else None
+            inputs = Inputs(images, batch.labels, output, learning_rate(config.lr, step, steps))
             if runner is None:
                 with watch.phase("capture"):
-                    runner = _crew(cohort, inputs, execution, steps - first, config.ema_decay)
+                    runner = _make_runner(cohort, inputs, execution, steps - first, config.ema_decay)
             with watch.phase("train"):
                 runner.advance(inputs, step)
             if (step + 1) % batches.steps_per_epoch == 0:
                 with watch.phase("train"):
                     runner.join()
                     _drop_diverged(cohort, step + 1)
-                if not any(member.status == "ok" for member in cohort):
+                if not any(student.status == "ok" for student in cohort):
                     return
                 if after_epoch is not None:
                     after_epoch((step + 1) // batches.steps_per_epoch)
     finally:
         if runner is not None:
             runner.close()
-    for member in cohort:
-        apply_ema(member)
+    for student in cohort:
+        apply_ema(student)
 
 
-def _crew(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> SequentialRunner | StreamRunner:
+def _make_runner(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> Runner:
     if inputs.images.device.type == "cuda":
         return StreamRunner(cohort, inputs, execution, steps, decay)
     return SequentialRunner(cohort, decay)
 
 
 def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
-    """Once an epoch, and for all at once: reading a loss makes the host wait for the device."""
-    members = [member for member in cohort if member.status == "ok"]
-    finite = torch.stack([member.loss_sum for member in members]).isfinite().tolist() if members else []
-    for member, good in zip(members, finite, strict=True):
-        if not good:
-            member.leave("diverged", f"the loss was no longer finite within the first {step} steps")
+    """Called once an epoch, for all students at once: reading a loss makes the host wait for the device."""
+    students = [student for student in cohort if student.status == "ok"]
+    finite = torch.stack([student.loss_sum for student in students]).isfinite().tolist() if students else []
+    for student, is_finite in zip(students, finite, strict=True):
+        if not is_finite:
+            student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
 
 
 @torch.no_grad()
 def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
-    """Share of images (0..1) whose largest logit is the label, for each network, on one pass over the batches; in its
-    place the exception of one that raises. Leaves the networks in evaluation mode.
+    """Share of images (0..1) whose largest logit is the label, for each network, in one pass over the batches; for a
+    network that raises, the exception instead. Leaves the networks in evaluation mode.
 
-    In float32, whatever they were trained in: in bfloat16's 8 bits the two largest logits may be equal.
+    Computed in float32, whatever the networks were trained in: in bfloat16, with 8 bits, the two largest logits may be
+    equal.
     """
     hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
     total = 0
     for batch in batches:
         images = batch.images.float()
-        for place, network in enumerate(networks):
-            before = hits[place]
+        for index, network in enumerate(networks):
+            before = hits[index]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
                 logits, _ = network(images)
-                hits[place] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
+                hits[index] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
             except Exception as error:
-                hits[place] = error
+                hits[index] = error
         total += len(batch.labels)
     return [hit if isinstance(hit, Exception) else int(hit) / max(1, total) for hit in hits]
