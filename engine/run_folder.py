@@ -99,8 +99,8 @@ class RunFolder:
         return self.path / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
 
     def training_state(self, trial: Trial) -> Path:
-        """State of a full training between epochs; removed once the training has finished or failed for good."""
-        return self.weights(trial).with_suffix(".state.pt")
+        """State of a full training between epochs, see `training_state_of`."""
+        return training_state_of(self.weights(trial))
 
     def export(self, architecture: object) -> Path:
         return self.path / "export" / str(architecture)
@@ -184,6 +184,11 @@ class RunFolder:
             if inside != path and (Path(here) / inside).exists():
                 stored["config"][name] = str(Path(here) / inside)
         return stored
+
+
+def training_state_of(weights: Path) -> Path:
+    """State of the training that will write `weights`; removed once it has finished or failed for good."""
+    return weights.with_suffix(".state.pt")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.config import Resources
 from engine.data.dataset import fingerprint
+from engine.run_folder import training_state_of
 from engine.tasks import TeacherTask
 from engine.training import checkpoint
 from engine.training import teacher as teachers
@@ -37,7 +38,7 @@ def train_teacher(context: WorkerContext, network: str, path: Path, resources: R
     example = torch.zeros(2, 3, data.resolution, data.resolution, device=context.device)
     pupil = prepare(built, None, config, "none", example)
     settings = [getattr(config, name) for name in DEPENDS_ON]
-    state, of = path.with_suffix(".state.pt"), json.dumps([network, fingerprint(data), data.resolution, *settings])
+    state, of = training_state_of(path), json.dumps([network, fingerprint(data), data.resolution, *settings])
     before = now = checkpoint.restore(state, pupil, of)
     batches = context.train_batches(Fidelity("teacher", epochs=config.teacher_epochs), config.seed, before.epochs)
     total = pupil.loss_sum.item()

@@ -138,7 +138,7 @@ def estimate(candidates: Candidates, lows: Sequence[Scores], high: Scores, seed:
         trend = np.concatenate([macs, *(one.mean[:, None] for one in kept)], axis=1, dtype=np.float32)
         prior = _prior(base, len(kept))
         y = _targets(high.values, trend[high.rows] @ prior.mean)
-        worst = _useless(trend[high.rows], base.x[high.rows], y, prior, 1 / high.counts, len(kept), base)
+        worst = _useless(trend[high.rows], base.x[high.rows], y, 1 / high.counts, len(kept), base)
         if worst is None:
             break
         dropped.append([i for i in levels if i not in dropped][worst])
@@ -167,11 +167,12 @@ def _targets(values: Array, believed: Array) -> Array:
 
 
 def _useless(
-    trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array, levels: int, base: CandidateFeatures
+    trend: Matrix, x: Matrix, y: Array, noise: Array, levels: int, base: CandidateFeatures
 ) -> int | None:
     """The level, if any, that is given next to no weight and without which full results are predicted no worse."""
     if len(y) < ENOUGH_FULL or not levels:
         return None
+    prior = _prior(base, levels)
     whole = fit_linear(trend, x, y, prior, noise)
     level = int(np.argmin(whole.weights[2 : 2 + levels]))
     if whole.weights[2 + level] > LITTLE_WEIGHT * prior.mean[1 + level]:
