@@ -1,4 +1,4 @@
-"""A fidelity study: what it asks, what it finds, what it drops, and the search that begins with it."""
+"""A fidelity study: what it asks, finds and drops, and the search that starts with its evaluations."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ import numpy as np
 import pytest
 
 import cli
-from engine.config import Budget, Resources, SearchConfig, config_at, search_plan
+from engine.config import Budget, Resources, RunSettings, SearchConfig, config_at, search_plan
+from engine.fleet.devices import layout
 from engine.report import charts, predictions
-from engine.search import one_architecture, search
-from engine.search.fidelity_study.design import FidelityStudy, chosen
+from engine.run_folder import RunFolder
+from engine.search import one_architecture, run_context, search
+from engine.search.fidelity_study.design import FidelityStudy, study_architectures
 from engine.search.fidelity_study.ranking import StudyScores, difference, macs_alone, rank, repeatability
 from engine.search.fidelity_study.study import (
-    by_luck,
     default_lows,
-    fidelity_study_first,
+    luck_warning,
     recommended,
     run_fidelity_study,
+    study_before_search,
 )
 from engine.search.journal import Journal, read_journal
 from engine.search.predictions import load_predictions
 from engine.search.progress import Display
+from engine.search.run_context import open_context
 from engine.search.runs import open_run
+from engine.search.setup import SearchSetup, probe
 from engine.search.warm_start import warm_start
 from engine.space import candidates
 from engine.spaces.load import load_space
@@ -47,13 +51,14 @@ from engine.trial import (
 from tests.at_once import AtOnce
 
 SPACE = "nasbench201:channels=8,cells=1"
-STUDY = SearchConfig(space=SPACE, high=Fidelity("high", epochs=9))
+QUIET, TWO_WORKERS = Display("none"), Resources(device="cpu", workers=2)
+CONFIG = SearchConfig(space=SPACE, high=Fidelity("high", epochs=9))
 GOOD, FAIR, NOISE = Fidelity.parse("kd@1/9x3"), Fidelity.parse("at@1/9x3"), Fidelity.parse("none@1/9x3")
 LUCK = {GOOD: 0.01, FAIR: 0.15, NOISE: 10.0}
 
 
 class Formula(AtOnce):
-    """A fleet whose answers are a function of the trial: quality is no function of MACs; `LUCK` is added to it."""
+    """A fleet whose answers are a formula of the trial: a quality that MACs do not predict, plus noise as in `LUCK`."""
 
     capacity = 2
 
@@ -75,7 +80,7 @@ class Formula(AtOnce):
             return Evaluation(trial, "oom", error="no memory")
         full = trial.fidelity.name == "high"
         if full:
-            weights = Path(task["run_dir"]) / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
+            weights = RunFolder(Path(task["worker"]["run_dir"])).weights(trial)
             weights.parent.mkdir(parents=True, exist_ok=True)
             weights.write_text(f"weights of {trial.architecture}")
         luck = 0.005 if full else LUCK.get(trial.fidelity, 0.1)
@@ -87,13 +92,21 @@ class Formula(AtOnce):
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> Formula:
     made = Formula()
-    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: made)
+    monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: made)
     return made
 
 
-def run(folder: Path, plan: FidelityStudy, config: SearchConfig = STUDY, budget: Budget = Budget()) -> dict[str, Any]:  # noqa: B008
-    resources = Resources(device="cpu", workers=2)
-    return run_fidelity_study(config, plan, budget, resources, folder, Display("none"))
+def run(folder: Path, study: FidelityStudy, config: SearchConfig = CONFIG) -> dict[str, Any]:
+    return run_fidelity_study(RunSettings(config, Budget(), TWO_WORKERS), study, folder, QUIET)
+
+
+def run_search(folder: Path, config: SearchConfig, budget: Budget = Budget()) -> dict[str, Any]:  # noqa: B008 - frozen
+    return search.search(RunSettings(config, budget, TWO_WORKERS), folder, QUIET)
+
+
+def recommended_config(study: Path) -> SearchConfig:
+    """The settings that a study in this folder gives a search at the fidelity GOOD."""
+    return recommended(CONFIG, GOOD, RunFolder(study))
 
 
 def test_a_fidelity_is_read_from_its_short_form() -> None:
@@ -123,8 +136,8 @@ def test_what_is_no_fidelity_is_refused_with_the_way_out(text: str, says: str) -
 
 def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:
     members = candidates(load_space(SPACE), classes=10, width=1.0, resolution=32)
-    many = chosen(members, 16, seed=3)
-    assert chosen(members, 6, seed=3) == many[:6]
+    many = study_architectures(members, 16, seed=3)
+    assert study_architectures(members, 6, seed=3) == many[:6]
     assert len(set(many)) == 16
     order = np.argsort(np.argsort(members.macs, kind="stable"))
     slices = {int(order[members.row(a)] * 16 / len(members)) for a in many}
@@ -133,7 +146,7 @@ def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:
 
 def test_a_study_judges_every_architecture_every_way_and_recommends_the_best(tmp_path: Path, fleet: Formula) -> None:
     result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR, GOOD), 12, repeats=2, low_repeats=2, drop=False))
-    per = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (STUDY.high, *LUCK)}
+    per = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (CONFIG.high, *LUCK)}
     assert [len(set(questions)) for questions in per.values()] == [24, 24, 24, 24]
     rows = {row["name"]: row for row in result["fidelities"]}
     assert result["full"] == 12
@@ -186,7 +199,7 @@ def test_failures_leave_the_others_and_nothing_at_all_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Formula(broken=GOOD)
-    monkeypatch.setattr(search, "open_fleet", lambda resources, layout, logs: broken)
+    monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: broken)
     result = run(tmp_path / "one", FidelityStudy((GOOD, FAIR), 8))
     assert [row["name"] for row in result["fidelities"]] == [FAIR.name]
     with pytest.raises(NoWinner, match="fewer than three architectures"):
@@ -215,14 +228,14 @@ def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: For
     command = ["search", "-c", result["config"], "--max-high", "20", "--run-dir", str(tmp_path / "run"), "-q"]
     assert cli.main(command) == 0
     record = read_journal(tmp_path / "run" / "journal.jsonl")
-    assert sum(t.fidelity == STUDY.high for t in record.asked) == 20
+    assert sum(t.fidelity == CONFIG.high for t in record.asked) == 20
     assert [t.number for t in record.asked] == list(range(len(record.asked)))
     begun = record.asked[:24]
     assert {(t.architecture, t.fidelity.kd_loss, t.seed) for t in begun} <= {(a, f.kd_loss, s) for a, f, s in measured}
-    full = {(a, s) for a, f, s in measured if f == STUDY.high}
-    assert full.isdisjoint((a, s) for a, f, s in fleet.asked if f == STUDY.high)
+    full = {(a, s) for a, f, s in measured if f == CONFIG.high}
+    assert full.isdisjoint((a, s) for a, f, s in fleet.asked if f == CONFIG.high)
     for trial in record.asked:
-        if trial.fidelity == STUDY.high:
+        if trial.fidelity == CONFIG.high:
             weights = tmp_path / "run" / "checkpoints" / str(trial.architecture) / f"{trial.key}.safetensors"
             assert weights.read_text() == f"weights of {trial.architecture}"
 
@@ -235,7 +248,7 @@ def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
     command = ["search", "-c", result["config"], "--max-high", "14", "--run-dir", str(tmp_path / "run"), "-q"]
     assert cli.main(command) == 0
     opened = open_run(str(tmp_path / "run"))
-    full = [trial for trial in opened.record.asked if trial.fidelity == STUDY.high]
+    full = [trial for trial in opened.record.asked if trial.fidelity == CONFIG.high]
     brought = {trial.architecture for trial in full[:8]}
     assert sorted(load_predictions(opened).at_ask_time()) == [
         trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
@@ -256,10 +269,10 @@ def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
 def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     assert open_run(str(tmp_path / "study")).finished
-    before = (tmp_path / "study" / "fidelity.json").read_bytes()
+    before = (tmp_path / "study" / "fidelity-study.json").read_bytes()
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
     assert open_run(str(tmp_path / "study")).finished
-    (tmp_path / "study" / "fidelity.json").write_bytes(before)  # as a kill leaves it
+    (tmp_path / "study" / "fidelity-study.json").write_bytes(before)  # as a kill leaves it
     assert not open_run(str(tmp_path / "study")).finished
 
 
@@ -275,19 +288,19 @@ def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet:
 
 def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
-    config = recommended(STUDY, GOOD, tmp_path / "study")
-    show, resources, budget = Display("none"), Resources(device="cpu", workers=2), Budget(max_low=12, max_high=10)
-    whole = search.search(config, budget, resources, tmp_path / "run", show)
+    config = recommended_config(tmp_path / "study")
+    budget = Budget(max_low=12, max_high=10)
+    whole = run_search(tmp_path / "run", config, budget)
     path = tmp_path / "run" / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     for cut in (2, 10, 20):
         path.write_bytes(b"".join(lines[:cut]))
-        assert search.search(config, budget, resources, tmp_path / "run", show)["winner"] == whole["winner"]
+        assert run_search(tmp_path / "run", config, budget)["winner"] == whole["winner"]
         assert b"".join(sorted(path.read_bytes().splitlines())) == b"".join(sorted(b"".join(lines).splitlines()))
-    with pytest.raises(UsageError, match="measured with other settings .*lr: 0.1 there, 0.2 here"):
-        search.search(replace(config, lr=0.2), budget, resources, tmp_path / "other", show)
-    with pytest.raises(UsageError, match="is no run folder of the fidelity command"):
-        search.search(replace(config, fidelity_study=str(tmp_path)), budget, resources, tmp_path / "third", show)
+    with pytest.raises(UsageError, match="has other settings .*lr: 0.1 there, 0.2 here"):
+        run_search(tmp_path / "other", replace(config, lr=0.2), budget)
+    with pytest.raises(UsageError, match="is not the run folder of a fidelity study"):
+        run_search(tmp_path / "third", replace(config, fidelity_study=str(tmp_path)), budget)
 
 
 def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet: Formula) -> None:
@@ -295,7 +308,7 @@ def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet
     run(tmp_path / "one", FidelityStudy((GOOD,), 6, repeats=2))
     fleet.asked.clear()
     teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
-    config = replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(teacher))
+    config = replace(CONFIG, fidelity_study=str(tmp_path / "one"), teacher=str(teacher))
     result = run(tmp_path / "two", FidelityStudy((FAIR, NOISE), 6, repeats=2, drop=False), config)
     assert {f for _, f, _ in fleet.asked} == {FAIR, NOISE}
     assert [row["n"] for row in result["fidelities"]] == [6, 6]
@@ -304,8 +317,8 @@ def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet
 def test_a_study_and_a_search_do_not_share_a_run_folder(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     low = replace(GOOD, name="low")
-    with pytest.raises(UsageError, match="is a run of `fidelity`; for `search` choose another --name"):
-        search.search(replace(STUDY, low=low), Budget(), Resources(device="cpu"), tmp_path / "study", Display("none"))
+    with pytest.raises(UsageError, match="holds a run of `fidelity-study`; choose another --name"):
+        run_search(tmp_path / "study", replace(CONFIG, low=low))
 
 
 def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: Formula) -> None:
@@ -313,25 +326,24 @@ def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: For
     studied = {e.trial.architecture for e in read_journal(tmp_path / "study" / "journal.jsonl").answers.values()}
     members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
     limit = float(np.median([members.macs[members.row(a)] for a in studied]))
-    config = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=limit)
-    budget = Budget(max_low=12, max_high=10)
-    search.search(config, budget, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+    config = replace(recommended_config(tmp_path / "study"), max_macs=limit)
+    run_search(tmp_path / "run", config, Budget(max_low=12, max_high=10))
     record = read_journal(tmp_path / "run" / "journal.jsonl")
     assert all(members.macs[members.row(t.architecture)] <= limit for t in record.asked)
     assert studied & {t.architecture for t in record.asked}
     timed = replace(config, max_macs=float("inf"), max_latency_ms=5.0)
-    assert not [t for t in _adopted(timed, tmp_path / "timed") if t.fidelity == STUDY.high]
+    assert not [t for t in _imported(timed, tmp_path / "timed") if t.fidelity == CONFIG.high]
 
 
 def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limited_to(
     tmp_path: Path, fleet: Formula
 ) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
-    config = replace(recommended(STUDY, GOOD, tmp_path / "study"), max_macs=3e6, max_latency_ms=5.0)
+    config = replace(recommended_config(tmp_path / "study"), max_macs=3e6, max_latency_ms=5.0)
     wanted = "3-3-3-3-3-3"  # the largest
     fleet.asked.clear()
-    resources = Resources(device="cpu", workers=1)
-    result = one_architecture.train(config, wanted, resources, tmp_path / "one", Display("none"))
+    settings = RunSettings(config, Budget(), Resources(device="cpu", workers=1))
+    result = one_architecture.train(settings, wanted, tmp_path / "one", QUIET)
     assert result["architecture"] == wanted
     assert [str(architecture) for architecture, _, _ in fleet.asked] == [wanted]
 
@@ -343,7 +355,8 @@ def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
     """As the same question: what it kept of its epochs goes by that."""
 
     def train() -> dict[str, Any]:
-        return one_architecture.train(STUDY, "0-1-2-3-2-1", Resources(device="cpu", workers=1), tmp_path / "one", Display("none"))
+        settings = RunSettings(CONFIG, Budget(), Resources(device="cpu", workers=1))
+        return one_architecture.train(settings, "0-1-2-3-2-1", tmp_path / "one", QUIET)
 
     with monkeypatch.context() as broken:
         broken.setattr(fleet, "measure", lambda trial, task: Evaluation(trial, status, error="too bad"))
@@ -359,48 +372,53 @@ def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
     assert open_run(str(tmp_path / "one")).finished
 
 
-def _adopted(config: SearchConfig, folder: Path) -> list[Trial]:
-    """What a search of the study begins with."""
-    folder.mkdir()
+def _imported(config: SearchConfig, path: Path) -> list[Trial]:
+    """The trials of its study that a search with these settings starts with."""
+    path.mkdir()
+    folder, settings = RunFolder(path), RunSettings(config, Budget(), TWO_WORKERS)
     members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
-    with Journal(folder / "journal.jsonl") as journal:
-        warm_start(Path(config.fidelity_study), config, search_plan(config, Budget()), members, folder, journal, Display("none"))
-    return read_journal(folder / "journal.jsonl").asked
+    with open_context(settings, folder, layout(TWO_WORKERS), QUIET) as context, Journal(folder.journal) as journal:
+        setup = SearchSetup(context, search_plan(config, Budget()), members, probe(context))
+        warm_start(RunFolder(Path(config.fidelity_study)), setup, journal)
+    return read_journal(folder.journal).asked
 
 
 def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
     tmp_path: Path, fleet: Formula
 ) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
-    facts = json.loads((tmp_path / "study" / "run.json").read_text())
-    (tmp_path / "study" / "run.json").write_text(json.dumps({**facts, "fingerprint": "of other images"}))
-    config = replace(STUDY, fidelity_study=str(tmp_path / "study"), low=replace(GOOD, name="low"))
-    for fidelity_study, says in ((config.fidelity_study, "measured on other data"), (str(tmp_path / "typo"), "is no run folder of the")):
-        wrong = replace(config, fidelity_study=fidelity_study)
+    stored = json.loads((tmp_path / "study" / "run.json").read_text())
+    stored["data"]["fingerprint"] = "of other images"
+    (tmp_path / "study" / "run.json").write_text(json.dumps(stored))
+    config = replace(CONFIG, fidelity_study=str(tmp_path / "study"), low=replace(GOOD, name="low"))
+    for study, says in (
+        (config.fidelity_study, "was run on other data"),
+        (str(tmp_path / "typo"), "is not the run folder of a fidelity study"),
+    ):
         with pytest.raises(UsageError, match=says):
-            search.search(wrong, Budget(), Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+            run_search(tmp_path / "run", replace(config, fidelity_study=study))
         assert not (tmp_path / "run" / "teacher").exists()
     # The folder is bound to nothing by then.
-    right, few = replace(config, fidelity_study=""), Budget(max_low=8, max_high=4)
-    search.search(right, few, Resources(device="cpu", workers=2), tmp_path / "run", Display("none"))
+    run_search(tmp_path / "run", replace(config, fidelity_study=""), Budget(max_low=8, max_high=4))
 
 
 def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     next((tmp_path / "study" / "checkpoints").glob("*/*.safetensors")).unlink()
-    config = recommended(STUDY, GOOD, tmp_path / "study")
-    resources, show, few = Resources(device="cpu", workers=2), Display("none"), Budget(max_low=8, max_high=4)
-    with pytest.raises(UsageError, match="lost the weights of 1 of its 6 full trainings: restore .* or leave --pilot"):
-        search.search(config, few, resources, tmp_path / "run", show)
+    config = recommended_config(tmp_path / "study")
+    few = Budget(max_low=8, max_high=4)
+    says = "lacks the weights of 1 of its 6 full trainings: restore .* or leave --fidelity-study out"
+    with pytest.raises(UsageError, match=says):
+        run_search(tmp_path / "run", config, few)
     assert not read_journal(tmp_path / "run" / "journal.jsonl").asked
     other = {**fleet.run_probe({}), "fingerprint": "of other images"}
     fleet.run_probe = lambda task: other  # type: ignore[method-assign]
-    search.search(replace(config, fidelity_study=""), few, resources, tmp_path / "run", show)
+    run_search(tmp_path / "run", replace(config, fidelity_study=""), few)
 
 
 def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
     """And the search that follows begins with the study."""
-    config = replace(STUDY, high=replace(STUDY.high, kd_loss="kd"))
+    config = replace(CONFIG, high=replace(CONFIG.high, kd_loss="kd"))
     result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR), 8, drop=False), config)
     assert result["recommended"] == FAIR.name
     fleet.asked.clear()
@@ -410,8 +428,8 @@ def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_
 
 
 def test_weights_of_a_low_fidelity_alone_are_refused_where_both_are_distilled(tmp_path: Path, fleet: Formula) -> None:
-    config, warm = replace(STUDY, high=replace(STUDY.high, kd_loss="kd")), Fidelity.parse("kd@1/9x3:kd_temperature=2")
-    with pytest.raises(UsageError, match="a search has one set of weights for both"):
+    config, warm = replace(CONFIG, high=replace(CONFIG.high, kd_loss="kd")), Fidelity.parse("kd@1/9x3:kd_temperature=2")
+    with pytest.raises(UsageError, match="a search uses one set of weights for both"):
         run(tmp_path, FidelityStudy((NOISE, warm), 8), config)
     assert fleet.asked == []
 
@@ -419,14 +437,13 @@ def test_weights_of_a_low_fidelity_alone_are_refused_where_both_are_distilled(tm
 def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
     tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resources, show = Resources(device="cpu", workers=2), Display("none")
-    short = Budget(max_high=20, gpu_hours=60 / 3600)
+    short = RunSettings(CONFIG, Budget(max_high=20, gpu_hours=60 / 3600), TWO_WORKERS)
     with pytest.raises(NoWinner, match="is not finished"):
-        fidelity_study_first(STUDY, short, resources, tmp_path / "run", show)
-    assert not json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["complete"]
-    config = fidelity_study_first(STUDY, Budget(max_high=20), resources, tmp_path / "run", show)
-    assert config.fidelity_study == str(tmp_path / "run" / "pilot")
-    assert json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())["full"] == 10
+        study_before_search(short, tmp_path / "run", QUIET)
+    assert not json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())["complete"]
+    settings = study_before_search(replace(short, budget=Budget(max_high=20)), tmp_path / "run", QUIET)
+    assert settings.config.fidelity_study == str(tmp_path / "run" / "fidelity-study")
+    assert json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())["full"] == 10
 
 
 @pytest.mark.parametrize("teacher", ["the same", "another"])
@@ -437,18 +454,19 @@ def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, t
     mine = tmp_path / "mine.safetensors"
     mine.write_text(teacher)
     fleet.asked.clear()
-    config = replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(mine), teacher_epochs=7)
+    config = replace(CONFIG, fidelity_study=str(tmp_path / "one"), teacher=str(mine), teacher_epochs=7)
     run(tmp_path / "two", FidelityStudy((plain, GOOD, NOISE), 6, drop=False), config)
     assert {f for _, f, _ in fleet.asked} == ({NOISE} if teacher == "the same" else {GOOD, NOISE})
     journalled = read_journal(tmp_path / "two" / "journal.jsonl").asked
-    assert {t.fidelity for t in journalled} == {STUDY.high, plain, GOOD, NOISE}
+    assert {t.fidelity for t in journalled} == {CONFIG.high, plain, GOOD, NOISE}
 
 
 def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, fleet: Formula) -> None:
-    run(tmp_path / "one", FidelityStudy((GOOD,), 6), replace(STUDY, kd_temperature=2.0))
+    run(tmp_path / "one", FidelityStudy((GOOD,), 6), replace(CONFIG, kd_temperature=2.0))
     fleet.asked.clear()
     teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
-    run(tmp_path / "two", FidelityStudy((GOOD,), 6), replace(STUDY, fidelity_study=str(tmp_path / "one"), teacher=str(teacher)))
+    config = replace(CONFIG, fidelity_study=str(tmp_path / "one"), teacher=str(teacher))
+    run(tmp_path / "two", FidelityStudy((GOOD,), 6), config)
     assert {f for _, f, _ in fleet.asked} == {GOOD}
 
 
@@ -460,19 +478,19 @@ def test_low_auto_studies_first_and_is_not_repeated(
     assert cli.main(command) == 0
     counted = [int(number) for number in re.findall(r"\] high +(\d+) ", capsys.readouterr().err)]
     assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, and those of the search"
-    found = json.loads((tmp_path / "run" / "pilot" / "fidelity.json").read_text())
+    found = json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())
     assert found["full"] == 10
     assert found["recommended"] in [low.name for low in default_lows(SearchConfig().high)]
     fleet.asked.clear()
     assert cli.main(command) == 0
     assert fleet.asked == []
-    with pytest.raises(UsageError, match="--max-high must be over 8"):
-        fidelity_study_first(STUDY, Budget(max_high=8), Resources(), tmp_path / "small", Display("none"))
+    with pytest.raises(UsageError, match="--max-high must be more than 8"):
+        study_before_search(RunSettings(CONFIG, Budget(max_high=8), TWO_WORKERS), tmp_path / "small", QUIET)
 
 
 def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -> StudyScores:
     """Scores of architectures without networks; `full` (n, seeds)."""
-    high = STUDY.high
+    high = CONFIG.high
     scores = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
     seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in scores}
     return StudyScores([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
@@ -481,13 +499,13 @@ def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -
 def test_full_trainings_that_rank_by_luck_are_told_by_a_second_seed_or_else_by_what_they_learned() -> None:
     once = np.array([[0.51], [0.53], [0.52]])
     found = fake({GOOD: once[:, 0]}, once, np.ones(3))
-    assert "52.0 % of 2 classes" in by_luck(found, 2)
-    assert by_luck(found, 100) == ""
+    assert "reaches 52.0 % on 2 classes" in luck_warning(found, 2)
+    assert luck_warning(found, 100) == ""
     # Near guessing, but two seeds agree: there is something to rank.
     alike = np.array([[0.03, 0.04], [0.05, 0.06], [0.07, 0.08]])
-    assert by_luck(fake({GOOD: alike[:, 0]}, alike, np.ones(3)), 100) == ""
+    assert luck_warning(fake({GOOD: alike[:, 0]}, alike, np.ones(3)), 100) == ""
     apart = np.array([[0.81, 0.84], [0.82, 0.83], [0.83, 0.82]])
-    assert "a tau of only -1.00" in by_luck(fake({GOOD: apart[:, 0]}, apart, np.ones(3)), 10)
+    assert "a tau of only -1.00" in luck_warning(fake({GOOD: apart[:, 0]}, apart, np.ones(3)), 10)
 
 
 def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:
@@ -536,7 +554,7 @@ def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None
 
 def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one fails."""
-    command = ["fidelity", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
+    command = ["fidelity-study", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
     command += ["--batch-size", "32", "--teacher-epochs", "1", "--high.epochs", "2", "--architectures", "4"]
     command += ["--lows", "none@1/2x1", "kd@1/2x1", "kd@1/2x1:ce_weight=3.3e38", "--device", "cpu"]
     assert cli.main([*command, "--run-dir", str(tmp_path / "study")]) == 0
