@@ -94,7 +94,7 @@ def test_a_run_that_has_just_begun_has_a_report(copy: Path, capsys: pytest.Captu
 def test_an_empty_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "journal.jsonl").write_text('{"journal":1}\n')
     assert cli.main(["report", str(copy)]) == 2
-    assert "nothing has been measured" in capsys.readouterr().err
+    assert "has no evaluations yet" in capsys.readouterr().err
 
 
 def test_the_curve_of_the_best_rises_with_the_cost(finished_run: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from engine.tasks import SpaceCheckTask, task_to_json
 from engine.training.spacecheck import run_check
 from engine.trial import UsageError
 
@@ -45,9 +46,7 @@ SPACE = SearchSpace("own", CHOICES, build, cost, canonical=lambda choices: (choi
 
 def check(path: Path, text: str, teacher: str = "auto") -> dict[str, object]:
     (path / "own.py").write_text(text)
-    return run_check(
-        {"space": f"{path / 'own.py'}:SPACE", "classes": 3, "resolution": 16, "teacher": teacher, "seed": 0}
-    )
+    return run_check(task_to_json(SpaceCheckTask(f"{path / 'own.py'}:SPACE", 3, 16, teacher, seed=0)))
 
 
 def test_a_good_space_passes(tmp_path: Path) -> None:

@@ -68,14 +68,14 @@ def test_another_data_set_of_the_same_classes_can_be_scored(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newer = photos(tmp_path / "newer", 4)
-    found = called(capsys, "eval", run, "--part", "test", "--data", newer, *HERE)
+    found = called(capsys, "eval", run, "--split", "test", "--data", newer, *HERE)
     assert found["images"] == 6
     assert found["accuracy"] > 0.6
-    assert called(capsys, "eval", run, "--part", "all", "--data", newer, *HERE)["images"] == 18
+    assert called(capsys, "eval", run, "--split", "all", "--data", newer, *HERE)["images"] == 18
     assert found["data"] == str(newer)
     others = photos(tmp_path / "others", 4, ("dark", "light", "dotted"))
     said = called(capsys, "eval", run, "--data", others, *HERE, code=2)
-    assert "has the classes dark, dotted, light, the network was trained on dark, light, striped" in said
+    assert "has the classes dark, dotted, light, but the network was trained on dark, light, striped" in said
 
 
 def test_training_goes_on_from_the_weights_of_a_run(
@@ -102,7 +102,7 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
     for text in (
         f"{100 * winner['valid_accuracy']:.2f} %",
         f"{100 * winner['test_accuracy']:.2f} %",
-        "6 epochs over all of the images",
+        "6 epochs on all images",
         "dark, light, striped",
         "| teacher | none |",
     ):
@@ -119,12 +119,15 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["export", "RUN", "--arch", "0-0-0-0-0-0-0-0-0"], f"was not trained in full in .*; those are {SMALL}; train "),
+        (
+            ["export", "RUN", "--arch", "0-0-0-0-0-0-0-0-0"],
+            rf"was not trained in full in .* \(trained in full: {SMALL}\); train it: ",
+        ),
         (["export", "RUN", "--arch", "1-0"], "has 2 choices"),
-        (["export", "nowhere"], "'nowhere' is no run"),
-        (["train"], "say which architecture: --arch 3-1-0-2-4-3, or a RUN"),
-        (["train", "--arch", "1-0", "--weights", "run"], "--weights run: say of which RUN"),
-        (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no file of weights .*none.safetensors"),
+        (["export", "nowhere"], "no run named 'nowhere'"),
+        (["train"], "name an architecture with --arch 3-1-0-2-4-3, or a RUN"),
+        (["train", "--arch", "1-0", "--weights", "run"], "--weights run needs a RUN"),
+        (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no weights file .*none.safetensors"),
         (["eval"], "say what to score: a RUN, or --space, --arch, --weights and --data"),
     ],
 )
