@@ -1,11 +1,10 @@
-"""A worker's tasks, on tiny data: scores, statuses, weights on disk, teachers."""
+"""A worker's tasks on tiny data: scores, statuses, weights on disk, teachers."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import resource
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,60 +15,73 @@ import torch
 from safetensors.torch import load_file
 
 from engine import stop_files
-from engine.config import SearchConfig, config_to_dict
-from engine.training import evaluate, teacher
-from engine.training.checkpoint import Progress
-from engine.trial import (
-    Architecture,
-    Drained,
-    Evaluation,
-    Fidelity,
-    Trial,
-    UsageError,
-    evaluation_from_json,
-    trial_to_json,
+from engine.config import Resources, SearchConfig
+from engine.run_folder import RunFolder
+from engine.tasks import (
+    DataFacts,
+    ProbeTask,
+    Task,
+    TeacherFacts,
+    TeacherTask,
+    TestTask,
+    TrialsTask,
+    WorkerSettings,
+    task_from_json,
+    task_to_json,
 )
+from engine.training import checkpoint, evaluate, run_tasks, teacher
+from engine.training.checkpoint import Progress
+from engine.trial import Architecture, Drained, Evaluation, Fidelity, Trial, UsageError, evaluation_from_json
 
 SPACE = "nasbench201:channels=4,cells=1"
 LOW = Fidelity("low", Fraction(1, 2), 2, kd_loss="kd+at")
 HIGH = Fidelity("high", epochs=3)
 ARCHITECTURES = [Architecture((3, 1, 2, 0, 3, 1)), Architecture((0,) * 6), Architecture((4, 3, 3, 1, 1, 1))]
 
-Tasks = Callable[..., dict[str, Any]]
+
+class TinyRun:
+    """A run folder whose teacher is trained already, and the tasks that a worker of the run is given."""
+
+    def __init__(self, config: SearchConfig, path: Path) -> None:
+        self.config, self.folder = config, RunFolder(path)
+        self.teach(self.teacher_task())
+
+    def worker(self, changed: dict[str, Any] | None = None, **resources: Any) -> WorkerSettings:
+        config = dataclasses.replace(self.config, **(changed or {}))
+        return WorkerSettings(config, self.folder.path, "cpu", Resources(**resources))
+
+    def teacher_task(self, changed: dict[str, Any] | None = None, path: Path | None = None) -> TeacherTask:
+        return TeacherTask(self.worker(changed), f"{SPACE}#3-3-3-3-3-3", path or self.folder.teacher)
+
+    def teach(self, task: TeacherTask) -> TeacherFacts:
+        return task_from_json(TeacherFacts, run_tasks.run_teacher(sent(task)))
+
+    def evaluate(
+        self, trials: list[Trial], changed: dict[str, Any] | None = None, teacher: Path | None = None, **resources: Any
+    ) -> list[Evaluation]:
+        worker = self.worker(changed, **resources)
+        task = TrialsTask(worker, tuple(trials), teacher or self.folder.teacher)
+        return [evaluation_from_json(answer) for answer in run_tasks.run_trials(sent(task))]
+
+
+def sent(task: Task) -> dict[str, Any]:
+    """A task as a worker receives it."""
+    payload: dict[str, Any] = json.loads(json.dumps(task_to_json(task)))
+    return payload
 
 
 @pytest.fixture(scope="module")
-def config(tiny_npz: Path) -> SearchConfig:
-    return SearchConfig(space=SPACE, data=str(tiny_npz), batch_size=16, low=LOW, high=HIGH, teacher_epochs=2)
-
-
-@pytest.fixture(scope="module")
-def task(config: SearchConfig, tmp_path_factory: pytest.TempPathFactory) -> Tasks:
-    """Makes tasks of a run whose teacher is trained already."""
-    run_dir = tmp_path_factory.mktemp("run")
-    path = str(run_dir / "teacher" / "teacher.safetensors")
-    base = {"run_dir": str(run_dir), "device": "cpu", "teacher": path, "path": path}
-    base |= {"network": f"{SPACE}#3-3-3-3-3-3", "pretrained": False}
-
-    def make(changed: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        settings = dataclasses.replace(config, **(changed or {}))
-        return json.loads(json.dumps({"config": config_to_dict(settings), **base, **more}))  # what crosses the wire is JSON
-
-    evaluate.run_teacher(make())
-    return make
-
-
-def run(make: Tasks, trials: list[Trial], changed: dict[str, Any] | None = None) -> list[Evaluation]:
-    answers = evaluate.run_trials(make(changed, trials=[trial_to_json(trial) for trial in trials]))
-    return [evaluation_from_json(answer) for answer in answers]
+def tiny_run(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    config = SearchConfig(space=SPACE, data=str(tiny_npz), batch_size=16, low=LOW, high=HIGH, teacher_epochs=2)
+    return TinyRun(config, tmp_path_factory.mktemp("run"))
 
 
 def cohort(fidelity: Fidelity, seed: int = 0) -> list[Trial]:
     return [Trial(number, architecture, fidelity, seed) for number, architecture in enumerate(ARCHITECTURES)]
 
 
-def test_a_trial_gives_a_score_and_what_it_cost(task: Tasks) -> None:
-    (answer,) = run(task, cohort(LOW)[:1])
+def test_a_trial_gives_a_score_and_its_costs(tiny_run: TinyRun) -> None:
+    (answer,) = tiny_run.evaluate(cohort(LOW)[:1])
     assert answer.ok
     assert 0 <= answer.accuracy <= 1
     assert answer.macs > 0
@@ -79,18 +91,18 @@ def test_a_trial_gives_a_score_and_what_it_cost(task: Tasks) -> None:
     assert phases == pytest.approx(answer.seconds, rel=0.2)
 
 
-def test_the_score_depends_on_the_trial_and_not_on_its_mates(task: Tasks) -> None:
-    together = run(task, cohort(LOW))
-    alone = [run(task, [trial])[0] for trial in reversed(cohort(LOW))][::-1]
+def test_a_score_does_not_depend_on_the_other_trials_of_the_cohort(tiny_run: TinyRun) -> None:
+    together = tiny_run.evaluate(cohort(LOW))
+    alone = [tiny_run.evaluate([trial])[0] for trial in reversed(cohort(LOW))][::-1]
     assert [a.accuracy for a in together] == [a.accuracy for a in alone]
     assert [a.trial for a in together] == cohort(LOW)
 
 
-def test_another_seed_is_another_training_and_the_same_seed_the_same(task: Tasks) -> None:
+def test_equal_seeds_give_equal_weights_and_other_seeds_do_not(tiny_run: TinyRun) -> None:
     def weights(trial: Trial) -> dict[str, Any]:
-        path = evaluate.weights_path(Path(task()["run_dir"]), trial)
+        path = tiny_run.folder.weights(trial)
         path.unlink(missing_ok=True)
-        run(task, [trial])
+        tiny_run.evaluate([trial])
         return load_file(path)
 
     zero, one = cohort(HIGH)[0], cohort(HIGH, seed=1)[0]
@@ -99,36 +111,38 @@ def test_another_seed_is_another_training_and_the_same_seed_the_same(task: Tasks
     assert not all(first[name].equal(other[name]) for name in first)
 
 
-def test_the_weights_of_a_full_evaluation_are_kept_and_tested(task: Tasks, config: SearchConfig) -> None:
+def test_the_weights_of_a_full_evaluation_are_saved_and_tested(tiny_run: TinyRun) -> None:
     trial = cohort(HIGH)[0]
-    run(task, [trial])
-    path = evaluate.weights_path(Path(task()["run_dir"]), trial)
+    tiny_run.evaluate([trial])
+    path = tiny_run.folder.weights(trial)
     assert path.exists()
-    tested = evaluate.run_test(task(trial=trial_to_json(trial)))
+    tested = run_tasks.run_test(sent(TestTask(tiny_run.worker(), trial)))
     assert 0 <= tested["test_accuracy"] <= 1
-    run(task, [cohort(LOW)[1]])
-    assert not evaluate.weights_path(Path(task()["run_dir"]), cohort(LOW)[1]).exists()
+    tiny_run.evaluate([cohort(LOW)[1]])
+    assert not tiny_run.folder.weights(cohort(LOW)[1]).exists()
 
 
-def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_full_evaluation_resumes_after_its_last_epoch(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = Trial(0, ARCHITECTURES[2], HIGH, seed=5)
-    path = evaluate.weights_path(Path(task()["run_dir"]), trial)
-    (whole,) = run(task, [trial])
+    path = tiny_run.folder.weights(trial)
+    (whole,) = tiny_run.evaluate([trial])
     weights = load_file(path)
     path.unlink()
     epochs: list[int] = []
-    save = evaluate.checkpoint.save
+    save = checkpoint.save
 
-    def die_after_two(path: Path, member: Any, progress: Progress, of: str) -> None:
-        save(path, member, progress, of)
+    def die_after_two(path: Path, student: Any, progress: Progress, of: str) -> None:
+        save(path, student, progress, of)
         epochs.append(progress.epochs)
         if progress.epochs == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.checkpoint, "save", die_after_two)
+    monkeypatch.setattr(checkpoint, "save", die_after_two)
     with pytest.raises(KeyboardInterrupt):
-        run(task, [trial])
-    (again,) = run(task, [trial])
+        tiny_run.evaluate([trial])
+    (again,) = tiny_run.evaluate([trial])
     assert epochs == [1, 2, 3]  # the second call trained the third epoch only
     assert again.accuracy == whole.accuracy
     assert all(weights[name].equal(value) for name, value in load_file(path).items())
@@ -137,17 +151,17 @@ def test_a_full_evaluation_goes_on_where_it_was_killed(task: Tasks, monkeypatch:
 
 @pytest.mark.parametrize(("status", "kept"), [("diverged", False), ("error", False), ("oom", True)])
 def test_a_full_training_that_would_fail_again_leaves_no_state(
-    task: Tasks, monkeypatch: pytest.MonkeyPatch, status: Any, kept: bool
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, status: Any, kept: bool
 ) -> None:
     trial = Trial(0, ARCHITECTURES[1], HIGH, seed=6)
-    state = evaluate.state_path(Path(task()["run_dir"]), trial)
+    state = tiny_run.folder.training_state(trial)
 
     def fail_in_the_second_epoch(students: list[Any], *_: Any) -> None:
-        evaluate.checkpoint.save(state, students[0], Progress(1))
-        students[0].leave(status, "for a reason")
+        checkpoint.save(state, students[0], Progress(1))
+        students[0].drop(status, "for a reason")
 
     monkeypatch.setattr(evaluate, "train", fail_in_the_second_epoch)
-    (answer,) = run(task, [trial])
+    (answer,) = tiny_run.evaluate([trial])
     assert (answer.status, state.exists()) == (status, kept)
     state.unlink(missing_ok=True)
 
@@ -158,10 +172,10 @@ from torch import nn
 from engine.networks import Staged, pooled_classifier
 from engine.space import Choice, SearchSpace
 
-ALIVE = sys.__dict__.setdefault("alive_in_a_test", [])  # the file is read anew for each network
+ALIVE = sys.__dict__.setdefault("alive_in_a_test", [])  # the file is imported again for each network
 
 class Net(Staged):
-    """Of these, memory holds as many in training as `ROOM` says; the largest it never holds."""
+    """Memory holds at most `ROOM` of these in training, and never the largest."""
 
     ROOM = 2
 
@@ -184,8 +198,8 @@ space = SearchSpace("crowded", (Choice("size", (1, 2, 3, 4, 5, 6)),), build)
 '''
 
 
-def test_a_cohort_that_memory_does_not_hold_is_split_and_only_who_never_fits_is_oom(
-    task: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cohort_too_large_for_memory_is_split_and_only_a_student_that_never_fits_is_oom(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "crowded.py"
     file.write_text(CROWDED)
@@ -195,27 +209,24 @@ def test_a_cohort_that_memory_does_not_hold_is_split_and_only_who_never_fits_is_
     sizes: list[int] = []
     attempt = evaluate._attempt
     monkeypatch.setattr(evaluate, "_attempt", lambda *a: (sizes.append(len(a[2])), attempt(*a))[1])
-    answers = run(task, trials, changed)
+    answers = tiny_run.evaluate(trials, changed)
     assert [answer.status for answer in answers] == ["ok"] * 5
     assert sizes == [4, 2, 1]
     sizes.clear()
-    alone = run(task, [*trials[:1], Trial(5, Architecture((5,)), fidelity), trials[2]], changed)
+    alone = tiny_run.evaluate([*trials[:1], Trial(5, Architecture((5,)), fidelity), trials[2]], changed)
     assert [answer.status for answer in alone] == ["ok", "oom", "ok"]
-    assert sizes[0] == 2  # what was learnt holds for the next cohort
+    assert sizes[0] == 2  # the size that worked is used for the next cohort
     assert [a.accuracy for a in alone if a.ok] == [answers[0].accuracy, answers[2].accuracy]
 
 
-def test_an_answer_says_how_its_steps_ran(task: Tasks) -> None:
-    (answer,) = run(task, cohort(LOW)[:1])
+def test_an_evaluation_says_how_its_steps_ran(tiny_run: TinyRun) -> None:
+    (answer,) = tiny_run.evaluate(cohort(LOW)[:1])
     assert answer.execution == "eager"
 
 
-def test_a_budget_for_the_teacher_changes_no_score(task: Tasks) -> None:
-    """Neither does how many students share a worker."""
-
+def test_neither_teacher_cache_nor_cohort_size_changes_a_score(tiny_run: TinyRun) -> None:
     def scores(**resources: Any) -> list[float]:
-        trials = [trial_to_json(trial) for trial in cohort(LOW)]
-        return [answer["accuracy"] for answer in evaluate.run_trials(task(trials=trials, resources=resources))]
+        return [answer.accuracy for answer in tiny_run.evaluate(cohort(LOW), **resources)]
 
     without = scores(teacher_cache="0")
     assert scores(teacher_cache="1MB") == without  # some of the steps
@@ -223,8 +234,8 @@ def test_a_budget_for_the_teacher_changes_no_score(task: Tasks) -> None:
     assert scores(teacher_cache="1GiB", students_per_gpu="1") == without
 
 
-def test_a_step_takes_the_memory_that_the_last_one_gave_back(task: Tasks) -> None:
-    evaluate.run_probe(task())  # opens the worker's bench
+def test_a_step_reuses_the_memory_that_the_last_one_freed(tiny_run: TinyRun) -> None:
+    run_tasks.run_probe(sent(ProbeTask(tiny_run.worker())))  # opens the context, which sets malloc
 
     def faults(count: int) -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -233,99 +244,103 @@ def test_a_step_takes_the_memory_that_the_last_one_gave_back(task: Tasks) -> Non
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults(2)
-    assert [faults(10), faults(10)][1] < 6 * 2**20 * 4 / 4096  # the pages of one of the ten
+    assert [faults(10), faults(10)][1] < 6 * 2**20 * 4 / 4096  # the pages of one tensor of the ten
 
 
-def test_memory_stays_flat(task: Tasks) -> None:
-    """A worker lives as long as its search: 50 evaluations take no more than the first ones did."""
+def test_memory_stays_flat(tiny_run: TinyRun) -> None:
+    """A worker lives as long as its search: 50 evaluations take no more memory than the first 10."""
 
-    def grown_to(count: int) -> int:
+    def memory_after(count: int) -> int:
         for number in range(count):
-            run(task, [Trial(0, ARCHITECTURES[number % 3], LOW, seed=number % 2)])
+            tiny_run.evaluate([Trial(0, ARCHITECTURES[number % 3], LOW, seed=number % 2)])
         return psutil.Process().memory_info().rss
 
-    settled = grown_to(10)
-    assert grown_to(50) <= 1.03 * settled
+    settled = memory_after(10)
+    assert memory_after(50) <= 1.03 * settled
 
 
-def test_a_diverged_student_is_an_evaluation(task: Tasks) -> None:
-    good, _, _ = run(task, cohort(LOW))
-    diverged = run(task, cohort(LOW), changed={"lr": 1e18})
+def test_a_diverged_student_is_an_evaluation(tiny_run: TinyRun) -> None:
+    good, _, _ = tiny_run.evaluate(cohort(LOW))
+    diverged = tiny_run.evaluate(cohort(LOW), changed={"lr": 1e18})
     assert good.ok
     assert diverged[0].status == "diverged"
     assert "no longer finite" in diverged[0].error
 
 
-def test_an_architecture_that_cannot_be_built_does_not_stop_the_others(task: Tasks) -> None:
+def test_an_architecture_that_cannot_be_built_does_not_stop_the_others(tiny_run: TinyRun) -> None:
     strange = Trial(9, Architecture((9,) * 6), LOW)
-    bad, good = run(task, [strange, cohort(LOW)[0]])
+    bad, good = tiny_run.evaluate([strange, cohort(LOW)[0]])
     assert (bad.status, good.status) == ("error", "ok")
     assert "must be 0 to 4" in bad.error
 
 
-def test_a_missing_teacher_is_an_evaluation_with_its_reason(task: Tasks) -> None:
-    trials = [trial_to_json(trial) for trial in cohort(LOW)]
-    answers = evaluate.run_trials(task(trials=trials, teacher="nowhere.safetensors"))
-    assert [a["status"] for a in answers] == ["error"] * 3
-    assert "no teacher file nowhere" in answers[0]["error"]
+def test_a_missing_teacher_is_an_evaluation_with_its_reason(tiny_run: TinyRun) -> None:
+    answers = tiny_run.evaluate(cohort(LOW), teacher=Path("nowhere.safetensors"))
+    assert [answer.status for answer in answers] == ["error"] * 3
+    assert "no teacher file nowhere" in answers[0].error
 
 
-def test_a_small_part_is_one_batch(task: Tasks) -> None:
+def test_a_small_subset_is_one_batch(tiny_run: TinyRun) -> None:
     tiny = dataclasses.replace(LOW, fraction=Fraction(1, 12))
-    (answer,) = run(task, [Trial(0, ARCHITECTURES[0], tiny)])
+    (answer,) = tiny_run.evaluate([Trial(0, ARCHITECTURES[0], tiny)])
     assert answer.ok
 
 
-def test_width_and_resolution_are_fidelities(task: Tasks) -> None:
+def test_width_and_resolution_are_fidelities(tiny_run: TinyRun) -> None:
     wide = dataclasses.replace(LOW, width=2.0, resolution=8)
-    (full,), (answer,) = run(task, cohort(LOW)[:1]), run(task, [Trial(0, ARCHITECTURES[0], wide)])
+    (full,), (answer,) = tiny_run.evaluate(cohort(LOW)[:1]), tiny_run.evaluate([Trial(0, ARCHITECTURES[0], wide)])
     assert answer.ok
     assert answer.params > 3 * full.params  # twice as wide
     assert answer.macs < 1.1 * full.macs  # at a quarter of the pixels
 
 
-def test_a_teacher_is_trained_once_and_says_what_it_is(task: Tasks, config: SearchConfig) -> None:
-    path = Path(task()["path"])
+def test_a_teacher_is_trained_once_and_describes_itself(tiny_run: TinyRun) -> None:
+    path = tiny_run.folder.teacher
     before = path.stat().st_mtime_ns
-    evaluate.run_teacher(task())
+    tiny_run.teach(tiny_run.teacher_task())
     assert path.stat().st_mtime_ns == before
     card = teacher.read_card(path)
     assert card.network == f"{SPACE}#3-3-3-3-3-3"
-    assert card.epochs == config.teacher_epochs
-    assert len(card.losses) == config.teacher_epochs
-    assert 0 < card.losses[-1] < card.losses[0]  # means of an epoch, falling
+    assert card.epochs == tiny_run.config.teacher_epochs
+    assert len(card.losses) == tiny_run.config.teacher_epochs
+    assert 0 < card.losses[-1] < card.losses[0]  # the mean loss falls from epoch to epoch
 
 
-def test_a_teacher_of_another_split_is_told(task: Tasks) -> None:
-    assert not evaluate.run_teacher(task())["elsewhere"]
-    assert evaluate.run_teacher(task({"seed": 1}))["elsewhere"], "it knows some of what is a validation image now"
+def test_a_teacher_of_another_split_is_reported(tiny_run: TinyRun) -> None:
+    assert not tiny_run.teach(tiny_run.teacher_task()).elsewhere
+    assert tiny_run.teach(tiny_run.teacher_task({"seed": 1})).elsewhere, (
+        "it was trained on some of the validation images"
+    )
 
 
-def test_a_teacher_in_training_stops_after_its_epoch_and_goes_on_to_the_same_end(task: Tasks, tmp_path: Path) -> None:
-    """Another training that is to end in the same file begins anew; settings that it does not depend on may change."""
+def test_a_teacher_training_stops_after_an_epoch_and_resumes_to_the_same_result(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A different training for the same file starts again; settings that it does not depend on may change."""
     path, folder = tmp_path / "t.safetensors", stop_files.create(tmp_path)
+    monkeypatch.setenv("MFKD_STOP_FILES", str(folder))
     others: list[dict[str, Any]] = [{"lr": 0.01}, {}, {"low": dataclasses.replace(LOW, epochs=5), "kd_weight": 2.0}]
-    another, asked, compared = (task(changed, path=str(path), orders=str(folder)) for changed in others)
+    another, asked, compared = (tiny_run.teacher_task(changed, path) for changed in others)
     stop_files.drain(folder)
-    for this in (another, asked):
+    for task in (another, asked):
         with pytest.raises(Drained, match="epoch 1 of 2"):
-            evaluate.run_teacher(this)
-    evaluate.run_teacher(compared)
-    card, unbroken = teacher.read_card(path), teacher.read_card(Path(task()["path"]))
+            tiny_run.teach(task)
+    tiny_run.teach(compared)
+    card, unbroken = teacher.read_card(path), teacher.read_card(tiny_run.folder.teacher)
     assert (card.accuracy, card.losses) == (unbroken.accuracy, unbroken.losses)
-    assert all(load_file(task()["path"])[name].equal(value) for name, value in load_file(path).items())
+    assert all(load_file(tiny_run.folder.teacher)[name].equal(value) for name, value in load_file(path).items())
     assert list(tmp_path.glob("*.state.pt")) == []
 
 
-def test_a_teacher_of_other_classes_is_refused(task: Tasks, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_is_refused(tiny_run: TinyRun, tmp_path: Path) -> None:
     network = teacher.build(f"{SPACE}#3-3-3-3-3-3", classes=5, resolution=16)
-    card = dataclasses.replace(teacher.read_card(Path(task()["path"])), classes=tuple("abcde"))
+    card = dataclasses.replace(teacher.read_card(tiny_run.folder.teacher), classes=tuple("abcde"))
     teacher.save(tmp_path / "five.safetensors", network, card)
     with pytest.raises(UsageError, match="knows 5 classes, the data has 3"):
-        evaluate.run_teacher(task(path=str(tmp_path / "five.safetensors")))
+        tiny_run.teach(tiny_run.teacher_task(path=tmp_path / "five.safetensors"))
 
 
-def test_the_probe_tells_the_driver_what_it_needs(task: Tasks) -> None:
-    facts = evaluate.run_probe(task())
-    assert (len(facts["classes"]), facts["resolution"]) == (3, 16)
-    assert facts["images"]["train"] + facts["images"]["valid"] == 120
+def test_the_probe_tells_the_driver_what_it_needs(tiny_run: TinyRun) -> None:
+    facts = task_from_json(DataFacts, run_tasks.run_probe(sent(ProbeTask(tiny_run.worker()))))
+    assert (len(facts.classes), facts.resolution) == (3, 16)
+    assert facts.images["train"] + facts.images["valid"] == 120

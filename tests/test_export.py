@@ -1,4 +1,4 @@
-"""Exported forms give the checkpoint's logits, in a process that has none of our code."""
+"""Every exported format gives the logits of the checkpoint, in a process without our code too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,9 +21,11 @@ from engine.data.dataset import Dataset, Split
 from engine.data.loader import eval_batches
 from engine.export import forms as export
 from engine.export.card import with_onnx
+from engine.run_folder import RunFolder
 from engine.spaces.load import load_space
-from engine.training.weights import save_weights
-from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError, trial_to_json, weights_path
+from engine.tasks import ExportTask, Normalisation, task_to_json
+from engine.training.weights import load_weights, save_weights
+from engine.trial import Architecture, EngineError, Fidelity, Trial, UsageError
 
 SPACES = {
     "nasbench201:channels=4,cells=1": "4-3-2-1-3-0",
@@ -30,51 +33,51 @@ SPACES = {
     "shufflenetv2:width=0.1": "0-0-0-1-0-2",
     "examples/my_space.py:SPACE": "1-0-0-0-1-1-0-0-2",
 }
-CLASSES = ["a", "b", "c", "d", 'e "quoted"']
+CLASSES = ("a", "b", "c", "d", 'e "quoted"')
 
 
-def task_of(run: Path, spec: str, architecture: str) -> dict[str, Any]:
-    """An export of a network whose running statistics have seen some images."""
+def task_of(run: Path, spec: str, architecture: str) -> ExportTask:
+    """The export of a network whose running statistics have seen some images."""
     space, trial = load_space(spec), Trial(0, Architecture.parse(architecture), Fidelity("high"))
     torch.manual_seed(0)
     network = space.build(trial.architecture.choices, len(CLASSES), 1.0)
     with torch.no_grad():
         for _ in range(20):
             network(torch.randn(8, 3, 16, 16))
-    save_weights(weights_path(run, trial), network)
-    return {
-        "run_dir": str(run),
-        "device": "cpu",
-        "trial": trial_to_json(trial),
-        "space": spec,
-        "teacher": str(run / "none"),
-        "out": str(run / "out"),
-        "classes": CLASSES,
-        "mean": [0.4, 0.5, 0.6],
-        "std": [0.2, 0.25, 0.3],
-        "resolution": 16,
-        "card": {
+    save_weights(RunFolder(run).weights(trial), network)
+    return ExportTask(
+        run_dir=run,
+        trial=trial,
+        space=spec,
+        teacher=run / "none",
+        out=run / "out",
+        normalisation=Normalisation(CLASSES, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
+        resolution=16,
+        device="cpu",
+        card={
             "title": f"{spec} {architecture}",
             "data": "photos",
             "images": {"train": 5000, "valid": 1000},
             "valid_accuracy": 0.9125,
             "test_accuracy": None,
             "training": "60 epochs",
-            "taught": "none",
+            "distillation": "none",
             "files": False,
             "run": "photos",
             "command": "cli.py search",
             "trained_with": {"torch": "2.15.0"},
             "trained_on": "cpu",
         },
-    }
+    )
 
 
-def logits(run: Path, task: dict[str, Any], images: torch.Tensor) -> torch.Tensor:
-    trial = task["trial"]
-    network = load_space(task["space"]).build(tuple(trial["architecture"]), len(CLASSES), 1.0)
-    stored = next((run / "checkpoints").rglob("*.safetensors"))
-    export.load_weights(stored, network)
+def run_export(task: ExportTask) -> dict[str, Any]:
+    return export.run_export(json.loads(json.dumps(task_to_json(task))))
+
+
+def logits(task: ExportTask, images: torch.Tensor) -> torch.Tensor:
+    network = load_space(task.space).build(task.trial.architecture.choices, len(CLASSES), 1.0)
+    load_weights(RunFolder(task.run_dir).weights(task.trial), network)
     with torch.no_grad():
         answer: torch.Tensor = network.eval()(images)[0]
     return answer
@@ -92,9 +95,9 @@ assert not {"engine", "safetensors", "torchvision"} & set(sys.modules), sys.modu
 
 
 @pytest.mark.parametrize("spec", SPACES)
-def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_logits_of_the_checkpoint(spec: str, tmp_path: Path) -> None:
     task = task_of(tmp_path, spec, SPACES[spec])
-    report = export.run_export(task)
+    report = run_export(task)
     out = Path(report["folder"])
     assert {path.name for path in out.iterdir()} == {
         "README.md", "model.onnx", "model.pt2", "model.py", "weights.safetensors",
@@ -102,19 +105,23 @@ def test_every_form_gives_the_checkpoints_logits(spec: str, tmp_path: Path) -> N
     assert set(report["differences"]) == {"model.py", "model.pt2", "model.onnx"}
     assert max(report["differences"].values()) <= 1e-4
     pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
-    mean, std = (torch.tensor(task[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (task.normalisation.mean, task.normalisation.std))
     images = (pixels / 255 - mean) / std
-    truth = logits(tmp_path, task, images)
-    assert truth.std() > 1e-3  # not the same for everything
+    truth = logits(task, images)
+    assert truth.std() > 1e-3  # it depends on the image
     elsewhere = export._import(out / "model.py").preprocess(pixels.to("meta"))
     assert elsewhere.device.type == "meta"  # where the pixels are, as on a GPU
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
-    assert facts == {name: task[name] for name in ("classes", "resolution", "mean", "std")}
+    assert facts == {
+        "classes": list(CLASSES), "resolution": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3],
+    }  # fmt: skip
     for batch in (1, 4):
         (found,) = session.run(["logits"], {"images": images[:batch].numpy()})
         np.testing.assert_allclose(found, truth[:batch], atol=1e-4)
-    if "mobilenet" not in spec and "shuffle" not in spec:  # a process takes seconds; the text is made in the same way
+    if (
+        "mobilenet" not in spec and "shuffle" not in spec
+    ):  # a process takes seconds, and model.py is made in the same way
         torch.save(pixels, tmp_path / "pixels.pt")
         subprocess.run([sys.executable, "-I", "-c", ALONE, str(out)], check=True, cwd=tmp_path)
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), truth, atol=1e-5, rtol=0)
@@ -128,15 +135,15 @@ def test_the_card_prepares_an_image_for_onnxruntime_as_the_loader_does(
     files: bool, shape: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row, column = np.indices(shape) / max(shape)
-    edge = np.where(row > column, 255, 0)  # where ways of resizing differ most
+    edge = np.where(row > column, 255, 0)  # where resizing filters differ most
     pixels = np.stack([row * 255, column * 255, edge], axis=2).astype(np.uint8)
     for name in ("image.png", "image.jpg"):
         Image.fromarray(pixels).save(tmp_path / name, format="PNG")
     images, paths = (None, (str(tmp_path / "image.png"),)) if files else (pixels[None], None)
-    part = Split(np.zeros(1, np.int64), images, paths)
+    split = Split(np.zeros(1, np.int64), images, paths)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    data = Dataset("one", part, part, part, ("a",), mean, std, 28, False)
-    (batch,) = eval_batches(part, data=data, batch_size=1, resolution=28)
+    data = Dataset("one", split, split, split, ("a",), mean, std, 28, False)
+    (batch,) = eval_batches(split, data=data, batch_size=1, resolution=28)
 
     session = Mock(**{"run.return_value": [np.zeros((1, 1))]})
     facts = {"classes": ["a"], "mean": mean, "std": std}
@@ -164,32 +171,32 @@ SPACE = SearchSpace("own", (Choice("channels", (8, 16)),), build)
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> dict[str, Any]:
-    """An export of a tiny network of a user's space whose file needs numpy."""
+def own(tmp_path: Path) -> ExportTask:
+    """The export of a tiny network of a user's space whose file needs numpy."""
     (tmp_path / "own.py").write_text(OWN)
     return task_of(tmp_path, f"{tmp_path / 'own.py'}:SPACE", "1")
 
 
-def test_a_space_that_needs_more_than_torch_has_the_other_forms_and_the_reason(own: dict[str, Any]) -> None:
-    older = Path(own["out"])
+def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: ExportTask) -> None:
+    older = own.out
     older.mkdir()
     for name in ("README.md", "model.py", "weights.safetensors"):
         (older / name).write_text("of an earlier export")
-    report = export.run_export(own)
+    report = run_export(own)
     assert report["no_model_py"] == "own.py imports numpy"
-    assert {path.name for path in Path(own["out"]).iterdir()} == {
+    assert {path.name for path in own.out.iterdir()} == {
         "README.md", "model.onnx", "model.pt2", "weights.safetensors",
     }  # fmt: skip
-    card = (Path(own["out"]) / "README.md").read_text()
+    card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card
     for text in ("91.25 %", "not measured", "5,000 images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}"):
         assert text in card, text
 
 
-def test_an_export_removes_nothing_but_an_earlier_export(
-    own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_export_replaces_only_an_earlier_export(
+    own: ExportTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the folder that one is in, an export with notes beside it, somebody's file, or what a link leads to."""
+    """It refuses the working directory, an export with notes in it, a user's file, and what a link leads to."""
     here, export_with_notes, link = tmp_path / "here", tmp_path / "phone", tmp_path / "link"
     for folder in (here, export_with_notes):
         folder.mkdir()
@@ -207,30 +214,30 @@ def test_an_export_removes_nothing_but_an_earlier_export(
         (export_with_notes / "notes.txt", "notes.txt is a file; give --out a folder"),
     ):
         with pytest.raises(UsageError, match=re.escape(message)):
-            export.run_export({**own, "out": str(out)})
+            run_export(replace(own, out=out))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_form_with_other_logits_is_an_error_and_leaves_nothing(
-    own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_format_with_other_logits_is_an_error_and_leaves_no_files(
+    own: ExportTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = export.to_onnx
 
     def wrong(program: Any, task: Any, path: Path) -> Any:
-        network = load_space(own["space"]).build((1,), len(CLASSES), 1.0)
-        return real(export.exported(export.Logits(network).eval(), task["resolution"]), task, path)
+        network = load_space(own.space).build((1,), len(CLASSES), 1.0)
+        return real(export.exported(export.Logits(network).eval(), task.resolution), task, path)
 
     monkeypatch.setattr(export, "to_onnx", wrong)
     with pytest.raises(EngineError, match=r"model.onnx differs from the checkpoint of 1 by"):
-        export.run_export(own)
-    assert not Path(own["out"]).exists()
-    assert not list(Path(own["run_dir"]).glob(".*"))
+        run_export(own)
+    assert not own.out.exists()
+    assert not list(own.run_dir.glob(".*"))
 
 
-def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
     task = task_of(tmp_path, "nasbench201:channels=4,cells=1", "4-3-2-1-3-0")
     with pytest.raises(UsageError, match="does not hold weights of this network"):
-        export.run_export({**task, "space": "nasbench201:channels=8,cells=1"})
+        run_export(replace(task, space="nasbench201:channels=8,cells=1"))
 
     class Branching(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Teachers that others made: by file, by library, with the normalisation that they were trained with."""
+"""Imported teachers: from a file or a library, with the normalisation that they were trained with."""
 
 from __future__ import annotations
 
@@ -10,37 +10,35 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import SearchConfig, config_to_dict
+from engine.config import SearchConfig
+from engine.tasks import TeacherTask, WorkerSettings, task_to_json
 from engine.training import teacher
-from engine.training.evaluate import run_teacher
+from engine.training.run_tasks import run_teacher
 from engine.training.weights import load_weights, save_weights
 from engine.trial import UsageError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def test_a_published_teacher_scores_here_what_it_does_elsewhere(tmp_path: Path, shared_data: Path) -> None:
-    """As docs/teacher.md has it: ResNet-20 for CIFAR-10 as a user's own module, 92.5 % on these test images."""
+def test_a_published_teacher_has_its_published_accuracy(tmp_path: Path, shared_data: Path) -> None:
+    """The example of docs/teacher.md: ResNet-20 for CIFAR-10 as a user's own module, 92.5 % on these test images."""
     packed, plain = shared_data / "cifar10_small.npz", tmp_path / "small.npz"
     subprocess.run([sys.executable, str(shared_data / "unpack.py"), str(packed), str(plain)], check=True)
     images = np.load(plain)
-    part = {"x_train": images["x_test"], "y_train": images["y_test"]}
-    np.savez(tmp_path / "c10.npz", **part, x_test=images["x_test"][:50], y_test=images["y_test"][:50])
+    train = {"x_train": images["x_test"], "y_train": images["y_test"]}
+    np.savez(tmp_path / "c10.npz", **train, x_test=images["x_test"][:50], y_test=images["y_test"][:50])
     weights = np.load(shared_data / "teacher_c10_resnet20.npz")
     torch.save({name: torch.from_numpy(weights[name]) for name in weights.files}, tmp_path / "resnet20.pt")
     config = SearchConfig(data=str(tmp_path / "c10.npz"), data_backend="resident", valid_fraction=0.5)
-    task = {
-        "config": config_to_dict(config),
-        "run_dir": str(tmp_path),
-        "device": "cpu",
-        "path": str(tmp_path / "t.safetensors"),
-        "network": "examples/my_teacher.py:resnet20",
-        "pretrained": False,
-        "weights": str(tmp_path / "resnet20.pt"),
-        "mean": list(IMAGENET[0]),
-        "std": list(IMAGENET[1]),
-    }
-    assert run_teacher(task)["accuracy"] == pytest.approx(0.925, abs=0.02)
+    task = TeacherTask(
+        WorkerSettings(config, tmp_path, "cpu"),
+        network="examples/my_teacher.py:resnet20",
+        path=tmp_path / "t.safetensors",
+        weights=tmp_path / "resnet20.pt",
+        mean=IMAGENET[0],
+        std=IMAGENET[1],
+    )
+    assert run_teacher(task_to_json(task))["accuracy"] == pytest.approx(0.925, abs=0.02)
     card = teacher.read_card(tmp_path / "t.safetensors")
     assert (card.mean, card.std) == IMAGENET
     assert card.epochs == 0
@@ -48,7 +46,7 @@ def test_a_published_teacher_scores_here_what_it_does_elsewhere(tmp_path: Path, 
     assert [tuple(f.shape[1:]) for f in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
-def test_a_teacher_sees_images_as_it_was_trained() -> None:
+def test_a_teacher_sees_images_normalised_as_in_its_training() -> None:
     pixels = torch.rand(2, 3, 32, 32)
     here, there = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), IMAGENET
     network = teacher.build("torchvision:resnet18", 5, 32).eval()
@@ -58,9 +56,9 @@ def test_a_teacher_sees_images_as_it_was_trained() -> None:
         return (pixels - mean) / std
 
     with torch.no_grad():
-        asked, features = teacher.renormalised(network, here, there)(normalised(here))
+        logits, features = teacher.renormalised(network, here, there)(normalised(here))
         expected, _ = network(normalised(there))
-    torch.testing.assert_close(asked, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert len(features) == 4
     assert teacher.renormalised(network, here, here) is network
 
@@ -108,7 +106,7 @@ def test_stages_are_found_or_given(returned: str, tmp_path: Path) -> None:
     assert [tuple(f.shape[1:]) for f in features] == [(4, 8, 8), (8, 4, 4)]
 
 
-def test_maps_with_channels_last_are_no_stages(tmp_path: Path) -> None:
+def test_maps_with_channels_last_are_not_stages(tmp_path: Path) -> None:
     """As in ConvNeXt between its convolutions."""
     _, features = teacher.build(own(tmp_path).replace(":Own", ":Permuting"), 5, 16)(torch.zeros(2, 3, 16, 16))
     assert [tuple(f.shape[1:]) for f in features] == [(4, 8, 8), (8, 4, 4)]
@@ -123,7 +121,7 @@ def test_maps_with_channels_last_are_no_stages(tmp_path: Path) -> None:
         ("absent", "has no 'absent' that takes"),
     ],
 )
-def test_what_is_no_teacher_is_told_why(name: str, message: str, tmp_path: Path) -> None:
+def test_an_unusable_teacher_is_refused_with_the_reason(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         teacher.build(own(tmp_path).replace(":Own", f":{name}"), 5, 16)
 
@@ -147,7 +145,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         teacher.build(own(tmp_path), 5, 16, weights=tmp_path / "none.pt")
 
 
-def test_the_normalisation_of_a_library_s_network_is_that_of_its_weights() -> None:
+def test_a_library_network_has_the_normalisation_of_its_weights() -> None:
     assert teacher.normalisation("torchvision:resnet18") == IMAGENET
     assert teacher.normalisation("torchvision:efficientnet_v2_l") == ((0.5,) * 3, (0.5,) * 3)
 
