@@ -1,8 +1,9 @@
 """Multi-fidelity neural architecture search with knowledge distillation.
 
-Two halves that meet in the words (`trial`, `space`, `config`, `orders`): the brain (`search`, `fleet`, `report`,
-`commands`, `doctor`) never imports torch; the muscle (`data`, `training`, `networks`, `export`, `selftest`) never
-imports the brain.
+Three groups of rooms. The core (`trial`, `space`, `spaces`, `config`, `tasks`, `run_folder`, `stop_files`) holds the
+words that everything shares. The driver (`search`, `fleet`, `report`, `commands`, `doctor`) never imports torch. The
+worker (`data`, `training`, `export`, `selftest`) never imports the driver. `networks` holds the torch modules that
+spaces build.
 """
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ def option(default: T, text: str) -> T:
 
 
 def job_option(default: T, text: str) -> T:
-    """An option of a cluster job: one that runs the workers of a search or (`submit`) the search itself."""
+    """An option of cluster jobs, which run the workers of a search or (`submit`) the search itself."""
     return field(default=default, metadata={"help": text, "job": True})
 
 
@@ -84,10 +84,10 @@ class SearchConfig:
     )
     latency_batch: int = option(1, "batch size at which --max-latency-ms is measured")
     objectives: Literal["accuracy", "accuracy,macs"] = option(
-        "accuracy", "accuracy: find the most accurate network; accuracy,macs: find the Pareto front of accuracy and MACs"
+        "accuracy", "accuracy: find the most accurate network; accuracy,macs: find the Pareto front of the two"
     )
     only: str = option("", "comma-separated ARCHITECTUREs to choose from; empty means the whole space")
-    initial_weights: str = option("", "FILE of weights that full trainings start from (for one architecture: see --only)")
+    initial_weights: str = option("", "FILE of weights that full trainings start from; they fit one architecture")
     fidelity_study: str = option(
         "", "run folder of a fidelity study whose evaluations this search starts with; auto runs such a study first"
     )
@@ -108,7 +108,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Where a run takes place. May differ from call to call."""
+    """Where and how a run is computed. It may differ from call to call."""
 
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto uses the GPUs if there are any, else the CPU cores")
     gpus: str = option("auto", "auto, a count (8), or a choice among the visible GPUs (0,2)")
@@ -118,9 +118,9 @@ class Resources:
         "permitting, and 4 on a CPU core",
     )
     execution: Execution = option(
-        "auto", "how a GPU runs training steps: as CUDA graphs, eagerly, or (auto) as graphs where possible and worth it"
+        "auto", "how a GPU runs training steps: as CUDA graphs, eagerly, or (auto) as graphs where that is faster"
     )
-    teacher_cache: str = option("2GiB", "memory per worker for teacher outputs that later students reuse; 0 turns it off")
+    teacher_cache: str = option("2GiB", "memory per worker for teacher outputs that later students reuse; 0 means none")
     compile: bool = option(False, "torch.compile the networks of full trainings")
     workers: int = option(0, "worker processes per machine; 0 means one per GPU, or one per CPU core")
     executor: Literal["local", "slurm", "pbs", "lsf", "kubernetes"] = option(
@@ -178,18 +178,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """How many trials may be open at once: `total`. A full-fidelity trial takes as many slots as a `cohort` has."""
+    """`total` slots for trials that are open at once; a full-fidelity trial takes all slots of a `cohort`."""
 
     total: int
     cohort: int
 
 
 def slots_for(workers: int, cohort: int) -> Slots:
-    """A quarter more slots than the workers have, so that a worker that finishes early finds its next cohort waiting."""
+    """A quarter more slots than the workers have, so that a worker that finishes early has its next cohort waiting."""
     return Slots((workers + math.ceil((workers - 1) / 4)) * cohort, cohort)
 
 
 def search_plan(config: SearchConfig, budget: Budget) -> Plan:
+    """The plan of a search with these settings."""
     method = config.method if config.objectives == "accuracy" else "mfkd-front"
     return Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
 
@@ -206,7 +207,7 @@ def check_settings(settings: RunSettings) -> None:
     if config.objectives != "accuracy" and config.method not in ("mfkd", "mfkd-front"):
         raise UsageError(f"--objectives {config.objectives} needs --method mfkd; {config.method} finds no front")
     if config.initial_weights and (not config.only or "," in config.only):
-        raise UsageError("--initial-weights fit one architecture: name it with --only")
+        raise UsageError("--initial-weights fit a single architecture: name it with --only")
     if resources.execution == "graph" and resources.device == "cpu":
         raise UsageError("--execution graph needs a GPU; leave it out, or leave out --device cpu")
     if config.high.kd_loss != "none" and config.low.kd_loss == "none":
@@ -305,9 +306,9 @@ def walltime_s(text: str) -> int:
 
 
 def cohort_size(resources: Resources, gpu: bool) -> int:
-    """How many low-fidelity students share the batches and the teacher of a worker; UsageError for a non-number.
+    """How many low-fidelity students share the batches and the teacher of a worker; UsageError if not a number.
 
-    A worker that runs out of memory trains fewer at a time, which changes no score.
+    A worker that runs out of memory trains fewer at a time, which changes no scores.
     """
     if resources.students_per_gpu == "auto":
         return 8 if gpu else 4

@@ -1,4 +1,4 @@
-"""The run folder: the name of every file in it, and its config.yaml."""
+"""The run folder: the names of its files, and its config.yaml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.trial import EnvironmentUnusable, Trial, UsageError
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run folder at `path` (absolute). Nothing else in the engine spells out the names of the files in it."""
+    """A run folder at `path` (absolute). Only this class knows the names of the files in it."""
 
     path: Path
 
@@ -25,7 +25,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The settings of the run."""
+        """The settings and slots of the run."""
         return self.path / "config.yaml"
 
     @property
@@ -35,7 +35,7 @@ class RunFolder:
 
     @property
     def run_file(self) -> Path:
-        """The data, versions, devices and command lines that the run has seen."""
+        """The data of the run, and the versions, device and command line of each call."""
         return self.path / "run.json"
 
     @property
@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def teacher(self) -> Path:
-        """Weights of the teacher that the run trains itself."""
+        """Weights of the teacher, if the run makes it itself."""
         return self.path / "teacher" / "teacher.safetensors"
 
     @property
@@ -77,7 +77,7 @@ class RunFolder:
 
     @property
     def study_result(self) -> Path:
-        """What a fidelity study found."""
+        """The findings of a fidelity study."""
         return self.path / "fidelity-study.json"
 
     @property
@@ -86,7 +86,7 @@ class RunFolder:
 
     @property
     def study_evaluations(self) -> Path:
-        """Every evaluation of a fidelity study, as CSV."""
+        """The evaluations of a fidelity study, as CSV."""
         return self.path / "evaluations.csv"
 
     @property
@@ -109,25 +109,25 @@ class RunFolder:
         return self.path / name
 
     def teacher_weights(self, config: SearchConfig) -> Path:
-        """The teacher's weights: the file that `config` names, else the one that the run makes itself."""
+        """The teacher's weights: the file named in `config`, else the one that the run makes itself."""
         return Path(config.teacher).absolute() if config.teacher.endswith(".safetensors") else self.teacher
 
     def has_begun(self) -> bool:
-        """Whether the folder holds anything that took work: a teacher, or a trial in its journal."""
+        """Whether any work was done: there is a teacher, or a trial in the journal."""
         asked = self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
         return asked or any(self.teacher.parent.glob("*"))
 
     def forget_settings(self) -> None:
-        """Removes the settings and data of a call that failed before any work was done."""
+        """Forgets the settings and data of a call that failed before any work was done."""
         self.config.unlink(missing_ok=True)
         self.run_file.unlink(missing_ok=True)
 
     def fix_config(self, kind: RunKind, config: SearchConfig, budget: Budget, wanted: Slots) -> Slots:
         """Writes config.yaml, or checks `config` against the one already there; returns the slots of the run.
 
-        Decisions depend on the slots, so these stay the same for the life of the run, whatever machine resumes it.
-        They only grow, where a later call brings more workers, which would otherwise be idle. The low fidelity of a
-        fidelity study may differ: it can compare more of them later. Raises UsageError for any other difference.
+        Decisions depend on the slots, so a run keeps them on whatever machine it is resumed. They only grow, if a later
+        call brings more workers, which would otherwise be idle. A later call of a fidelity study may compare other low
+        fidelities. Raises UsageError if any other setting differs.
         """
         if self.config.exists():
             stored = self.read_config()
@@ -149,7 +149,7 @@ class RunFolder:
             raise UsageError(
                 f"{self} holds a run of `{stored['kind']}`; choose another --name or --run-dir for `{kind}`"
             )
-        # A setting that an older version did not have counts as its default.
+        # A setting unknown to the version that wrote the file counts as its default.
         before = {**dict(flatten(config_to_dict(SearchConfig()))), **dict(flatten(stored["config"]))}
         now = dict(flatten(config_to_dict(config)))
         fixed = [key for key in now if kind == "search" or not key.startswith("low.")]
@@ -161,9 +161,9 @@ class RunFolder:
             )
 
     def read_config(self) -> dict[str, Any]:
-        """The content of config.yaml. Paths into the run folder are updated if the folder has been moved.
+        """The content of config.yaml, with paths into the run folder updated if the folder has been moved.
 
-        Raises EnvironmentUnusable where the file cannot be read or is not the configuration of a run.
+        Raises EnvironmentUnusable if the file cannot be read or is not the configuration of a run.
         """
         try:
             stored = yaml.safe_load(self.config.read_text())

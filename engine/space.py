@@ -1,4 +1,4 @@
-"""Search spaces: named choices, their encoding as arrays, and the candidates that a policy chooses among."""
+"""Search spaces: named choices, their encoding as arrays, and the candidates that a method chooses from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choice:
-    """One decision of a space. `ordinal`: the options are ordered (depth, width); else they are operations."""
+    """One choice of a space. `ordinal`: its options are ordered (depth, width); else they are operations."""
 
     name: str
     options: tuple[str | int | float, ...]
@@ -33,13 +33,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Named choices and how to build what they describe.
+    """Named choices, and how to build the networks that they describe.
 
     build(choices, classes, width) returns an nn.Module whose forward takes images (N, 3, H, W) and returns
-    (logits (N, classes), [stage features (N, C_i, H_i, W_i)], coarse last).
-    cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form; without it
-    (None) both are counted on built networks, which is slow: a random pool then stands for the space.
-    canonical(choices) maps every member of a class of identical networks to one of them.
+    (logits (N, classes), [stage features (N, C_i, H_i, W_i)], coarsest last).
+    cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form. Without it (None)
+    both are counted on built networks, which is slow, so a random pool represents the space.
+    canonical(choices) maps all members of a class of identical networks to one of them.
     `resolution` is the input size, in pixels, at which MACs are quoted.
     """
 
@@ -55,18 +55,18 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """How many architectures there are; `len` could not say it of more than 2**63."""
+        """The number of architectures, which may exceed 2**63, the most that `len` can return."""
         return math.prod(self.radices)
 
     def check(self, architecture: Architecture) -> Architecture:
-        """The architecture itself if it belongs to the space; UsageError says what does not fit."""
+        """Returns the architecture if it belongs to the space; else raises UsageError with the reason."""
         if len(architecture.choices) != len(self.choices):
             count = len(architecture.choices)
             raise UsageError(f"architecture {architecture} has {count} choices, {self.name} has {len(self.choices)}")
         for value, choice in zip(architecture.choices, self.choices, strict=True):
             if not 0 <= value < len(choice.options):
                 raise UsageError(
-                    f"architecture {architecture}: {choice.name} is {value}, must be 0 to {len(choice.options) - 1}"
+                    f"architecture {architecture}: {choice.name} is {value}; it must be 0 to {len(choice.options) - 1}"
                 )
         return architecture
 
@@ -88,7 +88,7 @@ class SearchSpace:
         return Architecture(tuple(reversed(values)))
 
     def sample(self, count: int, seed: int) -> list[Architecture]:
-        """`count` architectures, uniform, with replacement."""
+        """`count` architectures drawn uniformly, with replacement."""
         rng = np.random.default_rng(seed)
         return [Architecture(tuple(int(rng.integers(radix)) for radix in self.radices)) for _ in range(count)]
 
@@ -117,9 +117,9 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a policy may propose: option indices (n, d), features (n, f), MACs and parameters (n,).
+    """What a method may propose: option indices (n, d), features (n, f), MACs and parameters (n,).
 
-    The rows of a whole space, of the part of it that meets the constraints, or of a table of recorded results.
+    Rows are members of a whole space, those that meet the limits, or those in a table of recorded results.
     """
 
     choices: npt.NDArray[Any]
@@ -134,9 +134,10 @@ class Candidates:
         return Architecture(tuple(int(value) for value in self.choices[row]))
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
+        """The rows for which `keep` (n,) is true."""
         return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
 
-    def spread(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    def spread_by_macs(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, cheapest first."""
         order = np.argsort(self.macs, kind="stable")
         edges = np.linspace(0, len(order), count + 1).astype(np.int64)
@@ -148,15 +149,15 @@ class Candidates:
         return {}
 
     def row(self, architecture: Architecture) -> int | None:
-        """The row of an architecture, None where it is not among the candidates. Remembered: a search asks often."""
+        """The row of an architecture, None if it is not a candidate. Cached, since a search asks often."""
         if architecture not in self._found:
             rows = np.flatnonzero((self.choices == np.asarray(architecture.choices)).all(axis=1))
             self._found[architecture] = int(rows[0]) if len(rows) else None
         return self._found[architecture]
 
 
-# A space of more members is represented by so many random ones: without a closed form for its cost (each has to be
-# built to be counted), and with one (features of all must fit into memory).
+# A larger space is represented by this many random members. Without a closed form for the cost, each has to be built
+# and counted; with one, the features of all must fit into memory.
 POOL_WITHOUT_COST, POOL = 512, 2**22
 
 
@@ -168,15 +169,16 @@ def candidates(
     seed: int = 0,
     only: Sequence[Architecture] = (),
 ) -> Candidates:
-    """The members of a space, one of each class of identical networks, with their MACs and parameters; those of `only`,
-    if it names any. Of a space of more than POOL members, or POOL_WITHOUT_COST without a closed form for the cost,
-    they are so many random ones.
+    """The members of a space with their MACs and parameters, one of each class of identical networks.
+
+    If `only` names any, just those. A space with more than POOL members (POOL_WITHOUT_COST without a closed form for
+    the cost) is represented by a random sample of that size.
     """
     choices = np.unique(np.array([a.choices for a in only], dtype=np.int8), axis=0) if only else _members(space, seed)
     if space.cost is not None:
         macs, params = space.cost(choices, classes, width, resolution)
     else:
-        from torch import device  # torch, only here
+        from torch import device  # only here: with a closed form, no torch is needed
 
         with device("meta"):
             counted = [_counted(space, tuple(row), classes, width, resolution) for row in choices.tolist()]
@@ -209,8 +211,8 @@ def _counted(space: SearchSpace, row: tuple[int, ...], classes: int, width: floa
 
 
 def space_name(make: Callable[..., SearchSpace], **options: int | float) -> str:
-    """What `load_space` reads to make this space again: `NAME`, or `NAME:option=value,...` of options not at their
-    default."""
+    """The specification from which `load_space` makes this space: `NAME`, or `NAME:option=value,...` with the options
+    that differ from their defaults."""
     parameters = inspect.signature(make).parameters
     given = [f"{key}={value}" for key, value in options.items() if value != parameters[key].default]
     return ":".join([make.__name__, *([",".join(given)] if given else [])])

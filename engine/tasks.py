@@ -1,8 +1,8 @@
-"""What a driver asks of a worker: a frozen dataclass per task, and its JSON form.
+"""The tasks that a driver sends to its workers: a frozen dataclass for each, and its JSON form.
 
-A task is sent as the name of a function and a JSON object. `task_to_json` and `task_from_json` are the only places
-that know that object; `Task.function` names the function of `engine.training.run_tasks` (or another module, see
-`engine.fleet.fleet.open_fleet`) that takes it.
+A task is sent as the name of a function and a JSON object, which only `task_to_json` and `task_from_json` know.
+`Task.function` names the function of `engine.training.run_tasks` that takes it (or of another module, see
+`engine.fleet.fleet.open_fleet`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Statistic = tuple[float, float, float]  # one number per channel
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What every task of a run needs: its settings, its folder (a shared path) and the kind of device."""
+    """What every task of a run needs: settings, the run folder (on a shared file system) and the kind of device."""
 
     config: SearchConfig
     run_dir: Path
@@ -34,7 +34,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """The classes of a data set, and the mean and standard deviation of its channels, of pixels in 0..1."""
+    """The classes of a data set, and the mean and standard deviation of each channel, for pixels in 0..1."""
 
     classes: tuple[str, ...]
     mean: Statistic
@@ -43,10 +43,10 @@ class Normalisation:
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What a worker found out about the data and its device. `files`: whether the images are files of a folder.
+    """What a worker found out about the data and its device.
 
-    `resolution` is the side in pixels of what a network sees, `images` the size of each split, `fingerprint` stands for
-    the content (engine.data.dataset.fingerprint).
+    `resolution` is the side in pixels of the images that a network sees, `images` the size of each split. `files` tells
+    whether the images are files of a folder. `fingerprint` identifies the content (engine.data.dataset.fingerprint).
     """
 
     classes: tuple[str, ...]
@@ -65,7 +65,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question to a worker."""
+    """Work for a worker."""
 
     function: ClassVar[str]
 
@@ -82,9 +82,9 @@ class ProbeTask(Task):
 class TeacherTask(Task):
     """Make sure that `path` holds a teacher that fits the data; the answer is a TeacherFacts.
 
-    If there is no such file, `network` is imported from the weights file `weights`, or taken from its library with the
-    library's weights (`pretrained`), or else trained. `mean` and `std` (default: those of the data) are those of the images
-    that imported weights were trained on.
+    If there is no such file, `network` is imported from the weights file `weights`, or built with the weights of its
+    library (`pretrained`), or else trained. `mean` and `std` describe the images that imported weights were trained on;
+    by default, they are those of the data.
     """
 
     function: ClassVar[str] = "run_teacher"
@@ -99,7 +99,7 @@ class TeacherTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TeacherFacts:
-    """What the file of a teacher says of itself. `elsewhere`: we trained it, but on other images or another split."""
+    """The card in a teacher's file. `elsewhere`: it was trained here, but on other images or another split."""
 
     network: str
     accuracy: float
@@ -113,8 +113,8 @@ class TeacherFacts:
 class TrialsTask(Task):
     """Train and score trials of one fidelity and one seed side by side; the answer is an evaluation for each.
 
-    `teacher` is its weights file (unused where the fidelity does not distil), `timeout_s` the time limit of the whole
-    task in seconds (0: none).
+    `teacher` is the teacher's weights file, unused if the fidelity does not distil. `timeout_s` is the time limit of
+    the whole task in seconds (0: none).
     """
 
     function: ClassVar[str] = "run_trials"
@@ -128,7 +128,7 @@ class TrialsTask(Task):
 class TestTask(Task):
     """Score the stored weights of a full-fidelity trial on the test split."""
 
-    __test__ = False  # not a test class, whatever pytest makes of its name
+    __test__ = False  # pytest would take it for a test class
     function: ClassVar[str] = "run_test"
     worker: WorkerSettings
     trial: Trial
@@ -136,7 +136,7 @@ class TestTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class LatencyTask(Task):
-    """Time the forward pass of each architecture; the answer is milliseconds."""
+    """Time the forward pass of each architecture; the answer is a list of milliseconds."""
 
     function: ClassVar[str] = "run_latency"
     worker: WorkerSettings
@@ -147,7 +147,7 @@ class LatencyTask(Task):
 class ScoreTask(Task):
     """Score the weights in a file on a split of the data, or on all of it.
 
-    `trained_on` describes the data that the weights were trained on; None means that they are these data.
+    `trained_on` describes the data that the weights were trained on; None means these data.
     """
 
     function: ClassVar[str] = "run_score"
@@ -162,7 +162,7 @@ class ScoreTask(Task):
 class ExportTask(Task):
     """Write the weights of a full-fidelity trial of `run_dir` in every export format into `out`, with a model card.
 
-    `card` holds what the run knows of the network (engine/export/card.py).
+    `card` holds what the run knows about the network (engine/export/card.py).
     """
 
     function: ClassVar[str] = "run_export"
@@ -179,7 +179,7 @@ class ExportTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class SpaceCheckTask(Task):
-    """Check that a search space does what a search asks of it."""
+    """Check that a search space meets the requirements of a search."""
 
     function: ClassVar[str] = "run_check"
     space: str

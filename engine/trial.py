@@ -1,4 +1,4 @@
-"""The words of a search: Architecture, Fidelity, Trial (a question), Evaluation (a measurement), and their JSON."""
+"""The core words: Architecture, Fidelity, Trial (a question), Evaluation (a measurement), History, and their JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from typing import Any, Literal, get_args
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "too_slow"]
 
-
-# Settings of the loss that a fidelity may bring of its own.
+# Settings of the loss that a fidelity may override.
 LOSS_WEIGHTS = (
     "kd_temperature",
     "ce_weight",
@@ -30,13 +29,13 @@ LOSS_WEIGHTS = (
 
 
 class EngineError(Exception):
-    """An error that a user can act on: its text says what to do, `exit_code` is what the command returns."""
+    """An error that a user can act on: its message says what to do. `exit_code` is that of the command."""
 
     exit_code = 1
 
 
 class UsageError(EngineError):
-    """Flags or configuration that cannot be used together, or at all."""
+    """Flags or settings that cannot be used, or not together."""
 
     exit_code = 2
 
@@ -46,29 +45,29 @@ class WrongFlags(UsageError):
 
 
 class EnvironmentUnusable(EngineError):
-    """Data missing or unreadable, no such device, a dependency that does not load."""
+    """Data are missing or unreadable, there is no such device, or a dependency does not load."""
 
     exit_code = 3
 
 
 def install(extra: str) -> str:
-    """What to do about a package of an extra of pyproject.toml that is not there."""
+    """The command that installs an extra of pyproject.toml, for error messages."""
     return f"run: pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def not_installed(what: str, extra: str) -> EnvironmentUnusable:
-    """The error for a package of an optional extra that is not there."""
+    """The error for a missing package of an extra."""
     return EnvironmentUnusable(f"{what}; {install(extra)}")
 
 
 class NoWinner(EngineError):
-    """Too many evaluations failed, or none can be called the winner."""
+    """Too many evaluations failed, or none qualifies as the winner."""
 
     exit_code = 4
 
 
 class Drained(EngineError):
-    """The search was told to stop and has; the same command continues it. `result` is what the command prints."""
+    """The search stopped on request; the same command resumes it. `result` is what the command prints."""
 
     exit_code = 75
 
@@ -79,30 +78,30 @@ class Drained(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A point of a search space: one option index per choice."""
+    """A member of a search space: one option index per choice."""
 
     choices: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Digits joined by '-', the form that commands take and print."""
+        """The indices joined by '-', as commands take and print them."""
         return "-".join(map(str, self.choices))
 
     @classmethod
     def parse(cls, text: str) -> Architecture:
         """The inverse of `str`; raises UsageError for anything else."""
         try:
-            return cls(tuple(int(part) for part in text.split("-")))
+            return cls(tuple(int(index) for index in text.split("-")))
         except ValueError:
-            raise UsageError(f"'{text}' is no architecture; write option indices joined by '-', like 3-0-2") from None
+            raise UsageError(f"'{text}' is not an architecture; write option indices joined by '-': 3-0-2") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How thoroughly an architecture is judged.
+    """How thoroughly an architecture is trained before it is scored.
 
-    `fraction` of the training images, for `epochs` passes, at a `width` multiplier and a `resolution` in pixels
-    (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are (name, value) pairs of
-    LOSS_WEIGHTS that replace the study's.
+    It is trained for `epochs` passes over a `fraction` of the training images, at a `width` multiplier and a
+    `resolution` in pixels (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are
+    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration.
     """
 
     name: str
@@ -115,48 +114,49 @@ class Fidelity:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be over 0 and at most 1")
+            raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be greater than 0 and at most 1")
         if self.epochs < 1:
             raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 1")
         if not 0 < self.width < math.inf:
-            raise UsageError(f"{self.name}.width is {self.width}; it must be over 0")
+            raise UsageError(f"{self.name}.width is {self.width}; it must be greater than 0")
         if self.resolution < 0:
             raise UsageError(f"{self.name}.resolution is {self.resolution}; it is in pixels, 0 for the data's own")
         for name, value in self.weights:
             if name not in LOSS_WEIGHTS:
-                raise UsageError(f"{self.name} has no weight '{name}'; there are {', '.join(LOSS_WEIGHTS)}")
+                raise UsageError(f"{self.name} has no weight '{name}'; choose from {', '.join(LOSS_WEIGHTS)}")
             if not 0 <= value < math.inf or (name == "kd_temperature" and value == 0):
-                raise UsageError(f"{self.name}: {name} is {value}; it must be over 0")
+                least = "greater than 0" if name == "kd_temperature" else "at least 0"
+                raise UsageError(f"{self.name}: {name} is {value}; it must be {least}")
 
     @classmethod
     def parse(cls, text: str) -> Fidelity:
-        """The fidelity that `LOSS@FRACTIONxEPOCHS[:name=value,...]` describes, by that name: kd+at@1/27x30:width=0.5.
+        """The fidelity that `LOSS@FRACTIONxEPOCHS[:name=value,...]` describes, like kd+at@1/27x30:width=0.5.
 
-        The names are width, resolution and LOSS_WEIGHTS. Raises UsageError for anything else.
+        The options are width, resolution and LOSS_WEIGHTS; the text becomes its name. Raises UsageError for other text.
         """
         match = re.fullmatch(r"([a-z+]+)@([\d./]+)x(\d+)(?::(.+))?", text)
         example = "write LOSS@FRACTIONxEPOCHS, like kd+at@1/27x30 or kd@1/9x20:width=0.5,kd_temperature=2"
         if match is None:
-            raise UsageError(f"'{text}' is no fidelity; {example}")
+            raise UsageError(f"'{text}' is not a fidelity; {example}")
         loss, fraction, epochs, rest = match.groups(default="")
         if loss not in get_args(KDLoss):
-            raise UsageError(f"'{text}': no loss '{loss}'; there are {', '.join(get_args(KDLoss))}")
+            raise UsageError(f"'{text}': no loss named '{loss}'; choose from {', '.join(get_args(KDLoss))}")
         try:
             own = {name: float(value) for name, value in (word.split("=") for word in rest.split(",") if word)}
             width, resolution = own.pop("width", 1.0), int(own.pop("resolution", 0))
-            part = Fraction(fraction)
+            images = Fraction(fraction)
         except (ValueError, OverflowError, ZeroDivisionError):
-            raise UsageError(f"'{text}' is no fidelity; {example}") from None
-        return cls(text, part, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
+            raise UsageError(f"'{text}' is not a fidelity; {example}") from None
+        return cls(text, images, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:
-        """Passes over the full training set that it takes: what its price is proportional to, all else equal."""
+        """Passes over the full training set, to which the cost is proportional if all else is equal."""
         return float(self.fraction) * self.epochs
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A question: how good is `architecture`, judged at `fidelity` with `seed`? `number` is its place in the run."""
+    """A question: how accurate is `architecture` at `fidelity` with `seed`? `number` is its place in the run."""
 
     number: int
     architecture: Architecture
@@ -165,21 +165,21 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """What the answer depends on, without the number: the same question has the same key in every run."""
+        """A hash of everything but the number: the same question has the same key in every run."""
         question = json.dumps([self.architecture.choices, fidelity_to_json(self.fidelity), self.seed])
         return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A measurement: the trial, how it ended, accuracy in 0..1 on the validation part, and what it cost.
+    """A measurement: the trial, how it ended, its accuracy in 0..1 on the validation split, and what it cost.
 
-    `seconds` is the wall time of the whole evaluation on its worker; `costs` splits it (train, teacher, data,
-    evaluate, setup; seconds) and holds images_per_s and peak_memory_bytes. `worker` names where it was made and
-    `started` when that began (seconds since 1970; 0: not known); a cohort begins at once and shares its seconds.
-    `test_accuracy` is known in tables of recorded results only: a search reads the test part once, for its winner.
-    No policy looks at it. `error` says why a status is not "ok", `execution` how its steps ran: "graph", or "eager"
-    with the reason.
+    `seconds` is the wall time of the whole evaluation on its worker. `costs` splits it into phases (train, teacher,
+    data, evaluate, setup; seconds) and also holds images_per_s and peak_memory_bytes. `worker` names the worker and
+    `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
+    seconds. `test_accuracy` is known only in tables of recorded results, and no method sees it: a search reads the test
+    split once, for its winner. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
+    "eager" with the reason.
     """
 
     trial: Trial
@@ -203,9 +203,9 @@ class Evaluation:
 
 @dataclass
 class History:
-    """What a policy sees: answers in the order in which they count, and the questions still open.
+    """What a method sees: the evaluations so far and the trials still pending.
 
-    `answered` and `pending` are in the order of the run's clock, not of arrival (see engine/search/loop.py).
+    Both are in the order of the run's virtual clock, not of arrival (see engine/search/loop.py).
     """
 
     answered: list[Evaluation] = field(default_factory=list)
@@ -216,7 +216,7 @@ class History:
         return len(self.answered) + len(self.pending)
 
     def seconds(self) -> float:
-        """Worker seconds that the answers took."""
+        """Worker seconds of all evaluations."""
         return sum(evaluation.seconds for evaluation in self.answered)
 
 
@@ -232,7 +232,7 @@ def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
 
 @lru_cache(maxsize=256)
 def _fidelity(**fields: Any) -> Fidelity:
-    """A journal has a few fidelities and many lines that hold them."""
+    """Cached: a journal repeats a few fidelities on many lines."""
     return Fidelity(**{**fields, "fraction": Fraction(fields["fraction"])})
 
 
@@ -255,12 +255,12 @@ def trial_from_json(data: dict[str, Any]) -> Trial:
 
 
 def failed(status: str) -> bool:
-    """Whether a status is of an evaluation that went wrong: "too_slow" is one that was over the limit on latency."""
+    """Whether a status means that the evaluation went wrong; "too_slow" only means over the latency limit."""
     return status not in ("ok", "too_slow", "pending")
 
 
 def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
-    """Mean accuracy (0..1) of each architecture over its evaluations, which have all succeeded."""
+    """Mean accuracy (0..1) of each architecture over its evaluations, all of which must have succeeded."""
     groups: dict[Architecture, list[float]] = {}
     for evaluation in answers:
         groups.setdefault(evaluation.trial.architecture, []).append(evaluation.accuracy)

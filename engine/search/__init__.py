@@ -1,1 +1,1 @@
-"""The brain: what to try next and what is known. Never imports torch, so that it starts at once on a login node."""
+"""The driver of a search: what to try next, and what is known. It never imports torch, so it starts at once."""

@@ -47,7 +47,7 @@ def within_latency_limit(
     where no candidate fits, EnvironmentUnusable where a search that has begun has lost its file.
     """
     if not begun:
-        rows = candidates.spread(min(SAMPLE, len(candidates)), np.random.default_rng(seed))
+        rows = candidates.spread_by_macs(min(SAMPLE, len(candidates)), np.random.default_rng(seed))
         sample = [candidates.architecture(row) for row in rows]
         taken = dict(zip(map(str, sample), measure(sample), strict=True))
         write_atomically(path, json.dumps({"milliseconds": taken}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The built-in search spaces by name. No torch here: `engine.networks` has it, imported when a network is built."""
+"""The built-in search spaces by name. They import torch (`engine.networks`) only when a network is built."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Channel counts and operation counts that the spaces share: plain numbers, no torch.
 
 MACs are multiply-accumulates of convolutions and of the classifier; normalisation, activations, pooling and
-additions are not counted. It is the convention of `engine.networks.count_cost`, which the tests hold against it.
+additions are not counted. `engine.networks.count_cost` has the same convention, and the tests compare the two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, no
 
 
 def linear_cost(c_in: int, c_out: int) -> Cost:
-    """Cost (2,) of a linear layer with bias; the addition of the bias is no MAC."""
+    """Cost (2,) of a linear layer with bias; adding the bias is not counted as a MAC."""
     return np.array([c_in * c_out, c_in * c_out + c_out], dtype=np.float64)
 
 
@@ -34,7 +34,7 @@ def strided(size: int, stride: int = 2) -> int:
 
 
 def rounded(channels: float, multiple: int) -> int:
-    """The nearest multiple, at least 8, and not more than a tenth below (as in the code of MobileNetV2)."""
+    """The nearest multiple, at least 8, that is at most a tenth below `channels` (as in MobileNetV2's code)."""
     nearest = max(MIN_CHANNELS, int(channels + multiple / 2) // multiple * multiple)
     return nearest if nearest >= 0.9 * channels else nearest + multiple
 
@@ -42,7 +42,7 @@ def rounded(channels: float, multiple: int) -> int:
 def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ...]:
     """Channel counts of the options of one choice at a width multiplier, rounded and strictly increasing.
 
-    A small multiplier rounds neighbours to the same count; the wider one is then a multiple wider, so that two
+    Where a small multiplier rounds neighbours to the same count, the wider one gets one multiple more, so that two
     options are never the same network.
     """
     counts: list[int] = []
@@ -53,10 +53,10 @@ def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ..
 
 
 def chain_cost(choices: npt.NDArray[np.integer], tables: Sequence[npt.NDArray[np.float64]]) -> Cost:
-    """Costs (2, n) of architectures (n, 2 * stages) made of stages in a row.
+    """Costs (2, n) of architectures (n, 2 * stages) that are sequences of stages.
 
-    Columns 2i and 2i + 1 hold the depth and the width option of stage i, and tables[i][:, previous width, depth,
-    width] its cost: a stage depends on the rest through the width of its input only (tables[0] has one such).
+    Columns 2i and 2i + 1 hold the depth and the width option of stage i; its cost is tables[i][:, previous width,
+    depth, width], since it depends on the others only through the width of its input (tables[0] has a single one).
     """
     total = np.zeros((2, len(choices)))
     previous = np.zeros(len(choices), dtype=np.intp)

@@ -1,4 +1,4 @@
-"""Search spaces by the name that a command line gives: built in, or from a user's file."""
+"""Loads search spaces by name: built-in ones, and those in a user's file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from engine.trial import UsageError
 
 
 def load_space(spec: str) -> SearchSpace:
-    """The space that a command line names: `NAME`, `NAME:option=value,...`, or `FILE.py:NAME`.
+    """The space that `NAME`, `NAME:option=value,...` or `FILE.py:NAME` specifies.
 
-    NAME is a module of engine.spaces, whose function of the same name makes the space from its options; in a
-    user's file NAME is a SearchSpace or a function that returns one.
+    A built-in NAME is a key of engine.spaces.SPACES, whose function takes the options. In a user's file, NAME is a
+    SearchSpace or a function that returns one. Raises UsageError for anything else.
     """
     head, _, tail = spec.partition(":")
     if head.endswith(".py"):
         return _from_file(Path(head), tail)
     if head not in SPACES:
-        raise UsageError(f"no space '{head}'; built in are {', '.join(sorted(SPACES))}, your own is FILE.py:NAME")
+        raise UsageError(f"no space named '{head}'; choose from {', '.join(sorted(SPACES))}, or give FILE.py:NAME")
     make = SPACES[head]
     parameters = inspect.signature(make).parameters
     options: dict[str, Any] = {}
-    for part in filter(None, tail.split(",")):
-        key, _, value = part.partition("=")
+    for pair in filter(None, tail.split(",")):
+        key, _, value = pair.partition("=")
         if key not in parameters:
             raise UsageError(f"space {head} has no option '{key}'; it has {', '.join(parameters)}")
         kind = type(parameters[key].default)
@@ -44,27 +44,27 @@ def _from_file(path: Path, name: str) -> SearchSpace:
     if callable(found) and not isinstance(found, SearchSpace):
         found = found()
     if not isinstance(found, SearchSpace):
-        raise UsageError(f"{path} has no SearchSpace called '{name}', nor a function that returns one")
+        raise UsageError(f"{path} has no SearchSpace named '{name}', and no function of that name that returns one")
     return found
 
 
 def from_file(path: Path, name: str) -> Any:
-    """What a user's Python file calls `name`, None where it has no such name. Runs the file.
+    """Runs a user's Python file and returns the value of `name` in it; None if there is none.
 
-    Raises UsageError where there is no such file, or it cannot be run.
+    Raises UsageError if there is no such file, or it fails.
     """
     if not path.is_file():
-        raise UsageError(f"no file {path}; your own is named FILE.py:NAME")
+        raise UsageError(f"no file {path}; your own code is given as FILE.py:NAME")
     if not name:
-        raise UsageError(f"say which name of {path} is meant: {path}:NAME")
+        raise UsageError(f"give a name defined in {path}: {path}:NAME")
     spec = importlib.util.spec_from_file_location(f"{path.absolute()}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look for what the file defines
+    sys.modules[spec.name] = module  # dataclasses look up the module of a class here
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
-        raise UsageError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     return getattr(module, name, None)

@@ -37,9 +37,9 @@ def mobilenetv2(width: float = 1.0, stem_stride: int = 1) -> SearchSpace:
     Raises UsageError for a width that is not positive and for another stride.
     """
     if width <= 0:
-        raise UsageError(f"mobilenetv2: width={width}; it must be over 0, 1 is the published size")
+        raise UsageError(f"mobilenetv2: width={width}; it must be greater than 0; 1 is the published size")
     if stem_stride not in (1, 2):
-        raise UsageError(f"mobilenetv2: stem_stride={stem_stride}; it is 1 (images up to 64 px) or 2")
+        raise UsageError(f"mobilenetv2: stem_stride={stem_stride}; use 1 (images up to 64 px) or 2")
     choices: list[Choice] = []
     for number, channels in enumerate(stage_channels(width), start=1):
         choices += [Choice(f"stage{number}.repeats", REPEATS, ordinal=True)]
@@ -53,7 +53,7 @@ def mobilenetv2(width: float = 1.0, stem_stride: int = 1) -> SearchSpace:
 
 
 def stage_channels(width: float) -> tuple[tuple[int, ...], ...]:
-    """For each stage the channels of its two options at a width multiplier: multiples of 8, at least 8."""
+    """The channels of the two options of each stage at a width multiplier: multiples of 8, at least 8."""
     return tuple(widths([base * m for m in MULTIPLIERS], width, MULTIPLE) for _, base, _ in STAGES)
 
 

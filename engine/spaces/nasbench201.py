@@ -47,7 +47,7 @@ def nasbench201(channels: int = 16, cells: int = 5) -> SearchSpace:
 
 
 def stage_channels(channels: int, width: float) -> tuple[int, ...]:
-    """Channels of the three stages at a width multiplier: rounded to integers, at least 8 unless fewer were asked."""
+    """Channels of the three stages at a width multiplier: integers, at least 8 unless `channels` is smaller."""
     first = max(min(MIN_CHANNELS, channels), round(channels * width))
     return tuple(first * 2**stage for stage in range(STAGES))
 
@@ -64,7 +64,7 @@ def _cost(
 ) -> tuple[FloatArray, FloatArray]:
     """Costs (n,) of cells (n, 6): those of the skeleton, and of every convolution of a cell, used or not.
 
-    The benchmark counts the same, and the additions of the classifier's bias besides: `classes` MACs more.
+    The benchmark counts the same, plus the additions of the classifier's bias: `classes` more MACs.
     """
     counts = {kernel: np.count_nonzero(choices == op, axis=1) for kernel, op in ((1, CONV_1X1), (3, CONV_3X3))}
     size, previous = resolution, 3
@@ -85,10 +85,10 @@ def _cost(
 
 
 def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:
-    """The member that stands for all cells isomorphic to this one: the one with the fewest operations to compute.
+    """The representative of all cells isomorphic to this one: the member with the fewest operations to compute.
 
-    Isomorphic is what the benchmark calls so (`to_unique_str` of its code, zeros considered): a skip is its
-    source, a zero stays one through any operation, the order of a sum does not matter. It leaves 6,466 of 15,625.
+    Isomorphism is defined as in the benchmark (`to_unique_str` of its code, zeros considered): a skip equals its
+    source, a zero stays zero through any operation, and the order of a sum does not matter. 6,466 of 15,625 remain.
     """
     return _representatives()[choices]
 
@@ -97,7 +97,7 @@ def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:
 def _representatives() -> dict[tuple[int, ...], tuple[int, ...]]:
     cells = list(product(range(len(OPERATIONS)), repeat=len(EDGES)))
     expressions = {cell: _expression(cell) for cell in cells}
-    # Some members hold convolutions that do not reach the output: the cheapest has none to waste.
+    # Some members have convolutions that do not reach the output; the cheapest has none.
     cheapest: dict[str, tuple[int, ...]] = {}
     for cell in sorted(cells, key=_work):
         cheapest.setdefault(expressions[cell], cell)
@@ -105,12 +105,12 @@ def _representatives() -> dict[tuple[int, ...], tuple[int, ...]]:
 
 
 def _work(cell: tuple[int, ...]) -> tuple[int, int]:
-    """What orders the members of a class: multiplications per pixel and channel, then operations other than none."""
+    """The sort key in a class: multiplications per pixel and channel, then the number of operations other than none."""
     return 9 * cell.count(CONV_3X3) + cell.count(CONV_1X1), len(cell) - cell.count(NONE)
 
 
 def _expression(cell: tuple[int, ...]) -> str:
-    """What a cell computes, as text; no brackets around sums, as in the benchmark: its classes depend on that."""
+    """What a cell computes, as text. Sums have no brackets, as in the benchmark, whose classes depend on that."""
     nodes = {0: "x"}
     for node in (1, 2, 3):
         terms = []
@@ -141,4 +141,4 @@ def from_string(text: str) -> Architecture:
         if to_string(architecture) == text:
             return architecture
     example = to_string(Architecture((CONV_3X3,) * len(EDGES)))
-    raise UsageError(f"'{text}' is no NAS-Bench-201 cell; write it like {example} with {', '.join(OPERATIONS)}")
+    raise UsageError(f"'{text}' is not a NAS-Bench-201 cell; write it like {example} with {', '.join(OPERATIONS)}")

@@ -25,7 +25,7 @@ STAGES = ((48, 116, 176, 244), (96, 232, 352, 488), (192, 464, 704, 976))
 UNITS = (2, 4, 8)
 STEM_CHANNELS = 24
 LAST_CHANNELS = 1024
-# A unit splits its channels in two halves; 4 keeps the published counts as they are.
+# A unit splits its channels into halves; multiples of 4 keep the published counts.
 MULTIPLE = 4
 
 
@@ -36,7 +36,7 @@ def shufflenetv2(width: float = 1.0) -> SearchSpace:
     not positive.
     """
     if width <= 0:
-        raise UsageError(f"shufflenetv2: width={width}; it must be over 0, 1 is the published size")
+        raise UsageError(f"shufflenetv2: width={width}; it must be greater than 0; 1 is the published size")
     choices: list[Choice] = []
     for number, channels in enumerate(stage_channels(width), start=1):
         choices += [Choice(f"stage{number}.units", UNITS, ordinal=True)]
@@ -50,7 +50,7 @@ def shufflenetv2(width: float = 1.0) -> SearchSpace:
 
 
 def stage_channels(width: float) -> tuple[tuple[int, ...], ...]:
-    """For each stage the channels of its four options at a width multiplier: multiples of 4, at least 8."""
+    """The channels of the four options of each stage at a width multiplier: multiples of 4, at least 8."""
     return tuple(widths(bases, width, MULTIPLE) for bases in STAGES)
 
 
@@ -85,7 +85,7 @@ def _cost(
 
 
 def unit_cost(channels: int, size: int) -> FloatArray:
-    """Cost (2,) of a unit of stride 1, whose one half passes untouched."""
+    """Cost (2,) of a unit of stride 1, which passes one half of its channels through unchanged."""
     half = channels // 2
     return 2 * conv_cost(half, half, 1, size) + conv_cost(half, half, 3, size, groups=half)
 
