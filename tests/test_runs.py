@@ -155,9 +155,13 @@ def test_trials_are_filtered_sorted_and_cut(finished_run: Path, capsys: pytest.C
     assert [one["number"] for one in listed("--status failed")] == [3]
     assert listed("--status oom") == listed("--status failed")
     assert len(listed("--status ok")) == len(everything) - 1
-    assert listed("--limit 2 --sort macs") == sorted(
-        (one for one in everything if one["macs"] is not None), key=lambda one: one["macs"]  # type: ignore[arg-type, return-value]
-    )[:2]
+    assert (
+        listed("--limit 2 --sort macs")
+        == sorted(
+            (one for one in everything if one["macs"] is not None),
+            key=lambda one: one["macs"],  # type: ignore[arg-type, return-value]
+        )[:2]
+    )
     some = str(everything[0]["architecture"])
     assert {one["architecture"] for one in listed(f"--arch {some[:-2]}*")} >= {some}
 
@@ -212,9 +216,9 @@ def test_explain_says_why_an_architecture_was_trained_in_full(
     assert best is not None
     found = explained(finished_run, str(best.trial.architecture), capsys)
     assert best.accuracy in [one["accuracy"] for one in found["evaluations"]]  # type: ignore[attr-defined]
-    assert "It was asked for in full: its upper bound was then" in found["why"][0]  # type: ignore[index]
-    assert found["said_at_the_end"]["had_seen_its_full_score"]  # type: ignore[index]
-    assert found["said_when_asked"]["full"] < found["said_at_the_end"]["full"]  # type: ignore[index]
+    assert "It was promoted to full training: its upper bound then ranked" in found["why"][0]  # type: ignore[index]
+    assert found["predicted_at_the_end"]["fitted_to_its_full_score"]  # type: ignore[index]
+    assert found["predicted_when_asked"]["full"] < found["predicted_at_the_end"]["full"]  # type: ignore[index]
     text = command(f"explain {finished_run} {best.trial.architecture}", capsys)
     assert "surrogate when asked for" in text
     assert "1<-0 = nor_conv" in text
@@ -245,7 +249,7 @@ def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: p
     answered["answered"] |= {"status": "oom", "accuracy": 0.0, "error": "no memory left"}
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     why = " ".join(explained(copy, str(low.architecture), capsys)["why"])  # type: ignore[arg-type]
-    assert "Its evaluation failed, and a failed one is not asked for again. It was not trained in full" in why
+    assert "Its evaluation failed, and failed evaluations are not repeated. It was not trained in full" in why
 
 
 def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +260,7 @@ def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsy
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("max_params: .inf", "max_params: 5000.0"))
     why = explained(copy, str(other), capsys)["why"]
-    assert re.search(r"does not fit the limits .*parameters are over --max-params 5000\)", why[0])  # type: ignore[index]
+    assert re.search(r"does not meet the limits .*parameters exceed --max-params 5000\)", why[0])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("limit", [".inf", "1.0e+9"])
@@ -272,8 +276,8 @@ def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
     found = explained(copy, str(left_out), capsys)
     said = " ".join(found["why"])  # type: ignore[arg-type]
     assert "It was never evaluated: other candidates promised more" in said
-    assert f"of the {len(every):,} candidates, at random" in said
-    assert found["said_at_the_end"] is not None
+    assert f"of the {len(every):,} candidates, drawn at random" in said
+    assert found["predicted_at_the_end"] is not None
 
 
 def test_explain_says_that_the_pool_of_a_huge_space_does_not_hold_an_architecture(
@@ -286,7 +290,7 @@ def test_explain_says_that_the_pool_of_a_huge_space_does_not_hold_an_architectur
     past = load_predictions(runs.open_run(str(copy)))
     left_out = next(one for one in map(every.architecture, range(len(every))) if past.candidates.row(one) is None)
     why = explained(copy, str(left_out), capsys)["why"]
-    assert "of the 15,625 architectures of the space a random part" in why[0]  # type: ignore[index]
+    assert "a random sample of the 15,625 architectures in the space" in why[0]  # type: ignore[index]
 
 
 def test_an_architecture_that_was_too_slow_has_not_failed(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""`explain`: what is known of one architecture of a run, and why it was trained in full or was not."""
+"""`explain`: what a run knows about one architecture, and why it was or was not trained in full."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -14,16 +14,31 @@ if TYPE_CHECKING:
     from engine.trial import Architecture, Evaluation
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a run knows about one architecture: whether it was asked for in full, its evaluations, and the surrogate's
+    predictions for it when it was asked for and at the end."""
+
+    architecture: Architecture
+    asked: bool
+    evaluations: list[Evaluation]
+    when_asked: Prediction | None
+    at_the_end: Prediction | None
+
+
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser(
-        "Every score that an architecture got, what the surrogate said of it, and why it was trained in full or not."
+    parser = command_parser(
+        "Show every score of an architecture, what the surrogate predicted for it, and why it was or was not trained "
+        "in full."
     )
-    add_run_argument(made)
-    made.usage = "%(prog)s RUN ARCHITECTURE [options]"
-    made.add_argument("architecture", metavar="ARCHITECTURE", type=str, help="option indices joined by '-': 3-0-2")
-    made.add_argument("--json", action="store_true", help="one JSON object instead of the text")
-    return made
+    add_run_argument(parser)
+    parser.usage = "%(prog)s RUN ARCHITECTURE [options]"
+    parser.add_argument(
+        "architecture", metavar="ARCHITECTURE", type=str, help="option indices joined by '-', like 3-0-2"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
@@ -34,122 +49,144 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
     opened = with_answers(open_run(values.run))
     architecture = load_space(opened.config.space).check(Architecture.parse(values.architecture))
-    found = explain(load_predictions(opened, [architecture]), architecture)
+    explanation = explain(load_predictions(opened, [architecture]), architecture)
     if values.json:
-        return found
-    print(text(found))
+        return explanation
+    print(explanation_text(explanation))
     return None
 
 
 def explain(past: RunPredictions, architecture: Architecture) -> dict[str, Any]:
-    """All that is known of an architecture, as plain values."""
+    """Everything that a run knows about an architecture, as plain values."""
     from engine.search.runs import row
 
-    run, plan = past.run, past.run.plan
-    scores = [e for e in run.answers if e.trial.architecture == architecture]
-    asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == plan.high), None)
-    then = now = None
-    if run.kind == "search":
-        now = past.predict(architecture)
-        if asked and asked.number not in run.imported:
-            then = past.predict(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
+    known = known_of(past, architecture)
+    fitted = any(e.ok and e.trial.fidelity == past.run.plan.high for e in known.evaluations)
     choices = zip(past.space.choices, architecture.choices, strict=True)
     return {
         "architecture": str(architecture),
         "choices": [f"{choice.name} = {choice.options[option]}" for choice, option in choices],
-        "evaluations": [row(e) | {"place": place(past, e)} for e in scores],
-        "said_when_asked": then and asdict(then),
-        "said_at_the_end": now and asdict(now) | {"had_seen_its_full_score": any(_full(past, e) for e in scores)},
-        "why": why(past, architecture, asked is not None, then, now, scores),
+        "evaluations": [row(e) | {"place": place(past, e)} for e in known.evaluations],
+        "predicted_when_asked": known.when_asked and asdict(known.when_asked),
+        "predicted_at_the_end": known.at_the_end and asdict(known.at_the_end) | {"fitted_to_its_full_score": fitted},
+        "why": why(past, known),
     }
 
 
+def known_of(past: RunPredictions, architecture: Architecture) -> Known:
+    run, high = past.run, past.run.plan.high
+    evaluations = [e for e in run.answers if e.trial.architecture == architecture]
+    asked = next((t for t in run.record.asked if t.architecture == architecture and t.fidelity == high), None)
+    when_asked = at_the_end = None
+    if run.kind == "search":
+        at_the_end = past.predict(architecture)
+        if asked and asked.number not in run.imported:
+            when_asked = past.predict(architecture, run.record.known[run.record.asked.index(asked)], asked.number)
+    return Known(architecture, asked is not None, evaluations, when_asked, at_the_end)
+
+
 def place(past: RunPredictions, evaluation: Evaluation) -> str | None:
-    """Where a score stands among those of its fidelity; None for a failure."""
+    """The rank of a score among those of its fidelity; None for a failure."""
     if not evaluation.ok:
         return None
-    rivals = past.run.at(evaluation.trial.fidelity)
-    return f"{1 + sum(e.accuracy > evaluation.accuracy for e in rivals)} of {len(rivals)}"
+    others = past.run.at(evaluation.trial.fidelity)
+    return f"{1 + sum(e.accuracy > evaluation.accuracy for e in others)} of {len(others)}"
 
 
-def why(
-    past: RunPredictions,
-    architecture: Architecture,
-    asked: bool,
-    then: Prediction | None,
-    now: Prediction | None,
-    scores: list[Evaluation],
-) -> list[str]:
-    """Why it was trained in full, or was not, in sentences."""
-    plan, config = past.run.plan, past.run.config
+def why(past: RunPredictions, known: Known) -> list[str]:
+    """Why an architecture was or was not trained in full, in sentences."""
     if past.run.kind == "fidelity-study":
         return [
-            "A study of low fidelities trains architectures that are spread over multiply-accumulates, and asks no "
-            f"surrogate; this is {'one' if scores else 'none'} of them."
+            "A fidelity study trains architectures spread evenly over multiply-accumulates and asks no surrogate; "
+            f"this is {'' if known.evaluations else 'not '}one of them."
         ]
     reasons = []
     if len(past.candidates) < past.everything:
-        reasons.append(f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, at random.")
+        reasons.append(
+            f"Ranks are among {len(past.candidates):,} of the {past.everything:,} candidates, drawn at random."
+        )
     if not past.run.asks_surrogate:
-        reasons.append(f"The method {config.method} does not ask the surrogate; what that says is for comparison.")
-    if asked:
-        if any(e.trial.number in past.run.imported and e.trial.fidelity == plan.high for e in scores):
-            return [*reasons, f"It was not asked for: it came with the results of the study {config.fidelity_study}."]
-        if then is not None:
-            reasons.append(
-                f"It was asked for in full: its upper bound was then {ordinal(then.rank)} of the {then.among:,} "
-                f"candidates not yet asked for in full, by {then.low} low and {then.full} full scores."
-            )
-            reasons += [f"It was not trained: {e.error}." for e in scores if e.status == "too_slow"]
-            if then.rank > 1 and past.run.asks_surrogate:
-                reasons.append(
-                    "Better ones were passed over because full trainings under way count as if measured, so that "
-                    "workers do not train twins, or because the search saw fewer answers than the journal had by then."
-                )
-        return reasons
-    if now is None:
-        return [*reasons, absence(past, architecture)]
-    if any(not e.ok for e in scores):
-        reasons.append("Its evaluation failed, and a failed one is not asked for again.")
-    if not scores:
-        others = "other candidates promised more per second" if past.run.asks_surrogate else "the method took others"
+        reasons.append(
+            f"The method {past.run.config.method} does not ask the surrogate; its predictions are shown for comparison."
+        )
+    return reasons + (why_asked(past, known) if known.asked else why_not_asked(past, known))
+
+
+def why_asked(past: RunPredictions, known: Known) -> list[str]:
+    """Why a full training of an architecture was asked for."""
+    run, then = past.run, known.when_asked
+    if any(e.trial.number in run.imported and e.trial.fidelity == run.plan.high for e in known.evaluations):
+        return [f"It was not asked for: it was imported from the fidelity study {run.config.fidelity_study}."]
+    if then is None:
+        return []
+    reasons = [
+        f"It was promoted to full training: its upper bound then ranked {ordinal(then.rank)} among the {then.among:,} "
+        f"candidates not yet asked for in full, given {then.low} low and {then.full} full scores."
+    ]
+    reasons += [f"It was not trained: {e.error}." for e in known.evaluations if e.status == "too_slow"]
+    if then.rank > 1 and run.asks_surrogate:
+        reasons.append(
+            "Candidates with a higher bound were passed over: running full trainings count as if they were measured, "
+            "so that workers do not train near-identical networks, or the search had seen fewer answers than the "
+            "journal held."
+        )
+    return reasons
+
+
+def why_not_asked(past: RunPredictions, known: Known) -> list[str]:
+    """Why no full training of an architecture was asked for."""
+    run, end = past.run, known.at_the_end
+    if end is None:
+        return [why_no_candidate(past, known.architecture)]
+    reasons = []
+    if any(not e.ok for e in known.evaluations):
+        reasons.append("Its evaluation failed, and failed evaluations are not repeated.")
+    if not known.evaluations:
+        others = "other candidates promised more per second" if run.asks_surrogate else "the method chose others"
         reasons.append(f"It was never evaluated: {others}.")
-    used = sum(t.fidelity == plan.high for t in past.run.record.asked)
+    used = sum(t.fidelity == run.plan.high for t in run.record.asked)
     reasons.append(
-        f"It was not trained in full: at the end its upper bound is {ordinal(now.rank)} of the {now.among:,} "
-        f"candidates not asked for in full, and {used} full trainings of at most {plan.max_high} have been asked for."
+        f"It was not trained in full: at the end its upper bound ranks {ordinal(end.rank)} among the {end.among:,} "
+        f"candidates not asked for in full, and {used} of at most {run.plan.max_high} full trainings were asked for."
     )
     return reasons
 
 
-def absence(past: RunPredictions, architecture: Architecture) -> str:
-    """Why an architecture is no candidate: of the limits those that it does not keep."""
-    from engine.search.setup import space_members
-
+def why_no_candidate(past: RunPredictions, architecture: Architecture) -> str:
+    """Why the search could not propose an architecture, in one sentence."""
     config = past.run.config
     if config.only:
-        return f"It was never proposed: the search was among --only {config.only}."
+        return f"It was never proposed: --only restricts the search to {config.only}."
     same = past.space.canonical(architecture.choices) if past.space.canonical else architecture.choices
     if same != architecture.choices:
         twin = "-".join(map(str, same))
-        return f"It was never proposed: it is the same network as {twin}, which stands for both; explain that one."
+        return f"It was never proposed: it is the same network as {twin}, which represents both; explain that one."
+    unmet = unmet_limits(past, architecture)
+    if unmet:
+        return f"It was never proposed: it does not meet the limits of the search ({'; '.join(unmet)})."
+    return (
+        f"It was never proposed: the search considered a random sample of the {past.space.size:,} architectures in the "
+        "space, and this one is not in it."
+    )
+
+
+def unmet_limits(past: RunPredictions, architecture: Architecture) -> list[str]:
+    """The limits of the search that an architecture exceeds."""
+    from engine.search.setup import space_members
+
+    config = past.run.config
     own = space_members(past.space, config, past.run.data, [architecture])
     macs, params = float(own.macs[0]), float(own.params[0])
-    outside = []
+    unmet = []
     if macs < config.min_macs:
-        outside.append(f"{macs:,.0f} MACs are under --min-macs {config.min_macs:g}")
+        unmet.append(f"{macs:,.0f} MACs are below --min-macs {config.min_macs:g}")
     if macs > config.max_macs:
-        outside.append(f"{macs:,.0f} MACs are over --max-macs {config.max_macs:g}")
+        unmet.append(f"{macs:,.0f} MACs exceed --max-macs {config.max_macs:g}")
     if params > config.max_params:
-        outside.append(f"{params:,.0f} parameters are over --max-params {config.max_params:g}")
+        unmet.append(f"{params:,.0f} parameters exceed --max-params {config.max_params:g}")
     if architecture in past.slow:
-        outside.append(f"what was measured says that it takes more than --max-latency-ms {config.max_latency_ms:g}")
-    if outside:
-        return f"It was never proposed: it does not fit the limits of the search ({'; '.join(outside)})."
-    return (
-        f"It was never proposed: of the {past.space.size:,} architectures of the space a random part was looked at, "
-        "and it is not in that."
-    )
+        unmet.append(f"its measured or predicted latency exceeds --max-latency-ms {config.max_latency_ms:g}")
+    return unmet
 
 
 def ordinal(number: int) -> str:
@@ -158,24 +195,21 @@ def ordinal(number: int) -> str:
     return f"{number:,}{ending}"
 
 
-def text(found: dict[str, Any]) -> str:
-    """The same for people."""
-    lines = [found["architecture"], *(f"  {choice}" for choice in found["choices"]), ""]
-    for one in found["evaluations"]:
+def explanation_text(explanation: dict[str, Any]) -> str:
+    """The explanation for people."""
+    lines = [explanation["architecture"], *(f"  {choice}" for choice in explanation["choices"]), ""]
+    for one in explanation["evaluations"]:
         score = f"{one['accuracy']:.4f} ({one['place']})" if one["accuracy"] is not None else one["status"]
-        judged = f"trial {one['number']}: {one['fidelity']} fidelity, seed {one['seed']}"
-        lines.append(f"{judged}: {score}  {one['error']}".rstrip())
-    lines += ["not evaluated"] * (not found["evaluations"])
-    for key, when in (("said_when_asked", "when asked for"), ("said_at_the_end", "at the end")):
-        said = found[key]
+        trial = f"trial {one['number']}: {one['fidelity']} fidelity, seed {one['seed']}"
+        lines.append(f"{trial}: {score}  {one['error']}".rstrip())
+    lines += ["not evaluated"] * (not explanation["evaluations"])
+    for key, when in (("predicted_when_asked", "when asked for"), ("predicted_at_the_end", "at the end")):
+        said = explanation[key]
         if said:
-            seen = ", fitted to its own full score too" if said.get("had_seen_its_full_score") else ""
+            fitted = ", its own full score included" if said.get("fitted_to_its_full_score") else ""
             lines.append(
-                f"surrogate {when}: {said['mean']:+.2f} +- {said['std']:.2f} normal scores, "
-                f"{ordinal(said['rank'])} of {said['among']:,} ({said['low']} low and {said['full']} full scores{seen})"
+                f"surrogate {when}: {said['mean']:+.2f} +- {said['std']:.2f} normal scores, ranked "
+                f"{ordinal(said['rank'])} of {said['among']:,} ({said['low']} low and {said['full']} full "
+                f"scores{fitted})"
             )
-    return "\n".join([*lines, "", *found["why"]])
-
-
-def _full(past: RunPredictions, evaluation: Evaluation) -> bool:
-    return evaluation.ok and evaluation.trial.fidelity == past.run.plan.high
+    return "\n".join([*lines, "", *explanation["why"]])
