@@ -1,8 +1,8 @@
 # make search   the demo search          make check   lint, types, tests
 # make test     the tests                make install the environment alone
-# make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm of their own; root, Debian
+# make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm cluster of their own; root, Debian
 #                                        make test-faults  100 kills and 20 drains
-#                                        make browser  a Chromium for the test of the report's page; root, Debian
+#                                        make browser  Chromium, for the test of the report; root, Debian
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -14,23 +14,23 @@ search: install
 test: install
 	$(BIN)/python -m pytest -n 2 tests --ignore=tests/slurm
 
-# The tests start munge, slurmctld and two slurmd on loopback. RUNLEVEL=1: installing shall start no service.
+# The tests start munge, slurmctld and two slurmd on loopback. RUNLEVEL=1 keeps the installation from starting services.
 test-slurm: install
 	@which munged slurmctld slurmd srun > /dev/null || { [ "$$(id -u)" = 0 ] && which apt-get > /dev/null \
 	&& apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
 	apt-get install -y -qq --no-install-recommends munge slurm-wlm > /dev/null; } \
-	|| echo "no packages munge and slurm-wlm here, and no way to install them: the tests will be skipped"
+	|| echo "munge and slurm-wlm are missing and cannot be installed: the tests will be skipped"
 	$(BIN)/python -m pytest tests/slurm
 
-# 100 kills of workers and drivers, 20 drains, each a search of its own that must come to the same end.
+# 100 kills of workers and drivers, 20 drains, each in a search that must still come to the same end.
 test-faults: install
 	FAULTS_RUNS=50 DRAIN_RUNS=20 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_drain.py -k "any_moment or same_command"
 
-# With it `make test` opens the report's page; without it that test is skipped.
+# With Chromium, `make test` opens the report; without it that test is skipped.
 browser:
 	@which chromium > /dev/null || { [ "$$(id -u)" = 0 ] && which apt-get > /dev/null && apt-get update -qq \
 	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
-	|| echo "no Chromium here, and no way to install it: the report's page is not tested in a browser"
+	|| echo "Chromium is missing and cannot be installed: the report is not tested in a browser"
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,13 +38,13 @@ lint: install
 
 check: lint test
 
-# Every bench in its CPU sizes: each measures a ratio against a peer in the same run.
+# All benches at CPU sizes. Each measures a ratio against a peer in the same run.
 bench: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench/bench_*.py --benchmark-only
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/bench_surrogate.py
 	$(BIN)/python -m bench.bench_fleet overhead --workers 4 --trials 400
 
-# A stamp newer than what it was made from: a second call installs nothing.
+# The stamp is newer than the files it depends on, so a second call installs nothing.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
