@@ -1,4 +1,4 @@
-"""The command line: a command by its name, errors to messages and exit codes."""
+"""The command line: dispatches to a command, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from engine.trial import Drained, EngineError, EnvironmentUnusable, WrongFlags
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-DESCRIPTION = "Multi-fidelity neural architecture search with knowledge distillation."
-# Each is a module of engine/commands; only the one that is called is imported.
+DESCRIPTION = """\
+Searches for small, accurate image classifiers, by multi-fidelity neural architecture search with knowledge
+distillation."""
+# A module of engine/commands each; only the one that is called is imported.
 COMMANDS = {
-    "search": "start or continue a search; without options, a demo of minutes",
-    "submit": "write the batch script of a search, for Slurm, PBS, LSF or Kubernetes, and hand it in",
-    "teacher": "train a teacher, or check one",
-    "fidelity-study": "which cheap judgement to search with: a study on your own data and space",
+    "search": "start or resume a search; without options, a demo of a few minutes",
+    "submit": "write the batch script of a search for Slurm, PBS, LSF or Kubernetes, and submit it",
+    "teacher": "train or check a teacher",
+    "fidelity-study": "compare low fidelities on your data and space, and recommend one",
     "replay": "run search methods on a table of recorded results",
-    "report": "one HTML page and one CSV file about a run",
-    "status": "one screen about a run, while it runs or after it",
-    "trials": "the evaluations of a run: list, filter, sort, CSV",
-    "explain": "why an architecture of a run was trained in full, or was not",
-    "export": "the winner as safetensors, model.py, ONNX, torch.export, each checked, with a model card",
-    "train": "one architecture in full, by the code that a search uses",
-    "eval": "the accuracy of weights on the validation or test part, or on another data set",
-    "space": "list, show, sample search spaces; check one of your own",
-    "config": "the resolved configuration of a search, and where each value came from",
-    "doctor": "what this machine has and lacks: versions, devices, kernel, loader and file-system tests",
+    "report": "write an HTML page and a CSV file about a run",
+    "status": "show the progress of a run on one screen",
+    "trials": "list, filter and sort the evaluations of a run",
+    "explain": "explain why an architecture of a run was or was not trained in full",
+    "export": "export the winner as safetensors, model.py, ONNX and torch.export, each verified",
+    "train": "train one architecture in full, with the code that a search uses",
+    "eval": "score weights on the validation split, the test split, or another data set",
+    "space": "list, show, sample and check search spaces",
+    "config": "print the settings of a search, and where each value came from",
+    "doctor": "check this machine: versions, devices, kernels, data loader, file system",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns its exit code (docs/design.md lists them)."""
+    """Runs a command; returns its exit code (listed in docs/design.md)."""
     signal.signal(signal.SIGTERM, _terminate)
     words = sys.argv[1:] if arguments is None else arguments
     verbose = False
@@ -65,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(error.result))
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output, like head, has had enough
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         traceback.print_exc()
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
-    """The module of the command that is called, and its flags; exits with 2 where there is no such thing."""
+    """The module of the command that is called, and its flags; exits with 2 if there is no such command."""
     if not arguments:
         _refuse("no command given")
     name, *rest = arguments
@@ -88,16 +90,15 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
         print(f"mfkd {__version__}")
         raise SystemExit(0)
     if name.startswith("-"):
-        _refuse(f"'{name}' comes before a command; write it like: {program()} search {name} ...")
+        _refuse(f"'{name}' comes before the command; write: {program()} search {name} ...")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        _refuse(f"no command '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
+        _refuse(f"no command named '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         command = importlib.import_module(f"engine.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise EnvironmentUnusable(
-            f"the package {error.name} is not installed for {sys.executable}; "
-            "run: make install; . .venv/bin/activate"
+            f"the package {error.name} is not installed for {sys.executable}; run: make install; . .venv/bin/activate"
         ) from error
     parser = command.parser()
     parser.prog = f"{program()} {name}"
@@ -107,14 +108,15 @@ def parse(arguments: list[str]) -> tuple[ModuleType, Namespace]:
 
 
 def overview() -> str:
-    """What `--help` prints: the commands, a line each."""
+    """What `--help` prints: the commands, one per line."""
     lines = [f"  {name:<16}{text}" for name, text in COMMANDS.items()]
     head = f"usage: {program()} COMMAND [options]\n\n{DESCRIPTION}\n\ncommands:"
-    return "\n".join([head, *lines, f"\n{program()} COMMAND --help is the manual of a command; --version"])
+    tail = f"\n{program()} COMMAND --help lists the options of a command; {program()} --version prints the version."
+    return "\n".join([head, *lines, tail])
 
 
 def program() -> str:
-    """What the user typed: `mfkd` where it is installed, `cli.py` in a checkout; the same program."""
+    """The name that the user typed: `mfkd` if installed, `cli.py` in a checkout. Both are the same program."""
     return "mfkd" if Path(sys.argv[0]).name == "mfkd" else "cli.py"
 
 

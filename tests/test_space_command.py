@@ -104,7 +104,7 @@ def test_features_without_a_partner_at_the_teacher_are_named(tmp_path: Path) -> 
 def test_the_command_checks_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     """As docs/spaces.md has it."""
     assert cli.main(["space", "check", "examples/my_space.py:SPACE", "--resolution", "8"]) == 0
-    assert "13,824 architectures, good to search" in capsys.readouterr().out
+    assert "13,824 architectures, ready to search" in capsys.readouterr().out
     assert cli.main(["space", "check", "examples/none.py:SPACE"]) == 2
     assert "no file examples/none.py" in capsys.readouterr().err
 
@@ -122,4 +122,4 @@ def test_spaces_are_listed_shown_and_sampled(capsys: pytest.CaptureFixture[str])
     assert drawn[0]["architecture"] == "2-2-1-1-0-0"
     assert drawn[0]["options"][0] == 8
     assert cli.main(["space", "check"]) == 2
-    assert "say which one" in capsys.readouterr().err
+    assert "name a space" in capsys.readouterr().err

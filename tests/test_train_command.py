@@ -128,7 +128,7 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
         (["train"], "name an architecture with --arch 3-1-0-2-4-3, or a RUN"),
         (["train", "--arch", "1-0", "--weights", "run"], "--weights run needs a RUN"),
         (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no weights file .*none.safetensors"),
-        (["eval"], "say what to score: a RUN, or --space, --arch, --weights and --data"),
+        (["eval"], "nothing to score: give a RUN, or --space, --arch, --weights and --data"),
     ],
 )
 def test_wrong_uses_say_what_to_do(

@@ -84,7 +84,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --max-macs=60M", 2, "write 60e6"),
         ("search --name=../elsewhere", 2, "--run-dir takes a path"),
         ("search --name=..", 2, "--run-dir takes a path"),
-        ("search --device=gpu", 2, "value out of 'auto', 'cuda', 'cpu'"),
+        ("search --device=gpu", 2, "value from 'auto', 'cuda', 'cpu'"),
         ("search --low.kd-loss=magic", 2, "--low.kd-loss"),
         ("search --low.fraction=third", 2, "write 1/27"),
         ("search --low.fraction=3/2", 2, "at most 1"),
@@ -99,7 +99,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --space=magic", 2, "no space named 'magic'; choose from"),
         ("search --space=nasbench201:depth=3", 2, "no option 'depth'; it has"),
         ("search --space=nowhere.py:SPACE", 2, "no file nowhere.py"),
-        ("search --gpus=8", 2, "8 asked for, 0 visible"),
+        ("search --gpus=8", 2, "--gpus 8: only 0 visible"),
         ("search --gpus=-1", 2, "cannot be negative"),
         ("search --gpus=0,1", 2, "no GPU is visible"),
         ("search --gpus=two", 2, "write auto, a count"),
@@ -167,7 +167,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_an_unreadable_image_is_named(ends: Ends, photos: Path) -> None:
     (photos / "train" / "cat" / "9.png").write_bytes(b"no image")
-    ends(["search", *SMALL, f"--data={photos}"], 3, "cat/9.png: is no JPEG or PNG")
+    ends(["search", *SMALL, f"--data={photos}"], 3, "cat/9.png: is not a JPEG or PNG")
 
 
 def test_an_empty_class_folder(ends: Ends, photos: Path) -> None:
@@ -213,9 +213,9 @@ def test_a_teacher_s_file_that_is_there_already(ends: Ends, tiny_npz: Path, caps
 
 def test_a_file_that_is_no_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"no weights at all")
-    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is no teacher of this program")
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is not a teacher file")
     save_file({"a": np.zeros(3)}, tmp_path / "t.safetensors")
-    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is no teacher of this program")
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is not a teacher file")
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""The commands of cli.py, a module each: `parser()` makes its flags, `run(values)` does it."""
+"""The commands of cli.py, one module each: `parser()` returns its flags, `run(values)` runs it."""

@@ -1,4 +1,4 @@
-"""`config`: the resolved configuration of a search, and where each value came from."""
+"""`config`: the settings of a search, and where each value came from."""
 
 from __future__ import annotations
 
@@ -12,34 +12,43 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import gather_settings
+from engine.commands.flags import example_text, gather_settings
 from engine.run_folder import write_atomically
 from engine.trial import EnvironmentUnusable
 
+EXAMPLES = """\
+-c configs/cifar100-mobilenetv2.yaml --max-high 10
+--data photos/ --low.fraction 1/27 --yaml photos.yaml"""
 with_defaults = search.with_defaults
-OWN = ("config", "yaml", "json", "dry_run")  # say nothing of the search itself
+OWN = ("config", "yaml", "json", "dry_run")  # not settings of the search
 
 
 def parser() -> ArgumentParser:
-    """Flags of the command: those of `search`, and two of its own."""
-    made = search.parser()
-    made.description = (
-        "Print the configuration that the same flags give a search, as YAML that -c reads, "
-        "each value with where it came from: the default, a YAML file, or the command line."
+    """Flags of the command: those of `search`, --yaml and --json."""
+    parser = search.parser()
+    parser.description = (
+        "Print the settings that `search` would have with the same flags, as YAML for -c, with the origin of each "
+        "value: the default, a YAML file, or the command line."
     )
-    made.add_argument("--yaml", type=str | None, default=None, help="write to this FILE instead of printing")
-    made.add_argument("--json", action="store_true", help="print one JSON object: {key: {value, from}}")
-    return made
+    parser.epilog = example_text(EXAMPLES)
+    parser.add_argument(
+        "--yaml", type=str | None, default=None, help="write the YAML to this FILE instead of printing it"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: {key: {value, from}}")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.setup import validated_space
 
     validated_space(gather_settings(values))
-    found = list(origins(values))
+    settings = list(origins(values))
     if values.json:
-        return {key: {"value": None if value == inf else plain(value), "from": origin} for key, value, origin in found}
-    text = as_yaml(found)
+        return {
+            key: {"value": None if value == inf else yaml_value(value), "from": origin}
+            for key, value, origin in settings
+        }
+    text = as_yaml(settings)
     if not values.yaml:
         print(text, end="")
         return None
@@ -51,11 +60,11 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 
 def origins(values: Namespace) -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, value, where it came from). A flag that repeats the value it overrides is passed over."""
-    made = parser()
-    layers = [("default", made.get_defaults())]
+    """Dotted key, value and origin of each setting. A flag that repeats the value it overrides changes no origin."""
+    flags = parser()
+    layers = [("default", flags.get_defaults())]
     for file in values.config or []:
-        layers.append((str(file), made.parse_path(file, defaults=False, _skip_validation=True)))
+        layers.append((str(file), flags.parse_path(file, defaults=False, _skip_validation=True)))
     for key, value in values.items():
         if key in OWN:
             continue
@@ -66,18 +75,18 @@ def origins(values: Namespace) -> Iterator[tuple[str, Any, str]]:
         yield key, value, origin
 
 
-def as_yaml(found: list[tuple[str, Any, str]]) -> str:
-    """A YAML document of dotted keys, sections nested, the origin of each value as a comment."""
+def as_yaml(settings: list[tuple[str, Any, str]]) -> str:
+    """Settings as YAML, dotted keys as sections, with the origin of each value as a comment."""
     lines, section = [], ""
-    for key, value, origin in found:
+    for key, value, origin in settings:
         head, dot, tail = key.rpartition(".")
         if dot and head != section:
             lines.append(f"{head}:")
         section = head
-        scalar = yaml.safe_dump(plain(value), width=10_000).splitlines()[0]
+        scalar = yaml.safe_dump(yaml_value(value), width=10_000).splitlines()[0]
         lines.append(f"{'  ' if dot else ''}{f'{tail}: {scalar}':<40}{'' if dot else '  '}  # {origin}")
     return "\n".join(lines) + "\n"
 
 
-def plain(value: Any) -> Any:
+def yaml_value(value: Any) -> Any:
     return str(value) if isinstance(value, Fraction) else value

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from engine.search.runs import Run
 
 EXAMPLES = """\
-photos                                    the winner of runs/photos on the validation images
-photos --split all --data newer-photos/    on another data set with the same classes
+# the winner of runs/photos on the validation split, then on another data set with the same classes
+photos
+photos --split all --data newer-photos/
+# weights without a run
 --space nasbench201 --arch 3-1-0-2-4-3 --weights weights.safetensors --data photos/ --split test"""
 USED = ("space", "data", "resolution", "valid_fraction", "amp_dtype", "data_backend", "seed")
 
@@ -34,17 +36,21 @@ USED = ("space", "data", "resolution", "valid_fraction", "amp_dtype", "data_back
 def parser() -> ArgumentParser:
     """Flags of the command."""
     text = (
-        "Score the weights of one architecture. With RUN the settings are those of the run, --data may name another "
-        "data set with the same classes, and images are normalised as in training."
+        "Score the weights of one architecture. With RUN, the settings are those of the run and images are normalised "
+        "as in its training; --data may name another data set with the same classes."
     )
-    made = command_parser(text, EXAMPLES)
-    add_optional_run(made)
-    made.add_argument("--split", type=SplitName, default="valid", help="split of the data to score on")
-    made.add_argument("--weights", type=str | None, default=None, help="FILE of weights, instead of those of RUN")
-    add_options(made, SearchConfig, skip=tuple(f.name for f in dataclasses.fields(SearchConfig) if f.name not in USED))
-    add_device_option(made)
-    add_run_options(made, run_dir=False)
-    return made
+    parser = command_parser(text, EXAMPLES)
+    add_optional_run(parser)
+    parser.add_argument("--split", type=SplitName, default="valid", help="split of the data to score on")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="FILE of weights to score, instead of those of RUN"
+    )
+    add_options(
+        parser, SearchConfig, skip=tuple(f.name for f in dataclasses.fields(SearchConfig) if f.name not in USED)
+    )
+    add_device_option(parser)
+    add_run_options(parser, run_dir=False)
+    return parser
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
@@ -71,13 +77,13 @@ def run(values: Namespace) -> dict[str, Any]:
         weights, known = values.weights or found.folder.weights(trial), found.data.normalisation
     else:
         if not (values.arch and values.weights):
-            raise UsageError("say what to score: a RUN, or --space, --arch, --weights and --data")
+            raise UsageError("nothing to score: give a RUN, or --space, --arch, --weights and --data")
         trial, weights, known = Trial(0, Architecture.parse(values.arch), Fidelity("high")), values.weights, None
     with Display(values.progress) as display:
-        found_score = score(config, gather(Resources, values), trial, Path(weights), values.split, known)
+        result = score(config, gather(Resources, values), trial, Path(weights), values.split, known)
         scored_on = "all images" if values.split == "all" else f"the {values.split} split"
         display.say(
-            f"{trial.architecture} on {scored_on} of {config.data}, {found_score['images']} images: "
-            f"accuracy {found_score['accuracy']:.4f}"
+            f"{trial.architecture} on {scored_on} of {config.data} ({result['images']} images): "
+            f"accuracy {result['accuracy']:.4f}"
         )
-        return found_score
+        return result

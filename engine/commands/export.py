@@ -1,4 +1,4 @@
-"""`export`: the winner of a run, or another of its architectures, as files that need nothing of this program."""
+"""`export`: the winner of a run, or another of its architectures, as files that do not need this program."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from engine.commands.flags import add_device_option, add_run_argument, add_run_o
 from engine.config import Resources
 
 EXAMPLES = """\
-photos                                     the winner of runs/photos, into runs/photos/export/ARCHITECTURE
+# the winner of runs/photos, into runs/photos/export/ARCHITECTURE
+photos
+# another architecture that was trained in full
 runs/photos --arch 3-1-0-2-4-3 --out phone/"""
 
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
     text = (
-        "Write trained weights as safetensors, a model.py that needs torch alone, ONNX and torch.export files, and a "
-        "model card; each form is checked to give the logits of the checkpoint."
+        "Export trained weights as safetensors, a model.py that needs only torch, ONNX and torch.export files, with a "
+        "model card. Each format is verified to give the logits of the checkpoint."
     )
-    made = command_parser(text, EXAMPLES)
-    add_run_argument(made)
-    made.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE to export; the winner by default")
-    made.add_argument("--out", type=str | None, default=None, help="folder, instead of RUN/export/ARCHITECTURE")
-    add_device_option(made)
-    add_run_options(made, run_dir=False)
-    return made
+    parser = command_parser(text, EXAMPLES)
+    add_run_argument(parser)
+    parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE to export; by default, the winner")
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="folder to write, instead of RUN/export/ARCHITECTURE"
+    )
+    add_device_option(parser)
+    add_run_options(parser, run_dir=False)
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fidelity`: which cheap judgement to search with, on the user's own data and space."""
+"""`fidelity-study`: compares low fidelities on the user's own data and space, and recommends one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from engine.commands.flags import add_options, add_run_options, command_parser, 
 from engine.config import Budget, Resources, SearchConfig
 
 HELP = {
-    "architectures": "how many are judged, spread over the order by multiply-accumulates; may be raised later",
-    "repeats": "full trainings of each, with different seeds",
-    "low_repeats": "trainings of each at each low fidelity, with different seeds",
-    "drop": "stop asking a low fidelity once one that costs no more is clearly better",
+    "architectures": "number of architectures to train, spread evenly over multiply-accumulates; can be raised later",
+    "repeats": "full trainings of each architecture, with different seeds",
+    "low_repeats": "trainings of each architecture at each low fidelity, with different seeds",
+    "drop": "drop a low fidelity once another one that costs no more is clearly better",
 }
 
 
@@ -22,28 +22,28 @@ def parser() -> ArgumentParser:
     """Flags of the command."""
     from engine.search.fidelity_study.design import FidelityStudy
 
-    made = command_parser(
-        "Judge some architectures in full and at several low fidelities, and recommend one of these for a search. "
-        "The same command line continues a study."
+    parser = command_parser(
+        "Train some architectures in full and at several low fidelities, and recommend one of these fidelities for a "
+        "search. Run the same command again to resume a study."
     )
-    group = made.add_argument_group("What is compared")
+    group = parser.add_argument_group("What is compared")
     group.add_argument(
         "--lows",
         type=str,
         nargs="+",
         default=None,
         help="low fidelities, each LOSS@FRACTIONxEPOCHS[:name=value,...] with width, resolution or loss weights, like "
-        "kd+at@1/27x30:width=0.5; by default four that suit the full one",
+        "kd+at@1/27x30:width=0.5; by default, four that suit the full fidelity",
     )
     for item in dataclasses.fields(FidelityStudy):
         if item.name in HELP:
             flag = f"--{item.name.replace('_', '-')}"
             group.add_argument(flag, type=type(item.default), default=item.default, help=HELP[item.name])
-    add_options(made, SearchConfig, skip=("low", "method", "objectives"))
-    add_options(made, Budget, skip=("max_low", "max_high", "target_accuracy"))
-    add_options(made, Resources)
-    add_run_options(made, name="fidelity")
-    return made
+    add_options(parser, SearchConfig, skip=("low", "method", "objectives"))
+    add_options(parser, Budget, skip=("max_low", "max_high", "target_accuracy"))
+    add_options(parser, Resources)
+    add_run_options(parser, name="fidelity-study")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:

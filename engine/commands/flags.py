@@ -1,4 +1,4 @@
-"""From configuration classes to command-line flags and back: what the commands share."""
+"""From configuration classes to command-line flags and back; shared by the commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -30,25 +30,32 @@ def _fraction(text: str) -> Fraction:
     except ZeroDivisionError:
         raise ValueError(f"{text} divides by zero") from None
     except ValueError:
-        raise ValueError(f"'{text}' is no fraction; write 1/27 or 0.1") from None
+        raise ValueError(f"'{text}' is not a fraction; write 1/27 or 0.1") from None
 
 
 register_type(Fraction, serializer=str, deserializer=_fraction)
 
 FIDELITY_HELP = {
-    "fraction": "part of the training images, like 1/27",
-    "epochs": "passes over that part",
+    "fraction": "fraction of the training images, like 1/27",
+    "epochs": "passes over these images",
     "width": "width multiplier of the networks",
-    "resolution": "pixels; 0 is the data's own",
-    "kd_loss": "distillation terms beside the cross entropy",
+    "resolution": "image size in pixels; 0 means that of the data",
+    "kd_loss": "distillation terms added to the cross entropy",
 }
-
-
+# Title and description of the flags that come from a configuration class.
+GROUPS = {
+    SearchConfig: ("What results depend on", "Fixed for the life of a run folder."),
+    Budget: (
+        "Budget",
+        "Counted over the life of a run folder; the first limit reached ends the run. It can be raised later.",
+    ),
+    Resources: ("Resources", "May differ from call to call."),
+}
 METAVARS: dict[Any, str] = {int: "N", float: "X", Fraction: "P/Q"}
 
 
-class Manual(DefaultHelpFormatter):
-    """Help as text and default; the types are seen from the text, the default, or the choices."""
+class HelpFormatter(DefaultHelpFormatter):
+    """Shows the text and default of each flag, without its type, which the text, default or choices make clear."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -63,29 +70,33 @@ class Manual(DefaultHelpFormatter):
         kind = action.type or getattr(action, "_typehint", None)
         return METAVARS[kind] if kind in METAVARS else super()._get_default_metavar_for_optional(action)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wraps at spaces only: a flag named in a help text stays in one piece."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Examples, which are indented, keep their lines; other text is wrapped."""
-        lines = text.splitlines()
-        return "\n".join(line if line.startswith("  ") else textwrap.fill(line, width) for line in lines)
+        """Wraps text, but not examples, which are indented."""
+        wrapper = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent)
+        return "\n".join(line if line.startswith("  ") else wrapper.fill(line) for line in text.splitlines())
 
 
 class Parser(ArgumentParser):
-    """An argument parser whose refusals are one sentence, with the nearest flag or the way to write it."""
+    """An argument parser whose errors are one sentence, with the nearest flag or the right way to write a value."""
 
-    reading = ""  # the YAML file that is being read
+    reading = ""  # the YAML file being read
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises a WrongFlags with the message and the way out."""
-        text = plain(message) + self._way_out(message)
+        """Raises a WrongFlags that says what is wrong and what to write instead."""
+        text = reworded(message) + self._suggestion(message)
         raise WrongFlags(f"{self.reading}: {text}" if self.reading else text)
 
     def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
         """The flags of a YAML text."""
-        return super().parse_string(self.as_written(content), *more, **options)
+        return super().parse_string(self.quote_text(content), *more, **options)
 
-    def as_written(self, content: str) -> str:
-        """The YAML with quotes around what flags take as text: `gpus: 8` is no number there, nor `24:00:00` one of
-        base 60."""
+    def quote_text(self, content: str) -> str:
+        """The YAML with quotes around the values of text flags, or YAML would read `gpus: 8` as a number and
+        `24:00:00` as one to base 60."""
         root = yaml.compose(content, yaml.SafeLoader)
         texts = [action.dest for action in self._actions if getattr(action, "_typehint", None) in (str, str | None)]
         for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
@@ -93,7 +104,7 @@ class Parser(ArgumentParser):
                 value.tag, value.style = "tag:yaml.org,2002:str", '"'
         return yaml.serialize(root, Dumper=yaml.SafeDumper) if root else content
 
-    def _way_out(self, message: str) -> str:
+    def _suggestion(self, message: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         keys = {option.lstrip("-").replace("-", "_"): option for option in known}
         for word in re.findall(r"(?:unrecognized arguments: --|option '|key ')([\w.-]+)", message, re.IGNORECASE):
@@ -110,25 +121,25 @@ class Parser(ArgumentParser):
         return ""
 
 
-def plain(message: str) -> str:
-    """A refusal of the parser's in words: flags for keys, kinds of values for types."""
+def reworded(message: str) -> str:
+    """A message of jsonargparse with flags instead of keys, and words instead of Python types."""
     text = " ".join(message.split())
     text = re.sub(r'Parser key "([\w.]+)":', lambda found: f"--{found[1].replace('_', '-')}:", text)
     text = re.sub(r"Not of type \w+: |--config: ", "", text)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"value out of {found[1]}", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"value from {found[1]}", text)
     for kind, word in (("float", "number"), ("int", "whole number"), ("bool", "true or false"), ("str", "text")):
         text = text.replace(f"<class '{kind}'>", word)
     return text
 
 
 class ConfigFile(ActionConfigFile):
-    """`-c`: says which file is wrong, and where."""
+    """The action of `-c`: its errors name the file, and the key or line in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         parser.reading = f"-c {values}"
         try:
             if Path(values).is_file():
-                check_sections(yaml.safe_load(parser.as_written(Path(values).read_text())), parser)
+                check_sections(yaml.safe_load(parser.quote_text(Path(values).read_text())), parser)
             super().__call__(parser, cfg, values, option_string)
         except yaml.YAMLError as error:
             parser.error(f"not YAML: {error}")
@@ -138,42 +149,51 @@ class ConfigFile(ActionConfigFile):
 
 
 def check_sections(content: Any, parser: ArgumentParser) -> None:
-    """Ends with the parser's error where a YAML file is no mapping of flags, or gives a section like `low` a value."""
+    """Calls the parser's error if a YAML file is not a mapping of flags, or gives a section like `low` a value."""
     if not isinstance(content, dict):
-        parser.error("holds no flags; write one a line, like max_low: 50")
+        parser.error("holds no flags; write one per line, like max_low: 50")
     if {"config", "budget"} <= content.keys():
-        parser.error("is the record of a run; for -c, write a file with: cli.py config ... --yaml FILE")
+        parser.error("is the record of a run; write a file for -c with: cli.py config ... --yaml FILE")
     known = [action.dest for action in parser._actions]
     for key, value in content.items():
         parts = [name for name in known if name.startswith(f"{key}.")]
         if parts and not isinstance(value, dict):
             names = ", ".join(part.removeprefix(f"{key}.") for part in parts)
-            parser.error(f"{key} is a section; write {names} below it, indented")
+            parser.error(f"{key} is a section; write {names} under it, indented")
     for key, _ in flatten(content):
         if key not in known:
             parser.error(f"Option '{key}' is not accepted")
 
 
 def add_options(parser: ArgumentParser, kind: type, skip: tuple[str, ...] = ()) -> None:
-    """A flag for each field of a configuration class: name, type, default and help come from the field."""
+    """Adds a flag for each field of a configuration class; name, type, default and help come from the field."""
     hints = get_type_hints(kind)
-    group = parser.add_argument_group((kind.__doc__ or kind.__name__).split(".")[0])
+    title, description = GROUPS[kind]
+    group = parser.add_argument_group(title, description)
     for item in dataclasses.fields(kind):
         if item.name in skip:
             continue
         flag = item.name.replace("_", "-")
-        if hints[item.name] is not Fidelity:
-            text = item.metadata["help"]
-            group.add_argument(f"--{flag}", type=hints[item.name], default=item.default, help=text)
+        if hints[item.name] is Fidelity:
+            add_fidelity(group, flag, item.default)
             continue
-        fidelity_hints = get_type_hints(Fidelity)
-        for name, text in FIDELITY_HELP.items():
-            group.add_argument(
-                f"--{flag}.{name.replace('_', '-')}",
-                type=fidelity_hints[name],
-                default=getattr(item.default, name),
-                help=f"{flag} fidelity: {text}",
-            )
+        text = item.metadata["help"]
+        added = group.add_argument(f"--{flag}", type=hints[item.name], default=item.default, help=text)
+        choices = get_args(hints[item.name])
+        if any("," in str(choice) for choice in choices):  # argparse joins choices by commas
+            added.metavar = f"{{{' | '.join(choices)}}}"
+
+
+def add_fidelity(group: Any, flag: str, default: Any) -> None:
+    """Adds the flags of a fidelity, such as --low.epochs."""
+    hints = get_type_hints(Fidelity)
+    for name, text in FIDELITY_HELP.items():
+        group.add_argument(
+            f"--{flag}.{name.replace('_', '-')}",
+            type=hints[name],
+            default=getattr(default, name),
+            help=f"{flag} fidelity: {text}",
+        )
 
 
 def gather(kind: Callable[..., Any], values: Namespace) -> Any:
@@ -191,21 +211,29 @@ def gather_settings(values: Namespace) -> RunSettings:
 
 
 def command_parser(description: str, examples: str = "") -> ArgumentParser:
-    """The parser of a command: flags in full, and `-c` for a YAML file of them. `examples` are lines of arguments."""
+    """The parser of a command, with `-c` for a YAML file of flags. `examples` are lines of arguments, or comments."""
     parser = Parser(
         usage="%(prog)s [options]",
         allow_abbrev=False,
         description=description,
-        epilog="\n".join(["examples:", *(f"  %(prog)s {line}" for line in examples.splitlines())] if examples else []),
-        formatter_class=Manual,
-        print_config=None,  # `config` does that
+        epilog=example_text(examples) if examples else None,
+        formatter_class=HelpFormatter,
+        print_config=None,  # the command `config` does that
     )
-    parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file of flags; later ones win")
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", action=ConfigFile, help="YAML file of flags; later files and flags win"
+    )
     return parser
 
 
+def example_text(examples: str) -> str:
+    """Examples as `--help` prints them: each line is the arguments of a call, or a comment (#)."""
+    lines = (line if line.startswith("#") else f"%(prog)s {line}" for line in examples.splitlines())
+    return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
 def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "search") -> Any:
-    """Where the run folder is, and what is shown; returns the group of these flags."""
+    """Adds the flags for the run folder and the display; returns their group."""
     group = parser.add_argument_group("This call")
     if run_dir:
         group.add_argument("--name", type=str, default=name, help="name of the run: its folder is runs/NAME")
@@ -214,7 +242,7 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "s
         "--progress",
         type=Literal["auto", "bar", "lines", "none"],
         default="auto",
-        help="what is shown on stderr; auto is bars on a terminal and lines elsewhere",
+        help="progress display on stderr; auto is bars on a terminal and lines elsewhere",
     )
     group.add_argument(
         "-q",
@@ -223,31 +251,27 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "s
         action="store_const",
         const="none",
         default="auto",
-        help="nothing on stderr but errors: --progress none",
+        help="only errors on stderr: --progress none",
     )
-    group.add_argument(
-        "-v", "--verbose", action="store_true", help="also show what libraries log, and where an error came from"
-    )
+    group.add_argument("-v", "--verbose", action="store_true", help="also show library logs, and tracebacks of errors")
     return group
 
 
 def add_run_argument(parser: ArgumentParser) -> None:
-    """The run that a command looks into, as its first word."""
+    """Adds RUN, the run that a command reads, as its first argument."""
     parser.usage = "%(prog)s RUN [options]"
     parser.add_argument("run", metavar="RUN", type=str, help="run folder, or a name under runs/")
 
 
 def add_optional_run(parser: ArgumentParser) -> None:
-    """RUN, which gives the settings where it is named, and the architecture that is meant."""
+    """Adds RUN, which may be left out and otherwise gives the settings, and --arch."""
     parser.usage = "%(prog)s [RUN] [options]"
-    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="run folder, or name under runs/")
-    parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; the winner of RUN by default")
+    parser.add_argument("run", metavar="RUN", nargs="?", default="", help="run folder, or a name under runs/")
+    parser.add_argument("--arch", type=str | None, default=None, help="ARCHITECTURE; by default, the winner of RUN")
 
 
-def with_settings(
-    parser: ArgumentParser, arguments: list[str], settings: Callable[[Run], dict[str, Any]]
-) -> list[str]:
-    """The command line with the settings of RUN, where there is one, before the flags that change them."""
+def with_settings(parser: ArgumentParser, arguments: list[str], settings: Callable[[Run], dict[str, Any]]) -> list[str]:
+    """The command line with the settings of RUN, if it names one, before the flags that change them."""
     run = parser.parse_args(arguments).run
     if not run:
         return arguments
@@ -258,12 +282,12 @@ def with_settings(
 
 
 def add_device_option(parser: ArgumentParser) -> None:
-    """The device, for commands that need one worker only."""
+    """Adds --device, for commands that need a single worker."""
     add_options(parser, Resources, skip=tuple(f.name for f in dataclasses.fields(Resources) if f.name != "device"))
 
 
 def run_dir_of(values: Namespace) -> Path:
-    """The run folder that --run-dir or --name means; UsageError for a name that is a path."""
+    """The run folder given by --run-dir or --name; UsageError for a name that is a path."""
     if not values.run_dir and (Path(values.name).name != values.name or values.name in ("", "..")):
-        raise UsageError(f"--name '{values.name}' is no name of a folder under runs/; --run-dir takes a path")
+        raise UsageError(f"--name '{values.name}' is not the name of a folder under runs/; --run-dir takes a path")
     return Path(values.run_dir) if values.run_dir else Path("runs") / values.name

@@ -12,21 +12,21 @@ from engine.commands.flags import command_parser
 from engine.trial import UsageError
 
 HELP = {
-    "table": "CSV of recorded results (docs/surrogate.md has its form; two published ones are read as they are)",
-    "method": "methods, joined by commas",
-    "low": "low fidelities of the table to offer, joined by commas, the main one first; all by default",
+    "table": "CSV of recorded results (format: docs/surrogate.md; two published tables are read as they are)",
+    "method": "comma-separated methods",
+    "low": "comma-separated low fidelities of the table that methods may use, the main one first; by default, all",
     "workers": "simulated workers",
-    "gpu_hours": "worker-hours of each run",
-    "at": "worker-hours at which accuracies are printed, joined by commas",
-    "seeds": "runs of each method",
-    "max_low": "low-fidelity evaluations of a run, at most",
-    "min_macs": "leave out architectures with fewer MACs; 0 is no limit",
-    "max_macs": "leave out architectures with more MACs",
-    "max_params": "leave out architectures with more parameters",
-    "noise": "standard deviation of one full run around the recorded one, in points",
-    "until_best": "end a run when the best architecture has been trained",
-    "processes": "processes that run replays; 0 is one per core",
-    "out": "folder for curves.csv, curves.png, summary.json, and finished runs: the same line goes on from them",
+    "gpu_hours": "worker-hours per run",
+    "at": "comma-separated worker-hours at which to print accuracies",
+    "seeds": "runs per method",
+    "max_low": "maximum number of low-fidelity evaluations per run",
+    "min_macs": "minimum MACs of a candidate; 0 means no limit",
+    "max_macs": "maximum MACs of a candidate",
+    "max_params": "maximum number of parameters of a candidate",
+    "noise": "standard deviation of a full training around its recorded accuracy, in percentage points",
+    "until_best": "end a run once the best architecture has been trained",
+    "processes": "processes that run replays; 0 means one per core",
+    "out": "folder for curves.csv, curves.png, summary.json and finished runs, from which the same command resumes",
 }
 
 
@@ -34,23 +34,24 @@ def parser() -> ArgumentParser:
     """Flags of the command."""
     from engine.search.replay.simulate import Replay
 
-    made = command_parser("Run search methods on a table of recorded results with a simulated clock.")
+    parser = command_parser("Run search methods on a table of recorded results, with a simulated clock.")
     defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Replay)}
-    made.add_argument("--table", type=str, required=True, help=HELP["table"])
-    made.add_argument("--method", type=str, default=",".join(defaults["methods"]), help=HELP["method"])
-    made.add_argument("--low", type=str, default="", help=HELP["low"])
-    made.add_argument("--at", type=str, default=",".join(f"{h:g}" for h in defaults["at"]), help=HELP["at"])
-    made.add_argument("--out", type=str | None, default=None, help=HELP["out"])
+    parser.add_argument("--table", type=str, required=True, help=HELP["table"])
+    parser.add_argument("--method", type=str, default=",".join(defaults["methods"]), help=HELP["method"])
+    parser.add_argument("--low", type=str, default="", help=HELP["low"])
+    parser.add_argument("--at", type=str, default=",".join(f"{h:g}" for h in defaults["at"]), help=HELP["at"])
+    parser.add_argument("--out", type=str | None, default=None, help=HELP["out"])
     for name in HELP:
         if name not in defaults or name in ("table", "at", "out"):
             continue
         flag = f"--{name.replace('_', '-')}"
-        made.add_argument(flag, type=type(defaults[name]), default=defaults[name], help=HELP[name])
-    return made
+        parser.add_argument(flag, type=type(defaults[name]), default=defaults[name], help=HELP[name])
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:
-    from engine.search.replay.simulate import Replay, replay
+    from engine.search.replay.replay import replay
+    from engine.search.replay.simulate import Replay
 
     def words(text: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in text.split(",") if word.strip())
@@ -58,7 +59,7 @@ def run(values: Namespace) -> dict[str, Any]:
     try:
         at = tuple(float(word) for word in words(values.at))
     except ValueError:
-        raise UsageError(f"--at {values.at}: write hours joined by commas, like 15,20,60") from None
+        raise UsageError(f"--at {values.at}: write comma-separated hours, like 15,20,60") from None
     given = {name: values[name] for name in vars(values).keys() & {f.name for f in dataclasses.fields(Replay)}}
     given |= {"table": Path(values.table), "methods": words(values.method), "lows": words(values.low), "at": at}
     return replay(Replay(**given | {"out": Path(values.out) if values.out else None}))

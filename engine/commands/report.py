@@ -1,4 +1,4 @@
-"""`report`: one HTML page and one CSV file about a run."""
+"""`report`: writes an HTML page and a CSV file about a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from engine.commands.flags import add_run_argument, command_parser
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser(
-        "Write RUN/report/index.html, one page that needs no network, and RUN/report/trials.csv. Works while the "
-        "search runs: call it again for the newest."
+    parser = command_parser(
+        "Write RUN/report/index.html, a page that needs no network, and RUN/report/trials.csv. The search may still be "
+        "running."
     )
-    add_run_argument(made)
-    made.add_argument("--out", type=str | None, default=None, help="folder to write, instead of RUN/report")
-    return made
+    add_run_argument(parser)
+    parser.add_argument("--out", type=str | None, default=None, help="folder to write, instead of RUN/report")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:

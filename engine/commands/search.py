@@ -1,4 +1,4 @@
-"""`search`: start or continue a search."""
+"""`search`: starts or resumes a search."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ from engine.commands.flags import add_options, add_run_options, command_parser, 
 from engine.config import Budget, Resources, SearchConfig
 
 EXAMPLES = """\
+# search on your own images, then resume on eight GPUs
 --data photos/ --space mobilenetv2:stem_stride=2 --name photos
---data photos/ --space mobilenetv2:stem_stride=2 --name photos --gpus 8     the same run, continued on eight GPUs
--c configs/cifar100-mobilenetv2.yaml --max-macs 60e6          the paper's setting, small networks only
--c my.yaml --dry-run                                          what it would cost here"""
+--data photos/ --space mobilenetv2:stem_stride=2 --name photos --gpus 8
+# the paper's setting, restricted to small networks
+-c configs/cifar100-mobilenetv2.yaml --max-macs 60e6
+# estimate the cost on this machine
+-c my.yaml --dry-run"""
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser("Start or continue a search: the same command line continues it.", EXAMPLES)
-    add_options(made, SearchConfig)
-    add_options(made, Budget)
-    add_options(made, Resources)
-    group = add_run_options(made)
+    parser = command_parser("Start a search. Run the same command again to resume it.", EXAMPLES)
+    add_options(parser, SearchConfig)
+    add_options(parser, Budget)
+    add_options(parser, Resources)
+    group = add_run_options(parser)
     group.add_argument(
         "--log",
         type=Literal["none", "tensorboard", "mlflow"],
         default="none",
-        help="metrics also to event files in RUN/tensorboard, or to the MLflow server of MLFLOW_TRACKING_URI",
+        help="also log metrics to event files in RUN/tensorboard, or to the MLflow server of MLFLOW_TRACKING_URI",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="start nothing: time a few steps here and print what it would cost"
+        "--dry-run",
+        action="store_true",
+        help="do not search: time a few steps on this machine and print what the search would cost",
     )
-    return made
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:
@@ -57,9 +62,9 @@ def run(values: Namespace) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result for people: the winner, what it took, and how well the cheap judgement ranked."""
+    """The result for people: the winner, the evaluations, and how well the low fidelity ranked."""
     best, counts = result["winner"], result["evaluations"]
-    tau = {name: "unknown (under 3 pairs)" if value is None else value for name, value in result["tau"].items()}
+    tau = {name: "unknown (fewer than 3 pairs)" if value is None else value for name, value in result["tau"].items()}
     return (
         f"winner {best['architecture']}: valid {best['valid_accuracy']:.4f}, test {best['test_accuracy']:.4f}, "
         f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"
@@ -70,26 +75,26 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _front(front: list[dict[str, Any]]) -> str:
-    """A line for each network of a front."""
+    """One line for each network of the front."""
     lines = [f"{e['macs'] / 1e6:.2f} million MACs: {e['valid_accuracy']:.4f}, {e['architecture']}" for e in front]
     return "".join(f"\n            front {line}" for line in lines)
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """A search that is not told what to search runs the demo, on whatever device it is told to.
+    """The command line with --low auto spelled out, and with the demo's settings if it has no settings of its own.
 
-    `--low auto` is another word for `--pilot auto`.
+    `--low auto` is short for `--fidelity-study auto`.
     """
     if "--low=auto" in arguments:
-        arguments = ["--pilot=auto" if word == "--low=auto" else word for word in arguments]
+        arguments = ["--fidelity-study=auto" if word == "--low=auto" else word for word in arguments]
     elif "--low" in arguments and arguments[arguments.index("--low") + 1 :][:1] == ["auto"]:
         place = arguments.index("--low")
-        arguments = [*arguments[:place], "--pilot", *arguments[place + 1 :]]
+        arguments = [*arguments[:place], "--fidelity-study", *arguments[place + 1 :]]
     settings = {"-c", "--config", "--help", "-h"}
     for kind in (SearchConfig, Budget):
         settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
     given = {word.split("=")[0].split(".")[0] for word in arguments if word.startswith("-")}
     if given & settings:
         return arguments
-    print(f"nothing to search given: the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
+    print(f"no settings given: running the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
     return ["-c", str(DEMO), *arguments]

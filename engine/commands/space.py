@@ -1,4 +1,4 @@
-"""`space`: the search spaces there are, what is in one, and whether one of your own does what it must."""
+"""`space`: lists, shows, samples and checks search spaces."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ check my_space.py:SPACE --classes 20 --resolution 64"""
 def parser() -> ArgumentParser:
     """Flags of the command."""
     text = (
-        "list: the built-in spaces. show: the choices of one. sample: random architectures of it. check: builds, runs "
-        "and encodes members, counts their cost, and pairs their features with a teacher's; for a space of your own."
+        "list: the built-in spaces. show: the choices of a space. sample: random architectures. check: test a space of "
+        "your own, by building and running some of its members, counting their cost, and pairing their features with a "
+        "teacher's."
     )
-    made = command_parser(text, EXAMPLES)
-    made.usage = "%(prog)s {list,show,sample,check} [SPACE] [options]"
+    parser = command_parser(text, EXAMPLES)
+    parser.usage = "%(prog)s {list,show,sample,check} [SPACE] [options]"
     actions = Literal["list", "show", "sample", "check"]
-    made.add_argument("action", type=actions, help="what to do")
-    made.add_argument("space", metavar="SPACE", nargs="?", default="", help="NAME[:option=value,...] or FILE.py:NAME")
-    made.add_argument("--classes", type=int, default=10, help="classes of the networks")
-    made.add_argument("--resolution", type=int, default=32, help="side of the images in pixels")
-    made.add_argument("--count", type=int, default=5, help="architectures to sample")
-    made.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random")
+    parser.add_argument("action", type=actions, help="what to do")
+    parser.add_argument("space", metavar="SPACE", nargs="?", default="", help="NAME[:option=value,...] or FILE.py:NAME")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes")
+    parser.add_argument("--resolution", type=int, default=32, help="image size in pixels")
+    parser.add_argument("--count", type=int, default=5, help="number of architectures to sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     teacher = "check with this teacher: auto (the largest checked member), a weights FILE, or a name such as "
-    made.add_argument("--teacher", type=str, default="auto", help=f"{teacher}torchvision:resnet18")
-    made.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    return made
+    parser.add_argument("--teacher", type=str, default="auto", help=f"{teacher}torchvision:resnet18")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
     if values.action == "list":
-        found = listed()
+        found = list_spaces()
     elif not values.space:
-        raise UsageError(f"space {values.action}: say which one, like nasbench201 or my_space.py:SPACE")
+        raise UsageError(f"space {values.action}: name a space, like nasbench201 or my_space.py:SPACE")
     else:
-        found = {"show": shown, "sample": sampled, "check": checked}[values.action](values)
+        found = {"show": show_space, "sample": sample_space, "check": check_space}[values.action](values)
     if values.json:
         return found
     print({"list": list_text, "show": show_text, "sample": sample_text, "check": check_text}[values.action](found))
     return None
 
 
-def listed() -> dict[str, Any]:
-    """The built-in spaces: choices, architectures, options with their defaults, a line of text."""
+def list_spaces() -> dict[str, Any]:
+    """The built-in spaces: choices, architectures, options with their defaults, and a line about each."""
     import inspect
 
     from engine.spaces import SPACES
@@ -71,11 +72,11 @@ def list_text(found: dict[str, Any]) -> str:
     for name, facts in found.items():
         options = ", ".join(f"{key}={value}" for key, value in facts["options"].items())
         lines += [f"{name:<14}{facts['architectures']:>10,} architectures; options {options}", f"    {facts['about']}"]
-    return "\n".join([*lines, "Your own is a file: FILE.py:NAME (docs/spaces.md)."])
+    return "\n".join([*lines, "A space of your own is FILE.py:NAME (docs/spaces.md)."])
 
 
-def shown(values: Namespace) -> dict[str, Any]:
-    """The choices of a space, and the range of its cost."""
+def show_space(values: Namespace) -> dict[str, Any]:
+    """The choices of a space, and its range of cost."""
     from engine.space import candidates
     from engine.spaces.load import load_space
 
@@ -101,8 +102,8 @@ def show_text(found: dict[str, Any]) -> str:
     return "\n".join([f"{found['space']}: {counts}", *choices, _range(found)])
 
 
-def sampled(values: Namespace) -> dict[str, Any]:
-    """Random architectures of a space, with the option of each choice by name."""
+def sample_space(values: Namespace) -> dict[str, Any]:
+    """Random architectures of a space, with the option of each choice."""
     from engine.spaces.load import load_space
 
     space = load_space(values.space)
@@ -122,8 +123,8 @@ def sample_text(found: dict[str, Any]) -> str:
     return "\n".join(f"{name}  {options}" for name, options in rows)
 
 
-def checked(values: Namespace) -> dict[str, Any]:
-    """What `engine.training.spacecheck.run_check` found, on one worker."""
+def check_space(values: Namespace) -> dict[str, Any]:
+    """What `engine.training.spacecheck.run_check` finds, run by a worker."""
     from engine.fleet.drain import answer_of
     from engine.fleet.fleet import submit
     from engine.search.one_architecture import worker
@@ -139,11 +140,11 @@ def check_text(found: dict[str, Any]) -> str:
     pairs = ", ".join(f"{_shape(mine)} with {_shape(theirs)}" for mine, theirs in found["pairs"])
     return "\n".join(
         [
-            f"{found['space']}: {found['architectures']:,} architectures, good to search",
+            f"{found['space']}: {found['architectures']:,} architectures, ready to search",
             f"  checked   {', '.join(found['checked'])}",
             f"  features  {', '.join(map(_shape, found['features']))}",
             f"  cost      {found['cost']}: {_range(found).strip()}",
-            f"  teacher   {found['teacher']}; of the first, it teaches {pairs}",
+            f"  teacher   {found['teacher']}; features paired with the first member: {pairs}",
         ]
     )
 

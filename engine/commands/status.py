@@ -1,4 +1,4 @@
-"""`status`: one screen about a run, while it runs or after it."""
+"""`status`: the progress of a run on one screen."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ EVERY_S = 2.0
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser("One screen about a run: how far it is, its best so far, what failed. Works while it runs.")
-    add_run_argument(made)
-    made.add_argument("--json", action="store_true", help="one JSON object instead of the screen")
-    made.add_argument("--watch", action="store_true", help="show it anew every 2 s until it has finished")
-    return made
+    parser = command_parser(
+        "Show how far a run is, its best architecture so far, and failures. The search may still be running."
+    )
+    add_run_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the screen")
+    parser.add_argument("--watch", action="store_true", help="refresh the screen every 2 s until the run has finished")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
@@ -38,7 +40,7 @@ def run(values: Namespace) -> dict[str, Any] | None:
     from engine.trial import UsageError
 
     if values.json and values.watch:
-        raise UsageError("--json is one object, --watch a screen that goes on: give one of them")
+        raise UsageError("--json prints one object and --watch refreshes a screen: give one of them")
     state = summary(open_run(values.run))
     if values.json:
         return state
@@ -55,20 +57,20 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The state of a run as plain values: state (running, finished, stopped: no search runs on this machine),
-    evaluations by fidelity and by status, best, seconds of workers, seconds since the journal was written to."""
+    """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
+    machine); `idle_seconds` counts from the last line of the journal."""
     from engine.trial import failed
 
     path = run.folder.journal
     best, plan = run.best, run.plan
-    most = plan.max_low * len(plan.lows)  # a study compares several
+    most = plan.max_low * len(plan.lows)  # a fidelity study compares several
     fidelities = {"low": (plan.lows, most), "high": ((plan.high,), plan.max_high)}
     return {
         "run_dir": str(run.folder),
-        "state": "running" if written_to(path.stat().st_ino) else "finished" if run.finished else "stopped",
+        "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
         "space": run.config.space,
         "data": run.config.data,
-        "method": run.config.method if run.kind == "search" else "a study of low fidelities",
+        "method": run.config.method if run.kind == "search" else "fidelity study",
         "evaluations": {
             name: {
                 "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),
@@ -94,10 +96,10 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def written_to(inode: int) -> bool:
-    """Whether a process of this machine holds a lock on a file: a search holds one on its journal.
+def is_locked(inode: int) -> bool:
+    """Whether a process on this machine holds a lock on a file. A search holds one on its journal.
 
-    Taking the lock would tell too, but a search that began at that moment would take us for another one.
+    Trying to take the lock would also tell, but a search that starts at that moment would think that another one runs.
     """
     try:
         locks = Path("/proc/locks").read_text().splitlines()
@@ -107,7 +109,7 @@ def written_to(inode: int) -> bool:
 
 
 def screen(state: dict[str, Any]) -> Table:
-    """The state for people."""
+    """The state, for people."""
     from rich.table import Table
 
     lines = Table.grid(padding=(0, 2))
@@ -132,24 +134,24 @@ def screen(state: dict[str, Any]) -> Table:
     return lines
 
 
-def _progress(part: dict[str, int]) -> Table:
+def _progress(counts: dict[str, int]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    done = part["ok"] + part["failed"] + part["too_slow"]
-    more = [f"{part[kind]} {kind}" for kind in ("pending", "failed", "too_slow") if part[kind]]
+    done = counts["ok"] + counts["failed"] + counts["too_slow"]
+    more = [f"{counts[kind]} {kind}" for kind in ("pending", "failed", "too_slow") if counts[kind]]
     line = Table.grid(padding=(0, 2))
-    if done > part["limit"]:  # what was promoted without a cheap score gets one at the end, to compare
-        text = f"{part['limit']}, and {done - part['limit']} to compare"
+    if done > counts["limit"]:  # architectures promoted without a low score get one at the end, for comparison
+        text = f"{counts['limit']}, and {done - counts['limit']} for comparison"
     else:
-        text = f"{done} of at most {part['limit']}"
+        text = f"{done} of at most {counts['limit']}"
     text += f", {', '.join(more)}" if more else ""
-    line.add_row(ProgressBar(max(part["limit"], 1), done, width=24), text)
+    line.add_row(ProgressBar(max(counts["limit"], 1), done, width=24), text)
     return line
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 12 min."""
+    """A duration for people: 42 s, 3 min 20 s, 5 h 12 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

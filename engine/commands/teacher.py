@@ -1,4 +1,4 @@
-"""`teacher`: train a teacher, or check one."""
+"""`teacher`: trains a teacher, or checks one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from engine.config import Resources, SearchConfig, check_settings
 from engine.tasks import Statistic, task_to_json
 from engine.trial import LOSS_WEIGHTS, UsageError
 
-# What is about choosing among architectures, or about students.
+# Settings for choosing among architectures, and for students.
 LEFT_OUT = (
     *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "fidelity_study"),
     *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
 )
-OF_A_SEARCH = (
+SEARCH_ONLY = (
     *("students_per_gpu", "teacher_cache", "compile", "workers", "min_nodes", "max_nodes"),
     *("trial_timeout", "grace_s", "time_limit"),
 )
@@ -25,20 +25,22 @@ OF_A_SEARCH = (
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser("Train a teacher on a data set and save it, or check one against a data set.")
-    networks = "auto (the largest of the space), an ARCHITECTURE of it, torchvision:NAME, timm:NAME, or FILE.py:NAME"
-    made.add_argument("--arch", type=str, default="auto", help=networks)
-    made.add_argument("--out", type=str, default="teacher.safetensors", help="file to write")
-    ready = "FILE of trained weights for --arch, safetensors or a state dict in .pt: nothing is trained then"
-    made.add_argument("--weights", type=str | None, default=None, help=ready)
-    known = "of each channel of the images that --weights were trained on, like 0.485,0.456,0.406; default: the data's"
-    made.add_argument("--mean", type=str, default="", help=f"mean {known}")
-    made.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
-    made.add_argument("--check", type=str | None, default=None, help="only check that this FILE fits --data")
-    add_options(made, SearchConfig, skip=LEFT_OUT)
-    add_options(made, Resources, skip=OF_A_SEARCH)
-    add_run_options(made, run_dir=False)
-    return made
+    parser = command_parser("Train a teacher on a data set and save it, or check that one fits a data set.")
+    networks = "auto (the largest member of the space), an ARCHITECTURE, torchvision:NAME, timm:NAME, or FILE.py:NAME"
+    parser.add_argument("--arch", type=str, default="auto", help=networks)
+    parser.add_argument("--out", type=str, default="teacher.safetensors", help="file to write")
+    ready = "import this FILE of trained weights for --arch (safetensors, or a state dict in .pt) instead of training"
+    parser.add_argument("--weights", type=str | None, default=None, help=ready)
+    known = "per channel of the images that --weights were trained on, like 0.485,0.456,0.406; default: the data's"
+    parser.add_argument("--mean", type=str, default="", help=f"mean {known}")
+    parser.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
+    parser.add_argument(
+        "--check", type=str | None, default=None, help="only check that the teacher in this FILE fits --data"
+    )
+    add_options(parser, SearchConfig, skip=LEFT_OUT)
+    add_options(parser, Resources, skip=SEARCH_ONLY)
+    add_run_options(parser, run_dir=False)
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def run(values: Namespace) -> dict[str, Any]:
 
 
 def _channels(name: str, values: Namespace) -> Statistic | None:
-    """Three numbers joined by commas; None if the flag is not given."""
+    """Three comma-separated numbers; None if the flag is not given."""
     text: str = values[name]
     if not text:
         return None
@@ -75,5 +77,5 @@ def _channels(name: str, values: Namespace) -> Statistic | None:
     except ValueError:
         red = green = blue = -1.0
     if not values.weights or min(red, green, blue) < 0 or (name == "std" and 0 in (red, green, blue)):
-        raise UsageError(f"--{name} {text}: give three numbers joined by commas, with --weights")
+        raise UsageError(f"--{name} {text}: give three comma-separated numbers, and --weights")
     return red, green, blue

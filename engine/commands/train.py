@@ -1,4 +1,4 @@
-"""`train`: one architecture in full, by the code that a search uses."""
+"""`train`: trains one architecture in full, with the code that a search uses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from engine.search.runs import Run
 
 EXAMPLES = """\
-photos --epochs 300 --out runs/photos-long                 the winner of runs/photos, from scratch, for longer
-photos --weights run --epochs 20 --lr 0.01 --out runs/tuned    from the weights that the run kept
-photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other     distilled from the teacher of the run
+# the winner of runs/photos, from scratch, for longer
+photos --epochs 300 --out runs/photos-long
+# the same, fine-tuned from the weights of the run
+photos --weights run --epochs 20 --lr 0.01 --out runs/tuned
+# another architecture, distilled from the teacher of the run
+photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other
+# without a run
 --space nasbench201 --arch 3-1-0-2-4-3 --data photos/ --epochs 100 --out runs/plain"""
-# What is about choosing among architectures, or has a flag of its own here.
+# Settings for choosing among architectures, and those that have a flag of their own here.
 LEFT_OUT = (
     *("method", "objectives", "only", "low", "high", "initial_weights"),
     *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", "fidelity_study"),
@@ -37,22 +41,24 @@ LEFT_OUT = (
 def parser() -> ArgumentParser:
     """Flags of the command."""
     text = (
-        "Train one architecture in full and score it on the test part. RUN gives the settings, flags change them; the "
-        "same command line continues a training that was stopped. The folder it writes is a run like any other."
+        "Train one architecture in full and score it on the test split. RUN gives the settings; flags change them. Run "
+        "the same command again to resume. The folder it writes is a run like any other."
     )
-    made = command_parser(text, EXAMPLES)
+    parser = command_parser(text, EXAMPLES)
     hints, high = get_type_hints(Fidelity), SearchConfig().high
-    add_optional_run(made)
-    made.add_argument("--out", type=str, default="runs/train", help="folder to write")
-    made.add_argument("--epochs", type=int, default=high.epochs, help="passes over the training images")
-    made.add_argument("--kd-loss", type=hints["kd_loss"], default=high.kd_loss, help="distillation terms of the loss")
-    made.add_argument(
-        "--weights", type=str | None, default=None, help="start from this FILE of weights, or `run`: those of RUN"
+    add_optional_run(parser)
+    parser.add_argument("--out", type=str, default="runs/train", help="folder to write")
+    parser.add_argument("--epochs", type=int, default=high.epochs, help="passes over the training images")
+    parser.add_argument(
+        "--kd-loss", type=hints["kd_loss"], default=high.kd_loss, help="distillation terms added to the cross entropy"
     )
-    add_options(made, SearchConfig, skip=LEFT_OUT)
-    add_options(made, Resources, skip=("students_per_gpu",))
-    add_run_options(made, run_dir=False)
-    return made
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="start from this FILE of weights, or from those of RUN (`run`)"
+    )
+    add_options(parser, SearchConfig, skip=LEFT_OUT)
+    add_options(parser, Resources, skip=("students_per_gpu",))
+    add_run_options(parser, run_dir=False)
+    return parser
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:

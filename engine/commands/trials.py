@@ -1,4 +1,4 @@
-"""`trials`: the evaluations of a run, filtered and sorted."""
+"""`trials`: lists the evaluations of a run, filtered and sorted."""
 
 from __future__ import annotations
 
@@ -18,24 +18,31 @@ SHOWN = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "ma
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser("List the evaluations of a run, those under way included.")
-    add_run_argument(made)
-    made.add_argument("--fidelity", type=Literal["all", "low", "high"], default="all", help="only those at a fidelity")
-    made.add_argument("--status", type=str, default="all", help="only those: ok, failed, pending, or a status like oom")
-    made.add_argument("--arch", type=str, default="*", help="only architectures like this, * for anything: 3-*-1")
+    parser = command_parser("List the evaluations of a run, including those still running.")
+    add_run_argument(parser)
+    parser.add_argument("--fidelity", type=Literal["all", "low", "high"], default="all", help="only this fidelity")
+    parser.add_argument(
+        "--status", type=str, default="all", help="only this status: ok, failed, pending, or one like oom"
+    )
+    parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
     keys = Literal["number", "accuracy", "seconds", "macs", "params"]
-    made.add_argument("--sort", type=keys, default="number", help="order: number and costs rise, accuracy falls")
-    made.add_argument("--limit", type=int, default=0, help="only the first so many; 0 is all")
-    made.add_argument("--csv", action="store_true", help="CSV on stdout, every column of report's trials.csv")
-    made.add_argument("--json", action="store_true", help="one JSON object with the same columns")
-    return made
+    parser.add_argument(
+        "--sort",
+        type=keys,
+        default="number",
+        help="sort by this column: accuracy from the highest, others from the lowest",
+    )
+    parser.add_argument("--limit", type=int, default=0, help="at most this many rows; 0 means all")
+    parser.add_argument("--csv", action="store_true", help="print CSV with every column of the report's trials.csv")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the same columns")
+    return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.runs import as_csv, open_run
 
     opened = open_run(values.run)
-    rows = chosen(opened, values)
+    rows = select_rows(opened, values)
     if values.json:
         return {"run_dir": str(opened.folder), "trials": rows}
     if values.csv:
@@ -45,8 +52,8 @@ def run(values: Namespace) -> dict[str, Any] | None:
     return None
 
 
-def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
-    """The rows that the flags ask for, in their order."""
+def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
+    """The rows that the flags select, in the order they ask for."""
     from engine.search.runs import row, row_of_trial
 
     rows = [row(e) for e in run.answers] + [row_of_trial(t) for t in run.pending]
@@ -61,7 +68,7 @@ def chosen(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
     def order(one: dict[str, Any]) -> tuple[bool, float]:
         value = one.get(values.sort)
-        return value is None, sign * (value or 0)  # what has no value comes last
+        return value is None, sign * (value or 0)  # rows without a value come last
 
     rows.sort(key=order)
     return rows[: values.limit or None]
@@ -83,7 +90,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if text else "right", no_wrap=name == "architecture")
     for one in rows:
         table.add_row(*(_text(name, one.get(name)) for name in SHOWN))
-    # What goes into a pipe is not cut to the width of a terminal that is not there.
+    # Output to a pipe is not cut to the width of a terminal.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
