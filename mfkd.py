@@ -370,8 +370,8 @@ def replay(
     The parameters are the flags of the `replay` command. A script that calls this with `processes` other than 1 needs
     the usual `if __name__ == "__main__"`. Raises Error for an unknown method, or a file that is not such a table.
     """
+    from engine.search.replay.replay import replay as run_replay
     from engine.search.replay.simulate import Replay as Request
-    from engine.search.replay.simulate import replay as run_replay
 
     request = Request(
         table=Path(table),

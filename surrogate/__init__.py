@@ -1,1 +1,1 @@
-"""Statistics of a search: arrays in, arrays out; knows nothing of architectures or trials."""
+"""The statistics of a search: arrays in, arrays out, with no notion of architectures or trials."""

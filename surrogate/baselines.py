@@ -1,4 +1,4 @@
-"""The Gaussian process of the paper."""
+"""The Gaussian process of the paper, which the baseline methods use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32] | Array
 
+CHUNK = 65_536  # points predicted at once
+# The grid of the marginal likelihood: length scales in units of the median distance between the points, and noise
+# variances of targets of variance 1.
+LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 5.6)
+NOISES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+
 
 @dataclass(frozen=True)
 class GaussianProcess:
-    """Exact regression with a squared-exponential kernel; targets standardised inside."""
+    """Exact regression with a squared-exponential kernel; targets are standardised internally.
+
+    `x` (m, d) are the points fitted, `length` is the length scale, `factor` (m, m) the Cholesky factor of their
+    covariance and `alpha` (m,) its inverse times the targets; `mean` and `scale` undo the standardisation.
+    """
 
     x: Array
     length: float
@@ -23,10 +33,10 @@ class GaussianProcess:
     scale: float
 
     def predict(self, x: Matrix) -> tuple[Array, Array]:
-        """Mean and standard deviation (n,) of the noiseless function at x (n, d), in chunks of bounded memory."""
+        """Mean and standard deviation (n,) of the noiseless function at x (n, d), in chunks to bound the memory."""
         means, stds = np.empty(len(x)), np.empty(len(x))
-        for start in range(0, len(x), 65_536):
-            part = slice(start, start + 65_536)
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
             cross = _kernel(np.asarray(x[part], dtype=np.float64), self.x, self.length)
             solved = np.linalg.solve(self.factor, cross.T)
             means[part] = cross @ self.alpha
@@ -35,31 +45,28 @@ class GaussianProcess:
 
 
 def fit_gp(x: Matrix, y: Array) -> GaussianProcess:
-    """The process of greatest marginal likelihood over a grid of length scales and noise levels.
-
-    x (n, d), y (n,). The grid of lengths is in units of the median distance between the points.
-    """
+    """The process of greatest marginal likelihood for y (n,) at x (n, d), over LENGTHS and NOISES."""
     x = np.asarray(x, dtype=np.float64)
     mean, scale = float(y.mean()), float(y.std()) or 1.0
     target = (y - mean) / scale
     distance = _squared_distances(x, x)
     typical = float(np.sqrt(np.median(distance[distance > 0]))) if (distance > 0).any() else 1.0
     best: tuple[float, float, float, Array] | None = None
-    for length in typical * np.array([0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 5.6]):
+    for length in typical * np.array(LENGTHS):
         kernel = np.exp(-0.5 * distance / length**2)
-        for noise in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0):
+        for noise in NOISES:
             factor = np.linalg.cholesky(kernel + noise * np.eye(len(y)))
             white = np.linalg.solve(factor, target)
-            # The process variance has a closed optimum, mean(white ** 2), which cancels from the ranking.
+            # The best process variance is known in closed form, mean(white ** 2); constants are left out.
             likelihood = -0.5 * len(y) * np.log((white @ white) / len(y) + 1e-12) - np.log(np.diag(factor)).sum()
             if best is None or likelihood > best[0]:
                 best = (float(likelihood), float(length), noise, factor)
     assert best is not None
     _, length, noise, factor = best
     white = np.linalg.solve(factor, target)
-    spread = max(float(np.sqrt((white @ white) / len(y))), 1e-6)
-    alpha = np.linalg.solve(factor.T, white) / spread
-    return GaussianProcess(x, length, factor, alpha, mean, scale * spread)
+    amplitude = max(float(np.sqrt((white @ white) / len(y))), 1e-6)
+    alpha = np.linalg.solve(factor.T, white) / amplitude
+    return GaussianProcess(x, length, factor, alpha, mean, scale * amplitude)
 
 
 def _squared_distances(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The linear part of the surrogate: Bayesian regression with a prior on trends, its scales chosen by evidence."""
+"""The linear part of the surrogate: Bayesian regression with a prior on trends; evidence chooses the variances."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32] | Array
 
-# Prior variance of what the features explain together, and variance of the noise, of a target of variance 1: the
-# grid, and where the evidence is held to without data (log-normal, one e-fold wide).
+# For a target of variance 1: the grids of the variance that all features explain together and of the noise variance,
+# and the medians of their own priors (log-normal, a standard deviation of one e-fold).
 SIGNALS = (0.03, 0.1, 0.3, 1.0, 3.0)
 NOISES = (0.02, 0.05, 0.15, 0.3, 0.6, 1.0)
 SIGNAL, NOISE = 0.3, 0.2
@@ -20,7 +20,7 @@ INTERCEPT_VARIANCE = 0.1
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of the trends' coefficients before any data: means and variances, each (k,)."""
+    """Prior means and variances of the coefficients of the trends, each (k,)."""
 
     mean: Array
     variance: Array
@@ -28,10 +28,10 @@ class Prior:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = intercept + trend @ coefficients + x @ weights + noise: its posterior.
+    """The posterior of y = intercept + trend @ coefficients + x @ weights + noise.
 
-    `weights` (1 + k + d,) and `covariance` (1 + k + d, 1 + k + d) are of intercept, coefficients and weights.
-    `noise` is a variance. `left_out` (n,) are predictions of the points fitted, each without itself, and
+    `weights` (1 + k + d,) and `covariance` (1 + k + d, 1 + k + d) are those of intercept, coefficients and weights
+    together; `noise` is a variance. `left_out` (n,) are the predictions of the fitted points, each from all others, and
     `left_out_variance` (n,) their variances, noise included.
     """
 
@@ -52,7 +52,7 @@ class Linear:
         return np.asarray(design @ self.covariance @ design.T)
 
     def without_data(self, prior: Prior) -> Linear:
-        """The prior mean in place of the fit: what the trends are believed to do, and nothing of the features."""
+        """The prior mean in place of the fitted weights: the trends alone, without features."""
         weights = np.zeros_like(self.weights)
         weights[1 : 1 + len(prior.mean)] = prior.mean
         return replace(self, weights=weights)
@@ -61,31 +61,31 @@ class Linear:
 def fit_linear(trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array | None = None) -> Linear:
     """Fits y (n,), of about unit variance, on trend (n, k) and standardised features x (n, d); n may be 0.
 
-    The variance of the weights and of the noise maximise evidence times their own prior over a grid (MacKay 1992).
-    `noise` (n,) multiplies the noise variance point by point: 1 / r for a mean of r repeats. Left-out predictions
-    are in closed form (Rasmussen and Williams 2006, section 5.4.2).
+    The variances of weights and noise maximise the evidence times their own prior over a grid (MacKay 1992).
+    `noise` (n,) multiplies the noise variance of each point: 1 / r for the mean of r repeats. Left-out predictions have
+    a closed form (Rasmussen and Williams 2006, section 5.4.2).
     """
     n, k, d = len(y), trend.shape[1], max(x.shape[1], 1)
     design = _design(trend, x)
     centre = np.concatenate([[0.0], prior.mean, np.zeros(x.shape[1])])
     target = y - design @ centre
-    loud = np.ones(n) if noise is None else noise
+    factors = np.ones(n) if noise is None else noise
     fixed = np.concatenate([[INTERCEPT_VARIANCE], prior.variance])
     trends = (design[:, : 1 + k] * fixed) @ design[:, : 1 + k].T
     features = design[:, 1 + k :] @ design[:, 1 + k :].T / d
 
-    def factor(signal: float, level: float) -> Array:
-        return np.linalg.cholesky(trends + signal * features + np.diag(level * loud))
+    def cholesky(signal: float, level: float) -> Array:
+        return np.linalg.cholesky(trends + signal * features + np.diag(level * factors))
 
-    def evidence(signal: float, level: float) -> float:
-        lower = factor(signal, level)
+    def log_evidence(signal: float, level: float) -> float:
+        lower = cholesky(signal, level)
         white = np.linalg.solve(lower, target)
-        believed = np.log(signal / SIGNAL) ** 2 + np.log(level / NOISE) ** 2
-        return -0.5 * float(white @ white + believed) - float(np.log(np.diag(lower)).sum())
+        hyperprior = np.log(signal / SIGNAL) ** 2 + np.log(level / NOISE) ** 2
+        return -0.5 * float(white @ white + hyperprior) - float(np.log(np.diag(lower)).sum())
 
-    signal, level = max(((s, v) for s in SIGNALS for v in NOISES), key=lambda pair: evidence(*pair))
+    signal, level = max(((s, v) for s in SIGNALS for v in NOISES), key=lambda pair: log_evidence(*pair))
     variance = np.concatenate([fixed, np.full(x.shape[1], signal / d)])
-    inverse = np.linalg.inv(factor(signal, level))
+    inverse = np.linalg.inv(cholesky(signal, level))
     root = inverse @ (design * variance)
     precision = inverse.T @ inverse
     alpha = precision @ target
@@ -100,4 +100,5 @@ def fit_linear(trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array | 
 
 
 def _design(trend: Matrix, x: Matrix) -> Array:
+    """Columns of ones, trends and features: (n, 1 + k + d)."""
     return np.concatenate([np.ones((len(x), 1)), trend, x], axis=1, dtype=np.float64)

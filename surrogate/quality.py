@@ -1,4 +1,4 @@
-"""How good a ranking or an interval is: rank correlations, partial correlation, bootstrap, coverage."""
+"""The quality of rankings and intervals: rank correlations, partial correlation, bootstrap, coverage."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CDF = np.array([0.5 * (1.0 + math.erf(z / math.sqrt(2.0))) for z in _Z])
 
 
 def normal_cdf(z: npt.ArrayLike) -> Array:
-    """P(Z < z) of a standard normal, to 1e-6."""
+    """P(Z < z) of a standard normal Z, accurate to 1e-6."""
     return np.interp(np.asarray(z, dtype=np.float64), _Z, _CDF)
 
 
 def normal_quantile(p: npt.ArrayLike) -> Array:
-    """The inverse of `normal_cdf`, within -6..6."""
+    """The inverse of `normal_cdf`, clipped to -6..6."""
     return np.interp(np.asarray(p, dtype=np.float64), _CDF, _Z)
 
 
 def ranks(values: npt.ArrayLike) -> Array:
-    """Ranks 1..n (n,), ties sharing their mean rank."""
+    """Ranks 1..n (n,); ties share their mean rank."""
     values = np.asarray(values, dtype=np.float64)
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -33,18 +33,18 @@ def ranks(values: npt.ArrayLike) -> Array:
 
 
 def normal_scores(values: npt.ArrayLike) -> Array:
-    """Ranks mapped to normal quantiles (n,): mean about 0, and deaf to the scale and to outliers of `values`."""
+    """Ranks mapped to normal quantiles (n,), with a mean of about 0: scale and outliers of `values` do not matter."""
     rank = ranks(values)
     return normal_quantile((rank - 0.5) / len(rank)) if len(rank) else rank
 
 
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Correlation of ranks, -1..1; 0 where one of them is constant."""
+    """Spearman's rank correlation, -1..1; 0 if one of the two is constant."""
     return pearson(ranks(a), ranks(b))
 
 
 def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Linear correlation, -1..1; 0 where one of them is constant."""
+    """Pearson's correlation, -1..1; 0 if one of the two is constant."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float(x @ x) * float(y @ y))
@@ -52,7 +52,10 @@ def pearson(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 def kendall_tau(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Kendall's tau-b of two sequences (n,), -1..1, in O(n log n) (Knight 1966); 0 where one is constant."""
+    """Kendall's tau-b of two sequences (n,), -1..1, in O(n log n) (Knight 1966); 0 if one is constant.
+
+    Raises ValueError if the sequences differ in length.
+    """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"kendall_tau needs two sequences of one length, got {x.shape} and {y.shape}")
@@ -70,27 +73,27 @@ def kendall_tau(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 def _tied_pairs(values: npt.NDArray[np.generic]) -> float:
-    """Pairs of equal neighbours' groups in a sorted sequence."""
+    """Number of pairs of equal values in a sorted sequence."""
     edges = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1], [True])))
     runs = np.diff(edges).astype(np.float64)
     return float((runs * (runs - 1) / 2).sum())
 
 
 def _inversions(values: npt.NDArray[np.intp]) -> float:
-    """Pairs i < j with values[i] > values[j]: merge sort, one numpy pass per level."""
+    """Number of pairs i < j with values[i] > values[j]: merge sort, one numpy pass per level."""
     n = len(values)
     if n < 2:
         return 0.0
     count, width, span = 0, 1, int(values.max()) + 1
     while width < n:
-        # Sort all blocks of 2 * width at once: the block's number is the leading digit of the key.
+        # Sorts all blocks of 2 * width at once: the number of the block is the leading digit of the key.
         position = np.arange(n)
         key = (position // (2 * width)) * span + values
         order = np.argsort(key, kind="stable")
         right = (order // width) % 2 == 1
-        # A right element passes every left one of its block that is greater: those sorted after it.
+        # An element of a right half passes the greater ones of its left half: those sorted after it.
         left_seen = np.cumsum(~right)
-        before = (order // (2 * width)) * width  # lefts of earlier blocks; where there is a right, the left is full
+        before = (order // (2 * width)) * width  # of earlier blocks, whose left halves are full
         count += int((width - (left_seen - before))[right].sum())
         values = values[order]
         width *= 2
@@ -98,14 +101,14 @@ def _inversions(values: npt.NDArray[np.intp]) -> float:
 
 
 def partial_tau(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> float:
-    """Kendall's tau of `a` and `b` with `given` held fixed (Kendall 1942), -1..1; 0 where it is undefined."""
+    """Partial Kendall's tau of `a` and `b` with `given` held fixed (Kendall 1942), -1..1; 0 if it is undefined."""
     ab, ag, bg = kendall_tau(a, b), kendall_tau(a, given), kendall_tau(b, given)
     scale = math.sqrt(max(0.0, (1 - ag * ag) * (1 - bg * bg)))
     return (ab - ag * bg) / scale if scale > 1e-12 else 0.0
 
 
 def kendall_taus(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
-    """Kendall's tau-b of each row of `a` and `b` (D, n) -> (D,), by all pairs: for many short sequences."""
+    """Kendall's tau-b of each row of `a` and `b`, (D, n) -> (D,). It compares all pairs: for many short sequences."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     taus = [_taus_by_pairs(x[i : i + 256], y[i : i + 256]) for i in range(0, len(x), 256)]  # bounds the memory
     return np.concatenate(taus) if taus else np.zeros(0)
@@ -119,28 +122,28 @@ def _taus_by_pairs(x: Array, y: Array) -> Array:
 
 
 def partial_taus(a: npt.ArrayLike, b: npt.ArrayLike, given: npt.ArrayLike) -> Array:
-    """`partial_tau` of each row of `a`, `b` and `given` (D, n) -> (D,)."""
+    """`partial_tau` of each row of `a`, `b` and `given`, (D, n) -> (D,)."""
     ab, ag, bg = kendall_taus(a, b), kendall_taus(a, given), kendall_taus(b, given)
     scale = np.sqrt(np.maximum(0.0, (1 - ag * ag) * (1 - bg * bg)))
     return np.asarray(np.where(scale > 1e-6, (ab - ag * bg) / np.where(scale > 1e-6, scale, 1.0), 0.0))
 
 
 def spearmans(a: npt.ArrayLike, b: npt.ArrayLike) -> Array:
-    """`spearman` of each row of `a` and `b` (D, n) -> (D,)."""
+    """`spearman` of each row of `a` and `b`, (D, n) -> (D,)."""
     one, two = _centred_ranks(a), _centred_ranks(b)
     scale = np.sqrt((one * one).sum(axis=1) * (two * two).sum(axis=1))
     return np.asarray((one * two).sum(axis=1) / np.where(scale > 0, scale, 1.0))
 
 
 def _centred_ranks(rows: npt.ArrayLike) -> Array:
-    """Ranks within each row (D, n) less their mean: half of how many are smaller less how many are greater."""
+    """Ranks within each row (D, n) minus their mean: half of (number of smaller values - number of greater ones)."""
     x = np.asarray(rows, dtype=np.float64)
     parts = [x[i : i + 256] for i in range(0, len(x), 256)]
     return np.concatenate([np.sign(p[:, :, None] - p[:, None, :]).sum(axis=2) / 2 for p in parts])
 
 
 def expected_maximum(n: npt.ArrayLike) -> Array:
-    """Expected greatest of n standard normals, to 0.03 (Blom 1958); 0 for one or fewer."""
+    """Expected maximum of n standard normals, accurate to 0.03 (Blom 1958); 0 for one or fewer."""
     count = np.maximum(np.asarray(n, dtype=np.float64), 1.0)
     return normal_quantile((count - 0.375) / (count + 0.25))
 
@@ -148,7 +151,7 @@ def expected_maximum(n: npt.ArrayLike) -> Array:
 def bootstrap_interval(
     statistic: Callable[..., float], *samples: npt.ArrayLike, level: float = 0.9, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of `statistic(*samples)`, its samples (n,) redrawn together with replacement."""
+    """Percentile bootstrap interval of `statistic(*samples)`; samples (n,) are redrawn together, with replacement."""
     arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
@@ -158,7 +161,7 @@ def bootstrap_interval(
 
 
 def coverage(truth: npt.ArrayLike, mean: npt.ArrayLike, std: npt.ArrayLike, level: float = 0.9) -> float:
-    """Part of `truth` (n,) inside the central normal interval of that level: `level` where it is calibrated."""
+    """Fraction of `truth` (n,) within the central normal interval of that level: `level` itself if it is calibrated."""
     half = float(normal_quantile(0.5 + level / 2)) * np.asarray(std, dtype=np.float64)
     inside = np.abs(np.asarray(truth, dtype=np.float64) - np.asarray(mean, dtype=np.float64)) <= half
     return float(inside.mean())

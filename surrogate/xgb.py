@@ -1,4 +1,4 @@
-"""The surrogate: a Bayesian linear trend, corrected by a bag of small boosted trees, with a standard deviation."""
+"""The surrogate: Bayesian linear regression, corrected by bagged boosted trees; it predicts mean and variance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from surrogate.linear import Linear, Prior, fit_linear
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
 
-MEMBERS = 8
+MEMBERS = 8  # boosters, each of ROUNDS trees
 ROUNDS = 20
-PROMISES_KEPT = 10
-CHUNK = 65_536  # rows predicted at once: bounds the memory, 2 million rows would not fit as float64
+CALIBRATED_POINTS = 10  # added to the calibration as points whose errors have exactly their predicted size
+CHUNK = 65_536  # rows predicted at once, to bound the memory: 2 million rows would not fit as float64
 TREES = {
     "max_depth": 3,
     "eta": 0.2,
@@ -26,14 +26,14 @@ TREES = {
     "tree_method": "hist",
     "max_bin": 64,
     "base_score": 0.0,
-    "nthread": 1,  # on a machine that others use, more threads only wait for each other: slower even on millions
+    "nthread": 1,  # on a shared machine, more threads wait for each other: slower even on millions of rows
     "verbosity": 0,
 }
 
 
 @dataclass(frozen=True)
 class SurrogateParts:
-    """Which of the two parts a surrogate has; both, but for an ablation."""
+    """Which of its two parts a surrogate has: both, except in an ablation."""
 
     linear: bool = True
     trees: bool = True
@@ -44,9 +44,9 @@ BOTH = SurrogateParts()
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A linear part, and boosted trees fitted to bootstrap samples of what it leaves over.
+    """A linear part, and boosted trees fitted to bootstrap samples of its residuals.
 
-    `scale` calibrates all variances: how much greater the squared errors were than promised at points left out.
+    `scale` calibrates all variances: the ratio of squared errors to predicted variances at left-out points.
     """
 
     linear: Linear
@@ -83,37 +83,39 @@ def fit(
 ) -> Surrogate:
     """Fits y (n,), of about unit variance, on trend (n, k) and standardised features x (n, d).
 
-    Deterministic for a seed. `noise` (n,): factors on the noise variance of the points (`fit_linear`).
+    Deterministic for a seed. `noise` (n,) multiplies the noise variance of each point, as in `fit_linear`.
     """
-    line = fit_linear(trend, x, y, prior, noise)
+    linear = fit_linear(trend, x, y, prior, noise)
     if not parts.linear:
-        line = line.without_data(prior)
-    left = y - line.predict(trend, x)[0]
+        linear = linear.without_data(prior)
     if not parts.trees or len(y) < 2:
-        return Surrogate(line, [], _calibration(line, y, np.zeros((1, len(y)))))
-    boosters, unseen = _bag(np.concatenate([trend, x], axis=1), left, seed)
-    return Surrogate(line, boosters, _calibration(line, y, unseen))
+        return Surrogate(linear, [], _calibration(linear, y, np.zeros((1, len(y)))))
+    residuals = y - linear.predict(trend, x)[0]
+    boosters, out_of_bag = _bag(np.concatenate([trend, x], axis=1), residuals, seed)
+    return Surrogate(linear, boosters, _calibration(linear, y, out_of_bag))
 
 
-def _calibration(line: Linear, y: Array, trees: Array) -> float:
-    """Mean square of the errors in units of their promised size, each point left out; held to 1 as if by
-    PROMISES_KEPT more points. `trees` (members, n): corrections from members that have not seen the point, else nan."""
-    unseen = ~np.isnan(trees)
-    seen_by = np.maximum(unseen.sum(axis=0), 1)
-    correction = np.where(unseen, trees, 0.0).sum(axis=0) / seen_by
-    spread = np.where(unseen, (trees - correction) ** 2, 0.0).sum(axis=0) / seen_by
-    errors = (y - line.left_out - correction) ** 2 / (line.left_out_variance + spread)
-    return float((errors.sum() + PROMISES_KEPT) / (len(y) + PROMISES_KEPT))
+def _calibration(linear: Linear, y: Array, out_of_bag: Array) -> float:
+    """Mean ratio of squared error to predicted variance over left-out points, shrunk to 1 by CALIBRATED_POINTS.
+
+    `out_of_bag` (members, n) are the corrections of each point by the members that were not fitted to it, else nan.
+    """
+    unseen = ~np.isnan(out_of_bag)
+    members = np.maximum(unseen.sum(axis=0), 1)
+    correction = np.where(unseen, out_of_bag, 0.0).sum(axis=0) / members
+    variance = np.where(unseen, (out_of_bag - correction) ** 2, 0.0).sum(axis=0) / members
+    ratios = (y - linear.left_out - correction) ** 2 / (linear.left_out_variance + variance)
+    return float((ratios.sum() + CALIBRATED_POINTS) / (len(y) + CALIBRATED_POINTS))
 
 
 def _bag(x: Matrix, y: Array, seed: int) -> tuple[list[xgboost.Booster], Array]:
-    """The boosters, and their predictions (members, n) of the points left out of their samples, nan elsewhere."""
+    """The boosters, and their predictions (members, n) of the points outside their bootstrap samples, nan elsewhere."""
     rng = np.random.default_rng(seed)
-    boosters, unseen = [], np.full((MEMBERS, len(y)), np.nan)
+    boosters, out_of_bag = [], np.full((MEMBERS, len(y)), np.nan)
     for member in range(MEMBERS):
         weight = np.bincount(rng.integers(len(y), size=len(y)), minlength=len(y))
         data = xgboost.DMatrix(x, y, weight=weight, nthread=1)
         booster = xgboost.train({**TREES, "seed": seed + member}, data, ROUNDS)
-        unseen[member, weight == 0] = booster.inplace_predict(x)[weight == 0]
+        out_of_bag[member, weight == 0] = booster.inplace_predict(x)[weight == 0]
         boosters.append(booster)
-    return boosters, unseen
+    return boosters, out_of_bag

@@ -113,7 +113,7 @@ def test_pending_trials_count_as_asked(method):
 
 
 def test_unknown_method_names_the_methods():
-    with pytest.raises(UsageError, match="no method 'magic'; there are mfkd, "):
+    with pytest.raises(UsageError, match="no method named 'magic'; choose from mfkd, "):
         propose(SPACE, History(), Plan((LOW,), FULL, "magic"), 1)
 
 
@@ -356,7 +356,7 @@ def test_scores_average_repeats_and_leave_failures_out():
     got = scores(SPACE, history, FULL)
     assert (got.rows.tolist(), got.values.tolist(), got.counts.tolist()) == ([3], [0.5], [2.0])
     assert (got.asked.tolist(), got.pending.tolist(), got.trials) == ([3, 8, 9], [9], 4)
-    assert got.times == {3: 2, 8: 1, 9: 1}
+    assert got.times_asked == {3: 2, 8: 1, 9: 1}
     assert got.seconds == 2.0
 
 

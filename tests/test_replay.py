@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from engine.fleet.supervisor import ROOT
-from engine.search.replay import simulate as simulation
-from engine.search.replay.simulate import Replay, recorded, replay, simulate
+from engine.search.replay import replay as replaying
+from engine.search.replay.replay import replay
+from engine.search.replay.simulate import Replay, recorded, simulate, validated_replay
 from engine.search.replay.tables import dump, load
 from engine.trial import Fidelity, Trial, UsageError
 from tests.searches import until
@@ -45,7 +46,7 @@ def test_a_replay_that_was_stopped_goes_on_and_says_the_same(tmp_path, monkeypat
     with open(tmp_path / "part" / "runs.jsonl", "a") as file:
         file.write('{"settings": "cut sh')
     simulated = []
-    monkeypatch.setattr(simulation, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
+    monkeypatch.setattr(replaying, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
     assert replay(replace(QUICK, out=tmp_path / "part")) == whole
     assert sorted(simulated) == [(m, k) for m in ("mfkd", "random") for k in (1, 2)]
 
@@ -53,7 +54,7 @@ def test_a_replay_that_was_stopped_goes_on_and_says_the_same(tmp_path, monkeypat
 def test_runs_of_other_settings_are_not_taken_for_finished(tmp_path, monkeypatch):
     replay(replace(QUICK, out=tmp_path))
     simulated = []
-    monkeypatch.setattr(simulation, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
+    monkeypatch.setattr(replaying, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
     replay(replace(QUICK, out=tmp_path, workers=2))
     assert len(simulated) == 6
 
@@ -85,14 +86,14 @@ def test_worker_hours_are_wall_time_times_workers():
     """Random search of W workers: the first answer comes at the first cost, times W."""
     table = load(SYNTHETIC)
     for workers in (1, 4):
-        run = simulate(simulation._checked(replace(QUICK, workers=workers), table), "random", 0)
+        run = simulate(validated_replay(replace(QUICK, workers=workers), table), "random", 0)
         cheapest, dearest = table.seconds["full"].min() / 3600, table.seconds["full"].max() / 3600
         assert workers * cheapest <= run.curve[1][0] <= workers * dearest
 
 
 def test_one_worker_until_everything_is_trained_finds_the_best():
     table = load(SYNTHETIC)
-    settings = simulation._checked(replace(QUICK, workers=1, gpu_hours=1000), table)
+    settings = validated_replay(replace(QUICK, workers=1, gpu_hours=1000), table)
     run = simulate(settings, "random", 0)
     assert run.full == len(table.candidates)
     assert run.best_at <= table.seconds["full"].sum()
@@ -104,7 +105,7 @@ def test_one_worker_until_everything_is_trained_finds_the_best():
 
 def test_incumbent_is_chosen_by_validation_and_judged_by_test():
     table = load(SYNTHETIC)
-    run = simulate(simulation._checked(QUICK, table), "random", 1)
+    run = simulate(validated_replay(QUICK, table), "random", 1)
     accuracies = {round(float(100 * t), 6) for t in table.test}
     assert all(round(accuracy, 6) in accuracies for _, accuracy in run.curve[1:])
     assert [when for when, _ in run.curve] == sorted(when for when, _ in run.curve)
@@ -137,10 +138,10 @@ def test_what_failed_in_full_is_never_the_incumbent(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("magic",)}, "no method 'magic'; there are mfkd"),
-        ({"lows": ("e99",)}, "no low fidelity 'e99'; it has low"),
-        ({"max_macs": 1.0}, r"meets the constraints; its MACs go from 1.2e\+06"),
-        ({"workers": 0}, "workers and seeds must be at least 1"),
+        ({"methods": ("magic",)}, "no method named 'magic'; choose from mfkd"),
+        ({"lows": ("e99",)}, "no low fidelity 'e99'; choose from low"),
+        ({"max_macs": 1.0}, r"meets the constraints; MACs range from 1.2e\+06"),
+        ({"workers": 0}, "--workers and --seeds must be at least 1"),
         ({"at": (-1.0,)}, "the hours of --at must be at least 0"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Search methods: pure functions of the history."""
+"""Search methods: what to try next, as pure functions of the history, and which architecture to recommend."""

@@ -1,6 +1,6 @@
-"""What the answers say of every candidate: the surrogate, from low-fidelity scores up to full accuracy.
+"""The surrogate: what the evaluations say about every candidate, from low-fidelity scores up to full accuracy.
 
-Everything is in normal scores: 0 is the middle of the candidates, 1 a standard deviation above it.
+All quantities are normal scores: 0 is the middle of the candidates, 1 a standard deviation above it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from surrogate.quality import normal_scores
 log = logging.getLogger(__name__)
 Matrix = npt.NDArray[np.float32]
 
-# Priors on standardised slopes, mean and variance. Fitted from the first score on.
+# Prior mean and variance of the slopes of standardised quantities; data correct them from the first score on.
 MACS_ON_LOW = (0.5, 0.1)
 MACS_ON_FULL = (0.25, 0.1)
 LOW_ON_FULL = (0.7, 0.1)
-# MACs that vary less than this (standard deviation of their logarithm) get a proportionally smaller prior slope:
-# under a cap on MACs, size says little.
-LOG_MACS_SPREAD = 0.5
-# Variance of full accuracy around what low fidelity and MACs lead to expect.
+# If the logarithm of MACs has a smaller standard deviation than this, their prior slope shrinks in proportion: under a
+# cap on MACs, size says little.
+LOG_MACS_STD = 0.5
+# Variance of full accuracy that low fidelity and MACs are not expected to explain.
 RESIDUAL = 0.3
-# A low score is half its architecture's own, half luck: it pulls its own estimate this far from the smooth one.
+# A low score is taken to be half its architecture's own deviation and half noise, so it pulls the estimate of its
+# architecture this share of the way from the smooth fit.
 PULL = 0.5
-# Scores from which a fidelity is fitted, and full results from which one may be dropped.
+# Scores needed to fit a fidelity, and full results needed before one may be dropped.
 ENOUGH_LOW, ENOUGH_FULL = 4, 12
-# Part of its prior weight under which a low fidelity may be dropped.
+# A low fidelity may be dropped if its weight is below this share of its prior weight.
 LITTLE_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class SurrogateInputs:
-    """What the surrogate may use; all of it, but for an ablation."""
+    """What the surrogate may use: everything, except in an ablation."""
 
     low: bool = True
     macs: bool = True
@@ -50,18 +51,24 @@ class SurrogateInputs:
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """What is known of candidates before any answer: standardised features x (n, d), MACs in normal scores (n, 1),
-    and the part 0..1 of the prior on MACs that their range deserves."""
+    """What is known about the candidates before any evaluation.
+
+    `x` (n, d) are standardised features, `macs` (n, 1) normal scores of MACs, and `macs_weight` (0..1) the share of the
+    prior slopes of MACs that their range deserves.
+    """
 
     x: Matrix
     macs: Matrix
-    weight: float
+    macs_weight: float
 
 
 @dataclass(frozen=True)
 class Level:
-    """Estimate of one low fidelity's scores: mean (n,), variance (n,) of the architecture's own score, its linear
-    part, and the variance of one measurement."""
+    """The estimate of one low fidelity's scores.
+
+    `mean` and `variance` (n,) are those of an architecture's own score, `linear` is the linear part of the fit, `noise`
+    the variance of one measurement.
+    """
 
     mean: Array
     variance: Array
@@ -71,9 +78,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Full accuracy of each candidate: mean and variance (n,). `trend` (n, 1 + levels) is what its linear part rests
-    on; `levels` are the low fidelities in use and `slopes` their weight in it; `y` (m,) the full results so far,
-    `noise` the variance of one around its architecture's own; `dropped` the low fidelities found to say nothing."""
+    """Full accuracy of each candidate: `mean` and `variance` (n,).
+
+    `trend` (n, 1 + levels) holds the trends of the linear part, `levels` the low fidelities in use and `slopes` their
+    weights. `y` (m,) are the full results so far and `noise` is the variance of one around its architecture's true
+    score. `dropped` are the indices of the low fidelities that turned out to be useless.
+    """
 
     mean: Array
     variance: Array
@@ -88,97 +98,112 @@ class Estimate:
 
 
 @lru_cache(maxsize=1)
-def candidate_features(same: IdentityKey) -> CandidateFeatures:
-    """Features of the candidates: their encoding, log MACs and log parameters, standardised; constants go."""
-    candidates = same.value
+def candidate_features(key: IdentityKey) -> CandidateFeatures:
+    """The candidates' encoding, log MACs and log parameters, standardised; constant columns are left out."""
+    candidates = key.value
     costs = np.log(np.stack([candidates.macs, candidates.params], axis=1) + 1)
-    spread = np.concatenate([candidates.features.std(axis=0), costs.std(axis=0)])
+    std = np.concatenate([candidates.features.std(axis=0), costs.std(axis=0)])
     mean = np.concatenate([candidates.features.mean(axis=0, dtype=np.float64), costs.mean(axis=0)])
-    keep = np.flatnonzero(spread > 1e-6)
+    keep = np.flatnonzero(std > 1e-6)
+    encoded = candidates.features.shape[1]
     x = np.empty((len(candidates), len(keep)), dtype=np.float32)
     for place, column in enumerate(keep):
-        known = column < candidates.features.shape[1]
-        values = candidates.features[:, column] if known else costs[:, column - candidates.features.shape[1]]
-        x[:, place] = (values - mean[column]) / spread[column]
+        values = candidates.features[:, column] if column < encoded else costs[:, column - encoded]
+        x[:, place] = (values - mean[column]) / std[column]
     macs = normal_scores(candidates.macs)[:, None].astype(np.float32)
-    return CandidateFeatures(x, macs, min(1.0, float(costs[:, 0].std()) / LOG_MACS_SPREAD))
+    return CandidateFeatures(x, macs, min(1.0, float(costs[:, 0].std()) / LOG_MACS_STD))
+
+
+def fit_level(candidates: Candidates, scores: Scores, seed: int, inputs: SurrogateInputs) -> Level:
+    """The surrogate of one low fidelity, fitted to its scores. Recent fits are cached."""
+    return _fit_level(IdentityKey(candidates), scores.rows.tobytes(), scores.values.tobytes(), seed, inputs)
 
 
 @lru_cache(maxsize=8)
-def _level(same: IdentityKey, rows: bytes, values: bytes, seed: int, inputs: SurrogateInputs) -> Level:
-    base, at, y = candidate_features(same), np.frombuffer(rows, dtype=np.int64), normal_scores(np.frombuffer(values))
-    macs = base.macs if inputs.macs else np.zeros_like(base.macs)
-    prior = Prior(np.array([base.weight * MACS_ON_LOW[0]]), np.array([MACS_ON_LOW[1]]))
-    model = xgb.fit(macs[at], base.x[at], y, prior, seed, parts=inputs.parts)
-    mean, variance = model.predict(macs, base.x)
-    own = (1 - PULL) * model.linear.noise
+def _fit_level(key: IdentityKey, rows: bytes, values: bytes, seed: int, inputs: SurrogateInputs) -> Level:
+    features = candidate_features(key)
+    scored, y = np.frombuffer(rows, dtype=np.int64), normal_scores(np.frombuffer(values))
+    macs = _macs_trend(features, inputs)
+    prior = Prior(np.array([features.macs_weight * MACS_ON_LOW[0]]), np.array([MACS_ON_LOW[1]]))
+    model = xgb.fit(macs[scored], features.x[scored], y, prior, seed, parts=inputs.parts)
+    mean, variance = model.predict(macs, features.x)
+    own = (1 - PULL) * model.linear.noise  # variance of what is particular to an architecture
     variance += own
-    mean[at] += PULL * (y - mean[at])
-    variance[at] = (1 - PULL) * own
+    mean[scored] += PULL * (y - mean[scored])
+    variance[scored] = (1 - PULL) * own
     return Level(mean, variance, model.linear, model.linear.noise)
 
 
-def level(candidates: Candidates, scores: Scores, seed: int, inputs: SurrogateInputs = SurrogateInputs()) -> Level:
-    """The surrogate of one low fidelity, fitted to its scores."""
-    return _level(IdentityKey(candidates), scores.rows.tobytes(), scores.values.tobytes(), seed, inputs)
+def estimate(
+    candidates: Candidates, lows: Sequence[Scores], high: Scores, seed: int, inputs: SurrogateInputs
+) -> Estimate:
+    """Full accuracy of every candidate, from the scores of the full fidelity and of any number of low ones.
 
-
-def estimate(candidates: Candidates, lows: Sequence[Scores], high: Scores, seed: int, inputs: SurrogateInputs) -> Estimate:
-    """Full accuracy of every candidate, from the scores of any number of low fidelities and of the full one.
-
-    Low fidelities with fewer than ENOUGH_LOW scores are left out; one whose scores make predictions of the full
-    results worse, each left out in turn, is dropped, and the log says so.
+    Low fidelities with fewer than ENOUGH_LOW scores are left out. One that makes left-out predictions of the full
+    results worse is dropped, and the log says so.
     """
-    base = candidate_features(IdentityKey(candidates))
-    levels = {i: level(candidates, s, seed, inputs) for i, s in enumerate(lows) if inputs.low and len(s) >= ENOUGH_LOW}
-    macs = base.macs if inputs.macs else np.zeros_like(base.macs)
+    features = candidate_features(IdentityKey(candidates))
+    levels = {
+        i: fit_level(candidates, scores, seed, inputs)
+        for i, scores in enumerate(lows)
+        if inputs.low and len(scores) >= ENOUGH_LOW
+    }
+    macs = _macs_trend(features, inputs)
     dropped: list[int] = []
     while True:
         kept = [levels[i] for i in levels if i not in dropped]
-        trend = np.concatenate([macs, *(one.mean[:, None] for one in kept)], axis=1, dtype=np.float32)
-        prior = _prior(base, len(kept))
+        trend = np.concatenate([macs, *(level.mean[:, None] for level in kept)], axis=1, dtype=np.float32)
+        prior = _full_prior(features, len(kept))
         y = _targets(high.values, trend[high.rows] @ prior.mean)
-        worst = _useless(trend[high.rows], base.x[high.rows], y, 1 / high.counts, len(kept), base)
-        if worst is None:
+        useless = _useless_level(trend[high.rows], features.x[high.rows], y, prior, 1 / high.counts, features)
+        if useless is None:
             break
-        dropped.append([i for i in levels if i not in dropped][worst])
+        dropped.append([i for i in levels if i not in dropped][useless])
         log.info("low fidelity %d carries no signal beyond MACs after %d full results: dropped", dropped[-1], len(y))
     parts = xgb.SurrogateParts(inputs.parts.linear, inputs.parts.trees and len(y) >= ENOUGH_LOW)
-    model = xgb.fit(trend[high.rows], base.x[high.rows], y, prior, seed, 1 / high.counts, parts)
-    mean, variance = model.predict(trend, base.x)
-    slopes = [float(s) for s in model.linear.weights[2 : 2 + len(kept)]]
-    for slope, one in zip(slopes, kept, strict=True):
-        variance += slope**2 * one.variance
-    return Estimate(mean, variance, base, trend, model.linear, kept, slopes, y, model.noise, dropped)
+    model = xgb.fit(trend[high.rows], features.x[high.rows], y, prior, seed, 1 / high.counts, parts)
+    mean, variance = model.predict(trend, features.x)
+    slopes = [float(slope) for slope in model.linear.weights[2 : 2 + len(kept)]]
+    for slope, level in zip(slopes, kept, strict=True):
+        variance += slope**2 * level.variance
+    return Estimate(mean, variance, features, trend, model.linear, kept, slopes, y, model.noise, dropped)
 
 
-def _prior(base: CandidateFeatures, levels: int) -> Prior:
-    mean = [base.weight * MACS_ON_FULL[0]] + [LOW_ON_FULL[0] / levels for _ in range(levels)]
+def _macs_trend(features: CandidateFeatures, inputs: SurrogateInputs) -> Matrix:
+    return features.macs if inputs.macs else np.zeros_like(features.macs)
+
+
+def _full_prior(features: CandidateFeatures, levels: int) -> Prior:
+    """Prior slopes of MACs and of each low fidelity, which share theirs."""
+    mean = [features.macs_weight * MACS_ON_FULL[0]] + [LOW_ON_FULL[0] / levels for _ in range(levels)]
     return Prior(np.array(mean), np.array([MACS_ON_FULL[1]] + [LOW_ON_FULL[1]] * levels))
 
 
-def _targets(values: Array, believed: Array) -> Array:
-    """Full results as normal scores, spread as the few that were chosen are believed to differ."""
+def _targets(values: Array, expected: Array) -> Array:
+    """Full results as normal scores, with the mean and the spread that the prior expects.
+
+    The architectures trained in full are no random sample of the candidates.
+    """
     if len(values) < 2:
-        return np.asarray(believed, dtype=np.float64)
+        return np.asarray(expected, dtype=np.float64)
     ranked = normal_scores(values)
-    scale = np.sqrt(believed.var() + RESIDUAL) / max(float(ranked.std()), 1e-9)
-    return np.asarray(ranked * scale + believed.mean(), dtype=np.float64)
+    scale = np.sqrt(expected.var() + RESIDUAL) / max(float(ranked.std()), 1e-9)
+    return np.asarray(ranked * scale + expected.mean(), dtype=np.float64)
 
 
-def _useless(
-    trend: Matrix, x: Matrix, y: Array, noise: Array, levels: int, base: CandidateFeatures
+def _useless_level(
+    trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array, features: CandidateFeatures
 ) -> int | None:
-    """The level, if any, that is given next to no weight and without which full results are predicted no worse."""
+    """The index of a level that has next to no weight and without which full results are predicted no worse."""
+    levels = len(prior.mean) - 1
     if len(y) < ENOUGH_FULL or not levels:
         return None
-    prior = _prior(base, levels)
-    whole = fit_linear(trend, x, y, prior, noise)
-    level = int(np.argmin(whole.weights[2 : 2 + levels]))
-    if whole.weights[2 + level] > LITTLE_WEIGHT * prior.mean[1 + level]:
+    fitted = fit_linear(trend, x, y, prior, noise)
+    level = int(np.argmin(fitted.weights[2 : 2 + levels]))
+    if fitted.weights[2 + level] > LITTLE_WEIGHT * prior.mean[1 + level]:
         return None
-    rest = fit_linear(np.delete(trend, 1 + level, axis=1), x, y, _prior(base, levels - 1), noise)
-    return level if _left_out_likelihood(rest, y) > _left_out_likelihood(whole, y) else None
+    without = fit_linear(np.delete(trend, 1 + level, axis=1), x, y, _full_prior(features, levels - 1), noise)
+    return level if _left_out_likelihood(without, y) > _left_out_likelihood(fitted, y) else None
 
 
 def _left_out_likelihood(fitted: Linear, y: Array) -> float:

@@ -1,9 +1,10 @@
-"""Our method: cheap distilled scores teach a surrogate of the whole space, which says what to train in full."""
+"""The project's method: low-fidelity scores train a surrogate of the whole space, which picks what to train in full."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +14,35 @@ from engine.search.methods.estimate import PULL, Estimate, SurrogateInputs, esti
 from engine.search.methods.recommend import noise_variance, posterior
 from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, scores, unasked, worker_count
 from engine.space import Candidates
-from engine.trial import Fidelity, History, Trial
-from surrogate.acquire import expected_hypervolume, expected_improvement, spread_out, value_of_looking
+from engine.trial import History, Trial
+from surrogate.acquire import expected_hypervolume, expected_improvement, pick_batch, value_of_information
 
-# The first, spread batch of low-fidelity runs: worth so many full runs, within these bounds.
+Mask = npt.NDArray[np.bool_]
+
+# The first low-fidelity batch, spread over MACs: as many trials as cost this many full ones, within these bounds.
 FIRST_BATCH_COST = 1.2
 FIRST_BATCH = (8, 24)
-# Low-fidelity runs whose joint value is weighed against a full run's.
-LOOK = 8
-# Standard deviations above the mean.
+# Low-fidelity trials of a later batch, whose joint value is weighed against a full trial's.
+LOW_BATCH = 8
+# Weight of the standard deviation in the upper confidence bound.
 BETA = 0.25
-# Picks are made among so many candidates of highest upper bound; variances only shrink from there.
+# Only this many candidates of highest upper bound are compared: conditioning on trials shrinks variances, so that the
+# others cannot overtake them.
 SHORTLIST = 512
-# Full results after which every new one refits the surrogate only at multiples of REFIT.
+# The surrogate is refitted at each of the first results of a fidelity, then at every REFIT-th one.
 REFIT_ALWAYS, REFIT = 8, 4
-# Distinct full results before a repeat may be asked.
+# Architectures that must have a full result before one of them is trained again.
 BEFORE_REPEATS = 8
 
 
 @dataclass(frozen=True)
 class MfkdOptions:
-    """The method's decisions; the defaults are the method, others are ablations of it, and the search for a front."""
+    """Options of the method. The defaults are the method itself; others are its ablations, and the search for a front.
+
+    `inputs`: what the surrogate may use. `beta`: weight of the standard deviation in the upper bound. `gate`: train in
+    full only what has a low-fidelity score. `guided`: ask low-fidelity trials after the first batch. `front`: look for
+    the front of accuracy against MACs, not for accuracy alone.
+    """
 
     inputs: SurrogateInputs = field(default_factory=SurrogateInputs)
     beta: float = BETA
@@ -42,220 +51,272 @@ class MfkdOptions:
     front: bool = False
 
 
-OURS = MfkdOptions()
+DEFAULT_OPTIONS = MfkdOptions()
 
 
 @dataclass(frozen=True)
 class State:
-    """One decision's view: the answers of each fidelity, how many trials of each the plan still allows."""
+    """What one decision sees: the scores of each low fidelity, the main one first, and of the full one."""
 
     candidates: Candidates
     history: History
     plan: Plan
-    low: Fidelity
-    at_low: Scores
+    lows: tuple[Scores, ...]
     high: Scores
-    lows_left: int
-    highs_left: int
 
     @property
-    def price(self) -> float:
-        """Cost of a low-fidelity run in full ones: measured once there are answers of both."""
-        if self.at_low.seconds > 0 and self.high.seconds > 0:
-            return self.at_low.seconds / self.high.seconds
-        return self.low.cost() / self.plan.high.cost()
+    def low(self) -> Scores:
+        return self.lows[0]
+
+    @cached_property
+    def lows_asked(self) -> int:
+        return sum(one.trials for one in self.lows)
 
     @property
-    def scarce(self) -> bool:
-        """The plan has chosen many low-fidelity runs for few full ones: they are all made, before the full ones."""
+    def lows_left(self) -> int:
+        """Low-fidelity trials that the plan still allows."""
+        return max(0, self.plan.max_low - self.lows_asked)
+
+    @property
+    def highs_left(self) -> int:
+        """Full trials that the plan and the candidates still allow."""
+        return min(self.plan.max_high - self.high.trials, len(self.candidates) - len(self.high.asked))
+
+    @property
+    def planned_cost(self) -> float:
+        """Cost of a low-fidelity trial relative to a full one, by images and epochs."""
+        return self.plan.lows[0].cost() / self.plan.high.cost()
+
+    @property
+    def relative_cost(self) -> float:
+        """Cost of a low-fidelity trial relative to a full one: the measured one, as soon as both have been measured."""
+        measured = self.low.seconds > 0 and self.high.seconds > 0
+        return self.low.seconds / self.high.seconds if measured else self.planned_cost
+
+    @property
+    def all_lows_first(self) -> bool:
+        """The plan has many low-fidelity trials for few full ones: all of them are made before the full ones."""
         return self.plan.max_low >= 4 * self.plan.max_high
 
 
-def mfkd(candidates: Candidates, history: History, plan: Plan, slots: int, options: MfkdOptions = OURS) -> list[Trial]:
-    """A first low-fidelity batch spread over MACs; then, for every free slot, what is expected to bring most per
-    second: low-fidelity runs of the most promising candidates of the whole space, a full run of the best, or a repeat.
+def mfkd(
+    candidates: Candidates, history: History, plan: Plan, slots: int, options: MfkdOptions = DEFAULT_OPTIONS
+) -> list[Trial]:
+    """A first low-fidelity batch spread over MACs; then, for every free slot, what is expected to gain most per second.
+
+    That is a batch of low-fidelity trials of the most promising candidates of the whole space, a full trial of the
+    best, or a repeat of a full trial with another seed.
     """
-    all_lows = [scores(candidates, history, low) for low in plan.lows]
-    high = scores(candidates, history, plan.high)
-    highs_left = min(plan.max_high - high.trials, len(candidates) - len(high.asked))
-    if highs_left <= 0:
+    lows = tuple(scores(candidates, history, low) for low in plan.lows)
+    state = State(candidates, history, plan, lows, scores(candidates, history, plan.high))
+    if state.highs_left <= 0:
         return []
-    asked_low = sum(s.trials for s in all_lows)
-    state = State(
-        candidates, history, plan, plan.lows[0], all_lows[0], high, max(0, plan.max_low - asked_low), highs_left
-    )
-    first = _first_batch(state) if options.inputs.low else 0
-    if asked_low < first:
-        rng = np.random.default_rng(plan.seed)
-        spread = rng.permutation(candidates.spread(first, rng))
-        rows = spread[unasked(candidates, all_lows[0].asked)[spread]]  # some may come from a study made before
-        return ask(candidates, history, plan, rows[: min(slots, first - asked_low)], plan.lows[0])
-    # Nothing is decided on a handful of scores while the rest of the batch is under way.
-    if len(all_lows[0].pending) > first // 3 and not high.trials:
+    first = _first_batch_size(state) if options.inputs.low else 0
+    if state.lows_asked < first:
+        return _first_batch(state, first, slots)
+    # Nothing is decided on a handful of scores while the rest of the batch is pending.
+    if len(state.low.pending) > first // 3 and not state.high.trials:
         return []
-    known = _fitted(candidates, tuple(map(_refit, all_lows)), _refit(high), plan.seed, options.inputs)
-    if state.scarce and not state.lows_left and len(all_lows[0].pending):
+    fitted = _fit(candidates, [*map(_refitted, lows), _refitted(state.high)], plan.seed, options.inputs)
+    if state.all_lows_first and not state.lows_left and len(state.low.pending):
         return []
-    if 0 not in known.dropped and options.inputs.low and options.guided and known.levels and state.lows_left:
-        looks, wait = _looks(state, known, slots, options)
-        if looks or wait:
-            return ask(candidates, history, plan, looks, state.low)
-    return _full(state, known, slots, options)
+    low_is_useful = options.inputs.low and fitted.levels and 0 not in fitted.dropped
+    if low_is_useful and options.guided and state.lows_left:
+        rows, wait = _low_batch(state, fitted, slots, options)
+        if rows or wait:
+            return ask(candidates, history, plan, rows, plan.lows[0])
+    return _full_trials(state, fitted, slots, options)
 
 
-def _first_batch(state: State) -> int:
+def _first_batch_size(state: State) -> int:
     budget, n = state.plan.max_low, len(state.candidates)
-    if state.scarce:
+    if state.all_lows_first:
         return min(budget, n, max(FIRST_BATCH[0], budget // 2))
-    few, many = FIRST_BATCH
-    price = state.low.cost() / state.plan.high.cost()
-    return min(budget, n, max(few, min(many, round(FIRST_BATCH_COST / price))))
+    least, most = FIRST_BATCH
+    return min(budget, n, max(least, min(most, round(FIRST_BATCH_COST / state.planned_cost))))
 
 
-def _refit(all_scores: Scores) -> Scores:
-    """The scores that the surrogate is fitted to: later ones wait for the next refit, and count as pending."""
-    n = len(all_scores)
+def _first_batch(state: State, size: int, slots: int) -> list[Trial]:
+    """The next low-fidelity trials of the first batch, in random order."""
+    rng = np.random.default_rng(state.plan.seed)
+    rows = rng.permutation(state.candidates.spread_by_macs(size, rng))
+    rows = rows[unasked(state.candidates, state.low.asked)[rows]]  # some may come from an earlier fidelity study
+    rows = rows[: min(slots, size - state.lows_asked)]
+    return ask(state.candidates, state.history, state.plan, rows, state.plan.lows[0])
+
+
+def _refitted(own: Scores) -> Scores:
+    """The scores that the surrogate is fitted to: later ones count as pending until the next refit."""
+    n = len(own)
     keep = n if n < REFIT_ALWAYS else n - n % REFIT
-    waiting = np.concatenate([all_scores.pending, all_scores.rows[keep:]])
     return replace(
-        all_scores,
-        rows=all_scores.rows[:keep],
-        values=all_scores.values[:keep],
-        counts=all_scores.counts[:keep],
-        pending=waiting,
+        own,
+        rows=own.rows[:keep],
+        values=own.values[:keep],
+        counts=own.counts[:keep],
+        pending=np.concatenate([own.pending, own.rows[keep:]]),
     )
 
 
-def _fitted(candidates: Candidates, lows: tuple[Scores, ...], high: Scores, seed: int, inputs: SurrogateInputs) -> Estimate:
-    content = tuple((s.rows.tobytes(), s.values.tobytes(), s.counts.tobytes()) for s in (*lows, high))
-    return _estimate(IdentityKey(candidates), content, seed, inputs)
+def _fit(candidates: Candidates, fidelities: Sequence[Scores], seed: int, inputs: SurrogateInputs) -> Estimate:
+    """The estimate from the scores of the low fidelities and, last, of the full one.
+
+    Cached: between two refits, all decisions use the same fit.
+    """
+    content = tuple((s.rows.tobytes(), s.values.tobytes(), s.counts.tobytes()) for s in fidelities)
+    return _fit_content(IdentityKey(candidates), content, seed, inputs)
 
 
 @lru_cache(maxsize=2)
-def _estimate(same: IdentityKey, content: tuple[tuple[bytes, bytes, bytes], ...], seed: int, inputs: SurrogateInputs) -> Estimate:
+def _fit_content(
+    key: IdentityKey, content: tuple[tuple[bytes, bytes, bytes], ...], seed: int, inputs: SurrogateInputs
+) -> Estimate:
     none = np.zeros(0, dtype=np.int64)
-    read = [
-        Scores(np.frombuffer(r, dtype=np.int64), np.frombuffer(v), np.frombuffer(c), none, none, {}, 0.0, 0)
-        for r, v, c in content
+    fidelities = [
+        Scores(
+            np.frombuffer(rows, dtype=np.int64), np.frombuffer(values), np.frombuffer(counts), none, none, {}, 0.0, 0
+        )
+        for rows, values, counts in content
     ]
-    return estimate(same.value, read[:-1], read[-1], seed, inputs)
+    return estimate(key.value, fidelities[:-1], fidelities[-1], seed, inputs)
 
 
-def _looks(state: State, known: Estimate, slots: int, options: MfkdOptions) -> tuple[list[int], bool]:
-    """Rows for low-fidelity runs, and whether to wait for those under way before the next full run."""
-    level, slope = known.levels[0], max(known.slopes[0], 0.0)
-    at_low = _refit(state.at_low)
-    free = unasked(state.candidates, state.at_low.asked)
+def _low_batch(state: State, fitted: Estimate, slots: int, options: MfkdOptions) -> tuple[list[int], bool]:
+    """Rows for low-fidelity trials, and whether to wait for the pending ones before the next full trial."""
+    rows, gain_pending, gain_batch = _value_low_batch(state, fitted, options)
+    # What low-fidelity scores tell serves every full trial that starts before the next ones: the maximum of n similar
+    # candidates grows about as sqrt(n).
+    workers = worker_count(state.plan, state.history, slots)
+    gain_full = _next_improvement(state, fitted)
+    gain_needed = gain_full * state.relative_cost / np.sqrt(workers)  # by each low-fidelity trial
+    if rows and (state.all_lows_first or gain_batch > gain_needed * len(rows)):
+        return rows[: min(slots, state.lows_left)], True
+    return [], len(state.low.pending) > 0 and (state.all_lows_first or gain_pending > gain_needed)
+
+
+def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tuple[list[int], float, float]:
+    """The most valuable low-fidelity batch: its rows, the value of the pending trials, and what the batch adds to it.
+
+    The value is the growth that they cause of the expected improvement by the next full trial.
+    """
+    level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
+    pending = _refitted(state.low).pending
+    free = unasked(state.candidates, state.low.asked)
     free[state.high.asked] = False
-    value = known.mean + options.beta * np.sqrt(known.variance)
-    pending = at_low.pending
-    rows = np.concatenate([pending, _top(np.where(free, value, -np.inf))])
-    covariance = level.linear.joint(known.features.macs[rows], known.features.x[rows])
-    own = (1 - PULL) * level.noise
+    rows = np.concatenate([pending, _shortlist(fitted, free, options.beta)])
+    covariance = level.linear.joint(fitted.features.macs[rows], fitted.features.x[rows])
+    own = (1 - PULL) * level.noise  # both the variance particular to an architecture and that of a measurement of it
     covariance[np.diag_indices_from(covariance)] += own
-    around = np.maximum(known.variance[rows] - slope**2 * level.variance[rows], 0.0)
-    mean = known.mean[rows]
-    picks = spread_out(mean + options.beta * np.sqrt(around), slope**2 * covariance, options.beta, own, len(pending), LOOK)
-    looked = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
-    rest = unasked(state.candidates, np.concatenate([state.high.asked, rows[looked]]))
-    others = (known.mean[rest], np.sqrt(known.variance[rest]))
-    best, seed = _to_beat(known), state.plan.seed
+    rest = np.maximum(fitted.variance[rows] - slope**2 * level.variance[rows], 0.0)  # not explained by this fidelity
+    mean = fitted.mean[rows]
+    bound = mean + options.beta * np.sqrt(rest)
+    picks = pick_batch(bound, slope**2 * covariance, options.beta, own, len(pending), LOW_BATCH)
+    batch = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
+    others = unasked(state.candidates, np.concatenate([state.high.asked, rows[batch]]))
+    rivals = (fitted.mean[others], np.sqrt(fitted.variance[others]))
+    best = _score_to_beat(fitted)
 
-    def gain(points: Rows) -> float:
+    def value(points: Rows) -> float:
         variance = np.diag(covariance)[points]
         shift = slope * variance / np.sqrt(variance + own)
-        return value_of_looking(mean[points], np.sqrt(known.variance[rows[points]]), shift, others, best, seed)
+        std = np.sqrt(fitted.variance[rows[points]])
+        return value_of_information(mean[points], std, shift, rivals, best, state.plan.seed)
 
-    waiting = gain(looked[: len(pending)]) if len(pending) else 0.0
-    more = gain(looked) - waiting
-    now = _next_improvement(state, known, best)
-    # What the looks tell serves every full run begun before the next ones: of the best of n alike, the surplus
-    # grows about as the root of n.
-    workers = worker_count(state.plan, state.history, slots)
-    rate = now * state.price / np.sqrt(workers)
-    if picks and (state.scarce or more > rate * len(picks)):
-        return [int(rows[p]) for p in picks[: min(slots, state.lows_left)]], True
-    return [], len(state.at_low.pending) > 0 and (state.scarce or waiting > rate)
+    gain_pending = value(batch[: len(pending)]) if len(pending) else 0.0
+    return [int(rows[pick]) for pick in picks], gain_pending, value(batch) - gain_pending
 
 
-def _to_beat(known: Estimate) -> float:
-    """The best full result so far; before there is one, the best expectation."""
-    return float(known.y.max()) if len(known.y) else float(known.mean.max())
+def _score_to_beat(fitted: Estimate) -> float:
+    """The best full result so far; before there is one, the highest mean."""
+    return float(fitted.y.max()) if len(fitted.y) else float(fitted.mean.max())
 
 
-def _next_improvement(state: State, known: Estimate, best: float) -> float:
+def _next_improvement(state: State, fitted: Estimate) -> float:
+    """The expected improvement by the next full trial."""
     free = unasked(state.candidates, state.high.asked)
-    return float(expected_improvement(known.mean[free], np.sqrt(known.variance[free]), best).max(initial=0.0))
+    std = np.sqrt(fitted.variance[free])
+    return float(expected_improvement(fitted.mean[free], std, _score_to_beat(fitted)).max(initial=0.0))
 
 
-def _full(state: State, known: Estimate, slots: int, options: MfkdOptions) -> list[Trial]:
-    """Full runs where the upper bound is highest, or the front is expected to grow most, and repeats."""
+def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOptions) -> list[Trial]:
+    """Full trials where the upper bound is highest, or where the front is expected to grow most, and repeats."""
     free = unasked(state.candidates, state.high.asked)
-    if options.gate and len(state.at_low):
-        scored = ~unasked(state.candidates, state.at_low.rows)
-        free &= scored
-    for_front = options.front and len(known.y) > 0
-    repeat = [] if for_front else _repeat(state, known)
+    if options.gate and len(state.low):
+        free &= ~unasked(state.candidates, state.low.rows)
+    for_front = options.front and len(fitted.y) > 0
+    repeat = [] if for_front else _repeat(state, fitted)
     count = min(slots, state.highs_left, int(free.sum())) - len(repeat)
-    picks = _for_front(state, known, free, count) if for_front else _highest(state, known, free, count, options)
+    if for_front:
+        rows = _extend_front(state, fitted, free, count)
+    else:
+        rows = _highest_bounds(state, fitted, free, count, options.beta)
     seen = replace(state.history, pending=state.history.pending + repeat)
-    return repeat + ask(state.candidates, seen, state.plan, picks, state.plan.high)
+    return repeat + ask(state.candidates, seen, state.plan, rows, state.plan.high)
 
 
-def _highest(state: State, known: Estimate, free: npt.NDArray[np.bool_], count: int, options: MfkdOptions) -> list[int]:
-    """Rows of highest upper bound, the pending ones counted as measured."""
-    pending = _refit(state.high).pending
-    value = known.mean + options.beta * np.sqrt(known.variance)
-    rows = np.concatenate([pending, _top(np.where(free, value, -np.inf))])
-    covariance = known.linear.joint(known.trend[rows], known.features.x[rows])
-    rest = np.maximum(known.variance[rows] - np.diag(covariance), 0.0)
-    mean = known.mean[rows] + options.beta * np.sqrt(rest)
-    picks = spread_out(mean, covariance, options.beta, known.linear.noise, len(pending), count)
-    return [int(rows[p]) for p in picks]
+def _highest_bounds(state: State, fitted: Estimate, free: Mask, count: int, beta: float) -> list[int]:
+    """Rows of highest upper bound; pending ones count as measured."""
+    pending = _refitted(state.high).pending
+    rows = np.concatenate([pending, _shortlist(fitted, free, beta)])
+    covariance = fitted.linear.joint(fitted.trend[rows], fitted.features.x[rows])
+    rest = np.maximum(fitted.variance[rows] - np.diag(covariance), 0.0)
+    mean = fitted.mean[rows] + beta * np.sqrt(rest)
+    picks = pick_batch(mean, covariance, beta, fitted.linear.noise, len(pending), count)
+    return [int(rows[pick]) for pick in picks]
 
 
-def _for_front(state: State, known: Estimate, free: npt.NDArray[np.bool_], count: int) -> list[int]:
-    """Rows that are expected to add most to the area under the front of accuracy against log MACs; those under way and
-    those picked before count as measured, at what is expected of them."""
-    high, cost, std = _refit(state.high), np.log(state.candidates.macs + 1), np.sqrt(known.variance)
-    front = list(zip(known.y, cost[high.rows], strict=True))
-    front += [(known.mean[row], cost[row]) for row in high.pending]
+def _extend_front(state: State, fitted: Estimate, free: Mask, count: int) -> list[int]:
+    """Rows that are expected to add most to the area under the front of accuracy against log MACs.
+
+    Pending rows and earlier picks count as measured, with their expected accuracy.
+    """
+    high, cost, std = _refitted(state.high), np.log(state.candidates.macs + 1), np.sqrt(fitted.variance)
+    front = list(zip(fitted.y, cost[high.rows], strict=True))
+    front += [(fitted.mean[row], cost[row]) for row in high.pending]
 
     def growth(rows: Rows) -> Array:
-        y, at = map(np.array, zip(*front, strict=True))
-        return expected_hypervolume(known.mean[rows], std[rows], cost[rows], y, at)
+        y, known_cost = map(np.array, zip(*front, strict=True))
+        return expected_hypervolume(fitted.mean[rows], std[rows], cost[rows], y, known_cost)
 
     rows = _top(np.where(free, growth(np.arange(len(free))), -np.inf))
     picks: list[int] = []
     while len(picks) < min(count, len(rows)):
         picks.append(int(rows[np.argmax(np.where(np.isin(rows, picks), -np.inf, growth(rows)))]))
-        front.append((known.mean[picks[-1]], cost[picks[-1]]))
+        front.append((fitted.mean[picks[-1]], cost[picks[-1]]))
     return picks
 
 
-def _repeat(state: State, known: Estimate) -> list[Trial]:
-    """One more full run, with another seed, of one of the best, where being surer of it is expected to bring more
-    than the best new candidate: it would change which one is recommended."""
-    high = _refit(state.high)
+def _repeat(state: State, fitted: Estimate) -> list[Trial]:
+    """One more full trial, with another seed, of an architecture near the top, or none.
+
+    It is asked if knowing that score better is expected to gain more, by changing the recommendation, than the best new
+    candidate would.
+    """
+    high = _refitted(state.high)
     if len(high) < BEFORE_REPEATS:
         return []
-    noise = noise_variance(state.history, state.plan, high, known)
-    mean, variance = posterior(known.linear, known.y, high.counts, noise)
+    noise = noise_variance(state.history, state.plan, high, fitted)
+    mean, variance = posterior(fitted.linear, fitted.y, high.counts, noise)
     shift = variance / np.sqrt(variance + noise + 1e-12)
     leader = int(np.argmax(mean))
     rival = np.full(len(mean), mean[leader])
     rival[leader] = np.delete(mean, leader).max()
     gain = expected_improvement(-np.abs(mean - rival), shift, 0.0)
     gain[np.isin(high.rows, state.high.pending)] = 0.0
-    row = int(np.argmax(gain))
-    if gain[row] <= _next_improvement(state, known, _to_beat(known)):
+    best = int(np.argmax(gain))
+    if gain[best] <= _next_improvement(state, fitted):
         return []
-    times = state.high.times[int(high.rows[row])]
-    return ask(state.candidates, state.history, state.plan, [int(high.rows[row])], state.plan.high, times)
+    row = int(high.rows[best])
+    return ask(state.candidates, state.history, state.plan, [row], state.plan.high, state.high.times_asked[row])
+
+
+def _shortlist(fitted: Estimate, free: Mask, beta: float) -> Rows:
+    """Free rows of highest upper bound, in descending order."""
+    return _top(np.where(free, fitted.mean + beta * np.sqrt(fitted.variance), -np.inf))
 
 
 def _top(value: Array) -> Rows:
-    """Rows of the SHORTLIST greatest values, finite ones only, in descending order."""
+    """Rows of the SHORTLIST greatest finite values (n,), in descending order."""
     count = min(SHORTLIST, len(value))
     rows = np.argpartition(-value, count - 1)[:count]
     rows = rows[np.isfinite(value[rows])]

@@ -1,4 +1,4 @@
-"""What to try next: a dict of methods, each a pure function of the history, and the final recommendation."""
+"""What to try next: the methods by name, and the function that asks the one that a plan names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "METHODS", "front", "propose", "winner"]
+__all__ = ["ABLATIONS", "METHODS", "find_method", "front", "propose", "winner"]
 
+# Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
 
 METHODS: dict[str, Method] = {
@@ -32,7 +33,7 @@ METHODS: dict[str, Method] = {
     "macs": baselines.macs_only,
 }
 
-# Our method with one part taken out, for docs/surrogate.md; `replay` takes them by name.
+# mfkd with one part taken out, for docs/surrogate.md; `replay` takes them by name.
 ABLATIONS: dict[str, Method] = {
     "mfkd:no-low": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(low=False))),
     "mfkd:no-macs": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(macs=False))),
@@ -44,12 +45,19 @@ ABLATIONS: dict[str, Method] = {
 }
 
 
-def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
-    """At most `slots` new trials of plan.method, numbered on from history.asked; none: wait for answers, or done.
-
-    Raises UsageError for an unknown method.
-    """
-    method = METHODS.get(plan.method) or ABLATIONS.get(plan.method)
+def find_method(name: str) -> Method:
+    """The method or ablation of that name. Raises UsageError for an unknown one."""
+    method = METHODS.get(name) or ABLATIONS.get(name)
     if method is None:
-        raise UsageError(f"no method '{plan.method}'; there are {', '.join(METHODS)}")
+        raise UsageError(f"no method named '{name}'; choose from {', '.join(METHODS)}")
+    return method
+
+
+def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """At most `slots` new trials of plan.method, numbered from history.asked.
+
+    An empty list means: wait for pending trials or, if there are none, the search is done. Raises UsageError for an
+    unknown method.
+    """
+    method = find_method(plan.method)
     return method(candidates, history, plan, slots) if slots > 0 else []

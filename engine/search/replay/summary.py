@@ -1,0 +1,89 @@
+"""What a replay found, as JSON, as curves in a CSV file and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.search.replay.simulate import Replay, SimulatedRun
+from engine.search.replay.tables import Table
+
+Array = npt.NDArray[np.float64]
+GRID = 121  # points of a curve
+
+
+def summarise(settings: Replay, table: Table, runs: Iterable[SimulatedRun]) -> dict[str, Any]:
+    """The JSON object of the command: per method and checkpoint, statistics of test accuracy in percent.
+
+    The statistics are mean, standard error, median and quartiles over the seeds. Those of `seconds_to_best` are in
+    worker-seconds; a run that did not find the best counts with its budget. `found` is the fraction of runs that found
+    it, `wall_mean` the mean in seconds of the simulated clock.
+    """
+    methods: dict[str, Any] = {}
+    for method in settings.methods:
+        own = [run for run in runs if run.method == method]
+        entry: dict[str, Any] = {f"{hours:g}": _statistics([run.at(hours) for run in own]) for hours in settings.at}
+        entry["recommended"] = _statistics([run.recommended for run in own])
+        entry["seconds_to_best"] = _until_best(settings, own)
+        entry["evaluations"] = {k: float(np.mean([getattr(run, k) for run in own])) for k in ("low", "full")}
+        methods[method] = entry
+    return {"table": table.name, "optimum": round(100 * float(np.nanmax(table.test)), 4), "methods": methods}
+
+
+def _until_best(settings: Replay, runs: list[SimulatedRun]) -> dict[str, float]:
+    budget = settings.gpu_hours * 3600
+    entry = _statistics([min(run.best_at, budget) for run in runs], digits=0)
+    entry["wall_mean"] = round(entry["mean"] / settings.workers, 1)
+    entry["found"] = sum(run.best_at <= budget for run in runs) / len(runs)
+    return entry
+
+
+def _statistics(values: list[float], digits: int = 3) -> dict[str, float]:
+    array = np.array(values)
+    low, middle, high = np.quantile(array, (0.25, 0.5, 0.75))
+    error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0
+    names = {"mean": array.mean(), "stderr": error, "lower_quartile": low, "median": middle, "upper_quartile": high}
+    return {name: round(float(value), digits) for name, value in names.items()}
+
+
+def write_summary(out: Path, settings: Replay, runs: list[SimulatedRun], summary: dict[str, Any]) -> None:
+    """Writes `summary.json`, `curves.csv` (quartiles, mean and standard error over worker-hours) and `curves.png`."""
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    grid = np.linspace(0, settings.gpu_hours, GRID)
+    curves = {}
+    with open(out / "curves.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["method", "gpu_hours", "lower_quartile", "median", "upper_quartile", "mean", "stderr"])
+        for method in settings.methods:
+            values = np.array([[run.at(hours) for hours in grid] for run in runs if run.method == method])
+            quartiles = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
+            curves[method] = quartiles
+            error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.std(axis=0)
+            for hours, column, mean, stderr in zip(grid, quartiles.T, values.mean(axis=0), error, strict=True):
+                writer.writerow([method, f"{hours:g}", *(f"{v:.3f}" for v in (*column, mean, stderr))])
+    _draw(out / "curves.png", grid, curves, summary)
+
+
+def _draw(path: Path, grid: Array, curves: dict[str, Array], summary: dict[str, Any]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # matplotlib is an extra; the CSV file has the same figures
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for method, (low, middle, high) in curves.items():
+        (line,) = axes.plot(grid, middle, label=method)
+        axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.axhline(summary["optimum"], color="black", linestyle=":", linewidth=1)
+    lowest = min(float(np.quantile(low, 0.1)) for low, _, _ in curves.values())
+    axes.set(xlabel="GPU-hours", ylabel="test accuracy of the incumbent, %")
+    axes.set(title=summary["table"], ylim=(lowest, None))
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
