@@ -72,7 +72,7 @@ def test_a_run_keeps_its_measurements(everything: Candidates, tmp_path: Path) ->
     assert device.asked == SAMPLE
     np.testing.assert_array_equal(first.choices, again.choices)
     path.unlink()
-    with pytest.raises(EngineError, match=r"latency.json is gone, on which this search's candidates depend"):
+    with pytest.raises(EngineError, match=r"latency.json is missing; the candidates depend on it: restore it"):
         within_latency_limit(everything, 5.0, path, True, 0, device)
 
 

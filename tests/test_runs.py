@@ -132,7 +132,7 @@ def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture
     architecture = runs.open_run(str(copy)).answers[0].trial.architecture
     assert "asks no surrogate; this is one of them" in command(f"explain {copy} {architecture}", capsys)
     assert cli.main(["export", str(copy)]) == 2
-    assert "is a fidelity study, which names no winner" in capsys.readouterr().err
+    assert "is a fidelity study, which has no winner" in capsys.readouterr().err
 
 
 def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +321,7 @@ def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(
     assert fast.candidates.macs.max() <= 1.1e5 * middle
     asked = {trial.architecture for trial in fast.run.record.asked}
     slowest = next(one for one in map(every.architecture, every.macs.argsort()[::-1]) if one not in asked)
-    assert "takes more than --max-latency-ms" in explained(copy, str(slowest), capsys)["why"][0]  # type: ignore[index]
+    assert "latency exceeds --max-latency-ms" in explained(copy, str(slowest), capsys)["why"][0]  # type: ignore[index]
 
 
 def test_explain_refuses_what_is_no_architecture_of_the_space(

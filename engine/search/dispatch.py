@@ -1,4 +1,4 @@
-"""From trials to evaluations: groups trials into cohorts, sends them to the fleet, journals what comes back."""
+"""Turns trials into evaluations: groups them into cohorts, sends these to the fleet, journals the results."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from engine.tasks import TrialsTask, WorkerSettings
 from engine.trial import Evaluation, Fidelity, Status, Trial, evaluation_from_json
 
 OpenTrial = tuple[Trial, "Future[Evaluation]"]
-MAX_DEATHS = 2  # workers that may die under a trial, the second time when it runs alone: then the trial is to blame
+MAX_DEATHS = 2  # a trial is given up when its worker dies this often, the last time while it runs alone
 MAX_ERROR = 3000  # characters kept of a worker's error message
 STATUS: dict[type[Exception], Status] = {WorkerDied: "crashed", TimedOut: "timeout", TaskLost: "lost"}
 
 
 @dataclass(frozen=True)
 class Cohorts:
-    """How trials are put together into tasks: up to `size` at a time, but those at the fidelity `alone` one by one.
+    """How trials are grouped into tasks: up to `size` together, but those at the fidelity `alone` one by one.
 
-    `teacher` is the file of its weights, `timeout_s` the time limit per trial in seconds (0: none).
+    `teacher` is the teacher's weights file, `timeout_s` the time limit per trial in seconds (0: none).
     """
 
     worker: WorkerSettings
@@ -38,7 +38,7 @@ class Cohorts:
         return TrialsTask(self.worker, tuple(trials), self.teacher, self.timeout_s * len(trials))
 
     def split(self, waiting: Sequence[OpenTrial]) -> Iterator[list[OpenTrial]]:
-        """Groups of trials that can share a worker's batches: one fidelity, one seed."""
+        """Groups of trials that can share the batches of a worker: one fidelity, one seed."""
         mates: dict[Any, list[OpenTrial]] = {}
         for trial, answer in waiting:
             apart = trial.number if trial.fidelity == self.alone else None
@@ -52,9 +52,9 @@ class Cohorts:
 class Dispatcher:
     """Sends trials to a fleet in cohorts.
 
-    Trials that the journal has answered (`known`) are not sent. Each new evaluation is journalled, then passed to
-    `received`, then to its future. If the worker of a cohort dies, is lost, or exceeds the time limit, its trials are
-    sent again one by one.
+    Trials whose evaluation is `known` from the journal are not sent. A new evaluation is journalled, then passed to
+    `received`, then to its future. If the worker of a cohort dies, is lost or exceeds the time limit, the trials of the
+    cohort are sent again one by one.
     """
 
     fleet: Fleet
@@ -67,7 +67,7 @@ class Dispatcher:
     _deaths: Counter[int] = field(default_factory=Counter)
 
     def submit(self, trial: Trial) -> Future[Evaluation]:
-        """The future evaluation of a trial; if it is not known yet, the trial is sent with the next `flush`."""
+        """The future evaluation of a trial, which is sent with the next `flush` if it is not known."""
         answer: Future[Evaluation] = Future()
         if trial.number in self.known:
             self.received(self.known[trial.number])
@@ -77,7 +77,7 @@ class Dispatcher:
         return answer
 
     def flush(self) -> None:
-        """Sends off the trials submitted since the last call."""
+        """Sends the trials submitted since the last call."""
         groups, self._waiting = list(self.cohorts.split(self._waiting)), []
         self._sent = self.open()
         for group in groups:
@@ -85,7 +85,7 @@ class Dispatcher:
             self._send(group)
 
     def open(self) -> list[Future[Evaluation]]:
-        """The evaluations still to come."""
+        """The evaluations that have not arrived."""
         return [answer for answer in self._sent if not answer.done()]
 
     def _send(self, group: Sequence[OpenTrial]) -> None:
@@ -93,7 +93,7 @@ class Dispatcher:
         submit(self.fleet, task).add_done_callback(lambda done: self._take(group, done))
 
     def _take(self, group: Sequence[OpenTrial], done: Future[Any]) -> None:
-        """Runs in a thread of the fleet. Whatever is raised must reach the loop, which waits for the futures."""
+        """Runs in a thread of the fleet. Any exception must reach the loop, which waits for the futures."""
         try:
             self._settle(group, done)
         except BaseException as error:  # even SystemExit would only end the thread
@@ -106,7 +106,7 @@ class Dispatcher:
             evaluations = [evaluation_from_json(entry) for entry in done.result()]
         except (WorkerDied, TimedOut, TaskLost) as error:
             if self._retry(group, error):
-                for single in group:  # one of them may be to blame, and should not take the others down with it
+                for single in group:  # one of them may be the cause and must not fail the others
                     self._send([single])
                 return
             evaluations = [Evaluation(group[0][0], STATUS[type(error)], error=str(error)[:MAX_ERROR])]

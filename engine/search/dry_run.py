@@ -1,4 +1,4 @@
-"""What a search would cost here: its evaluations, and their hours extrapolated from a few timed steps."""
+"""What a search would cost here: the number of evaluations, and hours extrapolated from a few timed steps."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from engine.tasks import DataFacts, TeacherTask, TrialsTask
 from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, Trial, UsageError, evaluation_from_json
 
 Json = dict[str, Any]
-# What is timed of a training: this many batches, in one epoch to warm up and two that count.
+# A timed training has this many batches; one epoch warms up, two are counted.
 TIMED_BATCHES, TIMED_EPOCHS = 4, (1, 2)
-STEP_PHASES = ("data", "teacher", "train")  # paid at every step; the other phases once per evaluation
+STEP_PHASES = ("data", "teacher", "train")  # take time at every step; the other phases only once per evaluation
 
 
 @dataclass(frozen=True)
 class WorkEstimate:
-    """Evaluations of one kind: how many, on how many images each, and the seconds of one."""
+    """Evaluations of one kind: how many, how many images and epochs each takes, and the seconds of one."""
 
     count: int
     images: int
@@ -45,7 +45,7 @@ class WorkEstimate:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is timed for an estimate: `members` trained side by side at a fidelity, for `count` evaluations of it."""
+    """What is timed for one kind of evaluation: `members` trained side by side. `count` of the kind are left to do."""
 
     fidelity: Fidelity
     members: list[Architecture]
@@ -53,10 +53,10 @@ class Sample:
 
 
 def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
-    """What the search with these settings has left to do, and its expected cost on this machine.
+    """What a search with these settings has left to do, and its expected cost on this machine.
 
-    A worker times a few steps of real trainings: a cohort of low-fidelity students from the whole range of MACs, one
-    full training of a student of median size, the teacher. The numbers of evaluations are the most that the budget
+    A worker times a few steps of real trainings: a cohort of low-fidelity students over the whole range of MACs, a full
+    training of a student of median size, and the teacher. The numbers of evaluations are the most that the budget
     allows. Raises EngineError as a search does, and NoWinner if a timed training fails.
     """
     validated_space(settings)
@@ -64,14 +64,14 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
     wanted, folder = layout(resources), RunFolder(run_dir.absolute())
     check_paths(config)
     if config.fidelity_study == "auto":
-        display.say("the fidelity study that comes first is not part of this estimate")
+        display.say("this estimate does not include the fidelity study that comes first")
     elif config.fidelity_study:
         study_config(RunFolder(Path(config.fidelity_study)), config)
-        display.say(f"this estimate counts the evaluations of {config.fidelity_study} as if they were still to be done")
+        display.say(f"this estimate includes the evaluations of {config.fidelity_study}, though they are already done")
     if not providers.local(resources):
         raise UsageError("--dry-run times steps on this machine; leave --executor out, or run it inside a job")
     with tempfile.TemporaryDirectory(prefix="mfkd-dry-run-") as scratch:
-        # Without the teacher cache: what it saves depends on how much of it later cohorts can use.
+        # Without the teacher cache, since what it saves depends on how much later cohorts can reuse.
         timed = replace(settings, resources=replace(resources, teacher_cache="0"))
         with open_context(timed, RunFolder(Path(scratch)), one_worker(wanted), display) as context:
             facts = probe(context)
@@ -84,12 +84,11 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
 def _samples(
     context: RunContext, facts: DataFacts, folder: RunFolder, gpu: bool
 ) -> tuple[list[Sample], Path, int]:
-    """What is to be timed for the run in `folder`, the teacher's weights to time it with, and how many candidates there
-    are."""
+    """What to time for the run in `folder`, the teacher's weights to time it with, and the number of candidates."""
     config, budget = context.config, context.budget
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if config.max_latency_ms < float("inf"):
-        # A search that has begun keeps its measurements; until then they are repeated, and here in the scratch folder.
+        # A search that has begun keeps its latencies. Until then each call measures again, here in a scratch folder.
         begun = bool(read_journal(folder.journal).asked)
         fit = limit_latency(context, fit, folder if begun else context.folder)
     teacher = folder.teacher_weights(config)
@@ -113,14 +112,14 @@ def _samples(
 
 
 def _make_stand_in(context: RunContext, architecture: Architecture, path: Path) -> None:
-    """A teacher as the search will have it, but untrained: "pretrained" leaves a member of the space as it was built."""
+    """An untrained copy of the search's teacher: "pretrained" leaves a member of the space as it was built."""
     config = context.config
     network = config.teacher if is_library_model(config.teacher) else f"{config.space}#{architecture}"
     context.answer(TeacherTask(context.worker, network, path, pretrained=True))
 
 
 def evenly_spaced(fit: Candidates, count: int) -> list[Architecture]:
-    """Candidates at `count` equally spaced ranks by MACs; the median if it is one."""
+    """Candidates at `count` evenly spaced ranks by MACs; a single one is the median."""
     order = np.argsort(fit.macs, kind="stable")
     return [fit.architecture(int(order[int((place + 0.5) / count * len(fit))])) for place in range(count)]
 
@@ -134,7 +133,7 @@ def answered(folder: RunFolder) -> dict[Fidelity, int]:
 
 
 def time_sample(context: RunContext, facts: DataFacts, sample: Sample, teacher: Path) -> WorkEstimate:
-    """The seconds of one evaluation: its steps extrapolated from a short training, its other phases as measured."""
+    """Estimates an evaluation: its steps are extrapolated from a short training, its other phases are as measured."""
     fidelity, members = sample.fidelity, sample.members
     train, classes = facts.images["train"], len(facts.classes)
     images = max(round(fidelity.fraction * train), classes)
@@ -162,13 +161,13 @@ def _train(
 
 
 def hours(estimates: dict[str, WorkEstimate], workers: int) -> float:
-    """Wall time: the teacher is trained first and alone, then every worker is busy."""
+    """Wall time: the teacher is trained first and alone, then all workers are busy."""
     alone = estimates["teacher"].hours if "teacher" in estimates else 0.0
     return alone + (estimates["low"].hours + estimates["high"].hours) / workers
 
 
 def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, machines: str) -> str:
-    """The estimate for people."""
+    """The estimate as text."""
     lines = [f"estimate for {run_dir} on {machines}; nothing has been started"]
     for name, work in estimates.items():
         lines.append(

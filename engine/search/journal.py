@@ -1,4 +1,4 @@
-"""The only truth of a run: an append-only JSONL file with one writer, synced per line."""
+"""The journal, the only record that a run depends on: an append-only JSONL file, one writer, synced per line."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal holds: every trial asked, by number, and the answers that came, by trial number, as they arrived;
-    `known[i]` of these were there when `asked[i]` was, and `seen[i]` had been shown to its policy (-1: not said)."""
+    """The content of a journal: all trials asked, in order of their numbers, and their evaluations, by trial number in
+    order of arrival.
+
+    When `asked[i]` was asked, `known[i]` evaluations had arrived, and `seen[i]` of them were visible to the method
+    (-1: unknown).
+    """
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
@@ -40,17 +44,17 @@ class Record:
 
 
 class Journal:
-    """Appends to a journal; holds its lock from `__enter__` to `__exit__`.
+    """Appends to a journal, and holds its lock from `__enter__` to `__exit__`.
 
-    Two kinds of line: {"asked": trial, "seen": count} and {"answered": evaluation}; the first is {"journal": SCHEMA}.
-    A line cut short by a crash is the last one, and is removed at the next opening; a broken line elsewhere is
-    an error, since something other than this program wrote it.
+    The first line is {"journal": SCHEMA}; the others are {"asked": trial, "seen": count} or {"answered": evaluation}.
+    Only the last line can be cut short by a crash; it is removed when the journal is next opened. A broken line
+    elsewhere is an error: something other than this program wrote it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: FileIO | None = None
-        self._lock = threading.Lock()  # questions come from the loop, answers from the fleet's threads
+        self._lock = threading.Lock()  # trials come from the loop, evaluations from the fleet's threads
 
     def __enter__(self) -> Journal:
         self._file = open(self.path, "a+b", buffering=0)
@@ -73,12 +77,13 @@ class Journal:
             self._file = None
 
     def ask(self, trials: Iterable[Trial], seen: int = -1) -> None:
-        """Records questions, before they are put to a worker, and how many answers their policy had seen (-1: it was
-        not asked)."""
+        """Records trials before they are sent to a worker, with the number of evaluations that were visible to the
+        method (-1: it was not asked)."""
         for trial in trials:
             self._append({"asked": trial_to_json(trial), "seen": seen})
 
     def answer(self, evaluation: Evaluation) -> None:
+        """Records an evaluation."""
         self._append({"answered": evaluation_to_json(evaluation)})
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -91,7 +96,7 @@ class Journal:
                     line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
             except OSError:
-                # A full disk takes part of a line. Truncating needs no space; what it cannot undo is a torn tail.
+                # A full disk may take part of a line. Truncating needs no space; if it fails, the tail is cut later.
                 with contextlib.suppress(OSError):
                     self._file.truncate(before)
                 raise
@@ -110,7 +115,7 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """What a line holds. `json.loads` looks for encodings and spaces that are not there, a third of its time."""
+    """Decodes a line. `json.loads` would spend a third of its time on encodings and spaces that do not occur."""
     entry, end = _decode(line)
     if end != len(line) - 1 or not isinstance(entry, dict):
         raise ValueError("it is not one JSON object")
@@ -119,7 +124,7 @@ def _entry(line: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Looking for garbage among millions of new objects, none of which is, would take a quarter of the time."""
+    """Without garbage collection: it would take a quarter of the time, and millions of new objects are all in use."""
     gc.disable()
     try:
         yield
@@ -129,9 +134,9 @@ def _no_collection() -> Iterator[None]:
 
 @_no_collection()
 def read_journal(path: Path) -> Record:
-    """The content of a journal. A second answer to the same trial (of a worker thought lost) is passed over.
+    """The content of a journal. A second evaluation of a trial (from a worker believed lost) is ignored.
 
-    Raises EnvironmentUnusable naming the line where the file cannot be understood.
+    Raises EnvironmentUnusable, naming the line, if the file cannot be understood.
     """
     asked: list[Trial] = []
     answers: dict[int, Evaluation] = {}
@@ -142,7 +147,7 @@ def read_journal(path: Path) -> Record:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                break  # cut short by a crash; dropped when a search opens the journal
+                break  # cut short by a crash, or being written
             try:
                 entry = _entry(line.decode())
                 if "asked" in entry:
@@ -154,7 +159,7 @@ def read_journal(path: Path) -> Record:
                     answers.setdefault(evaluation.trial.number, evaluation)
                 elif entry["journal"] != SCHEMA:
                     raise UsageError(
-                        f"{path} has journal format {entry['journal']}, this version reads {SCHEMA}; "
+                        f"{path} has journal format {entry['journal']}, but this version reads {SCHEMA}; "
                         "use the version that wrote it, or another folder (--run-dir or --out)"
                     )
             except (ValueError, KeyError, TypeError) as error:

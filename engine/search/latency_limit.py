@@ -1,4 +1,4 @@
-"""Which candidates are fast enough on the device at hand: some are measured, the rest predicted, with a margin."""
+"""Which candidates are fast enough on this device: some are measured, the others predicted, with a margin."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ Array = npt.NDArray[np.float64]
 Measure = Callable[[Sequence[Architecture]], list[float]]
 
 SAMPLE = 64
-# Standard deviations of the prediction's error that a candidate must keep from the limit.
+# A predicted candidate must stay this many standard deviations of the prediction error below the limit.
 MARGIN = 2.0
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """Milliseconds of candidates (n,), and the relative error of those that were predicted (0: none were)."""
+    """Milliseconds of candidates (n,), which were `measured`, and the relative error of the others (0: no others)."""
 
     milliseconds: Array
     error: float
     measured: npt.NDArray[np.bool_]
 
     def within(self, limit: float) -> npt.NDArray[np.bool_]:
-        """True (n,) where a candidate takes at most `limit` milliseconds: as measured, or as predicted with margin."""
+        """True (n,) where a candidate takes at most `limit` milliseconds: as measured, or as predicted plus margin."""
         return self.milliseconds * np.where(self.measured, 1.0, np.exp(MARGIN * self.error)) <= limit
 
 
 def within_latency_limit(
     candidates: Candidates, limit: float, path: Path, begun: bool, seed: int, measure: Measure
 ) -> tuple[Candidates, str]:
-    """The candidates that take at most `limit` milliseconds, and a line about how that is known.
+    """The candidates that take at most `limit` milliseconds, and a line that says how that is known.
 
-    What was measured before the search had `begun` is kept in the file `path` and read ever after: decisions depend on
-    it. Until then none does, and each call measures anew: its settings and its device may be others. Raises UsageError
-    where no candidate fits, EnvironmentUnusable where a search that has begun has lost its file.
+    Once the search has `begun`, it reads the latencies in the file `path`, since its decisions depend on them. Until
+    then each call measures again, as its settings and its device may differ from the last. Raises UsageError if no
+    candidate meets the limit, EnvironmentUnusable if a search that has begun has lost its file.
     """
     if not begun:
         rows = candidates.spread_by_macs(min(SAMPLE, len(candidates)), np.random.default_rng(seed))
@@ -52,7 +52,7 @@ def within_latency_limit(
         taken = dict(zip(map(str, sample), measure(sample), strict=True))
         write_atomically(path, json.dumps({"milliseconds": taken}, indent=1) + "\n")
     elif not path.exists():
-        raise EnvironmentUnusable(f"{path} is gone, on which this search's candidates depend; restore it from a copy")
+        raise EnvironmentUnusable(f"{path} is missing; the candidates depend on it: restore it from a copy")
     stored: dict[str, Any] = json.loads(path.read_text())
     latencies = estimate(candidates, stored["milliseconds"])
     keep = latencies.within(limit)
@@ -64,14 +64,15 @@ def within_latency_limit(
         )
     how = f"{len(stored['milliseconds'])} measured"
     if not latencies.measured.all():
-        how += f", the others predicted with an error of {100 * latencies.error:.0f} % and {MARGIN:g} times that as margin"
+        error = f"{100 * latencies.error:.0f} %"
+        how += f", the others predicted with an error of {error} and {MARGIN:g} times that as margin"
     return candidates.where(keep), f"latency: {keep.sum():,} candidates take at most {limit:g} ms ({how})"
 
 
 def estimate(candidates: Candidates, measured: dict[str, float]) -> Latencies:
     """Milliseconds of every candidate: a linear model of the logarithm on log MACs, log parameters and the encoding.
 
-    Its error is the root mean square of the left-out predictions of what was measured.
+    Its error is the root mean square of the leave-one-out predictions of the measured ones.
     """
     rows = [candidates.row(Architecture.parse(name)) for name in measured]
     at = np.array([row for row in rows if row is not None], dtype=np.int64)
@@ -95,7 +96,7 @@ def estimate(candidates: Candidates, measured: dict[str, float]) -> Latencies:
 
 
 def _standardised(columns: npt.NDArray[Any], at: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Columns with mean 0 and standard deviation 1 over the rows `at`; those that are constant there go."""
+    """Columns with mean 0 and standard deviation 1 over the rows `at`, without those that are constant there."""
     sample = columns[at].astype(np.float64)
     deviation = sample.std(axis=0)
     keep = deviation > 1e-6

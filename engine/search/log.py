@@ -1,7 +1,6 @@
-"""Where metrics of a search go besides its journal: TensorBoard's event files, or an MLflow server.
+"""Logs the metrics of a search to TensorBoard's event files or an MLflow server.
 
-What is logged follows the journal, which stays the only truth: a search that is continued hands on its old answers
-again, and each is there once.
+The log follows the journal: a resumed search logs its old evaluations again, and each appears only once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from engine.trial import EnvironmentUnusable, Evaluation, not_installed
 
 LogKind = Literal["none", "tensorboard", "mlflow"]
 Log = Callable[[Evaluation], None]
-# (trial number, seconds since 1970, metrics by name) of one evaluation, to wherever they go.
+# Sends (trial number, seconds since 1970, metrics by name) of an evaluation to its destination.
 Send = Callable[[int, float, dict[str, float]], None]
 
 COSTS = ("images_per_s", "peak_memory_bytes")
@@ -29,10 +28,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def open_log(kind: LogKind, config: SearchConfig, folder: RunFolder) -> Iterator[Log]:
-    """A function to hand every evaluation of a run to, from any thread; steps are trial numbers.
+    """A function that logs an evaluation, to be called from any thread; steps are trial numbers.
 
-    Raises EnvironmentUnusable where the library is missing or the server does not answer. What fails later is said
-    once, and the search goes on without.
+    Raises EnvironmentUnusable if the library is missing or the server does not answer. After a later failure the search
+    goes on without a log, and says so once.
     """
     if kind == "none":
         yield lambda evaluation: None
@@ -42,7 +41,7 @@ def open_log(kind: LogKind, config: SearchConfig, folder: RunFolder) -> Iterator
 
 
 def metrics(evaluation: Evaluation) -> dict[str, float]:
-    """What is logged of an evaluation: FIDELITY/accuracy (0..1), its costs; of a failed one FIDELITY/failed."""
+    """The metrics of an evaluation: FIDELITY/accuracy (0..1) and its costs, or FIDELITY/failed."""
     fidelity = evaluation.trial.fidelity.name
     if not evaluation.ok:
         return {f"{fidelity}/failed": 1.0}
@@ -52,7 +51,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _guarded(send: Send, config: SearchConfig) -> Log:
-    """Adds the best full accuracy so far; answers come from several threads, and a lost server stops no search."""
+    """Adds the best full accuracy so far. Evaluations come from several threads; a lost server must not stop them."""
     lock, best, lost = threading.Lock(), 0.0, False
 
     def received(evaluation: Evaluation) -> None:
@@ -75,7 +74,7 @@ def _guarded(send: Send, config: SearchConfig) -> Log:
 
 @contextmanager
 def _tensorboard(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
-    """An event file in RUN/tensorboard, begun anew by each call of the search."""
+    """An event file in RUN/tensorboard, rewritten by each call of the search."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -99,7 +98,7 @@ def _tensorboard(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
 
 @contextmanager
 def _mlflow(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
-    """A run of MLflow's experiment "mfkd", where MLFLOW_TRACKING_URI says; RUN/mlflow.txt keeps its id."""
+    """A run in MLflow's experiment "mfkd" at MLFLOW_TRACKING_URI; RUN/mlflow.txt keeps its id."""
     try:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -109,17 +108,17 @@ def _mlflow(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
         client = MlflowClient()
         run_id = _mlflow_run(client, folder)
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(config_to_dict(config))])
-        there = _steps_there(client, run_id)
+        logged = _logged_steps(client, run_id)
     except Exception as error:
         raise EnvironmentUnusable(
             f"MLflow does not answer ({error}); set MLFLOW_TRACKING_URI to your server, or leave --log mlflow out"
         ) from error
 
     def send(step: int, when: float, values: dict[str, float]) -> None:
-        if step not in there:
+        if step not in logged:
             client.log_batch(run_id, [Metric(name, v, round(1000 * when), step) for name, v in values.items()])
 
-    status = "KILLED"  # a search that was stopped can be continued
+    status = "KILLED"  # the search stopped early and can be resumed
     try:
         yield send
         status = "FINISHED"
@@ -127,11 +126,11 @@ def _mlflow(config: SearchConfig, folder: RunFolder) -> Iterator[Send]:
         try:
             client.set_terminated(run_id, status)
         except Exception as error:
-            log.warning("MLflow was not told that the search has ended: %s", error)
+            log.warning("cannot mark the run as ended in MLflow: %s", error)
 
 
 def _mlflow_run(client: Any, folder: RunFolder) -> str:
-    """The id of this search's run on the server: the one of an earlier call, or a new one."""
+    """The id of this search's run on the server, from an earlier call or new."""
     kept = folder.mlflow_id
     if kept.exists():
         run_id = kept.read_text().strip()
@@ -144,7 +143,7 @@ def _mlflow_run(client: Any, folder: RunFolder) -> str:
     return run_id
 
 
-def _steps_there(client: Any, run_id: str) -> set[int]:
-    """Trial numbers whose metrics the server has."""
+def _logged_steps(client: Any, run_id: str) -> set[int]:
+    """The trial numbers whose metrics are on the server."""
     names = [name for name in client.get_run(run_id).data.metrics if name.endswith(("/accuracy", "/failed"))]
     return {metric.step for name in names for metric in client.get_metric_history(run_id, name)}

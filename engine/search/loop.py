@@ -1,4 +1,4 @@
-"""The one loop of a search. It runs on virtual workers, so that decisions do not depend on how fast real ones are."""
+"""The loop of a search. It runs on virtual workers, so that decisions do not depend on the speed of real ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Asked = Callable[[list[Trial], int], None]
 
 @dataclass
 class TimedHistory(History):
-    """A history with its virtual clock: `now`, and `times[i]` at which `answered[i]` became visible (seconds)."""
+    """A history on the virtual clock: it is `now`, and `answered[i]` became visible at `times[i]` (virtual seconds)."""
 
     now: float = 0.0
     times: list[float] = field(default_factory=list)
@@ -29,11 +29,11 @@ class Evaluator(Protocol):
     """Where trials are evaluated."""
 
     def submit(self, trial: Trial) -> Future[Evaluation]:
-        """The future evaluation of a trial, which may wait for the next `flush`."""
+        """The future evaluation of a trial, which may wait for the next `flush` to start."""
         ...
 
     def flush(self) -> None:
-        """Sends off everything submitted so far."""
+        """Starts everything submitted so far."""
         ...
 
 
@@ -43,9 +43,9 @@ def _one(trial: Trial) -> int:
 
 @dataclass(frozen=True)
 class VirtualWorkers:
-    """`slots` in all, of which a trial takes `share(trial)` for `cost(trial)` virtual seconds.
+    """`slots` in all; a trial takes `share(trial)` of them for `cost(trial)` virtual seconds.
 
-    Nothing is asked before `at_least` slots are free, so that trials come in groups that are trained side by side.
+    The method is asked only once `at_least` slots are free, so that trials come in groups to train side by side.
     """
 
     slots: int
@@ -56,8 +56,8 @@ class VirtualWorkers:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The trials that an earlier, killed run had asked, by number; `seen[i]` is the number of evaluations that were
-    visible when trial i was asked (-1 if it came from a fidelity study)."""
+    """The trials asked by earlier calls, in order of their numbers. `seen[i]` evaluations were visible when trial i was
+    asked (-1: unknown, as for trials imported from a fidelity study)."""
 
     trials: Sequence[Trial] = ()
     seen: Sequence[int] = ()
@@ -79,25 +79,24 @@ def drive(
     asked: Asked = _no_journal,
     stop: Callable[[History], bool] = _never,
 ) -> TimedHistory:
-    """Runs a search until `propose` has nothing to ask and nothing is pending, or `stop(history)` holds.
+    """Runs a search until `propose` has nothing to ask and nothing is pending, or `stop(history)` is true.
 
-    A trial given to a free virtual worker finishes at now + cost(trial), in virtual seconds. Evaluations become visible
-    in the order of these times (ties by number), in whatever order the futures complete: the loop waits for the one
-    that is next. The history is therefore a function of `propose`, `workers` and the evaluations alone.
+    A trial that starts on a free virtual worker finishes at now + cost(trial), in virtual seconds. Evaluations become
+    visible in the order of these times (ties by number), whatever the order in which the futures complete: the loop
+    waits for the next one. So the history is a function of `propose`, `workers` and the evaluations alone.
 
-    New trials are passed to `asked` with the number of evaluations visible at that moment. Recorded trials are submitted
-    again (the evaluator answers from the journal what has been answered) but not passed to `asked`. Decisions that the
-    record holds completely are not made again, since that would take as long as it did the first time. The last decision
-    may be cut short, and trials from a fidelity study do not show where workers were left idle on purpose: there
+    New trials are passed to `asked` with the number of evaluations visible at that moment. Recorded trials are
+    submitted again (the evaluator takes known evaluations from the journal) but not passed to `asked`. Decisions that
+    the record holds completely are not made again, since that would take as long as the first time. But the record may
+    have cut the last decision short, and imported trials do not show where workers were left idle on purpose. There
     `propose` is called too, and if it disagrees with the record (say, because a library rounds differently), the record
     wins.
 
-    Once `stop` holds, nothing more is asked and pending trials are waited for. Exceptions of a future or of `propose`,
-    and KeyboardInterrupt, pass through.
+    Once `stop` is true, nothing more is asked, and the loop waits for pending trials. Exceptions of a future or of
+    `propose`, and KeyboardInterrupt, pass through.
     """
     history = TimedHistory()
-    seen = recorded.seen or [-1] * len(recorded.trials)
-    recorded = Recorded(recorded.trials, seen)
+    recorded = Recorded(recorded.trials, recorded.seen or [-1] * len(recorded.trials))
     running: list[tuple[float, int, Future[Evaluation]]] = []
     while True:
         free = workers.slots - sum(workers.share(trial) for trial in history.pending)
@@ -118,7 +117,7 @@ def drive(
 
 
 def _decided(history: TimedHistory, recorded: Recorded) -> list[Trial] | None:
-    """The trials that the record shows were asked at exactly this point; None where the record does not say."""
+    """The trials that were asked at exactly this point according to the record; None if it does not tell."""
     seen, now, number = recorded.seen, len(history.answered), history.asked
     first = seen[number] if number < len(seen) else -1
     if first < now or seen[-1] == now or (first > now and not history.pending):
@@ -134,24 +133,24 @@ def _ask(
     asked: Asked,
     share: Callable[[Trial], int],
 ) -> list[Trial]:
-    """The next trials, as many as fit into `free` slots, recorded ones first."""
+    """The next trials that fit into `free` slots, recorded ones first."""
     busy, seen = bool(history.pending), recorded.seen
     proposed = propose(history, free)
-    start, brought = history.asked, bisect.bisect_left(seen, 0)
+    start, imported = history.asked, bisect.bisect_left(seen, 0)
     end = start + (len(proposed) if proposed or busy else free)
-    if end >= brought:  # from here on the record says what had been asked by now; if all are idle, its next is due
+    if end >= imported:  # from here on the record tells what was asked by now; if all are idle, its next trial is due
         now = max([len(history.answered), *seen[start : start + (not busy)]])
-        end = max(brought, bisect.bisect_right(seen, now))
+        end = max(imported, bisect.bisect_right(seen, now))
     old = trials = list(recorded.trials[start:end])
     if start + len(old) >= len(recorded.trials):
-        for known in (old[: max(0, brought - start)], old):
-            if known != proposed[: len(known)]:  # then the rest must be proposed knowing what was asked instead
+        for known in (old[: max(0, imported - start)], old):
+            if known != proposed[: len(known)]:  # propose the rest again, given what was asked instead
                 left = free - sum(map(share, known))
                 beside = History(history.answered, [*history.pending, *known])
                 proposed = [*known, *(propose(beside, left) if left > 0 else [])]
         trials = proposed
     taken = list(itertools.accumulate(map(share, trials)))
-    # A trial that needs more slots than there are runs alone; otherwise it would wait forever.
+    # A trial that needs more slots than exist runs alone; otherwise it would wait forever.
     fitting = max(bisect.bisect_right(taken, free), int(not busy))
     trials = trials[:fitting]
     if len(old) < len(trials):

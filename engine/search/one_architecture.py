@@ -1,4 +1,4 @@
-"""One architecture: trained in full, scored, or exported, with the settings of a run or without a run."""
+"""Work on one architecture: train it in full, score it, export it, with or without a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from engine.tasks import ExportTask, Normalisation, ScoreTask, SplitName, Worker
 from engine.trial import Architecture, Evaluation, Fidelity, History, Trial, UsageError
 
 Json = dict[str, Any]
-# An architecture named by the user is trained, whatever limits the search that found it had.
+# An architecture that the user names is trained regardless of the limits of a search.
 NO_LIMITS: Json = {"min_macs": 0.0, "max_macs": math.inf, "max_params": math.inf, "max_latency_ms": math.inf}
 
 
@@ -38,15 +38,14 @@ def train(settings: RunSettings, architecture: str, out: Path, display: Display)
     config = settings.config
     low = replace(config.high, name="low")  # never asked for; a distilled low fidelity makes the run obtain a teacher
     config = replace(config, low=low, only=architecture, method="random", objectives="accuracy", fidelity_study="")
-    alone = RunSettings(
-        replace(config, **NO_LIMITS), Budget(max_low=0, max_high=1, max_failures=1), settings.resources
-    )
+    budget = Budget(max_low=0, max_high=1, max_failures=1)
+    alone = replace(settings, config=replace(config, **NO_LIMITS), budget=budget)
     result = search(alone, out, display, method=until_one_succeeds)
     return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
 
 
 def until_one_succeeds(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
-    """Asks for the same training again after a failure, so that the next call resumes from the last saved epoch."""
+    """Asks for the same training again after a failure, so that the next call resumes at the last saved epoch."""
     if history.pending or any(evaluation.ok for evaluation in history.answered):
         return []
     return [Trial(history.asked, candidates.architecture(0), plan.high, plan.seed)]
@@ -62,7 +61,7 @@ def score(
 ) -> Json:
     """Accuracy of an architecture's weights on a split of the data of `config` (valid, test, or all).
 
-    `trained_on` describes the data that the weights were trained on; None means that they are these data.
+    `trained_on` describes the data that the weights were trained on; None means these data.
     """
     load_space(config.space).check(trial.architecture)
     with worker(resources, None, "engine.training.run_tasks") as (fleet, folder):
@@ -72,10 +71,10 @@ def score(
 
 
 def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, display: Display) -> Json:
-    """Writes the weights of a full training in every format, each verified, and a model card, into `out`."""
+    """Exports the weights of a full training to `out` in every format, each verified, with a model card."""
     data, trial = run.data, evaluation.trial
     display.say(f"exporting {trial.architecture} of {run.folder}")
-    logs = run.folder.logs if os.access(run.folder.path, os.W_OK) else None  # other people's runs can be exported too
+    logs = run.folder.logs if os.access(run.folder.path, os.W_OK) else None  # runs of other people can be exported too
     with worker(resources, logs, "engine.export.forms") as (fleet, _):
         task = ExportTask(
             run_dir=run.folder.path,
@@ -97,7 +96,7 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, di
 
 
 def card_facts(run: Run, evaluation: Evaluation) -> Json:
-    """What a run knows of an evaluation, for its model card."""
+    """What a run knows about an evaluation, for its model card."""
     config, trial, call = run.config, evaluation.trial, run.facts["calls"][0]
     winner = (run.result or {}).get("winner", {})
     tested = winner.get("architecture") == str(trial.architecture) and winner["valid_accuracy"] == evaluation.accuracy
@@ -129,7 +128,7 @@ def _training(config: SearchConfig, trial: Trial) -> str:
 
 
 def _distillation(config: SearchConfig, fidelity: Fidelity) -> str:
-    """TEACHER stands for the teacher's name."""
+    """TEACHER is a placeholder for the teacher's name."""
     if fidelity.kd_loss != "none":
         return f"from TEACHER, by {fidelity.kd_loss}"
     if config.low.kd_loss != "none" and not config.only:
@@ -138,11 +137,11 @@ def _distillation(config: SearchConfig, fidelity: Fidelity) -> str:
 
 
 def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
-    """The full training that a command means: that of a named architecture, or of the winner if none is named."""
+    """The full training of the named architecture, or of the winner if none is named; UsageError if there is none."""
     if architecture is None:
         if run.kind == "fidelity-study":
             raise UsageError(
-                f"{run.folder} is a fidelity study, which names no winner; name an architecture with --arch"
+                f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch"
             )
         if run.result is None or run.best is None:
             raise UsageError(
@@ -162,7 +161,7 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
 
 @contextmanager
 def worker(resources: Resources, logs: Path | None, module: str) -> Iterator[tuple[Fleet, Path]]:
-    """A single worker for the tasks of a module, and a temporary folder, which also holds the logs if `logs` is None."""
+    """A single worker for the tasks of a module, and a temporary folder, which holds the logs if `logs` is None."""
     with tempfile.TemporaryDirectory(prefix="mfkd-") as scratch:
         fleet = open_fleet(resources, one_worker(layout(resources)), logs or Path(scratch) / "logs", module)
         try:

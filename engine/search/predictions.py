@@ -1,6 +1,6 @@
-"""What the surrogate predicted of an architecture, at the end and at any earlier moment, from the journal alone.
+"""What the surrogate predicted for an architecture, now and at any earlier moment, from the journal alone.
 
-A prediction is recomputed from the evaluations that the journal held at that moment, so none has seen its own outcome.
+A prediction is recomputed from the evaluations that the journal held at that moment, so it has not seen its outcome.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from engine.space import Candidates, SearchSpace
 from engine.spaces.load import load_space
 from engine.trial import Architecture, Evaluation, History
 
-# Predictions cover a random sample of this many candidates, and those that were asked: millions would take seconds.
+# Predictions cover this many candidates at random and those that were asked for; millions would take seconds.
 SAMPLE = 20_000
-# At most this many predictions at ask time, since each needs a fit.
+# At most this many predictions at ask time, since each takes a fit.
 MAX_AT_ASK_TIME = 100
 
 
@@ -73,8 +73,10 @@ class RunPredictions:
     def predict(
         self, architecture: Architecture, known: int | None = None, number: int | None = None
     ) -> Prediction | None:
-        """The prediction for an architecture after the first `known` evaluations, when `number` trials had been asked; by
-        default at the end. None if it is not a candidate."""
+        """The prediction for an architecture after the first `known` evaluations, when `number` trials had been asked.
+
+        By default, after all of them. None if the architecture is not a candidate.
+        """
         row = self.candidates.row(architecture)
         if row is None:
             return None
@@ -96,10 +98,10 @@ class RunPredictions:
         )
 
     def at_ask_time(self) -> dict[int, Prediction]:
-        """The predictions at the time when full-fidelity trials were asked, by trial number.
+        """The predictions for full-fidelity trials at the moment when these were asked, by trial number.
 
-        Repeats, and evaluations imported from a fidelity study, are left out. Of more than MAX_AT_ASK_TIME trials, an
-        evenly spaced selection is taken.
+        Repeats and trials imported from a fidelity study are left out. Of more than MAX_AT_ASK_TIME trials, an evenly
+        spaced selection is used.
         """
         if self.run.kind == "fidelity-study":
             return {}
@@ -110,8 +112,8 @@ class RunPredictions:
         imported = self.run.imported
         own = [(architecture, when) for architecture, when in first.items() if when[1] not in imported]
         some = own[:: math.ceil(len(own) / MAX_AT_ASK_TIME) or 1]
-        said = {number: self.predict(architecture, known, number) for architecture, (known, number) in some}
-        return {number: prediction for number, prediction in said.items() if prediction is not None}
+        found = {number: self.predict(architecture, known, number) for architecture, (known, number) in some}
+        return {number: prediction for number, prediction in found.items() if prediction is not None}
 
     def _asked_in_full(self, number: int | None) -> list[int]:
         asked = [t.architecture for t in self.run.record.asked[:number] if t.fidelity == self.run.plan.high]
@@ -119,7 +121,7 @@ class RunPredictions:
 
 
 def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredictions:
-    """The run with the candidates that its search had; a sample of them always includes those of `about`."""
+    """The predictions of a run, over the candidates that its search had; a sample always includes those in `about`."""
     space = load_space(run.config.space)
     _, fit = find_candidates(space, run.config, run.data, Display("none"))
     inside = [architecture for architecture in about if fit.row(architecture) is not None]

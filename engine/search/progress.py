@@ -1,4 +1,4 @@
-"""What a search shows while it runs, on stderr: bars on a terminal, plain lines elsewhere, or nothing."""
+"""The progress of a search on stderr: bars on a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from engine.trial import Evaluation
 Style = Literal["auto", "bar", "lines", "none"]
 
 
-class Unheard(Console):
-    """Prints as long as it can: nobody reading the progress of a search is no reason to stop it."""
+class TolerantConsole(Console):
+    """Prints while it can. A search must not stop because nobody can read its progress."""
 
     def _check_buffer(self) -> None:
         try:
             super()._check_buffer()
-        except OSError:  # a terminal that has gone, a full disk: this is lost, what follows may not be
+        except OSError:  # the terminal is gone or the disk is full: this text is lost, later text may not be
             del self._buffer[:]
 
     def on_broken_pipe(self) -> None:
-        """The reader has gone for good. What others write to stderr must not fail, nor must Python's flush at exit."""
+        """The reader is gone for good. Other writes to stderr, and Python's flush at exit, must not fail."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Display(AbstractContextManager["Display"]):
-    """Shows phases and evaluations in one of three styles; `auto` is bars where stderr is a terminal, else lines."""
+    """Shows phases and evaluations in one of three styles; `auto` means bars if stderr is a terminal, else lines."""
 
     def __init__(self, style: Style) -> None:
-        self._console = Unheard(stderr=True, highlight=False, soft_wrap=True)
+        self._console = TolerantConsole(stderr=True, highlight=False, soft_wrap=True)
         self._style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
         self._start = time.monotonic()
-        self.log: Log = lambda evaluation: None  # told of each evaluation too
+        self.log: Log = lambda evaluation: None  # also called with each evaluation
         self._best = 0.0
         self._tasks: dict[str, TaskID] = {}
         self._counts: dict[str, int] = {}
@@ -61,13 +61,13 @@ class Display(AbstractContextManager["Display"]):
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """One line about what happens now."""
+        """Prints a line about what happens now."""
         if self._style != "none":
             seconds = time.monotonic() - self._start
             self._console.print(f"[{seconds:7.1f} s] {text}", markup=False)
 
     def expect(self, phase: str, total: int) -> None:
-        """A bar for a phase of `total` evaluations, counted from none: a study may have had one of that name before."""
+        """A bar for a phase of `total` evaluations, starting at 0: an earlier study may have had one of that name."""
         self._counts.pop(phase, None)
         if phase in self._tasks:
             self._bars.reset(self._tasks[phase], total=total, note="")
@@ -75,7 +75,7 @@ class Display(AbstractContextManager["Display"]):
             self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
 
     def show(self, evaluation: Evaluation, full: bool) -> None:
-        """An evaluation that has come in; `full`: it counts for the best so far."""
+        """Shows and logs a new evaluation; `full` ones count towards the best so far."""
         self.log(evaluation)
         phase = evaluation.trial.fidelity.name
         if full and evaluation.ok:

@@ -1,4 +1,4 @@
-"""Runs or resumes a run folder: replay the journal, propose, submit, collect, append, until nothing is left to ask."""
+"""Runs or resumes a run folder: replays its journal, then proposes, submits and journals until nothing is left."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost",
 
 @dataclass(frozen=True)
 class RunDefinition:
-    """What a run does: the kind of its folder, what it may ask for, the method that asks, and what is made of the
-    answers."""
+    """What a run does: the kind of its folder, what it may ask for, the method that asks, and the function that turns
+    the evaluations into a result."""
 
     kind: RunKind
     plan: Plan
@@ -53,9 +53,9 @@ class RunDefinition:
 def run(
     definition: RunDefinition, settings: RunSettings, run_dir: Path, display: Display, log: LogKind = "none"
 ) -> Json:
-    """Starts or resumes a run folder: evaluates what the method proposes, and returns what is made of it.
+    """Starts or resumes a run: evaluates what the method proposes, and returns the result.
 
-    Raises EngineError where it cannot start or go on; everything measured until then is in the journal.
+    Raises EngineError if it cannot start or go on; everything measured until then is in the journal.
     """
     validated_space(settings)
     config, resources = settings.config, settings.resources
@@ -63,18 +63,13 @@ def run(
     study = RunFolder(Path(config.fidelity_study).absolute()) if config.fidelity_study else None
     if study:
         study_config(study, config)
-    wanted = layout(resources)
-    folder = RunFolder(run_dir.absolute())
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    wanted, folder = layout(resources), make_folder(run_dir)
     with (
         stoppable(settings, folder) as drain,
         Journal(folder.journal) as journal,
         open_log(log, config, folder) as display.log,
     ):
-        if not folder.has_begun():  # a call that failed before it did any work fixes neither settings nor data
+        if not folder.has_begun():  # an earlier call that did no work fixes neither settings nor data
             folder.forget_settings()
         slots = slots_for(wanted.workers, cohort_size(resources, gpu=wanted.device == "cuda"))
         slots = folder.fix_config(definition.kind, config, settings.budget, slots)
@@ -92,9 +87,19 @@ def run(
             return definition.finish(setup, history)
 
 
+def make_folder(run_dir: Path) -> RunFolder:
+    """Creates a run folder if it does not exist; EnvironmentUnusable if that fails."""
+    folder = RunFolder(run_dir.absolute())
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
 @contextmanager
 def stoppable(settings: RunSettings, folder: RunFolder) -> Iterator[Drain]:
-    """Turns being told to stop into Drained, and a full disk into an EnvironmentUnusable."""
+    """Turns a request to stop into Drained, and a disk that cannot be written into EnvironmentUnusable."""
     resources = settings.resources
     with Drain(resources.grace_s, remaining(resources.time_limit, settings.started)) as drain:
         try:
@@ -116,42 +121,22 @@ def unwritable(folder: RunFolder, error: OSError) -> EnvironmentUnusable:
 
 
 def evaluate_all(setup: SearchSetup, journal: Journal, slots: Slots, method: Method) -> History:
-    """Evaluates everything that the method asks for; all evaluations of the run, in the order of the virtual clock."""
-    context = setup.context
-    display, drain, resources = context.display, context.drain, context.resources
-    record = read_journal(journal.path)
+    """Evaluates everything that the method asks for; returns all evaluations of the run, in virtual-clock order."""
+    context, drain = setup.context, setup.context.drain
     plan = replace(setup.plan, cohort=slots.cohort)
-    if record.answers:
-        display.say(f"resuming: {len(record.answers)} evaluations in the journal")
-    for low in plan.lows:
-        display.expect(low.name, plan.max_low)
-    display.expect(plan.high.name, plan.max_high)
-
-    def share(trial: Trial) -> int:
-        return slots.cohort if trial.fidelity == plan.high else 1
-
-    def cost(trial: Trial) -> float:
-        return setup.cost(trial) * slots.cohort / share(trial)  # a worker is shared by a cohort
+    record = read_journal(journal.path)
+    _announce(context.display, plan, record)
+    dispatcher = _dispatcher(context, plan, journal, record)
 
     def propose(history: History, free: int) -> list[Trial]:
         return method(setup.candidates, visible(history, setup), plan, free)
 
-    def received(evaluation: Evaluation) -> None:
-        display.show(evaluation, evaluation.trial.fidelity == plan.high)
+    def stop(history: History) -> bool:
+        return should_stop(context, plan, record, history)
 
-    teacher = context.folder.teacher_weights(context.config)
-    cohorts = Cohorts(context.worker, teacher, slots.cohort, plan.high, resources.trial_timeout)
-    dispatcher = Dispatcher(context.fleet, cohorts, journal, record.answers, received)
-    workers = VirtualWorkers(slots.total, cost, share, at_least=slots.cohort)
+    recorded = Recorded(record.asked, record.seen)
     try:
-        history = drive(
-            propose,
-            dispatcher,
-            workers,
-            Recorded(record.asked, record.seen),
-            journal.ask,
-            lambda history: should_stop(context, plan, record, history),
-        )
+        history = drive(propose, dispatcher, _virtual_workers(setup, plan, slots), recorded, journal.ask, stop)
     except (Drained, FleetLost):
         if not drain.asked:
             raise
@@ -161,8 +146,35 @@ def evaluate_all(setup: SearchSetup, journal: Journal, slots: Slots, method: Met
     return history
 
 
+def _announce(display: Display, plan: Plan, record: Record) -> None:
+    if record.answers:
+        display.say(f"resuming: {len(record.answers)} evaluations in the journal")
+    for low in plan.lows:
+        display.expect(low.name, plan.max_low)
+    display.expect(plan.high.name, plan.max_high)
+
+
+def _dispatcher(context: RunContext, plan: Plan, journal: Journal, record: Record) -> Dispatcher:
+    def received(evaluation: Evaluation) -> None:
+        context.display.show(evaluation, evaluation.trial.fidelity == plan.high)
+
+    teacher = context.folder.teacher_weights(context.config)
+    cohorts = Cohorts(context.worker, teacher, plan.cohort, plan.high, context.resources.trial_timeout)
+    return Dispatcher(context.fleet, cohorts, journal, record.answers, received)
+
+
+def _virtual_workers(setup: SearchSetup, plan: Plan, slots: Slots) -> VirtualWorkers:
+    def share(trial: Trial) -> int:
+        return slots.cohort if trial.fidelity == plan.high else 1
+
+    def cost(trial: Trial) -> float:
+        return setup.cost(trial) * slots.cohort / share(trial)  # the members of a cohort share a worker
+
+    return VirtualWorkers(slots.total, cost, share, at_least=slots.cohort)
+
+
 def should_stop(context: RunContext, plan: Plan, record: Record, history: History) -> bool:
-    """Whether a limit of the budget has been reached, or the run has been told to stop.
+    """Whether a limit of the budget has been reached, or the user asked the run to stop.
 
     Raises NoWinner after too many failures in a row.
     """
@@ -183,13 +195,13 @@ def should_stop(context: RunContext, plan: Plan, record: Record, history: Histor
 
 
 def visible(history: History, setup: SearchSetup) -> History:
-    """The history as a method sees it: with the expected cost of a trial as its seconds, see `SearchSetup.cost`."""
+    """The history as a method sees it: with expected costs instead of measured seconds, see `SearchSetup.cost`."""
     answered = [replace(e, seconds=setup.cost(e.trial), test_accuracy=None) for e in history.answered]
     return History(answered, list(history.pending))
 
 
 def why_no_winner(history: History) -> str:
-    """What to tell the user if no full training succeeded."""
+    """Why there is no winner, for the user."""
     failures = [e for e in history.answered if not e.ok]
     if not failures:
         return "no full-fidelity evaluation was made: raise the budget (--max-high, --gpu-hours, --wall-time)"

@@ -1,4 +1,4 @@
-"""What the work on a run folder has at hand: settings, space, workers, folder, display."""
+"""The context of a run: settings, search space, run folder, workers, display."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.tasks import Task, WorkerSettings
 
 @dataclass(frozen=True)
 class RunContext:
-    """Passed whole to whatever works on a run; `drain` says whether the run has been told to stop."""
+    """Passed as a whole to the functions that work on a run. `drain` knows whether to stop."""
 
     config: SearchConfig
     budget: Budget
@@ -30,15 +30,15 @@ class RunContext:
     fleet: Fleet
     display: Display
     drain: Drain
-    started: float  # of the call (time.monotonic)
+    started: float  # when the call began (time.monotonic)
 
     @property
     def worker(self) -> WorkerSettings:
-        """What every task of this run tells a worker."""
+        """What every task of this run contains."""
         return WorkerSettings(self.config, self.folder.path, self.fleet.device, self.resources)
 
     def answer(self, task: Task) -> Any:
-        """The answer to a single task, as plain JSON values; raises what the task raised."""
+        """The answer to a single task, as plain JSON values. Raises what the task raised."""
         return result(self.fleet, task)
 
 
@@ -46,7 +46,7 @@ class RunContext:
 def open_context(
     settings: RunSettings, folder: RunFolder, layout: Layout, display: Display, drain: Drain | None = None
 ) -> Iterator[RunContext]:
-    """A context with running workers, which are killed when the block ends."""
+    """A run context with running workers, which are killed when the block ends."""
     config, resources = settings.config, settings.resources
     space = load_space(config.space)
     drain = drain or Drain(resources.grace_s, None)
@@ -60,5 +60,5 @@ def open_context(
 
 
 def one_worker(layout: Layout) -> Layout:
-    """The layout of a single worker on this machine, of the same kind of device."""
+    """The layout of a single worker with the same kind of device."""
     return replace(layout, workers=1, nodes=1)

@@ -1,4 +1,4 @@
-"""Reads a run folder: settings, journal, result. Its search may still be running."""
+"""Reads a run folder: settings, journal, result. The run may still be in progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, Usage
 Json = dict[str, Any]
 
 SURROGATE_METHODS = ("mfkd", "mfkd-front")
-# The phases that an evaluation's seconds are split into; `costs` also holds rates and sizes.
+# The phases that make up the seconds of an evaluation; `costs` also holds rates and sizes.
 PHASES = ("setup", "data", "teacher", "train", "evaluate")
 
 
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def data(self) -> DataFacts:
-        """What run.json says of the data; EnvironmentUnusable if it says nothing, since no worker has seen them yet."""
+        """The facts about the data in run.json; EnvironmentUnusable if no worker has seen the data yet."""
         if "data" not in self.facts:
             raise EnvironmentUnusable(
                 f"{self.folder.run_file} does not describe the data: the run was stopped before it began; run the same "
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the search has named its winner, or the fidelity study has measured everything it has asked for."""
+        """Whether the search has named its winner, or the fidelity study has measured everything that it asked for."""
         if self.kind == "fidelity-study":
             found = _read(self.folder.study_result) or {}
             return bool(found.get("complete")) and found.get("evaluations") == len(self.record.asked)
@@ -77,12 +77,12 @@ class Run:
 
     @property
     def asks_surrogate(self) -> bool:
-        """Whether the surrogate chooses the architectures that are trained in full."""
+        """Whether a surrogate chooses the architectures that are trained in full."""
         return self.kind == "search" and self.plan.method in SURROGATE_METHODS
 
     @property
     def imported(self) -> set[int]:
-        """Numbers of the trials that came from a fidelity study, see --fidelity-study."""
+        """The numbers of trials imported from a fidelity study (--fidelity-study)."""
         asked = zip(self.record.asked, self.record.seen, strict=True)
         return {trial.number for trial, seen in asked if seen < 0} if self.config.fidelity_study else set()
 
@@ -91,7 +91,7 @@ class Run:
         return [e for e in self.answers if e.ok and e.trial.fidelity == fidelity]
 
     def teacher_card(self) -> Json | None:
-        """The card in the teacher's weights file (engine.training.teacher.Card), None if there is no such file."""
+        """The card in the teacher's weights file (engine.training.teacher.Card); None if there is no such file."""
         try:
             with safe_open(self.folder.teacher_weights(self.config), "np") as stored:
                 card: Json = json.loads(stored.metadata()["card"])
@@ -130,14 +130,14 @@ def open_run(name: str) -> Run:
 
 
 def find_run(name: str) -> RunFolder:
-    """The folder of a run; UsageError lists the runs there are."""
+    """The folder of a run; a UsageError lists the runs that exist."""
     for path in (Path(name), Path("runs") / name):
         folder = RunFolder(path.absolute())
         if folder.config.is_file():
             return folder
     known = sorted(path.name for path in Path("runs").glob("*") if RunFolder(path).config.is_file())
     hint = f"runs/ has {', '.join(known)}" if known else "give the folder that search wrote with --run-dir"
-    raise UsageError(f"no run named '{name}': not a run folder, and not a name under runs/; {hint}")
+    raise UsageError(f"no run named '{name}': not a run folder and not a name under runs/; {hint}")
 
 
 def with_answers(run: Run) -> Run:
@@ -148,7 +148,7 @@ def with_answers(run: Run) -> Run:
 
 
 def _result(folder: RunFolder, record: Record) -> Json | None:
-    """result.json, unless the search has continued since it was written."""
+    """result.json, unless the search has progressed since it was written."""
     result = _read(folder.result)
     if result is None or sum(result["evaluations"].values()) != len(record.answers):
         return None
@@ -156,6 +156,7 @@ def _result(folder: RunFolder, record: Record) -> Json | None:
 
 
 def _read(path: Path) -> Json | None:
+    """The content of a JSON file; None if there is none."""
     if not path.is_file():
         return None
     try:
@@ -194,7 +195,7 @@ def row(evaluation: Evaluation) -> Json:
 
 
 def row_of_trial(trial: Trial) -> Json:
-    """What is known of a trial before it is evaluated."""
+    """The columns that are known before a trial is evaluated."""
     return {
         "number": trial.number,
         "architecture": str(trial.architecture),

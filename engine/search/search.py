@@ -34,7 +34,7 @@ def search(
 ) -> Json:
     """Runs or resumes the search of a run folder; returns its result. `method` overrides the one in the settings.
 
-    Raises EngineError where it cannot start or go on; everything measured until then is in the journal.
+    Raises EngineError if it cannot start or go on; everything measured until then is in the journal.
     """
     start = time.monotonic()
 
@@ -50,21 +50,21 @@ def search(
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
-    """What the plan's method asks next, and in the end what only the report needs."""
+    """What the plan's method asks for next, and in the end what only the report needs."""
     trials = methods.propose(candidates, history, plan, slots)
     return trials if trials or not plan.max_low else unpaired(history, plan)[:slots]
 
 
 def unpaired(history: History, plan: Plan) -> list[Trial]:
-    """Low-fidelity trials of architectures that were trained in full without one, asked once all else is done.
+    """Low-fidelity trials of the architectures that were trained in full without one, once all else is done.
 
-    They affect no decision. They show how well the low fidelity ranks the architectures that matter.
+    They affect no decision; they show how well the low fidelity ranks the architectures that matter.
     """
     low = {e.trial.architecture for e in history.answered if e.trial.fidelity == plan.lows[0]}
     full = dict.fromkeys(e.trial.architecture for e in history.answered if e.ok and e.trial.fidelity == plan.high)
     missing = [architecture for architecture in full if architecture not in low]
     if any(t.fidelity != plan.lows[0] or t.architecture not in missing for t in history.pending):
-        return []  # the method is only waiting for these
+        return []  # the method has not finished, it is waiting for these
     asked = {trial.architecture for trial in history.pending}
     return [
         Trial(history.asked + place, architecture, plan.lows[0], plan.seed)
@@ -73,7 +73,7 @@ def unpaired(history: History, plan: Plan) -> list[Trial]:
 
 
 def conclude(setup: SearchSetup, history: History, best: Evaluation, seconds: float) -> Json:
-    """Scores the winner on the test split, the only time that it is read, and writes result.json."""
+    """Scores the winner on the test split, which is read only here, and writes result.json."""
     context = setup.context
     tested = context.answer(TestTask(context.worker, best.trial))
     winner = _described(best) | {"test_accuracy": tested["test_accuracy"], "weights": tested["weights"]}
@@ -115,7 +115,7 @@ def _counts(history: History, plan: Plan) -> Json:
 
 
 def taus(ok: Sequence[Evaluation], plan: Plan) -> Json:
-    """Kendall's tau of the low fidelity, and of MACs alone, with the full one: means over repeated trainings."""
+    """Kendall's tau of low-fidelity scores, and of MACs, with full scores, both averaged over repeated trainings."""
     full = [e for e in ok if e.trial.fidelity == plan.high]
     low, high = mean_accuracies(e for e in ok if e.trial.fidelity in plan.lows), mean_accuracies(full)
     macs = {e.trial.architecture: float(e.macs) for e in full}

@@ -1,4 +1,4 @@
-"""What must be known before a search asks for anything: the data as a worker sees them, the candidates, the teacher."""
+"""What a search needs before it asks for trials: facts about the data, the candidates, the teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.spaces.load import load_space
 from engine.tasks import DataFacts, LatencyTask, ProbeTask, Statistic, TeacherFacts, TeacherTask, task_from_json
 from engine.trial import Architecture, Trial, UsageError
 
-# A network without operations still takes time per image: loading, normalisation, the classifier.
+# Even a network without operations takes time per image: loading, normalisation, the classifier.
 OVERHEAD_MACS = 1e6
 
 
@@ -38,8 +38,8 @@ class SearchSetup:
     def cost(self, trial: Trial) -> float:
         """Expected cost of a trial, up to a constant factor: passes over the data times MACs.
 
-        It drives the virtual clock and is what methods see as seconds. Measured seconds would be more accurate but
-        differ between a run and its continuation on another machine, and decisions must not.
+        It drives the virtual clock, and methods see it as seconds. Measured seconds would be more accurate, but they
+        change when a run resumes on another machine, and its decisions must not.
         """
         fidelity = trial.fidelity
         row = self.candidates.row(trial.architecture)
@@ -49,7 +49,7 @@ class SearchSetup:
 
 
 def validated_space(settings: RunSettings) -> SearchSpace:
-    """The search space of settings that can work; UsageError for others, before anything is started."""
+    """The search space of the settings; UsageError for settings that cannot work, before anything is started."""
     check_settings(settings)
     if settings.config.method not in METHODS:
         raise UsageError(f"no method named '{settings.config.method}'; choose from {', '.join(METHODS)}")
@@ -57,7 +57,7 @@ def validated_space(settings: RunSettings) -> SearchSpace:
 
 
 def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
-    """Finds the candidates and obtains the teacher; `facts` is the answer of `probe`."""
+    """Finds the candidates and obtains the teacher; `facts` is what `probe` returned."""
     config = context.config
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if config.max_latency_ms < math.inf:
@@ -71,7 +71,7 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
 
 
 def probe(context: RunContext) -> DataFacts:
-    """Has a worker check data and device; returns what it found."""
+    """Has a worker check data and device; returns its findings."""
     config = context.config
     facts = task_from_json(DataFacts, context.answer(ProbeTask(context.worker)))
     if facts.images["train"] < config.batch_size:
@@ -120,7 +120,7 @@ def largest_member(everything: Candidates) -> Architecture:
 
 
 def limit_latency(context: RunContext, fit: Candidates, folder: RunFolder) -> Candidates:
-    """The candidates within --max-latency-ms, judged by measurements that are stored in a run folder."""
+    """The candidates within --max-latency-ms, according to measurements that are stored in the run folder."""
     config, display = context.config, context.display
 
     def measure(sample: Sequence[Architecture]) -> list[float]:
@@ -144,18 +144,19 @@ def obtain_teacher(context: RunContext, task: TeacherTask) -> TeacherFacts:
     )
     if facts.elsewhere:
         display.say(
-            "teacher: it was trained on other images, or with another --seed, and may have seen some of these "
-            "validation images"
+            "teacher: trained on other images or with another --seed, so it may have seen some of these validation "
+            "images"
         )
     return facts
 
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """What the `teacher` command asks for: a network (auto, an architecture of the space, torchvision:NAME, timm:NAME or
-    FILE.py:NAME), the file to write, and ready-made weights with the mean and std of the images they were trained on.
+    """What the `teacher` command asks for: a network and the file to write.
 
-    `check_only` accepts any network that the file holds.
+    The network is auto, an architecture of the space, torchvision:NAME, timm:NAME or FILE.py:NAME. `weights` are
+    ready-made, with the `mean` and `std` of the images they were trained on. `check_only` accepts any network in the
+    file.
     """
 
     network: str
@@ -177,9 +178,7 @@ def make_teacher(settings: RunSettings, request: TeacherRequest, display: Displa
         existed = path.exists()
         facts = probe(context)
         network = _network_name(context, facts, request.network)
-        task = TeacherTask(
-            context.worker, network, path, weights=request.weights, mean=request.mean, std=request.std
-        )
+        task = TeacherTask(context.worker, network, path, False, request.weights, request.mean, request.std)
         made = obtain_teacher(context, task)
     same = network == made.network and made.epochs in (0, config.teacher_epochs)  # 0: we did not train it
     if existed and not request.check_only and not same:
@@ -191,7 +190,7 @@ def make_teacher(settings: RunSettings, request: TeacherRequest, display: Displa
 
 
 def _network_name(context: RunContext, facts: DataFacts, network: str) -> str:
-    """What the `teacher` command's --arch names, as a weights file records it."""
+    """The network that the `teacher` command's --arch means, as recorded in a weights file."""
     if is_library_model(network) or ".py:" in network:
         return network
     if network == "auto":

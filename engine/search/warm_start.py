@@ -1,4 +1,4 @@
-"""A search that starts with the evaluations of a fidelity study: they become the first ones of its journal."""
+"""Starts a search with the evaluations of a fidelity study: they become the first ones in its journal."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from engine.search.setup import SearchSetup
 from engine.space import Candidates
 from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
-# Settings that decide what is proposed, or what things are called, but not the outcome of an evaluation.
+# Settings that affect which trials are proposed, but not the outcome of an evaluation.
 MAY_DIFFER = {"low", "method", "fidelity_study", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives"}
-MAY_DIFFER |= {"only", "teacher", "teacher_epochs", *LOSS_WEIGHTS}  # compared per evaluation: some have no teacher
+MAY_DIFFER |= {"only", "teacher", "teacher_epochs", *LOSS_WEIGHTS}  # compared per evaluation: some use no teacher
 
 
 def warm_start(study: RunFolder, setup: SearchSetup, journal: Journal) -> None:
-    """Fills an empty journal with the successful evaluations of a study at the fidelities of the plan.
+    """Fills the empty journal of a search with the successful evaluations of a study at the fidelities of its plan.
 
-    Weights of full trainings are linked. All of them count towards the budget, which would have bought them.
+    They count towards the budget, which would otherwise have paid for them; weights of full trainings are linked.
     Evaluations distilled from another teacher are left out, and so are architectures that the search may not propose.
-    Raises UsageError where weights of the study are missing, or it has other settings.
+    Raises UsageError if weights of the study are missing, or its settings differ.
     """
     config, plan, folder = setup.context.config, setup.plan, setup.context.folder
     theirs = study_config(study, config)
@@ -40,7 +40,7 @@ def warm_start(study: RunFolder, setup: SearchSetup, journal: Journal) -> None:
     mine = [replace(e, trial=replace(e.trial, number=place, fidelity=own)) for place, (e, own) in enumerate(kept)]
     record = read_journal(journal.path)
     if [e.trial for e in mine[: len(record.asked)]] != record.asked:
-        return  # the search has gone on since then, and its journal is authoritative
+        return  # the search has progressed since, and its own journal decides
     _check_weights(study, [e.trial for e, own in kept if own == config.high])
     left_out = len(allowed) - len(comparable)
     note = f"; leaving out {left_out} that were distilled from another teacher" if left_out else ""
@@ -65,23 +65,23 @@ def _check_weights(study: RunFolder, full: list[Trial]) -> None:
 
 
 def _may_propose(evaluation: Evaluation, config: SearchConfig, candidates: Candidates) -> bool:
-    """Whether the search could have asked for it. Under a latency limit full trainings are timed as well."""
+    """Whether the search could have asked for this evaluation. Under a latency limit, full trainings are timed too."""
     full = evaluation.trial.fidelity == config.high
     in_time = not full or evaluation.costs.get("latency_ms", math.inf) <= config.max_latency_ms
     return in_time and candidates.row(evaluation.trial.architecture) is not None
 
 
 def _same_fidelity(fidelity: Fidelity, theirs: SearchConfig, config: SearchConfig, plan: Plan) -> Fidelity | None:
-    """The fidelity of the plan that trains exactly as `fidelity` does in the study, whatever its name."""
-    judged = replace(fidelity, name="", weights=_weights(theirs, fidelity))
+    """The fidelity of the plan that trains exactly as `fidelity` does in the study, under any name."""
+    wanted = replace(fidelity, name="", weights=_weights(theirs, fidelity))
     for own in (plan.high, *plan.lows):
-        if replace(own, name="", weights=_weights(config, own)) == judged:
+        if replace(own, name="", weights=_weights(config, own)) == wanted:
             return own
     return None
 
 
 def _weights(config: SearchConfig, fidelity: Fidelity) -> tuple[tuple[str, float], ...]:
-    """All loss weights in force at a fidelity, its own or those of the configuration."""
+    """The loss weights in effect at a fidelity: its own, else those of the configuration."""
     if fidelity.kd_loss == "none":
         return ()
     whole = config_at(config, fidelity)
@@ -95,7 +95,7 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def check_same_data(study: RunFolder, fingerprint: str) -> None:
-    """UsageError where the study was run on other images."""
+    """Raises UsageError if the study used other images."""
     if study.run_file.exists():
         data = json.loads(study.run_file.read_text()).get("data", {})
         if data.get("fingerprint", fingerprint) != fingerprint:
@@ -103,7 +103,7 @@ def check_same_data(study: RunFolder, fingerprint: str) -> None:
 
 
 def study_config(study: RunFolder, config: SearchConfig) -> SearchConfig:
-    """The configuration of a fidelity study; UsageError if it is missing, or would give other evaluations."""
+    """The configuration of a study; UsageError if it is missing, or its evaluations would differ from this search's."""
     try:
         stored = study.read_config()["config"]
     except EnvironmentUnusable as error:
