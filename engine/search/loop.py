@@ -134,25 +134,40 @@ def _ask(
     share: Callable[[Trial], int],
 ) -> list[Trial]:
     """The next trials that fit into `free` slots, recorded ones first."""
-    busy, seen = bool(history.pending), recorded.seen
     proposed = propose(history, free)
-    start, imported = history.asked, bisect.bisect_left(seen, 0)
-    end = start + (len(proposed) if proposed or busy else free)
-    if end >= imported:  # from here on the record tells what was asked by now; if all are idle, its next trial is due
-        now = max([len(history.answered), *seen[start : start + (not busy)]])
-        end = max(imported, bisect.bisect_right(seen, now))
-    old = trials = list(recorded.trials[start:end])
-    if start + len(old) >= len(recorded.trials):
-        for known in (old[: max(0, imported - start)], old):
+    old = trials = _recorded_next(history, recorded, len(proposed), free)
+    if history.asked + len(old) >= len(recorded.trials):
+        imported = old[: max(0, _imported(recorded) - history.asked)]
+        for known in (imported, old):
             if known != proposed[: len(known)]:  # propose the rest again, given what was asked instead
                 left = free - sum(map(share, known))
                 beside = History(history.answered, [*history.pending, *known])
                 proposed = [*known, *(propose(beside, left) if left > 0 else [])]
         trials = proposed
-    taken = list(itertools.accumulate(map(share, trials)))
-    # A trial that needs more slots than exist runs alone; otherwise it would wait forever.
-    fitting = max(bisect.bisect_right(taken, free), int(not busy))
-    trials = trials[:fitting]
+    trials = _fitting(trials, free, share, alone=not history.pending)
     if len(old) < len(trials):
         asked(trials[len(old) :], len(history.answered))
     return trials
+
+
+def _imported(recorded: Recorded) -> int:
+    """The number of recorded trials that came from a fidelity study."""
+    return bisect.bisect_left(recorded.seen, 0)
+
+
+def _recorded_next(history: TimedHistory, recorded: Recorded, proposed: int, free: int) -> list[Trial]:
+    """The recorded trials to submit now, given that the method has proposed `proposed` trials."""
+    busy, seen = bool(history.pending), recorded.seen
+    start, imported = history.asked, _imported(recorded)
+    end = start + (proposed if proposed or busy else free)
+    if end >= imported:  # from here on the record tells what was asked by now; if all are idle, its next trial is due
+        now = max([len(history.answered), *seen[start : start + (not busy)]])
+        end = max(imported, bisect.bisect_right(seen, now))
+    return list(recorded.trials[start:end])
+
+
+def _fitting(trials: list[Trial], free: int, share: Callable[[Trial], int], alone: bool) -> list[Trial]:
+    """The first trials that fit into `free` slots. If it would run `alone`, the first always fits: it would otherwise
+    wait forever."""
+    taken = list(itertools.accumulate(map(share, trials)))
+    return trials[: max(bisect.bisect_right(taken, free), int(alone))]
