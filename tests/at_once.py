@@ -1,4 +1,4 @@
-"""A fleet that answers at once, in this process: what tests of the driver put in the place of worker processes."""
+"""A fleet that answers at once in this process, used by tests of the driver instead of worker processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ CARD = {"epochs": 20, "accuracy": 0.9, "seconds": 1.0, "elsewhere": False}
 
 
 class AtOnce:
-    """The fleet's side of the driver; a subclass says in `answer` what a task comes to, or raises. By default tasks are
-    the methods named after them, of which those of a probe and a teacher are here."""
+    """A fleet whose `answer` returns the answer to a task, or raises. By default it calls the method named after the
+    task's function; those for a probe, a teacher and the test split are here."""
 
     device = "cpu"
     capacity = 1

@@ -1,4 +1,4 @@
-"""What several tests share: small data that a network can learn, and the place of the real data."""
+"""Fixtures shared by several test files: small data that a network can learn, real data, a finished run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data beside the checkout; tests that need it skip, saying so, where it is absent."""
+    """The folder of real data beside the checkout; tests that need it are skipped, with the reason, if it is absent."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the checkout")
@@ -29,7 +29,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of 16x16 images, told apart by how high the bright bar is: 120 to train, 30 to test."""
+    """Three classes of 16x16 images that differ in the height of a bright bar: 120 to train, 30 to test."""
     rng = np.random.default_rng(0)
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +47,7 @@ def tiny_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[psutil.Process]]:
-    """Marks this process; the function returned lists the living processes, of whatever parent, that inherited it."""
+    """Marks this process; returns a function that lists the living processes, of any parent, with the same mark."""
     monkeypatch.setenv("MARK_OF_A_TEST", str(tmp_path))
 
     def marked() -> list[psutil.Process]:
@@ -66,7 +66,7 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[p
 
 @pytest.fixture
 def heard() -> Iterator[None]:
-    """What a script starts in the background ignores INT, what nohup starts HUP; tests that send them do without."""
+    """Undoes that a script ignores INT in the background, and nohup HUP, for tests that send these signals."""
     ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, signal.default_int_handler)
@@ -77,7 +77,7 @@ def heard() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as `search` leaves it, made by its own loop and method; the answers are a formula, one failed."""
+    """A run folder as `search` leaves it, made by its own loop and method; evaluations are a formula, one failed."""
     from concurrent.futures import Future
 
     from safetensors.numpy import save_file

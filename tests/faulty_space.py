@@ -1,7 +1,7 @@
-"""A space of tiny networks some of which misbehave, for tests of what a search makes of that.
+"""A space of tiny networks, some of which misbehave, for tests of how a search handles that.
 
-`FAULTS` in the environment says which, as kind=option,...: every member with that option as its first choice (any for
-*) does it each time it is built. `TRIAL_S` is how long building any of them takes.
+The environment variable `FAULTS` lists them as kind=option,...: members with that option as their first choice (* for
+any) misbehave whenever they are built. `TRIAL_S` is how long building a network takes, in seconds.
 """
 
 from __future__ import annotations

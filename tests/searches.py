@@ -1,4 +1,4 @@
-"""Searches of seconds as processes of their own, for tests that signal and kill them."""
+"""Searches that take seconds, as separate processes, for tests that signal and kill them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from engine.fleet.supervisor import ROOT
+from engine.run_folder import RunFolder
 from engine.search.journal import Record, read_journal
 
 QUICK = [
@@ -34,7 +35,7 @@ QUICK = [
 
 
 def start(run_dir: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    """`cli.py search` on the space of tests/faulty_space.py; its environment names the run folder, see `processes`."""
+    """Starts `cli.py search` on the space of tests/faulty_space.py; its environment names the run, see `processes`."""
     command = [sys.executable, "cli.py", "search", *QUICK, f"--run-dir={run_dir}", *more]
     told = {**os.environ, "RUN_OF_A_TEST": str(run_dir), **environment}
     return subprocess.Popen(
@@ -43,7 +44,7 @@ def start(run_dir: Path, *more: str, **environment: str) -> subprocess.Popen[str
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, seconds: float = 300) -> tuple[dict[str, Any], str]:
-    """What a search that ends with `code` has printed: its JSON line ({} for none), and stderr."""
+    """Waits for a search that must end with `code`; returns its JSON line ({} for none) and stderr."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     assert "Traceback" not in err, err
@@ -55,11 +56,11 @@ def search(run_dir: Path, *more: str, code: int = 0, **environment: str) -> tupl
 
 
 def read(run_dir: Path) -> Record:
-    return read_journal(run_dir / "journal.jsonl")
+    return read_journal(RunFolder(run_dir).journal)
 
 
 def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:
-    """The living processes of a run, of whatever parent, with `word` in their command line."""
+    """The living processes of a run, of any parent, with `word` in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -74,21 +75,21 @@ def processes(run_dir: Path, word: str = "") -> list[psutil.Process]:
 def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.05)
 
 
 def measured(run_dir: Path) -> list[tuple[Any, ...]]:
-    """What a journal says, without what may differ between two runs: when, where and how long."""
+    """What a journal holds, without what may differ between two runs: times, places and durations."""
     record = read(run_dir)
     numbers = [trial.number for trial in record.asked]
     assert numbers == list(range(len(numbers)))
-    lines = (run_dir / "journal.jsonl").read_text().splitlines()
+    lines = RunFolder(run_dir).journal.read_text().splitlines()
     assert len(lines) == 1 + len(record.asked) + len(record.answers)  # nothing twice
     answers = [record.answers[number] for number in sorted(record.answers)]
     return [*record.asked, *((e.trial, e.status, e.accuracy, e.macs) for e in answers)]
 
 
 def winner(run_dir: Path) -> tuple[Any, ...]:
-    found = json.loads((run_dir / "result.json").read_text())["winner"]
+    found = json.loads(RunFolder(run_dir).result.read_text())["winner"]
     return found["architecture"], found["valid_accuracy"], found["test_accuracy"]

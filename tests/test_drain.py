@@ -1,4 +1,4 @@
-"""A search that is told to stop: what runs finishes or keeps its state, and the same command continues it."""
+"""Stopping a search: running trials finish or keep their state, and the same command resumes it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_full_training_stops_after_its_epoch_and_resumes_to_the_same_end(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a search that nobody stopped."""
+    """The run folder of an uninterrupted search."""
     folder = tmp_path_factory.mktemp("whole")
     search(folder, *LONG)
     return folder
@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_a_signal_drains_and_the_same_command_comes_to_the_same_end(seed: int, whole: Path, tmp_path: Path) -> None:
-    """Any of the five signals, at a random moment, to the driver alone or to all of its processes."""
+    """Any of the five signals, at a random moment, sent to the driver alone or to all of its processes."""
     chance, grace = random.Random(seed), 60
     process = start(tmp_path, *LONG, f"--grace-s={grace}", TRIAL_S="0.2")
     until(lambda: bool(read(tmp_path).answers) or process.poll() is not None)
@@ -81,7 +81,7 @@ def test_a_signal_drains_and_the_same_command_comes_to_the_same_end(seed: int, w
     assert winner(tmp_path) == winner(whole)
 
 
-def test_after_the_grace_what_still_runs_is_dropped(tmp_path: Path) -> None:
+def test_after_the_grace_period_running_trials_are_dropped(tmp_path: Path) -> None:
     process = start(tmp_path, "--grace-s=1", "--workers=2", FAULTS="hang=*")
     until(lambda: (tmp_path / "hangs").exists())
     process.send_signal(signal.SIGUSR1)
@@ -119,14 +119,14 @@ print(answer_of(future))
 """
 
 
-def test_a_signal_that_does_not_wake_the_main_thread_is_heard_all_the_same() -> None:
-    """As one in the moment before it begins to wait; here another thread takes it."""
+def test_a_signal_that_does_not_wake_the_main_thread_is_still_handled() -> None:
+    """Like one that comes just before the thread starts to wait; here another thread receives it."""
     done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "heard\n"
 
 
-def test_what_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
-    """A search under nohup goes on at logout, and one that a script started in the background when Ctrl-C is typed."""
+def test_signals_ignored_from_the_start_stay_ignored(tmp_path: Path) -> None:
+    """A search under nohup survives a logout; one started in the background by a script survives Ctrl-C."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
     process = start(tmp_path, "--grace-s=1", FAULTS="hang=*")
     for number, handler in before.items():
@@ -163,14 +163,17 @@ def test_the_time_limit_is_seconds_or_what_slurm_says() -> None:
     [
         ("SLURM_JOB_ID", "squeue -h -j 7 -o %e", "%Y-%m-%dT%H:%M:%S"),
         ("LSB_JOBID", "bjobs -noheader -o time_left 7", "0:10 L"),
-        ("PBS_JOBID", "qstat -f -F json 7", '{"Jobs": {"7.a": {"stime": "%a %b %d %H:%M:%S %Y", "Resource_List": '
-         '{"walltime": "00:00:00"}}}}'),
+        (
+            "PBS_JOBID",
+            "qstat -f -F json 7",
+            '{"Jobs": {"7.a": {"stime": "%a %b %d %H:%M:%S %Y", "Resource_List": {"walltime": "00:00:00"}}}}',
+        ),
     ],
 )
 def test_the_scheduler_is_asked_for_the_end(
     variable: str, command: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Programs in the place of the schedulers' own check how they are called and answer in their documented form."""
+    """Stand-ins for the schedulers' programs check their arguments and answer in the documented format."""
     name, _, arguments = command.partition(" ")
     said = time.strftime(answer, time.localtime(time.time() + 600))
     (tmp_path / name).write_text(f"#!/bin/sh\n[ \"$*\" = '{arguments}' ] && echo '{said}'\n")

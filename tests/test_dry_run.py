@@ -48,7 +48,7 @@ def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     assert (run_dir / "journal.jsonl").read_bytes() == before
 
 
-def test_a_dry_run_minds_the_limit_on_latency(
+def test_a_dry_run_respects_the_latency_limit(
     tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["search", *FLAGS, f"--data={tiny_npz}", f"--run-dir={tmp_path / 'run'}", "--dry-run"]

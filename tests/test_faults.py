@@ -1,4 +1,4 @@
-"""What a search makes of everything that goes wrong: workers and drivers killed, tasks that hang, full disks."""
+"""How a search survives faults: killed workers and drivers, tasks that hang, full disks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file syste
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a search that nothing happened to."""
+    """The run folder of an undisturbed search."""
     folder = tmp_path_factory.mktemp("whole")
     search(folder)
     return folder
 
 
 @pytest.mark.parametrize("seed", range(RUNS))
-def test_killed_at_any_moment_a_search_comes_to_the_same_end(seed: int, whole: Path, tmp_path: Path) -> None:
-    """SIGKILL of the worker once, and of the driver once. Two of the worker could hit one trial, and rightly end it."""
+def test_a_search_killed_at_any_moment_comes_to_the_same_end(seed: int, whole: Path, tmp_path: Path) -> None:
+    """The worker and the driver are killed once each. Two kills of the worker could hit the same trial, and end it."""
     chance = random.Random(seed)
     attempts = (tmp_path / str(number) for number in range(10))
     run_dir = next(folder for folder in attempts if killed_twice(folder, chance))
@@ -37,7 +37,7 @@ def test_killed_at_any_moment_a_search_comes_to_the_same_end(seed: int, whole: P
 
 
 def killed_twice(run_dir: Path, chance: random.Random) -> bool:
-    """Runs a search to its end, its worker and its driver killed on the way; False where a kill came too late."""
+    """Runs a search to its end, killing its worker and its driver on the way; False if a kill came too late."""
     process = start(run_dir, TRIAL_S="0.1")
     for victim in chance.sample(["driver", "worker"], 2):
         wait_a_while(run_dir, process, chance)
@@ -55,15 +55,15 @@ def killed_twice(run_dir: Path, chance: random.Random) -> bool:
 
 
 def wait_a_while(run_dir: Path, process: subprocess.Popen[str], chance: random.Random) -> None:
-    """Until a random moment at which there is a worker, mostly after the first trials were asked."""
+    """Waits until a random moment when there is a worker, mostly after the first trials were asked."""
     if chance.random() < 0.7:
         until(lambda: bool(read(run_dir).asked) or process.poll() is not None)
     time.sleep(chance.uniform(0, 2))
     until(lambda: bool(processes(run_dir, "engine.fleet.worker")) or process.poll() is not None)
 
 
-def test_two_workers_and_the_driver_killed_nothing_is_left_lost_or_doubled(tmp_path: Path) -> None:
-    """The same by way of Parsl; the processes between end too."""
+def test_after_killing_a_worker_and_the_driver_nothing_is_left_running_lost_or_duplicated(tmp_path: Path) -> None:
+    """With two workers, so through Parsl, whose processes end too."""
     process = start(tmp_path, "--workers=2", TRIAL_S="0.3")
     until(lambda: len(processes(tmp_path, "engine.fleet.worker")) == 2 and bool(read(tmp_path).asked))
     processes(tmp_path, "engine.fleet.worker")[0].kill()
@@ -80,7 +80,7 @@ def test_two_workers_and_the_driver_killed_nothing_is_left_lost_or_doubled(tmp_p
     assert all(answer.ok for answer in after.values())
 
 
-def test_trials_that_go_wrong_are_evaluations_and_the_others_go_on(tmp_path: Path) -> None:
+def test_failed_trials_are_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     search(tmp_path, "--max-failures=50", "--max-low=6", "--max-high=1", FAULTS="kill=0,memory=2")
     statuses = {"0": "crashed", "1": "ok", "2": "oom", "3": "ok"}
     answers = [answer for answer in read(tmp_path).answers.values() if len(set(answer.trial.architecture.choices)) > 1]
@@ -107,7 +107,7 @@ def test_one_run_folder_has_one_driver(tmp_path: Path) -> None:
     until(lambda: not processes(tmp_path), 30)
 
 
-def test_a_torn_last_line_is_dropped_and_one_in_the_middle_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_torn_last_line_is_dropped_and_a_broken_one_in_the_middle_is_named(whole: Path, tmp_path: Path) -> None:
     lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
     for name in ("config.yaml", "run.json"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
@@ -122,16 +122,16 @@ def test_a_torn_last_line_is_dropped_and_one_in_the_middle_is_named(whole: Path,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that holds next to nothing."""
+    """A file system of its own with hardly any space."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", str(tmp_path)], check=True)
     yield tmp_path
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 @root
-def test_a_full_disk_ends_the_search_and_with_space_it_goes_on(whole: Path, small_disk: Path) -> None:
+def test_a_full_disk_ends_the_search_and_with_more_space_it_resumes(whole: Path, small_disk: Path) -> None:
     _, err = search(small_disk, code=3)
-    assert "cannot be written" in err
+    assert "cannot write" in err
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     _, err = search(small_disk, code=3)
     assert "Read-only file system" in err

@@ -24,20 +24,20 @@ def write(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_trials_and_evaluations_are_read_back(tmp_path: Path) -> None:
     write(tmp_path / "j")
     record = read_journal(tmp_path / "j")
     assert record.asked == TRIALS
     assert record.answers == {0: ANSWERS[0], 1: ANSWERS[1]}
 
 
-def test_a_journal_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_missing_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "j").asked == []
 
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-def test_cut_anywhere_the_whole_lines_count_and_writing_goes_on(tmp_path: Path, data: st.DataObject) -> None:
+def test_after_a_cut_anywhere_the_whole_lines_count_and_writing_resumes(tmp_path: Path, data: st.DataObject) -> None:
     """A crash may leave any prefix of the file."""
     path = tmp_path / "j"
     path.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         read_journal(tmp_path / "j")
 
 
-def test_a_second_answer_to_a_trial_is_passed_over(tmp_path: Path) -> None:
+def test_a_second_evaluation_of_a_trial_is_ignored(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         journal.ask(TRIALS[:1])
         journal.answer(ANSWERS[0])
@@ -80,8 +80,8 @@ def test_a_journal_has_one_writer(tmp_path: Path) -> None:
     write(tmp_path / "j")  # the lock is free again
 
 
-def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: the line is written in part, then refused."""
+def test_a_line_that_does_not_fit_on_the_disk_is_removed(tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: part of the line is written, the rest is refused."""
     path = tmp_path / "j"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Journal(path) as journal:

@@ -1,4 +1,4 @@
-"""Looking into a run: its folder read, `status`, `trials`, `explain`, and what the surrogate said when."""
+"""Reading a run: its folder, `status`, `trials`, `explain`, and what the surrogate predicted when."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.trial import EngineError, UsageError
 
 @pytest.fixture
 def copy(finished_run: Path, tmp_path: Path) -> Path:
-    """The finished run, to be changed."""
+    """A copy of the finished run that a test may change."""
     shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -76,7 +76,7 @@ def test_a_result_older_than_the_journal_is_not_shown_as_the_winner(copy: Path) 
     assert run.best.accuracy == max(e.accuracy for e in run.at(run.plan.high))
 
 
-def test_status_says_what_state_a_run_is_in(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_tells_the_state_of_a_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = json.loads(command(f"status {copy} --json", capsys))
     assert state["state"] == "finished"
     assert state["evaluations"]["high"]["ok"] == state["evaluations"]["high"]["limit"] == 9
@@ -107,7 +107,7 @@ def test_status_watches_until_the_search_ends(
     assert len(waits) == 2
 
 
-def test_text_in_brackets_is_shown_as_it_is(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_in_brackets_is_printed_verbatim(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "journal.jsonl"
     path.write_text(path.read_text().replace("no memory left", "[enforce fail] [/data/x] left"))
     (copy / "result.json").unlink()
@@ -120,7 +120,7 @@ def test_a_damaged_configuration_is_named(copy: Path, capsys: pytest.CaptureFixt
     assert f"cannot read {copy / 'config.yaml'}" in capsys.readouterr().err
 
 
-def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fidelity_study_is_distinguished_from_a_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("kind: search", "kind: fidelity-study"))
     (copy / "result.json").unlink()
@@ -135,7 +135,7 @@ def test_a_study_is_told_from_a_search(copy: Path, capsys: pytest.CaptureFixture
     assert "is a fidelity study, which has no winner" in capsys.readouterr().err
 
 
-def test_a_run_can_be_looked_into_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_can_be_read_while_a_line_is_being_written(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-40])
     assert json.loads(command(f"status {copy} --json", capsys))["evaluations"]["low"]["pending"] == 1
@@ -175,7 +175,7 @@ def test_trials_as_csv_hold_every_column(finished_run: Path, capsys: pytest.Capt
 
 
 def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
-    """Outcomes that were not known when a trial was asked do not change what is said to have been predicted."""
+    """Outcomes unknown when a trial was asked do not change the prediction for it."""
     before = load_predictions(runs.open_run(str(copy))).at_ask_time()
     run = runs.open_run(str(copy))
     known = dict(zip((trial.number for trial in run.record.asked), run.record.known, strict=True))
@@ -196,7 +196,7 @@ def test_a_prediction_has_not_seen_what_came_after_it(copy: Path) -> None:
     assert after != before
 
 
-def test_the_first_full_runs_were_the_best_by_the_surrogate(finished_run: Path) -> None:
+def test_the_first_full_trainings_were_the_surrogate_s_best(finished_run: Path) -> None:
     said = load_predictions(runs.open_run(str(finished_run))).at_ask_time()
     first = said[min(said)]
     assert first.full == 0
@@ -252,7 +252,7 @@ def test_explain_says_that_a_failed_one_is_not_asked_again(copy: Path, capsys: p
     assert "Its evaluation failed, and failed evaluations are not repeated. It was not trained in full" in why
 
 
-def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_that_an_architecture_exceeds_the_limits(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     past = load_predictions(runs.open_run(str(copy)))
     asked = {trial.architecture for trial in past.run.record.asked}
     by_size = map(past.candidates.architecture, past.candidates.params.argsort()[::-1])
@@ -264,7 +264,7 @@ def test_explain_says_that_an_architecture_was_over_the_limits(copy: Path, capsy
 
 
 @pytest.mark.parametrize("limit", [".inf", "1.0e+9"])
-def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
+def test_explain_knows_a_candidate_outside_the_sample_of_a_large_space(
     limit: str, copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = copy / "config.yaml"
@@ -280,7 +280,7 @@ def test_explain_knows_a_candidate_that_the_sample_of_a_large_space_leaves_out(
     assert found["predicted_at_the_end"] is not None
 
 
-def test_explain_says_that_the_pool_of_a_huge_space_does_not_hold_an_architecture(
+def test_explain_says_that_an_architecture_is_not_in_the_pool_of_a_huge_space(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = load_predictions(runs.open_run(str(copy))).candidates
@@ -324,7 +324,7 @@ def test_the_candidates_of_a_limit_on_latency_are_those_of_the_search(
     assert "latency exceeds --max-latency-ms" in explained(copy, str(slowest), capsys)["why"][0]  # type: ignore[index]
 
 
-def test_explain_refuses_what_is_no_architecture_of_the_space(
+def test_explain_refuses_an_architecture_of_another_space(
     finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["explain", str(finished_run), "1-2"]) == 2

@@ -121,7 +121,7 @@ def test_a_search_for_a_front_prints_one(
 
 
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kill, the journal is a prefix of whole lines; no worker evaluates again what it holds."""
+    """After a kill, the journal is a prefix of whole lines; no worker repeats an evaluation that it holds."""
     whole = run(tmp_path, monkeypatch, Formula())
     path = tmp_path / "run" / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)

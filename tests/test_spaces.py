@@ -1,4 +1,4 @@
-"""The spaces against what does not come from them: torch's counter, torchvision, the benchmark's table, algebra."""
+"""The spaces compared with independent sources: torch's counter, torchvision, the benchmark's table, algebra."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_features_halve_and_are_what_the_docs_say(spec: str, sizes: list[int], r
     assert [tuple(f.shape[2:]) for f in features] == [(-(-resolution // s),) * 2 for s in sizes]
 
 
-def test_features_of_two_spaces_pair_by_size() -> None:
+def test_features_of_any_two_spaces_match_in_size() -> None:
     sizes = {}
     for spec in SMALL:
         space = load_space(spec)
@@ -135,7 +135,7 @@ def test_features_of_two_spaces_pair_by_size() -> None:
 
 @pytest.mark.parametrize("spec", SMALL)
 def test_a_training_step_with_features(spec: str) -> None:
-    """Features come out as each stage left them, in channels_last; logits and features train every parameter."""
+    """Features are returned as each stage left them, in channels_last; logits and features train every parameter."""
     space = load_space(spec)
     choices = tuple(min(radix - 1, 3) for radix in space.radices)
     network = space.build(choices, 10, 1.0).to(memory_format=torch.channels_last)
@@ -187,7 +187,7 @@ def test_impossible_options_are_refused(spec: str, message: str) -> None:
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5).map(sorted), st.floats(0.01, 4), st.sampled_from([4, 8]))
 @few
-def test_options_stay_apart_at_any_width(bases: list[int], width: float, multiple: int) -> None:
+def test_options_stay_distinct_at_any_width(bases: list[int], width: float, multiple: int) -> None:
     channels = widths(bases, width, multiple)
     assert all(c % multiple == 0 and c >= 8 for c in channels)
     assert all(a < b for a, b in pairwise(channels))
@@ -253,7 +253,7 @@ def test_cell_strings_are_the_benchmarks(table: list[dict[str, str]]) -> None:
         "|none~0|+|none~0|none~1|+|none~0|none~1|none~2| ",
     ],
 )
-def test_other_text_is_no_cell(text: str) -> None:
+def test_other_text_is_refused_as_a_cell(text: str) -> None:
     with pytest.raises(UsageError, match=r"write it like \|nor_conv_3x3~0\|\+"):
         nasbench201.from_string(text)
 
@@ -268,7 +268,7 @@ def values(cells: np.ndarray) -> np.ndarray:
     return nodes[3]
 
 
-def test_isomorphic_cells_compute_the_same_and_the_cheapest_stands_for_them() -> None:
+def test_isomorphic_cells_compute_the_same_and_the_cheapest_represents_them() -> None:
     cells = all_cells()
     chosen = matrix(*(nasbench201.canonical(tuple(row)) for row in cells.tolist()))
     assert len(np.unique(chosen, axis=0)) == 6466
@@ -368,7 +368,7 @@ def test_the_published_mobilenetv2_is_a_member() -> None:
 
 @pytest.mark.parametrize(("option", "published"), list(enumerate(["x0_5", "x1_0", "x1_5"])))
 def test_the_published_shufflenetv2_are_members(option: int, published: str) -> None:
-    """But for the stride 2 of their stem and the pooling after it, which we leave out."""
+    """Except for the stride 2 of their stem and the pooling after it, which we leave out."""
     theirs = getattr(torchvision.models, f"shufflenet_v2_{published}")()
     theirs.conv1[0].stride, theirs.maxpool = (1, 1), nn.Identity()
     choices = (1, option, 2, option, 1, option)
@@ -394,7 +394,7 @@ def test_units_split_and_shuffle() -> None:
     assert DownUnit(8, 20)(image).shape == (2, 20, 3, 3)
 
 
-def test_the_whole_of_mobilenetv2_is_costed_in_half_a_gigabyte() -> None:
+def test_the_cost_of_all_of_mobilenetv2_takes_half_a_gigabyte() -> None:
     space = mobilenetv2.mobilenetv2()
     tracemalloc.start()
     choices = space.all()
@@ -427,7 +427,7 @@ class Net(nn.Module):
         return self.head(self.same(self.norm(self.conv(images))))
 
 
-def test_count_cost_by_hand_and_leaves_the_network_alone() -> None:
+def test_count_cost_agrees_with_a_count_by_hand_and_leaves_the_network_alone() -> None:
     network = Net().train()
     network.idle.eval()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -443,7 +443,7 @@ def test_count_cost_by_hand_and_leaves_the_network_alone() -> None:
     assert network(torch.rand(2, 3, 6, 6)).device.type == "cpu"
 
 
-def test_a_network_is_counted_wherever_it_is() -> None:
+def test_a_network_is_counted_on_any_device() -> None:
     space = load_space(SMALL[0])
     with torch.device("meta"):
         on_meta = space.build((3,) * 6, 10, 1.0)
@@ -472,7 +472,7 @@ def _count(choices: np.ndarray, classes: int, width: float, resolution: int) -> 
 
 @pytest.mark.parametrize("cost", [None, _count])
 def test_a_space_of_any_size_has_candidates(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More members than 64 bits can count are stood for by a pool of random ones."""
+    """A pool of random members represents more than 64 bits can count."""
     monkeypatch.setattr(space_module, "POOL_WITHOUT_COST", 20)
     monkeypatch.setattr(space_module, "POOL", 20)
     monkeypatch.setattr(space_module, "_counted", lambda space, row, *_: (sum(row) + 1, 1))
@@ -480,11 +480,11 @@ def test_a_space_of_any_size_has_candidates(cost: Any, monkeypatch: pytest.Monke
     assert huge.size == 8**40
     assert len(candidates(huge, 10, 1.0, 32)) == 20
     some = [huge.at(8**39), huge.at(5), huge.at(8**39)]
-    assert len(candidates(huge, 10, 1.0, 32, only=some)) == 2, "what is named twice is one candidate"
+    assert len(candidates(huge, 10, 1.0, 32, only=some)) == 2, "an architecture named twice is one candidate"
 
 
 @pytest.mark.parametrize("cost", [None, _count])
-def test_a_space_no_larger_than_its_pool_is_looked_at_whole(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_no_larger_than_its_pool_is_used_completely(cost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space_module, "_counted", lambda space, row, *_: (sum(row) + 1, 1))
     choices = tuple(Choice(f"c{i}", (1, 2, 3)) for i in range(5))
     assert len(candidates(SearchSpace("plain", choices, no_network, cost), 10, 1.0, 32)) == 3**5
@@ -495,7 +495,7 @@ def test_a_space_no_larger_than_its_pool_is_looked_at_whole(cost: Any, monkeypat
 
 
 def no_network(choices: tuple[int, ...], classes: int, width: float) -> nn.Module:
-    raise AssertionError("nobody asked for a network")
+    raise AssertionError("no network should be built")
 
 
 def test_a_file_with_a_dataclass_of_its_own_can_be_loaded(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_key_of_a_trial_does_not_depend_on_its_number(trial: Trial) -> None:
     assert other.key == trial.key != again.key
 
 
-def test_an_architecture_is_written_as_digits_and_read_back() -> None:
+def test_an_architecture_is_read_back_from_its_text() -> None:
     architecture = Architecture((3, 0, 12))
     assert str(architecture) == "3-0-12"
     assert Architecture.parse("3-0-12") == architecture
