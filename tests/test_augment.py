@@ -1,4 +1,4 @@
-"""The keyed randomness: a law, and independence of everything but (seed, epoch, index)."""
+"""The keyed random numbers: their distribution, and that they depend only on (seed, epoch, index)."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_permutation_holds_each_index_once_and_depends_on_seed_and_epoch(seed: i
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2**31), min_size=1, max_size=40), st.integers(0, 2**64 - 1), st.integers(0, 1000))
-def test_a_row_depends_on_its_index_alone(indices: list[int], seed: int, epoch: int) -> None:
+def test_a_row_depends_only_on_its_index(indices: list[int], seed: int, epoch: int) -> None:
     together = augment.uniform(seed, epoch, np.array(indices), 3)
     alone = [augment.uniform(seed, epoch, np.array([i]), 3)[0] for i in indices]
     np.testing.assert_array_equal(together, alone)
@@ -40,12 +40,12 @@ def test_uniform_draws_are_uniform_and_uncorrelated() -> None:
     assert np.abs(correlation).max() < 0.03  # 5 standard errors of 32,400 pairs
 
 
-def test_each_of_the_81_places_is_equally_likely() -> None:
+def test_each_of_the_81_positions_is_equally_likely() -> None:
     start, mirror = augment.crop_and_flip(0, 0, INDICES, 4, flip=True)
     counts = np.bincount(start[:, 0] * 9 + start[:, 1], minlength=81)
     assert len(counts) == 81
     chi_squared = ((counts - 400) ** 2 / 400).sum()
-    assert chi_squared < 138  # 80 degrees of freedom: exceeded by chance once in 20,000
+    assert chi_squared < 138  # 80 degrees of freedom: exceeded by chance in 1 of 20,000 cases
     assert abs(mirror.mean() - 0.5) < 0.015
 
 

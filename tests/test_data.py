@@ -1,4 +1,4 @@
-"""Data sets by name, splits, subsets, fingerprints, the cache; and the errors that bad arrays give."""
+"""Data sets by name, splits, subsets, fingerprints, the cache, and the errors for bad arrays."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import arrays, glyphs
-from engine.data.dataset import Dataset, fingerprint, load, steps_per_epoch, subset
+from engine.data.dataset import Dataset, fingerprint, load, steps_per_epoch, subset, train_valid_rows
 from engine.trial import EnvironmentUnusable, UsageError
 
 CLASS_SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -73,27 +73,25 @@ def test_uneven_classes_keep_their_share() -> None:
     np.testing.assert_allclose(counts, [1000 / 9, 300 / 9, 50 / 9], atol=1.5)
 
 
-def test_the_seed_of_a_subset_decides_it() -> None:
+def test_a_subset_depends_on_its_seed() -> None:
     labels = labels_of([50] * 10)
     np.testing.assert_array_equal(subset(labels, Fraction(1, 3), 1), subset(labels, Fraction(1, 3), 1))
     assert not np.array_equal(subset(labels, Fraction(1, 3), 1), subset(labels, Fraction(1, 3), 2))
 
 
 @pytest.mark.parametrize("fraction", [Fraction(0), Fraction(-1, 2), Fraction(3, 2)])
-def test_no_such_fraction(fraction: Fraction) -> None:
+def test_a_fraction_outside_0_to_1_is_refused(fraction: Fraction) -> None:
     with pytest.raises(UsageError, match="over 0 and at most 1"):
         subset(np.zeros(5, np.int64), fraction, 0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.floats(0.01, 0.5), st.integers(0, 99))
-def test_train_and_valid_share_no_image_and_both_hold_every_class(sizes: list[int], valid: float, seed: int) -> None:
-    from engine.data.dataset import _split
-
+def test_train_and_valid_share_no_image_and_both_hold_every_class(sizes: list[int], fraction: float, seed: int) -> None:
     labels = labels_of(sizes)
-    train, held = _split(labels, valid, seed, tuple(map(str, range(len(sizes)))))
-    assert sorted([*train, *held]) == list(range(len(labels)))
-    assert set(labels[train]) == set(labels[held]) == set(labels)
+    train, valid = train_valid_rows(labels, fraction, seed, tuple(map(str, range(len(sizes)))))
+    assert sorted([*train, *valid]) == list(range(len(labels)))
+    assert set(labels[train]) == set(labels[valid]) == set(labels)
 
 
 def test_npz_is_split_and_described(tmp_path: Path) -> None:
@@ -107,15 +105,15 @@ def test_npz_is_split_and_described(tmp_path: Path) -> None:
     assert data.train.images is not None
     assert data.valid.images is not None
     rows = {image.tobytes(): label for image, label in zip(given_["x_train"], given_["y_train"], strict=True)}
-    for part in (data.train, data.valid):
-        assert [rows.pop(image.tobytes()) for image in part.images] == part.labels.tolist()
-        assert part.images.flags.c_contiguous
-        assert part.labels.dtype == np.int64
+    for split in (data.train, data.valid):
+        assert [rows.pop(image.tobytes()) for image in split.images] == split.labels.tolist()
+        assert split.images.flags.c_contiguous
+        assert split.labels.dtype == np.int64
     assert not rows
     np.testing.assert_array_equal(data.test.images, given_["x_test"])
 
 
-def test_an_npz_can_say_that_mirroring_costs_the_label(tmp_path: Path) -> None:
+def test_an_npz_can_forbid_mirroring(tmp_path: Path) -> None:
     assert not load(saved(tmp_path, flip=np.array(False)), cache=tmp_path).flip
 
 
@@ -123,7 +121,7 @@ BAD_NPZ: list[tuple[dict[str, np.ndarray], str]] = [
     ({"x_train": np.zeros((30, 8, 8, 3), np.float32)}, r"x_train is float32 .* must be uint8 \(N, H, H, 3\)"),
     ({"x_train": np.zeros((30, 3, 8, 8), np.uint8)}, r"x_train is uint8 \(30, 3, 8, 8\)"),
     ({"x_train": np.zeros((30, 8, 6, 3), np.uint8)}, r"x_train is uint8 \(30, 8, 6, 3\)"),
-    ({"x_test": np.zeros((6, 9, 9, 3), np.uint8)}, "sizes of images differ"),
+    ({"x_test": np.zeros((6, 9, 9, 3), np.uint8)}, "the image sizes differ"),
     ({"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.zeros(0, int)}, "at least one image"),
     ({"y_train": np.arange(29) % 3}, r"y_train is int64 \(29,\).* one for each of 30"),
     ({"y_test": np.zeros(6)}, "y_test is float64"),
@@ -142,7 +140,7 @@ def test_a_bad_npz_is_refused_with_the_reason(tmp_path: Path, changes: dict[str,
         load(saved(tmp_path, **changes), cache=tmp_path)
 
 
-def test_an_npz_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_valid_npz_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "lacks.npz", x_train=np.zeros(3), other=np.zeros(3))
     with pytest.raises(EnvironmentUnusable, match="lacks y_train, x_test, y_test; it holds x_train, other"):
         load(str(tmp_path / "lacks.npz"), cache=tmp_path)
@@ -158,18 +156,18 @@ def test_an_npz_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["cifar", "imagenet", "glyphs:", "glyphs:ten", "glyphs:100", "glyphs:-5"])
-def test_no_such_data_set(spec: str, tmp_path: Path) -> None:
+def test_an_unknown_data_set_is_refused(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="glyphs:N"):
         load(spec, cache=tmp_path)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.6, -1.0])
-def test_no_such_validation_fraction(fraction: float, tmp_path: Path) -> None:
+def test_an_invalid_validation_fraction_is_refused(fraction: float, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"at most 0\.5"):
         load("glyphs:144", valid_fraction=fraction, cache=tmp_path)
 
 
-def test_glyphs_are_made_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glyphs_are_made_once_and_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load("glyphs:180", seed=0, cache=tmp_path)
     assert (len(first.train), len(first.valid), len(first.test)) == (144, 36, 45)
     assert (len(first.classes), first.flip, first.resolution) == (36, False, 32)
@@ -192,10 +190,12 @@ def test_two_processes_may_make_the_same_glyphs_at_once(tmp_path: Path) -> None:
     prints = {process.communicate(timeout=60)[0] for process in both}
     assert len(prints) == 1
     assert len(prints.pop()) == 17
-    assert [path.name for path in tmp_path.iterdir()] == [f"glyphs-v{glyphs.VERSION}-1440"]  # nothing left aside
+    assert [path.name for path in tmp_path.iterdir()] == [
+        f"glyphs-v{glyphs.VERSION}-1440"
+    ]  # no temporary folder is left
 
 
-def test_mirroring_is_what_the_data_say_unless_the_study_says_otherwise(tmp_path: Path) -> None:
+def test_the_flip_setting_overrides_the_data(tmp_path: Path) -> None:
     there = saved(tmp_path)
     assert [load(there, flip=flip, cache=tmp_path).flip for flip in ("auto", "always", "never")] == [True, True, False]
     assert not load("glyphs:144", cache=tmp_path).flip
@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_used_says_what_to_do(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(EnvironmentUnusable, match=r"damaged .* delete it"):
         load("glyphs:144", cache=tmp_path)
-    file.unlink()  # as a cleaner of scratch space does, which leaves the folder
+    file.unlink()  # as automatic clean-up of scratch space does, which leaves the folder
     with pytest.raises(EnvironmentUnusable, match=r"damaged \(it has only .*\); delete it"):
         load("glyphs:144", cache=tmp_path)
     (tmp_path / "file").touch()
@@ -240,7 +240,7 @@ def cifar_archive(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_downloaded_decoded_and_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_downloaded_once_and_decoded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[np.ndarray, np.ndarray]] = []
 
     def download(url: str, root: str, filename: str, md5: str) -> None:
@@ -267,7 +267,7 @@ def test_cifar_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
     with pytest.raises(EnvironmentUnusable, match=r"no network.*copy that file \(MD5 c32a.*\) to .*cifar-10-binary"):
         load("cifar10", cache=tmp_path)
-    cifar_archive("cifar10", tmp_path / "cifar-10-binary.tar.gz")  # not the digest of the real one
+    cifar_archive("cifar10", tmp_path / "cifar-10-binary.tar.gz")  # its digest differs from the real one
     with pytest.raises(EnvironmentUnusable, match="MD5"):
         load("cifar10", cache=tmp_path)
 
@@ -279,7 +279,7 @@ def changed(data: Dataset, change: Callable[[np.ndarray, np.ndarray], None]) -> 
     return dataclasses.replace(data, train=dataclasses.replace(data.train, images=images, labels=labels))
 
 
-def test_the_fingerprint_stands_for_the_content_and_the_split(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_split_only(tmp_path: Path) -> None:
     data = load(saved(tmp_path), cache=tmp_path)
     (tmp_path / "moved").mkdir()
     assert fingerprint(data) == fingerprint(load(saved(tmp_path / "moved"), cache=tmp_path))

@@ -1,4 +1,4 @@
-"""Image folders: how they are listed, what is checked and remembered, and the errors that name every bad file."""
+"""Image folders: listing, checks and their record, and errors that name every bad file."""
 
 import os
 from pathlib import Path
@@ -20,11 +20,11 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (24, 20), mode: s
 
 
 def image_folder(root: Path, classes: int = 3, train: int = 5, test: int = 2, test_name: str = "test") -> Path:
-    for part, count in (("train", train), (test_name, test)):
+    for split, count in (("train", train), (test_name, test)):
         for c in range(classes):
             for i in range(count):
                 ending = (".jpg", ".png", ".JPEG")[i % 3]
-                picture(root / part / f"class{c}" / f"{i}{ending}", seed=100 * c + i)
+                picture(root / split / f"class{c}" / f"{i}{ending}", seed=100 * c + i)
     return root
 
 
@@ -34,21 +34,21 @@ def test_a_folder_is_listed_split_and_described(tmp_path: Path, test_name: str) 
     assert (len(data.train), len(data.valid), len(data.test)) == (12, 3, 6)
     assert data.classes == ("class0", "class1", "class2")
     assert (data.resolution, data.flip) == (224, True)
-    for part in (data.train, data.valid, data.test):
-        assert part.images is None
-        assert part.files is not None
-        assert [Path(file).parent.name for file in part.files] == [data.classes[c] for c in part.labels]
+    for split in (data.train, data.valid, data.test):
+        assert split.images is None
+        assert split.files is not None
+        assert [Path(file).parent.name for file in split.files] == [data.classes[c] for c in split.labels]
     assert len({*data.train.files, *data.valid.files, *data.test.files}) == 21  # type: ignore[misc]
     assert load(str(tmp_path / "set"), cache=tmp_path, resolution=64).resolution == 64
 
 
-def test_five_images_a_class_give_one_to_valid(tmp_path: Path) -> None:
+def test_one_of_five_images_per_class_is_for_validation(tmp_path: Path) -> None:
     data = load(str(image_folder(tmp_path / "set", classes=20, test=1)), cache=tmp_path)
     np.testing.assert_array_equal(np.bincount(data.train.labels), [4] * 20)
     np.testing.assert_array_equal(np.bincount(data.valid.labels), [1] * 20)
 
 
-def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_and_other_files_are_ignored(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     before = fingerprint(load(str(root), cache=tmp_path))
     for name in (
@@ -76,9 +76,9 @@ def test_every_bad_file_is_named_in_one_error(tmp_path: Path) -> None:
     assert "4 of 25 images cannot be read; replace or remove them" in message
     assert f"{cut}: " in message
     assert "truncated" in message
-    assert f"{root}/train/class1/text.jpg: is no JPEG or PNG" in message
+    assert f"{root}/train/class1/text.jpg: is not a JPEG or PNG" in message
     assert f"{root}/test/class2/empty.png: is empty" in message
-    assert f"{root}/train/class2/gif.png: is no JPEG or PNG" in message
+    assert f"{root}/train/class2/gif.png: is not a JPEG or PNG" in message
     for name in ("train/class0/cut.jpg", "train/class1/text.jpg", "test/class2/empty.png", "train/class2/gif.png"):
         (root / name).unlink()
     assert len(load(str(root), cache=tmp_path).test) == 6
@@ -93,7 +93,7 @@ def test_a_very_long_list_of_bad_files_is_cut(tmp_path: Path, monkeypatch: pytes
         load(str(root), cache=tmp_path)
 
 
-def test_what_was_checked_is_decoded_again_only_if_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checked_files_are_decoded_again_only_if_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path / "set")
     decoded: list[int] = []
     check = folder.unreadable
@@ -131,15 +131,15 @@ def test_a_class_with_one_image_cannot_be_split(tmp_path: Path) -> None:
         load(str(root), cache=tmp_path)
 
 
-def test_of_class_folders_alone_a_fifth_is_for_testing_whatever_else_comes(tmp_path: Path) -> None:
+def test_a_fifth_of_plain_class_folders_is_for_testing_and_stays_so(tmp_path: Path) -> None:
     for c in range(3):
         for i in range(20):
             picture(tmp_path / f"flat/class{c}/{i}.jpg", seed=100 * c + i)
     data = load(str(tmp_path / "flat"), cache=tmp_path)
     np.testing.assert_array_equal(np.bincount(data.test.labels), [4, 4, 4])
-    parts = [{Path(file) for file in part.files or ()} for part in (data.train, data.valid, data.test)]
-    assert len(set.union(*parts)) == 60
-    assert not parts[2] & (parts[0] | parts[1])
+    splits = [{Path(file) for file in split.files or ()} for split in (data.train, data.valid, data.test)]
+    assert len(set.union(*splits)) == 60
+    assert not splits[2] & (splits[0] | splits[1])
     (tmp_path / "flat").rename(tmp_path / "moved")
     picture(tmp_path / "moved/class0/20.jpg")
     again = load(str(tmp_path / "moved"), cache=tmp_path, seed=1)
@@ -147,14 +147,14 @@ def test_of_class_folders_alone_a_fifth_is_for_testing_whatever_else_comes(tmp_p
     assert len(names[0] ^ names[1]) <= 2
 
 
-def test_a_class_of_two_images_cannot_be_divided_in_three(tmp_path: Path) -> None:
+def test_a_class_of_two_images_cannot_be_split_in_three(tmp_path: Path) -> None:
     for name in ("0.jpg", "1.jpg"):
         picture(tmp_path / "flat/class0" / name)
     with pytest.raises(EnvironmentUnusable, match=r"at least 3 images.*class0 \(2\)"):
         load(str(tmp_path / "flat"), cache=tmp_path)
 
 
-def test_a_folder_that_is_arranged_otherwise_is_told_how(tmp_path: Path) -> None:
+def test_a_folder_with_another_layout_is_refused_with_instructions(tmp_path: Path) -> None:
     picture(tmp_path / "loose/0.jpg")
     with pytest.raises(EnvironmentUnusable, match=r"no class folder.*arrange the images as train/<class>/"):
         load(str(tmp_path / "loose"), cache=tmp_path)

@@ -1,4 +1,4 @@
-"""The embedded data set: shape, balance, seeds, labels that fit what is drawn, and its price."""
+"""The embedded data set: shape, balance, seeds, labels that match the images, and its cost."""
 
 import time
 
@@ -30,7 +30,7 @@ def test_the_seed_decides_every_pixel() -> None:
     assert len(np.unique(images.reshape(600, -1), axis=0)) == 600
 
 
-def test_labels_fit_what_is_drawn_and_a_linear_classifier_is_not_enough() -> None:
+def test_labels_match_the_images_and_a_linear_classifier_is_not_enough() -> None:
     train, y_train = render(3000, seed=0)
     test, y_test = render(1000, seed=1)
 

@@ -1,4 +1,4 @@
-"""The contract of every backend: exact counts, keyed order and augmentation, layout, resume, errors."""
+"""What every backend guarantees: exact counts, keyed order and augmentation, layout, resume, errors."""
 
 import dataclasses
 import sys
@@ -16,14 +16,14 @@ from engine.data.dataset import Dataset, Split
 from engine.trial import EnvironmentUnusable, UsageError
 
 BACKENDS = ["dali", "resident", "synthetic"]
-PIXELS = ["dali", "resident"]  # the backends whose images are the data's
+PIXELS = ["dali", "resident"]  # the backends that yield the images of the data
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def arrays(count: int = 50, side: int = 32, flip: bool = True) -> Dataset:
     rng = np.random.default_rng(0)
-    part = Split(rng.integers(0, 10, count), rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), None)
-    return Dataset("arrays", part, part, part, tuple("abcdefghij"), MEAN, STD, side, flip)
+    split = Split(rng.integers(0, 10, count), rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), None)
+    return Dataset("arrays", split, split, split, tuple("abcdefghij"), MEAN, STD, side, flip)
 
 
 def train(data: Dataset, indices: np.ndarray | None = None, **changes: object) -> loader.Batches:
@@ -37,7 +37,7 @@ def by_index(batches: list[Batch]) -> dict[int, torch.Tensor]:
 
 
 def expected(data: Dataset, index: int, epoch: int, seed: int = 5) -> torch.Tensor:
-    """The law, one image at a time in NumPy: black border, crop, mirror, mean and std."""
+    """The definition, one image at a time in NumPy: black border, crop, mirror, mean and std."""
     assert data.train.images is not None
     image = data.train.images[index]
     side = len(image)
@@ -82,7 +82,7 @@ def test_training_follows_the_keyed_order_of_the_subset(backend: str) -> None:
     got = [batch.indices.tolist() for batch in batches]
     assert (batches.steps_per_epoch, len(batches), len(got)) == (2, 6, 6)
     for epoch in range(3):
-        order = indices[augment.permutation(5, epoch, 11)][:8].tolist()  # three left over: no full batch
+        order = indices[augment.permutation(5, epoch, 11)][:8].tolist()  # the last three do not fill a batch
         assert got[2 * epoch] + got[2 * epoch + 1] == order
     for batch in batches:
         assert batch.labels.tolist() == data.train.labels[batch.indices].tolist()
@@ -90,7 +90,7 @@ def test_training_follows_the_keyed_order_of_the_subset(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PIXELS)
 @pytest.mark.parametrize(("side", "flip"), [(32, True), (32, False), (24, True), (8, True)])
-def test_pixels_follow_the_law_of_crop_and_mirror(backend: str, side: int, flip: bool) -> None:
+def test_pixels_follow_the_definition_of_crop_and_mirror(backend: str, side: int, flip: bool) -> None:
     data = arrays(side=side, flip=flip)
     batches = train(data, backend=backend)
     for step, batch in enumerate(batches):
@@ -99,7 +99,7 @@ def test_pixels_follow_the_law_of_crop_and_mirror(backend: str, side: int, flip:
 
 
 @pytest.mark.parametrize("backend", PIXELS)
-def test_all_81_places_and_both_mirrors_occur_and_are_right(backend: str) -> None:
+def test_all_81_positions_and_both_mirrors_occur_and_are_right(backend: str) -> None:
     data = arrays(400)
     seen = set()
     for step, batch in enumerate(train(data, batch_size=100, epochs=3, backend=backend)):
@@ -114,9 +114,9 @@ def test_all_81_places_and_both_mirrors_occur_and_are_right(backend: str) -> Non
 def test_an_image_does_not_depend_on_batch_size_or_subset(backend: str) -> None:
     data = arrays()
     whole = by_index(list(train(data, epochs=1, batch_size=50, backend=backend)))
-    part = by_index(list(train(data, np.arange(10, 40), epochs=1, batch_size=7, backend=backend)))
-    assert len(part) == 28
-    for index, image in part.items():
+    split = by_index(list(train(data, np.arange(10, 40), epochs=1, batch_size=7, backend=backend)))
+    assert len(split) == 28
+    for index, image in split.items():
         assert torch.equal(image, whole[index])
 
 
@@ -131,18 +131,18 @@ def test_another_seed_or_epoch_gives_other_pixels(backend: str, change: dict[str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_resumed_run_sees_the_rest_of_the_unbroken_one(backend: str) -> None:
+def test_a_resumed_run_sees_the_rest_of_the_uninterrupted_one(backend: str) -> None:
     data = arrays()
-    unbroken = list(train(data, epochs=4, backend=backend))
+    uninterrupted = list(train(data, epochs=4, backend=backend))
     resumed = train(data, epochs=4, first_epoch=2, backend=backend)
     assert len(resumed) == 12
-    for batch, again in zip(unbroken[12:], resumed, strict=True):
+    for batch, again in zip(uninterrupted[12:], resumed, strict=True):
         assert torch.equal(batch.indices, again.indices)
         assert torch.equal(batch.images, again.images)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_iteration_that_is_left_does_not_disturb_the_next(backend: str) -> None:
+def test_an_abandoned_iteration_does_not_disturb_the_next(backend: str) -> None:
     batches = train(arrays(), backend=backend)
     first = next(iter(batches))
     again = next(iter(batches))
@@ -155,7 +155,7 @@ def test_backends_resize_alike(resolution: int) -> None:
     data = arrays()
     dali, resident = (by_index(list(train(data, resolution=resolution, backend=b))) for b in PIXELS)
     for index, image in dali.items():
-        # Of noise, in units of STD; the border apart, where DALI repeats the edge and torch leaves it out.
+        # The image is noise, the unit is STD. At the border DALI repeats the edge and torch leaves it out.
         inner = (slice(None), slice(2, -2), slice(2, -2))
         torch.testing.assert_close(image[inner], resident[index][inner], atol=0.03, rtol=0)
 
@@ -173,13 +173,13 @@ def test_dali_outputs_are_not_copied_and_not_overwritten(threads: int, monkeypat
     data = arrays()
     kept = list(train(data, epochs=4, threads=threads))
     assert [batch.images.data_ptr() for batch in kept] == addresses
-    assert len(set(addresses)) == 24  # all alive at once, none shared
+    assert len(set(addresses)) == 24  # all are alive at once, and none share memory
     for step, batch in enumerate(kept):
         index = int(batch.indices[0])
         torch.testing.assert_close(batch.images[0], expected(data, index, step // 6), atol=2e-6, rtol=1e-5)
 
 
-def test_memory_mapped_images_are_read_where_they_lie(tmp_path: Path) -> None:
+def test_memory_mapped_images_can_be_read(tmp_path: Path) -> None:
     data = arrays()
     np.save(tmp_path / "images.npy", data.train.images)
     mapped = dataclasses.replace(data.train, images=np.load(tmp_path / "images.npy", mmap_mode="r"))
@@ -189,7 +189,7 @@ def test_memory_mapped_images_are_read_where_they_lie(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """23 smooth pictures of odd sizes, in every mode that a user's folder may hold."""
+    """23 smooth pictures of odd sizes, in every mode that a folder may contain."""
     folder = tmp_path_factory.mktemp("files")
     rng = np.random.default_rng(0)
     modes = ["RGB.jpg", "L.jpg", "CMYK.jpg", "RGB.png", "L.png", "P.png", "RGBA.png", "1.png"]
@@ -200,11 +200,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
         paths.append(str(folder / f"{i}.{ending}"))
         noise.convert(mode).save(paths[-1], **({"quality": 95} if ending == "jpg" else {}))
-    part = Split(rng.integers(0, 10, 23), None, tuple(paths))
-    return Dataset("files", part, part, part, tuple("abcdefghij"), MEAN, STD, 32, flip=True)
+    split = Split(rng.integers(0, 10, 23), None, tuple(paths))
+    return Dataset("files", split, split, split, tuple("abcdefghij"), MEAN, STD, 32, flip=True)
 
 
-def test_files_in_evaluation_give_what_torchvision_gives(files: Dataset) -> None:
+def test_files_in_evaluation_match_torchvision(files: Dataset) -> None:
     batches = loader.eval_batches(files.test, data=files, batch_size=8, resolution=0)
     got = list(batches)
     assert [len(batch.labels) for batch in got] == [8, 8, 7]
@@ -212,12 +212,12 @@ def test_files_in_evaluation_give_what_torchvision_gives(files: Dataset) -> None
     assert torch.cat([batch.labels for batch in got]).tolist() == files.test.labels.tolist()
     assert files.test.files is not None
     for index, image in by_index(got).items():
-        if index % 8 in (2, 6):  # CMYK and transparency: each library has its own way to RGB, see below
+        if index % 8 in (2, 6):  # CMYK and transparency: libraries convert them differently, see below
             continue
         picture = v2.functional.resize(Image.open(files.test.files[index]).convert("RGB"), 36, antialias=True)
         have = image.permute(1, 2, 0).numpy() * STD + MEAN
         errors = []
-        for more in (0, 1):  # where the longer side has an odd number of pixels too many, the centre is between two
+        for more in (0, 1):  # with an odd number of extra pixels, the centre is between two
             left, top = (picture.width - 32 + more) // 2, (picture.height - 32 + more) // 2
             want = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
             errors.append(np.abs(have - want).mean())
@@ -229,26 +229,26 @@ def test_files_in_evaluation_give_what_torchvision_gives(files: Dataset) -> None
 def test_colours_and_orientation_are_those_of_the_file(
     tmp_path: Path, mode: str, tolerance: float, training: bool
 ) -> None:
-    """A picture of one colour is that colour, inks by any library's way to RGB; one that a camera held upright is shown
-    upright: its upper half is the light one."""
+    """A picture of one colour keeps that colour (CMYK within the differences of libraries). One that was taken with the
+    camera turned is shown upright, with its light half on top."""
     colour = (200, 90, 40)
     picture = Image.new("RGB", (64, 64), colour)
     exif = Image.Exif()
     if mode == "EXIF":
         picture.paste((0, 0, 0), (0, 0, 32, 64))
-        exif[0x0112] = 6  # to be turned by 90 degrees clockwise: what is left in the file comes to the top
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise: the left side of the file comes to the top
         colour = (100, 45, 20)  # on the average
     path = tmp_path / ("a.png" if mode == "RGBA" else "a.jpg")
     options = {} if mode == "RGBA" else {"quality": 95}
     picture.convert("RGB" if mode == "EXIF" else mode).save(path, exif=exif, **options)
-    part = Split(np.zeros(4, np.int64), None, (str(path),) * 4)
-    data = Dataset("files", part, part, part, ("a", "b"), MEAN, STD, 32, flip=True)
+    split = Split(np.zeros(4, np.int64), None, (str(path),) * 4)
+    data = Dataset("files", split, split, split, ("a", "b"), MEAN, STD, 32, flip=True)
     if training:
         batches = train(data, epochs=1, batch_size=4)
     else:
-        batches = loader.eval_batches(part, data=data, batch_size=4, resolution=0)
+        batches = loader.eval_batches(split, data=data, batch_size=4, resolution=0)
     images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy() * STD + MEAN
-    if not training or mode != "EXIF":  # a random crop of two halves may show more of either
+    if not training or mode != "EXIF":  # a random crop may show more of either half
         assert np.abs(images.mean((0, 1, 2)) * 255 - np.array(colour if mode != "L" else [117] * 3)).max() < tolerance
     if mode == "EXIF" and not training:
         assert images[:, :12].mean() < 0.1 < images[:, -12:].mean()
@@ -273,7 +273,7 @@ def test_files_in_training_are_keyed_by_seed_epoch_and_index(files: Dataset) -> 
         assert batch.labels.tolist() == files.train.labels[batch.indices].tolist()
 
 
-def test_files_are_cropped_as_the_key_says(files: Dataset) -> None:
+def test_files_are_cropped_by_their_key(files: Dataset) -> None:
     assert files.train.files is not None
     for index, image in by_index(list(train(files, epochs=1, batch_size=23))).items():
         if index % 8 in (2, 6):
@@ -290,7 +290,9 @@ def test_files_are_cropped_as_the_key_says(files: Dataset) -> None:
         assert np.abs(have - want / 255).mean() < 0.02, files.train.files[index]
 
 
-def test_long_runs_of_files_take_a_new_list_every_few_epochs(files: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_trainings_on_files_build_a_new_pipeline_every_few_epochs(
+    files: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one_list = list(train(files, epochs=5))
     built = []
     build = loader._file_pipeline
@@ -307,9 +309,9 @@ def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: P
     text, cut = tmp_path / "text.jpg", tmp_path / "cut.jpg"
     text.write_text("no image at all")
     cut.write_bytes(Path(files.train.files[0]).read_bytes()[:700])
-    part = dataclasses.replace(files.train, files=(str(text), str(cut), *files.train.files[2:]))
-    batches = loader.eval_batches(part, data=files, batch_size=8, resolution=0)
-    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: is no JPEG or PNG\n.*cut.jpg: .*truncated"):
+    split = dataclasses.replace(files.train, files=(str(text), str(cut), *files.train.files[2:]))
+    batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
+    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: is not a JPEG or PNG\n.*cut.jpg: .*truncated"):
         list(batches)
 
 
@@ -319,7 +321,7 @@ def test_fewer_images_than_a_batch(backend: str) -> None:
         train(arrays(), np.arange(7), backend=backend)
 
 
-def test_errors_of_choice(files: Dataset) -> None:
+def test_an_unsuitable_backend_is_refused(files: Dataset) -> None:
     with pytest.raises(UsageError, match="'tfrecord': choose one of dali, resident, synthetic"):
         train(arrays(), backend="tfrecord")
     with pytest.raises(UsageError, match="image files need the backend dali"):
@@ -327,12 +329,12 @@ def test_errors_of_choice(files: Dataset) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_no_such_device() -> None:
+def test_a_missing_device_is_refused() -> None:
     with pytest.raises(EnvironmentUnusable, match=r"device cuda:0: no CUDA device is visible; use --device cpu"):
         train(arrays(), device="cuda:0")
 
 
-def test_without_dali_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dali_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(EnvironmentUnusable, match=r"pip install nvidia-dali-cuda130.*backend resident"):
         next(iter(train(arrays())))
@@ -344,7 +346,7 @@ def test_without_dali_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("backend", PIXELS)
 def test_cuda_gives_half_precision_of_the_same_pixels(backend: str) -> None:
     if backend == "dali":
-        pytest.importorskip("nvidia.dali")  # a borrowed machine may not have it
+        pytest.importorskip("nvidia.dali")  # a GPU machine may not have it
     data = arrays()
     for host, device in zip(train(data, backend=backend), train(data, backend=backend, device="cuda:0"), strict=True):
         assert (device.images.device.type, device.images.dtype) == ("cuda", torch.float16)

@@ -75,13 +75,13 @@ MISTAKES = {
         "    first[0].weight.data += float(np.random.rand())\n    return Staged",
         "two builds from one seed have different weights",
     ),
-    "wrong cost": ("conv_cost(3, c, 3, r)", "conv_cost(3, c, 5, r)", "it says .* torch counts .*leave `cost` out"),
+    "wrong cost": ("conv_cost(3, c, 3, r)", "conv_cost(3, c, 5, r)", "it gives .* torch counts .*omit `cost`"),
     "wrong cost of another width": ("(CHANNELS[row[0]] * width)", "(CHANNELS[row[0]])", "at width 0.5, 16 pixels"),
     "same option twice": ('("relu", "none")', '("relu", "relu")', "choice 'activation' has the option 'relu' twice"),
     "canonical moves on": (
         "(choices[0], 0)",
         "(choices[0], 1 - choices[1])",
-        r"canonical\(0-0\) is 0-1, and canonical of that is another one",
+        r"canonical\(0-0\) is 0-1, whose canonical form is another one",
     ),
     "one architecture": ('SearchSpace("own", CHOICES', 'SearchSpace("own", ()', "has 1 architecture; give a choice"),
 }

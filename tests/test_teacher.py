@@ -30,7 +30,7 @@ def test_a_saved_teacher_gives_the_same_answers(network: str, tmp_path: Path) ->
     assert [f.shape[-1] for f in features] == sorted((f.shape[-1] for f in features), reverse=True)
 
 
-def test_a_torchvision_network_is_tapped_at_the_last_map_of_each_size() -> None:
+def test_the_features_of_a_torchvision_network_are_the_last_maps_of_each_size() -> None:
     network = teacher.build("torchvision:resnet18", classes=7, resolution=64)
     logits, features = network(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 7)
@@ -50,7 +50,7 @@ def test_a_network_that_does_not_exist_is_refused(network: str, message: str) ->
         teacher.build(network, classes=2, resolution=32)
 
 
-def test_pretrained_weights_must_know_the_classes() -> None:
+def test_pretrained_weights_must_have_the_classes_of_the_data() -> None:
     with pytest.raises(UsageError, match=r"know 1000 classes, the data has 10.*cli.py teacher"):
         teacher.build("torchvision:resnet18", classes=10, resolution=32, pretrained=True)
 
@@ -63,12 +63,12 @@ def test_classes_must_be_those_of_the_data() -> None:
         teacher.check_fits(card("n"), ("a", "c"))
 
 
-def test_a_file_that_is_no_teacher_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no teacher file"):
         teacher.read_card(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(UsageError, match="is no teacher of this program"):
+    with pytest.raises(UsageError, match="is not a teacher file"):
         teacher.read_card(tmp_path / "text.safetensors")
     save_file({"w": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    with pytest.raises(UsageError, match="is no teacher of this program"):
+    with pytest.raises(UsageError, match="is not a teacher file"):
         teacher.read_card(tmp_path / "bare.safetensors")

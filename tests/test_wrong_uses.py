@@ -198,7 +198,7 @@ def test_constraints_that_nothing_meets(ends: Ends, tiny_npz: Path) -> None:
 
 def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
     words = ["teacher", f"--data={tiny_npz}", "--arch=torchvision:resnet18", "--resolution=1", "--progress=none"]
-    ends([*words, "--device=cpu"], 2, "give it larger images")
+    ends([*words, "--device=cpu"], 2, "use a larger --resolution")
 
 
 def test_a_teacher_s_file_that_is_there_already(ends: Ends, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory (glyphs, CIFAR, a user's .npz) as arrays, and the cache that keeps what is made."""
+"""Data sets that fit in memory (glyphs, CIFAR, a user's .npz) as arrays, and the cache of those that are made."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from numpy.typing import NDArray
 
 from engine.trial import EnvironmentUnusable, UsageError
 
-FORMS = "glyphs, glyphs:N, cifar10, cifar100, a .npz file, or a folder with <class>/ in it or in its train/ and test/"
+ACCEPTED = (
+    "glyphs, glyphs:N, cifar10, cifar100, a .npz file, or a folder with <class>/ in it or in its train/ and test/"
+)
 
-# The *binary* archives of CIFAR: records of plain bytes, so no pickle is ever loaded. Digests from the data's page.
+# The *binary* archives of CIFAR: records of plain bytes, so no pickle is loaded. Digests are from the web page.
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 CIFAR = {
     "cifar10": ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
     "cifar100": ("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
 }
 
-# x_train, x_test (N, H, H, 3) uint8; y_train, y_test (N,) int64; class_names (C,); flip, if mirroring costs the label
+# x_train, x_test (N, H, H, 3) uint8; y_train, y_test (N,) int64; class_names (C,); flip: mirroring keeps the label
 Arrays = dict[str, NDArray[Any]]
 
 
 def glyphs(spec: str, cache: Path) -> Arrays:
-    """`glyphs:N`: N training and N/4 test images; the same for every seed, so that test accuracies compare."""
+    """`glyphs:N`: N training and N/4 test images, the same for every seed, so that test accuracies are comparable."""
     from engine.data.glyphs import CHARACTERS, VERSION, render
 
     size = "12000" if spec == "glyphs" else spec.partition(":")[2]
     if not size.isdecimal() or int(size) < 4 * len(CHARACTERS):
-        raise UsageError(f"--data {spec}: write glyphs:N with N training images, at least {4 * len(CHARACTERS)}")
+        raise UsageError(f"--data {spec}: give glyphs:N with N training images, at least {4 * len(CHARACTERS)}")
     count = int(size)
 
     def make() -> Arrays:
@@ -52,7 +54,7 @@ def cifar(name: str, cache: Path) -> Arrays:
 
 
 def _cifar_archive(name: str, cache: Path) -> Path:
-    """The archive in the cache, its digest checked; downloaded by torchvision if it is not there."""
+    """The archive in the cache, with a verified digest; torchvision downloads it if necessary."""
     from torchvision.datasets.utils import check_integrity, download_url
 
     file, md5 = CIFAR[name]
@@ -61,21 +63,21 @@ def _cifar_archive(name: str, cache: Path) -> Path:
         return archive
     _make_folder(cache)
     try:
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            download_url(_CIFAR_URL + file, aside, file, md5)
-            os.replace(Path(aside) / file, archive)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            download_url(_CIFAR_URL + file, temporary, file, md5)
+            os.replace(Path(temporary) / file, archive)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: the digest differs
         raise EnvironmentUnusable(
-            f"--data {name}: {_CIFAR_URL}{file} could not be downloaded ({error}). Where there is no network, copy "
-            f"that file (MD5 {md5}) to {archive}, or give your own data: {FORMS}"
+            f"--data {name}: {_CIFAR_URL}{file} could not be downloaded ({error}). Without a network, copy "
+            f"that file (MD5 {md5}) to {archive}, or give your own data: {ACCEPTED}"
         ) from error
     return archive
 
 
 def _read_cifar(name: str, archive: Path) -> Arrays:
-    """Decode CIFAR's binary records: label bytes (one; for CIFAR-100 coarse, then fine), then 3x32x32 pixels."""
+    """Decodes CIFAR's binary records: label bytes (one; for CIFAR-100 coarse, then fine), then 3x32x32 pixels."""
     label_bytes, names_file = (1, "batches.meta.txt") if name == "cifar10" else (2, "fine_label_names.txt")
-    parts: dict[str, list[bytes]] = {"train": [], "test": []}
+    chunks: dict[str, list[bytes]] = {"train": [], "test": []}
     classes: list[str] = []
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda m: m.name):
@@ -86,21 +88,21 @@ def _read_cifar(name: str, archive: Path) -> Arrays:
             if base == names_file:
                 classes = file.read().decode().split()
             elif base.endswith(".bin"):
-                parts["test" if base.startswith("test") else "train"].append(file.read())
+                chunks["test" if base.startswith("test") else "train"].append(file.read())
     arrays: Arrays = {"class_names": np.array(classes)}
-    for part, chunks in parts.items():
-        records = np.frombuffer(b"".join(chunks), np.uint8).reshape(-1, label_bytes + 3072)
-        arrays[f"y_{part}"] = records[:, label_bytes - 1].astype(np.int64)
+    for split, content in chunks.items():
+        records = np.frombuffer(b"".join(content), np.uint8).reshape(-1, label_bytes + 3072)
+        arrays[f"y_{split}"] = records[:, label_bytes - 1].astype(np.int64)
         planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
-        arrays[f"x_{part}"] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        arrays[f"x_{split}"] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
     return arrays
 
 
 def read_npz(path: Path) -> Arrays:
-    """The arrays of a user's .npz, checked: see docs/data.md for what it must hold."""
+    """The arrays of a user's .npz, checked; docs/data.md says what it must hold."""
 
-    def refuse(what: str) -> EnvironmentUnusable:
-        return EnvironmentUnusable(f"--data {path}: {what}")
+    def refuse(reason: str) -> EnvironmentUnusable:
+        return EnvironmentUnusable(f"--data {path}: {reason}")
 
     needed = ("x_train", "y_train", "x_test", "y_test")
     try:
@@ -113,19 +115,19 @@ def read_npz(path: Path) -> Arrays:
         raise refuse("no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise refuse(f"cannot be read as an .npz of plain arrays ({error}); write it with numpy.savez") from error
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.shape[1] != x.shape[2] or not x.size:
-            raise refuse(f"x_{part} is {x.dtype} {x.shape}; it must be uint8 (N, H, H, 3), RGB, at least one image")
+            raise refuse(f"x_{split} is {x.dtype} {x.shape}; it must be uint8 (N, H, H, 3), RGB, at least one image")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise refuse(f"y_{part} is {y.dtype} {y.shape}; it must be integers, one for each of {len(x)} images")
+            raise refuse(f"y_{split} is {y.dtype} {y.shape}; it must be integers, one for each of {len(x)} images")
     return {**arrays, **_checked_labels(arrays, refuse)}
 
 
 def _checked_labels(arrays: Arrays, refuse: Callable[[str], EnvironmentUnusable]) -> Arrays:
-    """Labels as int64 and class names, where the labels of train are 0..C-1 and those of test among them."""
+    """Labels as int64 and class names. Training labels must be 0..C-1, and test labels among them."""
     if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        raise refuse(f"x_train is {arrays['x_train'].shape}, x_test {arrays['x_test'].shape}: sizes of images differ")
+        raise refuse(f"x_train is {arrays['x_train'].shape}, x_test {arrays['x_test'].shape}: the image sizes differ")
     seen = np.unique(arrays["y_train"])
     names = arrays.get("class_names", seen)
     if seen[0] != 0 or seen[-1] != len(seen) - 1:
@@ -146,31 +148,33 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentUnusable(f"the cache {folder} cannot be made ({error}); set XDG_CACHE_HOME") from error
+        raise EnvironmentUnusable(f"cannot create the cache {folder} ({error}); set XDG_CACHE_HOME") from error
 
 
 def _cached(folder: Path, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in `folder`, made first where it is missing; memory-mapped: what is read of them is shared.
+    """The arrays in `folder`, memory-mapped, so that processes share them; makes the folder if it is missing.
 
-    Written aside, then moved: of two processes that make it at once, one wins and both read whole files.
+    A temporary folder is written and then moved: if two processes make it at once, one wins and both read whole files.
     """
     if not folder.exists():
         _make_folder(folder.parent)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             for key, array in make().items():
-                np.save(aside / f"{key}.npy", array)
-            aside.chmod(0o755)  # other users may share the cache
-            os.rename(aside, folder)
+                np.save(temporary / f"{key}.npy", array)
+            temporary.chmod(0o755)  # other users may share the cache
+            os.rename(temporary, folder)
         except OSError as error:
             if not folder.exists():  # else another process was first
-                raise EnvironmentUnusable(f"the cache {folder} cannot be written ({error})") from error
+                raise EnvironmentUnusable(
+                    f"cannot write the cache {folder} ({error}); free space, or set XDG_CACHE_HOME"
+                ) from error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     try:
         found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
         if not {"x_train", "y_train", "x_test", "y_test"} <= found.keys():
-            raise ValueError(f"it has only {', '.join(sorted(found)) or 'nothing that can be read'}")
+            raise ValueError(f"it has only {', '.join(sorted(found)) or 'no readable file'}")
         return found
     except (OSError, ValueError, EOFError) as error:
         raise EnvironmentUnusable(f"the cache {folder} is damaged ({error}); delete it and run again") from error

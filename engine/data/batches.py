@@ -1,4 +1,4 @@
-"""What a loader hands out, and the plan that every backend follows: which images make up which step."""
+"""What a loader yields, and the schedule that every backend follows: which images make up which step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from engine.data.dataset import Dataset, Split
 class Batch:
     """`images` (N, 3, R, R), normalised, in channels_last memory: float32 on the CPU, float16 on CUDA.
 
-    `labels` (N,) int64; `indices` (N,) int64, places in the Part. Read only: the synthetic backend hands out one
-    buffer again and again.
+    `labels` (N,) int64; `indices` (N,) int64, positions in the split. Treat them as read-only: the synthetic backend
+    yields the same buffer in every step.
     """
 
     images: Tensor
@@ -29,19 +29,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of `train_batches` or `eval_batches`: `len()` in steps, iterated as often as wanted.
+    """The batches of `train_batches` or `eval_batches`. `len()` is in steps; they can be iterated more than once.
 
     Step s of an iteration is step s % steps_per_epoch of epoch first_epoch + s // steps_per_epoch.
     """
 
-    part: Split
+    split: Split
     data: Dataset
     batch_size: int
     resolution: int
     device: torch.device
     source: Callable[[Batches], Iterator[Batch]]
     threads: int = 1
-    indices: NDArray[np.int64] | None = None  # None: every image in order, as it is
+    indices: NDArray[np.int64] | None = None  # None: every image in order, without augmentation
     seed: int = 0
     first_epoch: int = 0
     epochs: int = 1
@@ -49,7 +49,7 @@ class Batches:
     @property
     def steps_per_epoch(self) -> int:
         if self.indices is None:
-            return -(-len(self.part) // self.batch_size)
+            return -(-len(self.split) // self.batch_size)
         return len(self.indices) // self.batch_size
 
     def __len__(self) -> int:
@@ -59,24 +59,24 @@ class Batches:
         return self.source(self)
 
     def at(self, step: int) -> tuple[int, NDArray[np.int64]]:
-        """The epoch of a step, counted from `first_epoch`, and the places in the Part of its images (N,)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        which = slice(place * self.batch_size, (place + 1) * self.batch_size)
+        """The epoch of a step (step 0 is in `first_epoch`), and the positions of its images in the split (N,)."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        which = slice(index * self.batch_size, (index + 1) * self.batch_size)
         if self.indices is None:
-            return 0, np.arange(len(self.part))[which]
+            return 0, np.arange(len(self.split))[which]
         epoch += self.first_epoch
         return epoch, self.indices[augment.permutation(self.seed, epoch, len(self.indices))[which]]
 
 
-def to_batch(images: Tensor, part: Split, rows: NDArray[np.int64]) -> Batch:
-    """HWC images to a Batch, without a copy: a permuted view of HWC memory is channels_last."""
+def to_batch(images: Tensor, split: Split, rows: NDArray[np.int64]) -> Batch:
+    """HWC images as a Batch, without a copy: a permuted view of HWC memory is channels_last."""
     device = images.device
-    labels = torch.from_numpy(part.labels[rows])
+    labels = torch.from_numpy(split.labels[rows])
     if device.type == "cuda":
         labels = labels.pin_memory().to(device, non_blocking=True)
     return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows))
 
 
 def image_dtype(device: torch.device) -> torch.dtype:
-    """What `Batch.images` are on `device`."""
+    """The dtype of `Batch.images` on `device`."""
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""An image folder, listed and checked: every file is decoded once, and every bad one is named in one error."""
+"""An image folder, listed and checked: each file is decoded once, and one error names all bad ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from engine.trial import EnvironmentUnusable
 
 ENDINGS = (".jpg", ".jpeg", ".png")
-_NAMED = 200  # bad files that an error names one by one; more than that is another problem
+_NAMED = 200  # bad files that an error lists
 
 # The files of each class.
 Listed = dict[str, list[os.DirEntry[str]]]
@@ -28,7 +28,7 @@ _LAYOUT = (
 
 @dataclass(frozen=True)
 class Folder:
-    """Classes in sorted order, and of each part the files with their labels (N,)."""
+    """Classes in sorted order, and the files of train and test with their labels (N,)."""
 
     classes: tuple[str, ...]
     train_files: tuple[str, ...]
@@ -38,15 +38,15 @@ class Folder:
 
 
 def checked_folder(root: Path, cache: Path) -> Folder:
-    """List `root` (train/<class>/*, test|val/<class>/*, or <class>/* alone) and decode each file once.
+    """Lists `root` (train/<class>/* and test|val/<class>/*, or <class>/* alone) and decodes each file once.
 
-    Of <class>/* alone a fifth is for testing, see `_divided`. A check that passed is remembered in `cache` by path,
-    size and time of change of every file, so that the next one only lists. Hidden files and other endings than ENDINGS
-    are passed over. Raises EnvironmentUnusable for a part that is missing, class folders that differ between the parts
-    or are empty, and files that do not decode.
+    For <class>/* alone, a fifth becomes the test split, see `_divided`. A passed check is recorded in `cache`, with
+    path, size and modification time of every file, so that the next call only lists the files. Hidden files and
+    endings not in ENDINGS are ignored. Raises EnvironmentUnusable if a split is missing, if class folders are empty or
+    differ between the splits, and if files do not decode.
     """
     if any((root / name).is_dir() for name in ("train", "test", "val")):
-        train, test = _listed(_part(root, "train")), _listed(_part(root, "test", "val"))
+        train, test = _listed(_split_folder(root, "train")), _listed(_split_folder(root, "test", "val"))
     else:
         train, test = _divided(_listed(root))
     if train.keys() != test.keys():
@@ -61,15 +61,15 @@ def checked_folder(root: Path, cache: Path) -> Folder:
 
 
 def unreadable(files: Sequence[str]) -> list[str]:
-    """'path: why' for each of `files` that does not decode as JPEG or PNG, in order."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow decodes outside the interpreter lock
-        whys = pool.map(_why_unreadable, files)
-        return [f"{file}: {why}" for file, why in zip(files, whys, strict=True) if why]
+    """'path: reason' for each of `files` that does not decode as JPEG or PNG, in order."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # Pillow releases the GIL while decoding
+        reasons = pool.map(_why_unreadable, files)
+        return [f"{file}: {reason}" for file, reason in zip(files, reasons, strict=True) if reason]
 
 
 def _why_unreadable(file: str) -> str:
     try:
-        file.encode()  # the loader reads names as UTF-8; those of old archives may not be
+        file.encode()  # the loader reads names as UTF-8, which names from old archives may not be
         if os.path.getsize(file) == 0:
             return "is empty"
         with Image.open(file, formats=("JPEG", "PNG")) as image:
@@ -78,33 +78,33 @@ def _why_unreadable(file: str) -> str:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, UnicodeEncodeError):
             return "its name is not UTF-8"
-        return "is no JPEG or PNG" if isinstance(error, UnidentifiedImageError) else str(error)
+        return "is not a JPEG or PNG" if isinstance(error, UnidentifiedImageError) else str(error)
     return ""
 
 
-def _part(root: Path, *names: str) -> Path:
+def _split_folder(root: Path, *names: str) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise EnvironmentUnusable(f"--data {root}: there is no folder {' or '.join(names)}/ in it; {_LAYOUT}")
+    raise EnvironmentUnusable(f"--data {root}: it has no folder {' or '.join(names)}/; {_LAYOUT}")
 
 
-def _listed(part: Path) -> Listed:
-    """The image files of each class folder, sorted by name; a class without one is an error."""
+def _listed(split: Path) -> Listed:
+    """The image files of each class folder, sorted by name; an empty class is an error."""
     classes: Listed = {}
-    for folder in sorted(os.scandir(part), key=lambda entry: entry.name):
+    for folder in sorted(os.scandir(split), key=lambda entry: entry.name):
         if folder.is_dir() and not folder.name.startswith("."):
             classes[folder.name] = sorted(filter(_is_image, os.scandir(folder)), key=lambda entry: entry.name)
     empty = [name for name, files in classes.items() if not files]
     if empty or not classes:
-        what = f"no JPEG or PNG file in {', '.join(empty)}" if empty else "no class folder"
-        raise EnvironmentUnusable(f"--data: {part} has {what}; {_LAYOUT}, or remove the empty folders")
+        found = f"no JPEG or PNG file in {', '.join(empty)}" if empty else "no class folder"
+        raise EnvironmentUnusable(f"--data: {split} has {found}; {_LAYOUT}, or remove the empty folders")
     return classes
 
 
 def _divided(classes: Listed) -> tuple[Listed, Listed]:
-    """Files to train on and files to test with, a fifth of each class and at least one, chosen by the digest of their
-    names: the same in every run, wherever the folder lies, and nearly the same when images have come to it."""
+    """Training and test files. A fifth of each class, at least one file, is for testing, chosen by a digest of the file
+    names: the same in every run, wherever the folder is stored, and nearly the same after images were added."""
     few = [f"{name} ({len(files)})" for name, files in classes.items() if len(files) < 3]
     if few:
         raise EnvironmentUnusable(
@@ -130,7 +130,7 @@ def _flat(listed: Listed, classes: Sequence[str]) -> tuple[tuple[str, ...], NDAr
 
 
 def _check(root: Path, files: tuple[str, ...], checked: Path) -> None:
-    """Decode every one of `files`, unless the folder `checked` remembers that this very list did."""
+    """Decodes every file, unless the folder `checked` records that this list has passed."""
     digest = hashlib.sha256()
     for file in files:
         status = os.stat(file)
@@ -149,4 +149,4 @@ def _check(root: Path, files: tuple[str, ...], checked: Path) -> None:
         checked.mkdir(parents=True, exist_ok=True)
         passed.touch()
     except OSError as error:
-        raise EnvironmentUnusable(f"the cache {checked} cannot be written ({error}); set XDG_CACHE_HOME") from error
+        raise EnvironmentUnusable(f"cannot write the cache {checked} ({error}); set XDG_CACHE_HOME") from error

@@ -1,4 +1,4 @@
-"""The embedded data set: characters 0-9 A-Z on cluttered, low-contrast 32x32 RGB images, made from a seed."""
+"""The built-in data set: characters 0-9 A-Z on cluttered, low-contrast 32x32 RGB images, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SIZE = 32  # height and width of an image, in pixels
-VERSION = 2  # part of the cache key: raise it with every change of what is drawn
+VERSION = 2  # part of the cache key: increase it with every change of the drawing
 
 _ATLAS = 40  # side of a character's mask, in pixels; near the drawn size, so bilinear sampling does not alias
 _CHUNK = 500  # images drawn at once: bounds memory, and each chunk has its own random stream
@@ -24,9 +24,9 @@ Labels = NDArray[np.int64]
 def render(count: int, seed: int) -> tuple[Images, Labels]:
     """`count` images (count, 32, 32, 3) uint8 RGB and labels (count,) int64 in 0..35, balanced to within one.
 
-    The same `seed` gives the same images with the same Pillow; another seed gives independent ones. Each shows one
-    whole character, turned, sheared, scaled and shifted at random, over parts of other characters and strokes, in
-    colours that may be close to each other, under noise. Mirroring an image does not preserve its label.
+    The same `seed` and version of Pillow give the same images; another seed gives independent ones. Each image shows
+    one whole character, rotated, sheared, scaled and shifted at random, over parts of other characters and strokes, in
+    colours that may be similar, with noise. Mirroring an image does not preserve its label.
     """
     labels = np.arange(count) % len(CHARACTERS)
     np.random.Generator(np.random.Philox(key=[seed, 0])).shuffle(labels)
@@ -34,8 +34,8 @@ def render(count: int, seed: int) -> tuple[Images, Labels]:
     atlas = _atlas()
     for chunk, start in enumerate(range(0, count, _CHUNK)):
         rng = np.random.Generator(np.random.Philox(key=[seed, 1 + chunk]))
-        part = slice(start, start + _CHUNK)
-        images[part] = _draw(labels[part], atlas, rng)
+        rows = slice(start, start + _CHUNK)
+        images[rows] = _draw(labels[rows], atlas, rng)
     return images, labels.astype(np.int64)
 
 
@@ -54,7 +54,8 @@ def _atlas() -> Floats:
 def _draw(labels: Labels, atlas: Floats, rng: np.random.Generator) -> Images:
     """One image per label: background, strokes, fragments of other characters, the character, noise.
 
-    `hard` (n,) scales all that disturbs an image: the clean ones give a network its start, the others its limit.
+    `hard` (n,) scales all disturbances of an image. Networks start learning on the clean images; the hard ones separate
+    good networks from better ones.
     """
     n = len(labels)
     hard = np.sqrt(rng.random(n, np.float32))
@@ -64,7 +65,7 @@ def _draw(labels: Labels, atlas: Floats, rng: np.random.Generator) -> Images:
         image = _blend(image, _stroke(n, rng), _near(back, hard, rng))
     for _ in range(_FRAGMENTS):
         others = (labels + rng.integers(1, len(CHARACTERS), n)) % len(CHARACTERS)
-        # Far enough from the centre that the image's edge cuts it: a fragment, never a second answer.
+        # So far from the centre that the edge of the image cuts it: a fragment cannot be taken for the label.
         angle = rng.uniform(0, 2 * np.pi, n)
         far = rng.uniform(17, 21, n)
         shift = np.stack([far * np.cos(angle), far * np.sin(angle)], -1)
@@ -77,16 +78,16 @@ def _draw(labels: Labels, atlas: Floats, rng: np.random.Generator) -> Images:
 
 
 def _two_colours(hard: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Background and character colours (n, 3): from light on dark to any two colours 0.3 apart, light on dark still.
+    """Background and character colours (n, 3): from light on dark to any two colours 0.3 apart, the lighter in front.
 
-    With either sign of contrast, small networks learn nothing from a thousand images.
+    If the sign of the contrast varied, small networks would learn nothing from a thousand images.
     """
     n = len(hard)
     back = rng.random((n, 3), np.float32)
     towards = rng.random((n, 3), np.float32) - back
     towards /= np.linalg.norm(towards, axis=1, keepdims=True) + 1e-6
     front = back + 0.3 * towards
-    # Outside the cube, go the other way on that axis: clipping would lose the contrast.
+    # Outside the colour cube, go the other way on that axis: clipping would reduce the contrast.
     front = np.where((front < 0) | (front > 1), back - 0.3 * towards, front)
     swap = (back @ _LUMA > front @ _LUMA)[:, None]
     back, front = np.where(swap, front, back), np.where(swap, back, front)
@@ -95,7 +96,7 @@ def _two_colours(hard: Floats, rng: np.random.Generator) -> tuple[Floats, Floats
 
 
 def _near(back: Floats, hard: Floats, rng: np.random.Generator) -> Floats:
-    """Colours (n, 3) of clutter: from `back`, up to 0.7 of the way to any colour."""
+    """Colours (n, 3) of clutter: up to 0.7 of the way from `back` to a random colour."""
     return back + 0.7 * hard[:, None] * (rng.random(back.shape, np.float32) - back)
 
 
@@ -122,7 +123,7 @@ def _stroke(n: int, rng: np.random.Generator) -> Floats:
 def _character(
     which: Labels, shift: NDArray[np.floating], hard: NDArray[np.floating], atlas: Floats, rng: np.random.Generator
 ) -> Floats:
-    """Coverage (n, 32, 32) of a character per image: 16 to 26 pixels tall, turned by up to 35 degrees, sheared."""
+    """Coverage (n, 32, 32) of one character per image: 16 to 26 pixels tall, rotated by up to 35 degrees, sheared."""
     n = len(which)
     turn = np.deg2rad(5 + 30 * hard) * rng.uniform(-1, 1, n)
     shear = 0.3 * hard * rng.uniform(-1, 1, n)
@@ -140,7 +141,7 @@ def _character(
 
 
 def _bilinear(atlas: Floats, which: Labels, at: Floats) -> Floats:
-    """Masks `which` of `atlas` at the places `at` (n, 2, places; x then y); 0 outside, where the border is."""
+    """Masks `which` of `atlas`, sampled at the positions `at` (n, 2, positions; x then y); 0 outside the mask."""
     side = atlas.shape[-1]
     at = at.clip(0, side - 1.001)
     corner = at.astype(np.int32)
@@ -153,11 +154,11 @@ def _bilinear(atlas: Floats, which: Labels, at: Floats) -> Floats:
 
 
 def _blend(image: Floats, coverage: Floats, colour: Floats) -> Floats:
-    """`colour` (n, 3) over `image` (n, 32, 32, 3) where `coverage` (n, 32, 32) says."""
+    """`image` (n, 32, 32, 3) with `colour` (n, 3) painted over it by `coverage` (n, 32, 32)."""
     return image + coverage[..., None] * (colour[:, None, None, :] - image)
 
 
 def _grid() -> tuple[Floats, Floats]:
-    """x and y (32, 32) of the pixel centres, from the centre of the image."""
+    """x and y (32, 32) of the pixel centres, relative to the centre of the image."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
     return x, y

@@ -1,4 +1,4 @@
-"""Batches of a Part as torch tensors: by DALI (imported only here), from memory on the device, or synthetic."""
+"""Batches of a split as torch tensors: by DALI (imported only here), from memory on the device, or synthetic."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from engine.trial import EnvironmentUnusable, UsageError
 Backend = Literal["dali", "resident", "synthetic"]
 
 _PREFETCH = 2  # batches that DALI prepares ahead, its default
-_LISTED = 200_000  # paths handed to DALI's reader at a time: longer runs get a new list every few epochs
+_LISTED = 200_000  # paths given to DALI's reader at a time: longer runs get a new list every few epochs
 
 
 def train_batches(
-    part: Split,
+    split: Split,
     indices: NDArray[np.int64],
     *,
     data: Dataset,
@@ -35,23 +35,23 @@ def train_batches(
     first_epoch: int = 0,
     threads: int = 1,
 ) -> Batches:
-    """Augmented batches of the images `indices` of `part`, for the epochs `first_epoch` to `epochs` - 1.
+    """Augmented batches of the images `indices` of `split`, for the epochs `first_epoch` to `epochs` - 1.
 
-    Every epoch has its own order; what does not fill a batch is left out of it. Arrays get a crop from a black
-    border of an eighth of the side, files a random resized crop (engine/data/augment.py); both a mirror where
-    `data.flip` says so. Order and augmentation depend on `seed`, the epoch and the index alone, so a run that is
-    resumed, and every backend, sees the same images. `resolution` is in pixels; 0 means data.resolution.
-    Raises UsageError (fewer images than a batch; a backend that cannot), EnvironmentUnusable (no such device; when
-    iterated, no DALI, or a file that became unreadable).
+    Every epoch has its own order and leaves out the images that do not fill a batch. Arrays are padded by a black
+    border of an eighth of their side and cropped; files get a random resized crop (engine/data/augment.py). Both are
+    mirrored at random if `data.flip`. Order and augmentation depend only on `seed`, the epoch and the index, so that a
+    resumed run, and every backend, sees the same images. `resolution` is in pixels; 0 means data.resolution.
+    Raises UsageError (fewer images than a batch, unsuitable backend) and EnvironmentUnusable (no such device; during
+    iteration, no DALI, or a file that has become unreadable).
     """
     steps_per_epoch(len(indices), batch_size)
     return Batches(
-        part=part,
+        split=split,
         data=data,
         batch_size=batch_size,
         resolution=resolution or data.resolution,
         device=_usable(device),
-        source=_source(backend, part),
+        source=_source(backend, split),
         threads=threads,
         indices=np.asarray(indices, np.int64),
         seed=seed,
@@ -61,7 +61,7 @@ def train_batches(
 
 
 def eval_batches(
-    part: Split,
+    split: Split,
     *,
     data: Dataset,
     batch_size: int,
@@ -70,27 +70,27 @@ def eval_batches(
     backend: Backend = "dali",
     threads: int = 1,
 ) -> Batches:
-    """Each image of `part` once, in order, the last batch short; arrays whole, files by their centre.
+    """Each image of `split` once, in order; the last batch may be short. Arrays are used whole.
 
-    The shorter side of a file's image becomes about 8/7 of `resolution` (256 for 224), of which the centre is taken.
-    Raises as `train_batches` does.
+    Files are resized so that their shorter side is about 8/7 of `resolution` (256 for 224), then cropped to the centre.
+    Raises the errors of `train_batches`.
     """
     return Batches(
-        part=part,
+        split=split,
         data=data,
         batch_size=batch_size,
         resolution=resolution or data.resolution,
         device=_usable(device),
-        source=_source(backend, part),
+        source=_source(backend, split),
         threads=threads,
     )
 
 
-def _source(backend: str, part: Split) -> Callable[[Batches], Iterator[Batch]]:
+def _source(backend: str, split: Split) -> Callable[[Batches], Iterator[Batch]]:
     sources = {"dali": _dali, "resident": resident, "synthetic": synthetic}
     if backend not in sources:
-        raise UsageError(f"data backend '{backend}': choose one of {', '.join(sources)}")
-    if backend == "resident" and part.images is None:
+        raise UsageError(f"no data backend '{backend}': choose one of {', '.join(sources)}")
+    if backend == "resident" and split.images is None:
         raise UsageError("the data backend resident keeps arrays on the device; image files need the backend dali")
     return sources[backend]
 
@@ -102,18 +102,18 @@ def _usable(device: str) -> torch.device:
 
 
 def _dali(batches: Batches) -> Iterator[Batch]:
-    if batches.part.images is not None:
+    if batches.split.images is not None:
         return _run(batches, _array_pipeline(batches), range(len(batches)))
     return _file_batches(batches)
 
 
 def _file_batches(batches: Batches) -> Iterator[Batch]:
-    """A pipeline every few epochs: its reader takes the paths of all of its steps as one list."""
+    """Builds a pipeline every few epochs, because its reader takes the paths of all its steps as one list."""
     per_epoch = batches.steps_per_epoch
     steps = per_epoch * max(1, _LISTED // (per_epoch * batches.batch_size))
     for first in range(0, len(batches), steps):
-        part = range(first, min(first + steps, len(batches)))
-        yield from _run(batches, _file_pipeline(batches, part), part)
+        these = range(first, min(first + steps, len(batches)))
+        yield from _run(batches, _file_pipeline(batches, these), these)
 
 
 def _run(batches: Batches, pipeline: Any, steps: range) -> Iterator[Batch]:
@@ -122,35 +122,37 @@ def _run(batches: Batches, pipeline: Any, steps: range) -> Iterator[Batch]:
     for step in steps:
         _, expected = batches.at(step)
         try:
-            images, rows = pipeline.run(stream)
-        except RuntimeError as error:  # after one, a pipeline is dead
+            images, numbers = pipeline.run(stream)
+        except RuntimeError as error:  # the pipeline cannot be used again
             raise _explained(batches, step, error) from error
-        # A copy of the numbers alone: the pixels stay where DALI put them, and DALI does not write there again.
-        places = np.array(rows.as_array()).reshape(-1)[: len(expected)].astype(np.int64)
-        yield to_batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.part, places)
+        # Only the row numbers are copied: the pixels stay in DALI's memory, which it does not overwrite.
+        rows = np.array(numbers.as_array()).reshape(-1)[: len(expected)].astype(np.int64)
+        yield to_batch(torch.from_dlpack(images.as_tensor())[: len(expected)], batches.split, rows)
 
 
 def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
-    """DALI's error, with the names of the files that it could not read: its own text often has none."""
+    """DALI's error, with the names of unreadable files, which its own message often lacks."""
     if any(words in str(error) for words in ("out of memory", "MemoryAllocation", "Can't allocate")):
-        return torch.OutOfMemoryError(f"DALI: {error}")  # fewer students side by side leave it more
+        return torch.OutOfMemoryError(f"DALI: {error}")  # a smaller cohort leaves it more memory
     from engine.data.folder import unreadable
 
-    if batches.part.files is not None:
+    if batches.split.files is not None:
         ahead = range(step, min(step + _PREFETCH + 1, len(batches)))
         rows = np.unique(np.concatenate([batches.at(s)[1] for s in ahead]))
-        bad = unreadable([batches.part.files[row] for row in rows])
+        bad = unreadable([batches.split.files[row] for row in rows])
         if bad:
-            return EnvironmentUnusable("images became unreadable since they were checked:\n  " + "\n  ".join(bad))
+            return EnvironmentUnusable(
+                "images became unreadable after they were checked; replace or remove them:\n  " + "\n  ".join(bad)
+            )
     return EnvironmentUnusable(f"DALI stopped: {error}")
 
 
 def _array_pipeline(batches: Batches) -> Any:
-    """Arrays through external_source, with the place of each one's crop and its mirror beside it."""
+    """Arrays through external_source, together with the crop position and the mirror flag of each image."""
     fn, _ = _import_dali()
-    part, training, seed = batches.part, batches.indices is not None, batches.seed
-    assert part.images is not None
-    stored, side = part.images, part.images.shape[1]
+    images_NHWC, training, seed = batches.split.images, batches.indices is not None, batches.seed
+    assert images_NHWC is not None
+    side = images_NHWC.shape[1]
     pad = side // 8
 
     def source(info: Any) -> tuple[NDArray[Any], ...]:
@@ -158,9 +160,9 @@ def _array_pipeline(batches: Batches) -> Any:
             raise StopIteration
         epoch, rows = batches.at(info.iteration)
         if not training:
-            return stored[rows], rows
+            return images_NHWC[rows], rows
         start, mirror = augment.crop_and_flip(seed, epoch, rows, pad, batches.data.flip)
-        return stored[rows], rows, start - pad, mirror
+        return images_NHWC[rows], rows, start - pad, mirror
 
     def graph() -> tuple[Any, Any]:
         outputs = 4 if training else 2
@@ -171,7 +173,7 @@ def _array_pipeline(batches: Batches) -> Any:
             images = images.gpu()
         if training:
             start, mirror = inputs[2:]
-            # The border is black, and is there before the mean is taken off: torchvision's RandomCrop.
+            # The border is black and added before normalisation, as in torchvision's RandomCrop.
             images = fn.slice(
                 images, start=start, shape=[side, side], axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
             )
@@ -183,12 +185,12 @@ def _array_pipeline(batches: Batches) -> Any:
 
 
 def _file_pipeline(batches: Batches, steps: range) -> Any:
-    """Files through readers.file on the list of the `steps`; its labels carry places in the Part."""
+    """Files through readers.file, which gets the paths of all `steps`; its labels carry positions in the split."""
     fn, types = _import_dali()
-    part, training, side = batches.part, batches.indices is not None, batches.resolution
-    assert part.files is not None
+    files, training, side = batches.split.files, batches.indices is not None, batches.resolution
+    assert files is not None
     rows = np.concatenate([batches.at(step)[1] for step in steps])
-    paths = [part.files[row] for row in rows]
+    paths = [files[row] for row in rows]
 
     def source(info: Any) -> tuple[NDArray[Any], ...]:
         if info.iteration >= len(steps):
@@ -196,18 +198,18 @@ def _file_pipeline(batches: Batches, steps: range) -> Any:
         return augment.resized_crop(batches.seed, *batches.at(steps[info.iteration]), batches.data.flip)
 
     def graph() -> tuple[Any, Any]:
-        encoded, places = fn.readers.file(files=paths, labels=rows.tolist(), pad_last_batch=True)
+        encoded, positions = fn.readers.file(files=paths, labels=rows.tolist(), pad_last_batch=True)
         images = fn.decoders.image(
             encoded, device="mixed" if batches.device.type == "cuda" else "cpu", output_type=types.RGB
         )
         if not training:
-            # 256 for 224; an even number of pixels more, so that the centre is the centre.
+            # 256 for 224. An even number of extra pixels, so that the centre crop is exact.
             images = fn.resize(images, resize_shorter=side + 2 * round(side / 14), antialias=True)
-            return _normalised(batches, images, 0), places
+            return _normalised(batches, images, 0), positions
         box, mirror = fn.external_source(source=source, num_outputs=2, batch_info=True)
         start, end = _roi(fn.peek_image_shape(encoded), box)
         images = fn.resize(images, size=[side, side], roi_start=start, roi_end=end, antialias=True)
-        return _normalised(batches, images, mirror), places
+        return _normalised(batches, images, mirror), positions
 
     return _built(batches, graph)
 
@@ -224,7 +226,7 @@ def _roi(shape: Any, box: Any) -> tuple[Any, Any]:
 
 
 def _normalised(batches: Batches, images: Any, mirror: Any) -> Any:
-    """The centre of `images`, mirrored where asked, normalised, height-width-channel."""
+    """The centre crop of `images`, mirrored by `mirror`, normalised, in layout HWC."""
     fn, types = _import_dali()
     return fn.crop_mirror_normalize(
         images,
@@ -245,7 +247,7 @@ def _built(batches: Batches, graph: Callable[[], tuple[Any, Any]]) -> Any:
         num_threads=batches.threads,
         device_id=(batches.device.index or 0) if batches.device.type == "cuda" else None,
         prefetch_queue_depth=_PREFETCH,
-        exec_dynamic=True,  # the executor that never writes to an output again: batches need no copy
+        exec_dynamic=True,  # this executor does not reuse outputs, so batches need no copy
     )
     pipeline.build()
     return pipeline

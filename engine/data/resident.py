@@ -1,4 +1,4 @@
-"""The backends without DALI: images that stay on the device as bytes, and noise in place of images."""
+"""The backends without DALI: images kept on the device as bytes, and noise instead of images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from engine.data.batches import Batch, Batches, image_dtype, to_batch
 
 
 def synthetic(batches: Batches) -> Iterator[Batch]:
-    """Noise in place of images, made once: what is left of a step's time is the network's."""
+    """Noise instead of images, made once, so that the time of a step is that of the network."""
     shape = (batches.batch_size, batches.resolution, batches.resolution, 3)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(batches.seed))
     noise = noise.to(batches.device, image_dtype(batches.device))
     for step in range(len(batches)):
         _, rows = batches.at(step)
-        yield to_batch(noise[: len(rows)], batches.part, rows)
+        yield to_batch(noise[: len(rows)], batches.split, rows)
 
 
 def resident(batches: Batches) -> Iterator[Batch]:
-    """The images as bytes on the device, cropped and mirrored by one gather per batch."""
-    part, device = batches.part, batches.device
-    assert part.images is not None
-    kept = np.arange(len(part)) if batches.indices is None else batches.indices
-    slot = np.zeros(len(part), np.int64)
-    slot[kept] = np.arange(len(kept))
-    images = torch.from_numpy(part.images[kept]).to(device)
+    """Images as bytes on the device; one gather per batch crops and mirrors them."""
+    split, device = batches.split, batches.device
+    assert split.images is not None
+    used = np.arange(len(split)) if batches.indices is None else batches.indices
+    position = np.zeros(len(split), np.int64)  # on the device, by row of the split
+    position[used] = np.arange(len(used))
+    images = torch.from_numpy(split.images[used]).to(device)
     side = images.shape[1]
     training = batches.indices is not None
     pad = side // 8 if training else 0
@@ -42,14 +42,14 @@ def resident(batches: Batches) -> Iterator[Batch]:
         start, mirror = augment.crop_and_flip(batches.seed, epoch, rows, pad, training and batches.data.flip)
         y = start[:, :1] + across
         x = start[:, 1:] + np.where(mirror[:, None], across[::-1], across)
-        at = (slot[rows][:, None, None], y[:, :, None], x[:, None, :])
+        at = (position[rows][:, None, None], y[:, :, None], x[:, None, :])
         pixels = images[tuple(torch.from_numpy(i).to(device, non_blocking=True) for i in at)].float()
         pixels = _resized(pixels, batches.resolution).sub_(mean).div_(std)
-        yield to_batch(pixels.to(image_dtype(device)), part, rows)
+        yield to_batch(pixels.to(image_dtype(device)), split, rows)
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:
-    """(N, H, H, 3) to (N, side, side, 3), as DALI does it: linear, with antialiasing."""
+    """(N, H, H, 3) to (N, side, side, 3), as DALI resizes: linear, with antialiasing."""
     if pixels.shape[1] == side:
         return pixels
     planes = pixels.permute(0, 3, 1, 2)

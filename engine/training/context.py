@@ -1,4 +1,4 @@
-"""What a worker keeps between tasks: the configuration, the data, the device; and what needs only these."""
+"""What a worker keeps between tasks (configuration, data, device), and the operations that need only these."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class WorkerContext:
 
     @property
     def threads(self) -> int:
-        """Threads of the loader: for a GPU worker its share of the cores (set by its supervisor), for a CPU worker one."""
+        """Threads of the loader: one on a CPU, on a GPU the worker's share of the cores (set by its supervisor)."""
         return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
 
     def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
-        """Indices of the training images of a fidelity, and the batch size: the configured one, or all images if fewer."""
+        """Indices of the training images of a fidelity, and the batch size: as configured, or all images if fewer."""
         indices = subset(self.data.train.labels, fidelity.fraction, self.config.seed)
         return indices, min(self.config.batch_size, len(indices))
 
@@ -78,7 +78,7 @@ class WorkerContext:
         """Accuracies (0..1) of networks in one pass over a split, or the exception that a network raised."""
         if not networks:
             return []
-        views = eval_batches(
+        batches = eval_batches(
             split,
             data=self.data,
             batch_size=256,
@@ -87,7 +87,7 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
-        return accuracies(networks, views)
+        return accuracies(networks, batches)
 
     def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
         """Accuracy (0..1) of one network; raises what the network raises."""
@@ -97,11 +97,12 @@ class WorkerContext:
         return score
 
     def latency_ms(self, network: nn.Module) -> float:
+        """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""
         return measure(network, self.resolution(self.config.high), self.config.latency_batch, self.device)
 
-    def save_progress(self, path: Path, member: Student, progress: Progress, epochs: int, of: str = "") -> None:
+    def save_progress(self, path: Path, student: Student, progress: Progress, epochs: int, key: str = "") -> None:
         """Saves the state of a training of `epochs` epochs; raises Drained if the driver has asked workers to stop."""
-        checkpoint.save(path, member, progress, of)
+        checkpoint.save(path, student, progress, key)
         done = progress.epochs
         if done < epochs and not _work_wanted():
             raise Drained(f"interrupted after epoch {done} of {epochs}; run the same command again to resume")
@@ -140,8 +141,8 @@ def keep_freed_memory() -> None:
     faults and a third of its time on getting them back (docs/training.md). Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # M_MMAP_THRESHOLD: block size from which glibc uses mmap; older versions accept at most 32 MiB. If both are refused,
-    # the trim threshold must stay unset too: setting it would turn off glibc's own adaptation.
+    # M_MMAP_THRESHOLD: block size from which glibc uses mmap; older versions accept at most 32 MiB. If both values are
+    # refused, the trim threshold must stay unset too: setting it would turn off glibc's own adaptation.
     if mallopt is not None and (mallopt(-3, 2**30) or mallopt(-3, 2**25)):
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free bytes kept at the end of the heap
 

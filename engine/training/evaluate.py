@@ -42,7 +42,9 @@ def evaluate(
     started, start, watch = time.time(), time.perf_counter(), Stopwatch()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(context.device)
-    answers = _in_rounds(context, trials, resources, lambda group: _attempt(context, teacher_file, group, watch, resources))
+    answers = _in_rounds(
+        context, trials, resources, lambda group: _attempt(context, teacher_file, group, watch, resources)
+    )
     seconds = time.perf_counter() - start
     images = sum(context.images(answer.trial.fidelity) for answer in answers if answer.ok)
     costs = {**watch.seconds, "images_per_s": images / seconds, "peak_memory_bytes": peak_memory(context.device)}
@@ -58,9 +60,12 @@ def evaluate(
 
 
 def _in_rounds(
-    context: WorkerContext, trials: list[Trial], resources: Resources, attempt: Callable[[list[Trial]], list[Evaluation]]
+    context: WorkerContext,
+    trials: list[Trial],
+    resources: Resources,
+    attempt: Callable[[list[Trial]], list[Evaluation]],
 ) -> list[Evaluation]:
-    """Evaluates all trials, as many at a time as memory holds.
+    """Evaluates all trials, as many at a time as fit into memory.
 
     Trials that run out of memory beside others are retried in smaller groups; a trial is "oom" only if it runs out of
     memory alone. The group size that worked is remembered for later cohorts. It does not affect scores.
@@ -104,32 +109,34 @@ def _evaluate(
         teacher = _teacher(teacher_file, context) if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
-        cohort = [_admit(context, trial, teacher, resources) for trial in trials]
-        students = [member for member in cohort if isinstance(member, Student)]
-        # Seconds of work are not worth a file. A full training runs alone and resumes where it was killed.
+        cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
+        students = [entry for entry in cohort if isinstance(entry, Student)]
+        # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
         resumable = fidelity == context.config.high and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
         done = checkpoint.restore(state, students[0]).epochs if state and students else 0
     if students:
         batches = context.train_batches(fidelity, seed, done)
-        keep = partial(_keep, context, state, students[0], fidelity) if state else None
-        train(students, teacher, batches, context.config, watch, keep, resources.execution)
+        save = partial(_save, context, state, students[0], fidelity) if state else None
+        train(students, teacher, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
-        trained = [member for member in students if member.status == "ok"]
-        found = context.scores([member.network for member in trained], context.data.valid, fidelity)
+        trained = [student for student in students if student.status == "ok"]
+        found = context.scores([student.network for student in trained], context.data.valid, fidelity)
         scores = dict(zip(map(id, trained), found, strict=True))
         return [
-            _answer(context, trial, member, scores.get(id(member), 0.0)) if isinstance(member, Student) else member
-            for trial, member in zip(trials, cohort, strict=True)
+            _answer(context, trial, entry, scores.get(id(entry), 0.0)) if isinstance(entry, Student) else entry
+            for trial, entry in zip(trials, cohort, strict=True)
         ]
 
 
-def _keep(context: WorkerContext, state: Path, member: Student, fidelity: Fidelity, done: int) -> None:
-    context.save_progress(state, member, Progress(done), fidelity.epochs)
+def _save(context: WorkerContext, state: Path, student: Student, fidelity: Fidelity, done: int) -> None:
+    context.save_progress(state, student, Progress(done), fidelity.epochs)
 
 
-def _admit(context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, resources: Resources) -> Student | Evaluation:
-    """A student ready to train, or the reason why there is none. A space that a user wrote may raise anything."""
+def _make_student(
+    context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, resources: Resources
+) -> Student | Evaluation:
+    """A student ready to train, or an evaluation with the reason why not. A user's space may raise anything."""
     try:
         network = build_student(context.config, trial, len(context.data.classes))
         size = context.resolution(trial.fidelity)
@@ -138,10 +145,10 @@ def _admit(context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, 
         if full and context.config.initial_weights:
             load_weights(Path(context.config.initial_weights), network)
         limit = context.config.max_latency_ms
-        taken = context.latency_ms(network) if full and limit < math.inf else 0.0
-        if taken > limit:
-            why = f"measured {taken:.3g} ms, over --max-latency-ms {limit:g}"
-            return Evaluation(trial, "too_slow", error=why, costs={"latency_ms": taken})
+        latency = context.latency_ms(network) if full and limit < math.inf else 0.0
+        if latency > limit:
+            reason = f"measured {latency:.3g} ms, over --max-latency-ms {limit:g}"
+            return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
             network,
             teacher.network if teacher is not None else None,
@@ -152,7 +159,7 @@ def _admit(context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, 
             average=full and context.config.ema_decay > 0,
             compiled=full and resources.compile,
         )
-        student.latency_ms = taken
+        student.latency_ms = latency
         return student
     except Exception as error:
         return _failed(trial, error)
@@ -171,25 +178,25 @@ def _key(config: SearchConfig, trial: Trial) -> int:
     return int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
 
 
-def _answer(context: WorkerContext, trial: Trial, member: Student, score: float | Exception) -> Evaluation:
+def _answer(context: WorkerContext, trial: Trial, student: Student, score: float | Exception) -> Evaluation:
     """The evaluation of a trained student; the weights of a full training are saved."""
-    if member.status != "ok":
-        if member.status != "oom":  # another job on the device may have caused that, and repeating the training may help
+    if student.status != "ok":
+        if student.status != "oom":  # another job on the device may have caused that, so the training may be repeated
             context.folder.training_state(trial).unlink(missing_ok=True)
-        return Evaluation(trial, member.status, error=member.error, execution=member.execution)
+        return Evaluation(trial, student.status, error=student.error, execution=student.execution)
     try:
         if isinstance(score, Exception):
             raise score
-        macs, params = count_cost(member.network, context.resolution(trial.fidelity))
+        macs, params = count_cost(student.network, context.resolution(trial.fidelity))
         if trial.fidelity == context.config.high:
-            save_weights(context.folder.weights(trial), member.network)
+            save_weights(context.folder.weights(trial), student.network)
             context.folder.training_state(trial).unlink(missing_ok=True)
     except EnvironmentUnusable:
         raise
     except Exception as error:
         return _failed(trial, error)
-    costs = {"latency_ms": member.latency_ms} if member.latency_ms else {}
-    return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=member.execution)
+    costs = {"latency_ms": student.latency_ms} if student.latency_ms else {}
+    return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=student.execution)
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:

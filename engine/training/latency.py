@@ -1,4 +1,4 @@
-"""How long a network takes on the device at hand."""
+"""The time of a forward pass on this device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import nn
 
 from engine.training.student import place
 
-# The least of ROUNDS medians: what runs beside it for a moment does not count.
+# The minimum of ROUNDS medians, so that short disturbances do not count.
 ROUNDS, RUNS = 3, 10
 ROUND_LIMIT_S = 0.5
 
 
 def measure(network: nn.Module, resolution: int, batch: int, device: torch.device) -> float:
-    """Milliseconds of a forward pass on `batch` images (3, resolution, resolution) in float32, by PyTorch as it is,
-    without a compiler. The network is moved to the device and set to evaluation.
+    """Milliseconds of a forward pass on `batch` images (3, resolution, resolution) in float32, in eager PyTorch. The
+    network is moved to the device and set to evaluation mode.
 
-    On the CPU it is the processor time of one thread, so torch must have been set to one: what else runs there hardly
-    counts, and on an idle machine it is the time that passes.
+    On the CPU it is the processor time of one thread, so torch must have been set to one thread. Other processes hardly
+    affect it, and on an idle machine it equals the elapsed time.
     """
     network = place(network, device).eval()
     images = torch.zeros(batch, 3, resolution, resolution, device=device).to(memory_format=torch.channels_last)
@@ -30,7 +30,7 @@ def measure(network: nn.Module, resolution: int, batch: int, device: torch.devic
 
 
 def least_median(once: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call: the least of three medians of ten, of fewer where it is slow."""
+    """Milliseconds of a call: the minimum of three medians of ten calls, or of fewer if they are slow."""
     for _ in range(2):
         once()
     return min(_median(once, device) for _ in range(ROUNDS))
@@ -38,14 +38,14 @@ def least_median(once: Callable[[], object], device: torch.device) -> float:
 
 def _median(once: Callable[[], object], device: torch.device) -> float:
     clock = time.perf_counter if device.type == "cuda" else time.thread_time
-    taken: list[float] = []
-    while len(taken) < RUNS and sum(taken) < ROUND_LIMIT_S * 1000:
+    times: list[float] = []
+    while len(times) < RUNS and sum(times) < ROUND_LIMIT_S * 1000:
         _wait(device)
         start = clock()
         once()
         _wait(device)
-        taken.append((clock() - start) * 1000)
-    return statistics.median(taken)
+        times.append((clock() - start) * 1000)
+    return statistics.median(times)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Teachers: networks to train or load, their weights on disk, and what a weights file says of itself."""
+"""Teachers: building and loading their networks, their weights files, and the card in a weights file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from engine.trial import Architecture, EnvironmentUnusable, UsageError, not_inst
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 
-# Mean and std of each channel, of pixels in 0..1.
+# Mean and std per channel, of pixels in 0..1.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a weights file says of itself.
+    """The description of a teacher in its weights file.
 
-    `network` is what `build` takes: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy` is on
-    the validation part, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses` are
-    the means over each epoch of its training; () where the weights were made elsewhere.
+    `network` is the argument of `build`: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy`
+    is on the validation split, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses`
+    holds the mean loss of each epoch of its training; () if the weights were trained elsewhere.
     """
 
     network: str
@@ -45,10 +45,10 @@ class Card:
     losses: tuple[float, ...] = ()
 
 
-class Tapped(nn.Module):
-    """A classifier of others (logits alone) that returns (logits, stage features), like the networks of the spaces.
+class FeatureExtractor(nn.Module):
+    """A classifier that returns only logits, made to return (logits, stage features) like the networks of the spaces.
 
-    The stages are the last map of each spatial size larger than 1x1 (by torchvision's feature extraction).
+    The features are the last map of each spatial size larger than 1x1, found by torchvision's feature extraction.
     """
 
     def __init__(self, model: nn.Module, resolution: int) -> None:
@@ -61,7 +61,7 @@ class Tapped(nn.Module):
         except Exception as error:
             raise UsageError(
                 f"the stages of {type(model).__name__} cannot be found by tracing it ({_first_line(error)}); let its "
-                "forward return (logits, [features (N, C, H, W), coarse last])"
+                "forward return (logits, [features (N, C, H, W), coarsest last])"
             ) from error
         with torch.no_grad():
             shapes = {
@@ -70,12 +70,12 @@ class Tapped(nn.Module):
                 if isinstance(value, Tensor)
             }
         stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and shape[2] == shape[3] > 1}
-        # Images are square; some networks hold maps as (N, H, W, C) in between.
-        # The stem's full-size maps are no stage; four at most, as residual networks have.
+        # A map with unequal last dimensions is (N, H, W, C), as some networks have between layers: images are square.
+        # At most four stages, as in residual networks; full-size maps of the stem are left out.
         self.stages = list(stages.values())[-4:]
         if not self.stages:
             raise UsageError(
-                f"{type(model).__name__} has no feature maps at {resolution} pixels; give it larger images or "
+                f"{type(model).__name__} has no feature maps at {resolution} pixels; use a larger --resolution or "
                 "choose a convolutional teacher"
             )
         self.extract = create_feature_extractor(model, [*self.stages, names[-1]])
@@ -87,7 +87,7 @@ class Tapped(nn.Module):
 
 
 class Renormalised(nn.Module):
-    """A network that was trained with another mean and std than the images that it is asked about have."""
+    """A network whose training mean and std differ from those of its input."""
 
     scale: Tensor
     shift: Tensor
@@ -105,7 +105,7 @@ class Renormalised(nn.Module):
 
 
 def renormalised(network: nn.Module, here: Statistics, there: Statistics) -> nn.Module:
-    """The network for images normalised by the mean and std of `here`, if it was trained with those of `there`."""
+    """The network for images normalised with the mean and std of `here`, if it was trained with those of `there`."""
     return network if here == there else Renormalised(network, here, there)
 
 
@@ -115,34 +115,40 @@ def build(
     """A network by name: SPACE#ARCHITECTURE, torchvision:NAME or timm:NAME (with the library's own weights if
     `pretrained`), or FILE.py:NAME, a function of the number of classes in a user's file. `weights` is a file for it.
 
-    Its forward returns (logits (N, classes), [stage features]). Raises UsageError for a name that does not exist and
-    for weights that do not fit, EnvironmentUnusable where pretrained weights or timm cannot be had.
+    Its forward returns (logits (N, classes), [stage features]). Raises UsageError for an unknown name or weights that
+    do not fit, EnvironmentUnusable if pretrained weights or timm are not available.
     """
-    model = _raw(network, classes, pretrained)
+    model = _create(network, classes, pretrained)
     if weights is not None:
         load_weights(weights, model)
     with torch.no_grad():
         training, _ = model.training, model.eval()
-        output = _answer(model, network, resolution)
+        output = _example_output(model, network, resolution)
         model.train(training)
     logits = output if isinstance(output, Tensor) else output[0]
     if logits.shape != (1, classes):
-        raise UsageError(f"{network} gives {tuple(logits.shape)} for one image; the data has {classes} classes")
-    return Tapped(model, resolution) if isinstance(output, Tensor) else model
+        raise UsageError(
+            f"{network} gives {tuple(logits.shape)} for one image; the data has {classes} classes, so it must give "
+            f"(1, {classes})"
+        )
+    return FeatureExtractor(model, resolution) if isinstance(output, Tensor) else model
 
 
-def _answer(model: nn.Module, network: str, resolution: int) -> Tensor | tuple[Tensor, list[Tensor]]:
+def _example_output(model: nn.Module, network: str, resolution: int) -> Tensor | tuple[Tensor, list[Tensor]]:
     try:
         output = model(torch.zeros(1, 3, resolution, resolution))
     except Exception as error:
-        raise UsageError(f"{network} fails on an image of {resolution} pixels: {_first_line(error)}") from error
+        raise UsageError(
+            f"{network} fails on an image of {resolution} pixels ({_first_line(error)}); choose another --resolution "
+            "or another teacher"
+        ) from error
     if isinstance(output, Tensor):
         return output
     logits, features = output
     return logits, list(features)
 
 
-def _raw(network: str, classes: int, pretrained: bool) -> nn.Module:
+def _create(network: str, classes: int, pretrained: bool) -> nn.Module:
     """The network as its library, space or file makes it."""
     if "#" in network:
         spec, _, architecture = network.partition("#")
@@ -156,7 +162,9 @@ def _raw(network: str, classes: int, pretrained: bool) -> nn.Module:
     made = from_file(Path(path), name)
     model = made(classes) if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{path} has no '{name}' that takes the number of classes and returns a torch.nn.Module")
+        raise UsageError(
+            f"{path} has no function '{name}' that takes the number of classes and returns a torch.nn.Module"
+        )
     return model
 
 
@@ -164,7 +172,7 @@ def _from_timm(network: str, classes: int, pretrained: bool) -> nn.Module:
     timm, name = _timm(), network.removeprefix(TIMM)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name}*")[:10]
-        raise UsageError(f"timm has no model '{name}'" + (f"; near it are {', '.join(near)}" if near else ""))
+        raise UsageError(f"timm has no model '{name}'" + (f"; similar names: {', '.join(near)}" if near else ""))
     if pretrained:
         known = timm.get_pretrained_cfg(name).num_classes
         if known != classes:
@@ -172,7 +180,10 @@ def _from_timm(network: str, classes: int, pretrained: bool) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes)
     except (OSError, RuntimeError) as error:
-        raise EnvironmentUnusable(f"the weights of {network} could not be had: {_first_line(error)}") from error
+        raise EnvironmentUnusable(
+            f"the weights of {network} could not be downloaded ({_first_line(error)}); put them into the cache of "
+            "timm, or train a teacher"
+        ) from error
     return model
 
 
@@ -185,7 +196,7 @@ def _timm() -> Any:
 
 
 def normalisation(network: str) -> Statistics | None:
-    """Mean and std of the images that a library's weights were trained on; None for a network of no library."""
+    """Mean and std of the images that a library's weights were trained on; None if the network is from no library."""
     if network.startswith(TORCHVISION):
         from torchvision.models import get_model_weights
 
@@ -231,12 +242,12 @@ def _from_torchvision(network: str, classes: int, pretrained: bool) -> nn.Module
 
 
 def save(path: Path, network: nn.Module, card: Card) -> None:
-    """Writes weights and card as one safetensors file, aside first, so that a reader never sees half of it."""
+    """Writes weights and card as one safetensors file, atomically."""
     save_weights(path, network, {"card": json.dumps(dataclasses.asdict(card))})
 
 
 def read_card(path: Path) -> Card:
-    """What the weights file says of itself; UsageError where it is not one of ours."""
+    """The card in a weights file; UsageError if the file has none."""
     if not path.is_file():
         raise UsageError(f"no teacher file {path}; make one with: cli.py teacher --data ... --out {path}")
     try:
@@ -246,9 +257,7 @@ def read_card(path: Path) -> Card:
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return Card(**fields)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} is no teacher of this program ({error}); make one with: cli.py teacher --data ..."
-        ) from error
+        raise UsageError(f"{path} is not a teacher file ({error}); make one with: cli.py teacher --data ...") from error
 
 
 def load(path: Path) -> nn.Module:
@@ -257,19 +266,19 @@ def load(path: Path) -> nn.Module:
     network = build(card.network, len(card.classes), card.resolution)
     weights = {}
     with safe_open(path, "pt") as stored:
-        for name in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name in stored.keys():  # noqa: SIM118 (safe_open is not a mapping)
             weights[name] = stored.get_tensor(name)
     network.load_state_dict(weights)
     return network
 
 
 def freeze(network: nn.Module, device: torch.device) -> nn.Module:
-    """A teacher ready to be asked: on the device, channels_last, in evaluation mode, without gradients."""
+    """A teacher ready for use: on the device, channels_last, in evaluation mode, without gradients."""
     return place(network, device).eval().requires_grad_(False)
 
 
 def check_fits(card: Card, classes: tuple[str, ...]) -> None:
-    """Raises UsageError where a teacher's classes are not those of the data, in the same order."""
+    """Raises UsageError unless a teacher's classes are those of the data, in the same order."""
     if len(card.classes) != len(classes):
         raise UsageError(
             f"the teacher knows {len(card.classes)} classes, the data has {len(classes)}; "

@@ -1,4 +1,4 @@
-"""Files of weights: written aside and moved into place, so that a reader never sees half of one."""
+"""Weights files, written to a temporary file and moved into place, so that a reader never sees half a file."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from engine.trial import EnvironmentUnusable, UsageError
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A place to write to that becomes `path` when the block ends well, and is removed when it does not. What is there
-    then is on the disk, not only on its way: the journal may name it, and power may fail.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` if the block succeeds, and is removed if it fails. The file is synced to
+    disk first, because the journal may name it, and power may fail.
 
-    Raises EnvironmentUnusable where it cannot be written: a full disk has no exception of its own in the libraries.
+    Raises EnvironmentUnusable if it cannot be written. The libraries have no exception of their own for a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        with contextlib.suppress(OSError):  # not every file system has folders that can be synchronised
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        with contextlib.suppress(OSError):  # not every file system can sync a folder
             _sync(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         if status_of(error) == "oom":
             raise
-        raise EnvironmentUnusable(f"{path} cannot be written ({error}); free space, then repeat the command") from error
+        raise EnvironmentUnusable(f"cannot write {path} ({error}); free space and run the command again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -50,19 +50,20 @@ def _sync(path: Path) -> None:
 
 def save_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None = None) -> None:
     """The parameters and buffers of a network as a safetensors file, with `metadata` in its header."""
-    # Copies: safetensors refuses what shares memory, as tied weights do.
+    # Copies, because safetensors refuses tensors that share memory, such as tied weights.
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
-    with aside(path) as partial:
-        save_file(weights, partial, metadata=metadata)
+    with atomic_file(path) as temporary:
+        save_file(weights, temporary, metadata=metadata)
 
 
 def load_weights(path: Path, network: nn.Module) -> None:
-    """Puts the weights of a file, safetensors or a state dict that torch saved, into a network of the same shape.
+    """Loads a weights file, safetensors or a state dict that torch saved, into a network of the same shape.
 
-    Nothing but tensors is read. Raises UsageError where the file is missing, is neither, or is for another network.
+    Only tensors are read, no pickled objects. Raises UsageError if the file is missing, is neither of the two, or is
+    for another network.
     """
     if not path.is_file():
-        raise UsageError(f"no file of weights {path}")
+        raise UsageError(f"no weights file {path}; give an existing one")
     try:
         stored = torch.load(path, "cpu", weights_only=True) if path.suffix in (".pt", ".pth") else load_file(path)
         network.load_state_dict(stored)
