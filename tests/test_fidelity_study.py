@@ -16,7 +16,8 @@ import pytest
 import cli
 from engine.config import Budget, Resources, RunSettings, SearchConfig, config_at, search_plan
 from engine.fleet.devices import layout
-from engine.report import charts, predictions
+from engine.report.accuracy_charts import low_against_full
+from engine.report.prediction_charts import predicted_against_measured
 from engine.run_folder import RunFolder
 from engine.search import one_architecture, run_context, search
 from engine.search.fidelity_study.design import FidelityStudy, study_architectures
@@ -195,9 +196,7 @@ def test_a_study_grows(tmp_path: Path, fleet: Formula) -> None:
     assert len(set(fleet.asked)) == len(fleet.asked)
 
 
-def test_failures_leave_the_others_and_nothing_at_all_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures_leave_the_others_and_nothing_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Formula(broken=GOOD)
     monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: broken)
     result = run(tmp_path / "one", FidelityStudy((GOOD, FAIR), 8))
@@ -253,12 +252,12 @@ def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
     assert sorted(load_predictions(opened).at_ask_time()) == [
         trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
     ]
-    assert "but for what came with a study" in charts.low_against_full(opened).help
+    assert "except those imported from a fidelity study" in low_against_full(opened).caption
     capsys.readouterr()
     own = next(trial.architecture for trial in full if trial.architecture not in brought)
     for architecture, says, not_so in (
-        (full[0].architecture, f"it came with the results of the study {tmp_path}/study", "It was asked for"),
-        (own, "It was asked for in full", "it came with"),
+        (full[0].architecture, f"it was imported from the fidelity study {tmp_path}/study", "It was promoted"),
+        (own, "It was promoted to full training", "it was imported"),
     ):
         assert cli.main(["explain", str(tmp_path / "run"), str(architecture)]) == 0
         told = capsys.readouterr().out
@@ -279,11 +278,10 @@ def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fl
 def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
     config = open_run(str(tmp_path / "study"))
-    assert "spread evenly over multiply-accumulates" in charts.low_against_full(config).help
-    past = load_predictions(config)
-    for chart in predictions.predicted(past, past.at_ask_time()):
+    assert "spread evenly over MACs" in low_against_full(config).caption
+    for chart in predicted_against_measured(load_predictions(config)):
         assert not chart.data
-        assert "asks no surrogate" in chart.help
+        assert "asks no surrogate" in chart.caption
 
 
 def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
@@ -383,9 +381,7 @@ def _imported(config: SearchConfig, path: Path) -> list[Trial]:
     return read_journal(folder.journal).asked
 
 
-def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
-    tmp_path: Path, fleet: Formula
-) -> None:
+def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     stored = json.loads((tmp_path / "study" / "run.json").read_text())
     stored["data"]["fingerprint"] = "of other images"

@@ -14,9 +14,10 @@ import pytest
 from plotly import graph_objects
 
 import cli
-from engine.report import charts, predictions
-from engine.report.drawing import draw
-from engine.report.timeline import spans_of, timeline
+from engine.report import accuracy_charts
+from engine.report.architecture_drawing import draw
+from engine.report.prediction_charts import predicted_against_measured
+from engine.report.training_charts import spans_of, timeline
 from engine.search import runs
 from engine.search.predictions import load_predictions
 from engine.spaces.load import load_space
@@ -88,7 +89,7 @@ def test_a_run_that_has_just_begun_has_a_report(copy: Path, capsys: pytest.Captu
     assert found["charts"] == ["timeline", "cost"]
     assert "No full-fidelity evaluation" in found["left_out"]["incumbent"]
     assert "Only 0 architectures have both scores" in found["left_out"]["low-full"]
-    assert "not where the search had it" in found["left_out"]["teacher"]
+    assert "weights file is missing" in found["left_out"]["teacher"]
 
 
 def test_an_empty_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +100,7 @@ def test_an_empty_run_is_refused(copy: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_curve_of_the_best_rises_with_the_cost(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
-    step, full, low = charts.incumbent(run).data
+    step, full, low = accuracy_charts.incumbent(run).data
     assert step["y"] == sorted(step["y"])
     assert step["y"][-1] == max(full["y"])
     spent = sum(e.seconds for e in run.answers) + 60.0  # the teacher's training
@@ -108,24 +109,24 @@ def test_the_curve_of_the_best_rises_with_the_cost(finished_run: Path) -> None:
 
 
 def test_rank_correlations_come_with_their_intervals(finished_run: Path) -> None:
-    chart = charts.low_against_full(runs.open_run(str(finished_run)))
+    chart = accuracy_charts.low_against_full(runs.open_run(str(finished_run)))
     number = r"-?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]"
-    assert re.search(f"Kendall's tau {number} over \\d+ architectures; with MACs held fixed {number};", chart.help)
+    assert re.search(f"Kendall's tau {number} over \\d+ architectures; with MACs held fixed {number};", chart.caption)
 
 
 def test_the_front_is_what_no_other_beats_in_both() -> None:
     x, y = [3.0, 1.0, 2.0, 4.0, 2.0, 5.0], [5.0, 1.0, 4.0, 4.5, 3.0, 6.0]
-    assert charts.front(x, y) == [1, 2, 0, 5]
+    assert accuracy_charts.front(x, y) == [1, 2, 0, 5]
 
 
 def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
     past = load_predictions(run)
     said = past.at_ask_time()
-    scatter, calibration = predictions.predicted(past, said)
+    scatter, calibration = predicted_against_measured(past)
     dots = scatter.data[1]
     assert dots["x"] == [predict.mean for predict in said.values()]
-    measured = charts.means(run.at(run.plan.high))
+    measured = accuracy_charts.mean_percent(run.at(run.plan.high))
     order = [measured[t.architecture] for t in run.record.asked if t.number in said]
     assert sorted(range(len(order)), key=order.__getitem__) == sorted(range(len(order)), key=dots["y"].__getitem__)
     assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
@@ -137,18 +138,18 @@ def test_a_method_that_asks_no_surrogate_is_not_said_to(copy: Path, capsys: pyte
         past = load_predictions(run)
         assert cli.main(["explain", str(folder), "0-0-0-1-0-0"]) == 0
         told = capsys.readouterr().out
-        return charts.low_against_full(run).help, predictions.predicted(past, past.at_ask_time())[0].help, told
+        return accuracy_charts.low_against_full(run).caption, predicted_against_measured(past)[0].caption, told
 
     pair, scatter, told = said(copy)
-    assert "chosen for being good" in pair
-    assert "picked for a high prediction" in scatter
+    assert "selected as promising" in pair
+    assert "selected for a high prediction" in scatter
     assert "promised more" in told
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("method: mfkd", "method: random"))
     pair, scatter, told = said(copy)
-    assert "drawn at random" in pair
+    assert "were drawn at random" in pair
     assert "The method random did not ask the surrogate" in scatter
-    assert "the method took others" in told
+    assert "the method chose others" in told
 
 
 def test_a_cohort_is_one_bar_and_pauses_between_calls_are_cut(finished_run: Path) -> None:
@@ -170,7 +171,7 @@ def test_evaluations_without_times_have_no_timeline(finished_run: Path) -> None:
     untimed = {n: replace(e, started=0.0) for n, e in run.record.answers.items()}
     chart = timeline(replace(run, record=replace(run.record, answers=untimed)))
     assert not chart.data
-    assert "do not say when" in chart.help
+    assert "have no start times" in chart.caption
 
 
 @pytest.mark.parametrize(

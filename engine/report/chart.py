@@ -1,4 +1,4 @@
-"""What the charts of a report share: their form, units, colours and hover texts."""
+"""The Chart class, and the traces, units and colours that the charts of a report share."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Json = dict[str, Any]
 # CSS variables of page.css.
 LOW, FULL, BEST, FAILED = "var(--low)", "var(--full)", "var(--best)", "var(--failed)"
 WAIT, SOFT, RULE = "var(--wait)", "var(--soft)", "var(--rule)"
-# Pairs under which a rank correlation says nothing.
-FEW = 3
+# With fewer pairs, a rank correlation means nothing.
+MIN_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its title and the sentences under it. Without `data` the sentences say why there is none."""
+    """A chart with its title and caption. With too little data to draw, `data` is empty and the caption says so."""
 
     name: str
     title: str
-    help: str
+    caption: str
     data: list[Json] = field(default_factory=list)
     layout: Json = field(default_factory=dict)
     wide: bool = False
@@ -35,7 +35,7 @@ def axis(title: str, **more: Any) -> Json:
 
 
 def points(x: Sequence[Any], y: Sequence[Any], names: Sequence[Any], name: str, colour: Any, **more: Any) -> Json:
-    """A trace of markers; `names` are what hovering shows in bold."""
+    """A trace of markers; hovering shows `names`, architectures in bold."""
     marker = {"color": colour, "size": 9, "line": {"width": 1, "color": "var(--card)"}, **more.pop("marker", {})}
     return {
         "type": "scatter",
@@ -50,13 +50,13 @@ def points(x: Sequence[Any], y: Sequence[Any], names: Sequence[Any], name: str, 
 
 
 def coloured_by(values: Sequence[float], title: str) -> Json:
-    """A marker whose colour says a number, with the bar that explains it."""
+    """Properties of a marker whose colour shows a number, with a colour bar."""
     bar = {"title": {"text": title}, "thickness": 10, "outlinewidth": 0}
     return {"color": list(values), "colorscale": [[0, LOW], [1, FULL]], "colorbar": bar}
 
 
 def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: str, **more: Any) -> Json:
-    """A trace without hover: a guide for the eye, unless `more` says otherwise."""
+    """A line without hover text, unless `more` sets one."""
     style = {"color": colour, "width": 2, **more.pop("line", {})}
     guide = {"hoverinfo": "skip", "mode": "lines"}
     return {"type": "scatter", "x": list(x), "y": list(y), "name": name, "line": style, **guide, **more}
@@ -67,7 +67,7 @@ def percent(accuracy: float) -> float:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """What to divide seconds by, and its name, so that the greatest is a number people read."""
+    """The unit in which to show times up to `seconds`, as its length in seconds and its name."""
     if seconds >= 2 * 3600:
         return 3600.0, "hours"
     return (60.0, "minutes") if seconds >= 120 else (1.0, "seconds")

@@ -2,7 +2,7 @@
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const style = getComputedStyle(document.documentElement);
 
-// Colours are written as var(--name), so that one page has a light and a dark set of them.
+// Colours are written as var(--name): the page has a light and a dark set.
 function themed(value) {
   if (typeof value === "string") {
     return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
@@ -26,7 +26,7 @@ function layout(chart) {
     margin: { l: 52, r: 14, t: 34, b: 44 },
     height: chart.height,
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-    // On a telephone a finger over a chart scrolls the page.
+    // On a phone, a finger on a chart scrolls the page.
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     ...chart.layout,
     ...Object.fromEntries(axes.map(([key, own]) => [key, { ...axis, ...own }])),

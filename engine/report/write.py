@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.report import charts, predictions
+from engine.report.accuracy_charts import incumbent, low_against_full, pareto
 from engine.report.chart import Chart, Json
 from engine.report.page import page
-from engine.report.timeline import timeline
+from engine.report.prediction_charts import predicted_against_measured
+from engine.report.training_charts import cost_by_phase, teacher, timeline
 from engine.run_folder import write_atomically
 from engine.search.predictions import load_predictions
 from engine.search.runs import Run, as_csv, row
@@ -15,43 +16,42 @@ from engine.trial import EnvironmentUnusable, not_installed
 
 
 def write(run: Run, folder: Path) -> Json:
-    """Writes both files into a folder and returns where they are, and which charts there was too little data for.
+    """Writes both files into a folder; returns their paths, and the charts drawn and left out for lack of data.
 
-    Raises EnvironmentUnusable where it cannot be written.
+    Raises EnvironmentUnusable if the folder cannot be written.
     """
     library = plotly()
-    drawn = make(run)
+    charts = all_charts(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "index.html", page(run, drawn, library))
+        write_atomically(folder / "index.html", page(run, charts, library))
         write_atomically(folder / "trials.csv", as_csv(map(row, run.answers)))
     except OSError as error:
-        raise EnvironmentUnusable(f"{folder} cannot be written: {error}; choose another folder with --out") from error
+        raise EnvironmentUnusable(f"cannot write {folder}: {error}; choose another folder with --out") from error
     return {
         "run_dir": str(run.folder),
         "report": str(folder / "index.html"),
         "trials": str(folder / "trials.csv"),
-        "charts": [chart.name for chart in drawn if chart.data],
-        "left_out": {chart.name: chart.help for chart in drawn if not chart.data},
+        "charts": [chart.name for chart in charts if chart.data],
+        "left_out": {chart.name: chart.caption for chart in charts if not chart.data},
     }
 
 
-def make(run: Run) -> list[Chart]:
-    """The charts in the order of the page."""
-    past = load_predictions(run)
+def all_charts(run: Run) -> list[Chart]:
+    """The charts, in the order of the page."""
     return [
-        charts.incumbent(run),
-        charts.low_against_full(run),
-        charts.pareto(run),
-        *predictions.predicted(past, past.at_ask_time()),
+        incumbent(run),
+        low_against_full(run),
+        pareto(run),
+        *predicted_against_measured(load_predictions(run)),
         timeline(run),
-        charts.cost_by_phase(run),
-        charts.teacher(run),
+        cost_by_phase(run),
+        teacher(run),
     ]
 
 
 def plotly() -> str:
-    """The source of plotly.js, from the copy that its Python package has."""
+    """The source of plotly.js, which the Python package plotly contains."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

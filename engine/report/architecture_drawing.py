@@ -1,8 +1,8 @@
-"""A drawing of an architecture, from the names of its space's choices.
+"""Draws an architecture, in a style that depends on the names of its space's choices.
 
 - `TARGET<-SOURCE` (as in NAS-Bench-201): a graph of nodes, its edges labelled with their operations.
 - `STAGE.repeats` (or units, blocks, layers, depth) with `STAGE.channels` (or width): stages of blocks.
-- any other names: each choice with its options, the one taken marked.
+- any other names: a list of the choices with their options, the selected ones marked.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from engine.trial import Architecture
 
 COUNTS = ("repeats", "units", "blocks", "layers", "depth")
 WIDTHS = ("channels", "width")
-# Of the viewBox: drawn about as wide as a telephone shows it, so that its letters keep their size there.
+# Width of the viewBox: about that of a phone, so that text keeps its size there.
 WIDTH = 360.0
 
 
 def draw(space: SearchSpace, architecture: Architecture) -> str:
-    """HTML of the drawing; colours come from the page."""
+    """The drawing as HTML; the page sets its colours."""
     taken = {choice.name: choice.options[i] for choice, i in zip(space.choices, architecture.choices, strict=True)}
     if len(taken) == len(space.choices):
         edges = [re.fullmatch(r"(\d+)<-(\d+)", name) for name in taken]
@@ -34,7 +34,7 @@ def draw(space: SearchSpace, architecture: Architecture) -> str:
 
 
 def _graph(edges: list[tuple[int, int]], operations: list[str]) -> str:
-    """Nodes in a row, an arc an edge: those of even sources above, of odd ones below."""
+    """Nodes in a row and an arc per edge, above the row if its source is even and below if odd."""
     last = max(target for target, _ in edges)
     step = (WIDTH - 48) / max(last, 1)
     x = [24 + step * node for node in range(last + 1)]
@@ -49,7 +49,7 @@ def _graph(edges: list[tuple[int, int]], operations: list[str]) -> str:
 
 
 def _rise(target: int, source: int) -> float:
-    """How far an arc leaves the row of nodes."""
+    """How far an arc rises from the row of nodes."""
     return 44.0 * (target - source - 1)
 
 
@@ -67,7 +67,7 @@ def _edge(target: int, source: int, operation: str, x: list[float], y: float) ->
 
 
 def _stages(taken: dict[str, str | int | float]) -> list[tuple[str, int, float]]:
-    """(name, blocks, channels) of each stage; [] where the names do not say so."""
+    """Name, blocks and channels of each stage; [] if the names do not describe stages."""
     stages: dict[str, dict[str, float]] = {}
     for name, option in taken.items():
         stage, _, what = name.rpartition(".")
@@ -81,7 +81,7 @@ def _stages(taken: dict[str, str | int | float]) -> list[tuple[str, int, float]]
 
 
 def _blocks(stages: list[tuple[str, int, float]]) -> str:
-    """A column a stage: as many blocks as it has, as wide as its channels (by their logarithm)."""
+    """A column of blocks per stage, their width growing with the logarithm of the channels."""
     column = WIDTH / len(stages)
     deepest = max(count for _, count, _ in stages)
     widest, narrowest = (pick(math.log(max(width, 1)) for _, _, width in stages) for pick in (max, min))
