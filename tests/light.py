@@ -1,8 +1,9 @@
-"""Tasks for a worker process that need no torch: what tests of the fleet have their workers do."""
+"""Tasks that need no torch, for the workers of tests of the fleet."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -14,14 +15,20 @@ Task = dict[str, Any]
 
 
 def report(task: Task) -> Task:
-    """Who does this, after `seconds`."""
+    """Who runs this task, after `seconds`."""
     time.sleep(task.get("seconds", 0))
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MFKD_WORKER", "SLURMD_NODENAME")
     return {"pid": os.getpid(), "supervisor": os.getppid(), **{name: os.environ.get(name) for name in names}}
 
 
+def importable(task: Task) -> dict[str, str | None]:
+    """Where Python would import each of `task["names"]` from; None for a name that it cannot find."""
+    found = {name: importlib.util.find_spec(name) for name in task["names"]}
+    return {name: spec.origin if spec else None for name, spec in found.items()}
+
+
 def once(task: Task) -> Task:
-    """Does `task["first"]` the first time, `report` afterwards; a file says which time it is."""
+    """Runs `task["first"]` the first time and `report` afterwards; a file records that the first time is over."""
     mark = Path(task["mark"])
     if mark.exists():
         return report(task)
@@ -30,7 +37,7 @@ def once(task: Task) -> Task:
 
 
 def meet(task: Task) -> Task:
-    """`report` when `task["count"]` workers are at it at the same time, or after two minutes."""
+    """`report`, once `task["count"]` workers run this at the same time, or after two minutes."""
     here = Path(task["folder"])
     (here / f"{os.environ['MFKD_WORKER']}-{os.getpid()}".replace("/", "-")).touch()
     deadline = time.monotonic() + 120

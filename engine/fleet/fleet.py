@@ -1,8 +1,8 @@
-"""Where trials run: the one interface to the distributed engine (Parsl), or a single worker of this process.
+"""Where trials run: on a single worker of this process, or on many through Parsl, which only this module talks to.
 
 Parsl's HighThroughputExecutor carries tasks to supervisors (engine/fleet/supervisor.py). Each keeps one worker process
-alive, so process start, CUDA context, DALI and loading the data are paid once. Channels are on loopback, or encrypted
-and authenticated; engine/fleet/providers.py decides where workers run.
+alive, so starting a process, creating a CUDA context, importing DALI and loading the data are paid for once. Every
+channel is encrypted and authenticated. engine/fleet/providers.py decides where workers run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TaskLost(EnvironmentUnusable):
 
 
 class Fleet(Protocol):
-    """What a search sees of its workers: how many tasks run at once, on what device, and futures of their results."""
+    """A search's view of its workers: how many tasks run at once, on what device, and futures of their results."""
 
     capacity: int
     device: str
@@ -80,7 +80,7 @@ def result(fleet: Fleet, task: Task) -> Any:
         return answer_of(submit(fleet, task))
 
 
-def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "engine.training.run_tasks") -> Fleet:
+def open_fleet(resources: Resources, layout: Layout, logs: Path, module: str = "engine.training.run_tasks") -> Fleet:
     """Starts the fleet of a layout; tasks are functions of `module`. Raises EnvironmentUnusable if it cannot start."""
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -89,14 +89,21 @@ def open_fleet(resources: Resources, wanted: Layout, logs: Path, module: str = "
         raise EnvironmentUnusable(
             f"cannot write {logs}: {error}; free space, or choose another folder (--run-dir or --out)"
         ) from error
-    per_machine = wanted.workers // wanted.nodes
-    spec = WorkerSpec(str(logs), str(folder), wanted.device, wanted.devices, wanted.share, per_machine, module)
-    if wanted.workers == 1 and wanted.nodes == 1 and providers.local(resources):
-        return Single(spec)
-    return ParslFleet(resources, wanted, spec)
+    spec = WorkerSpec(
+        logs=str(logs),
+        stop_files=str(folder),
+        device=layout.device,
+        devices=layout.devices,
+        workers_per_device=layout.workers_per_device,
+        workers_per_machine=layout.workers_per_machine,
+        module=module,
+    )
+    if layout.workers == 1 and layout.nodes == 1 and providers.local(resources):
+        return SingleWorkerFleet(spec)
+    return ParslFleet(resources, layout, spec)
 
 
-class Single:
+class SingleWorkerFleet:
     """One worker on this machine, without Parsl."""
 
     capacity = 1
@@ -126,15 +133,15 @@ class Single:
 class ParslFleet:
     """Long-lived workers, in a pool on each machine."""
 
-    def __init__(self, resources: Resources, wanted: Layout, spec: WorkerSpec) -> None:
+    def __init__(self, resources: Resources, layout: Layout, spec: WorkerSpec) -> None:
         from parsl.concurrent import ParslPoolExecutor
         from parsl.config import Config
 
-        self.capacity, self.device = wanted.workers, spec.device
+        self.capacity, self.device = layout.workers, spec.device
         self._spec, self._stop_files = spec, Path(spec.stop_files)
-        # Parsl starts its helper programs by name. They are beside this interpreter, even if its environment is inactive.
+        # Parsl starts its helper programs by name. They are in this interpreter's folder, which may not be on the PATH.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._executor = _executor(resources, wanted, self._stop_files)
+        self._executor = _executor(resources, layout, self._stop_files)
         config = Config(
             executors=[self._executor],
             run_dir=str(Path(spec.logs).absolute()),
@@ -177,7 +184,7 @@ class ParslFleet:
                 return
             error = TaskLost(f"this task lost its workers {losses + 1} times: {lost}")
         except BadStateException as bad:
-            error = FleetLost(str(bad))
+            error = FleetLost(bad.reason)
         except Exception as raised:
             error = raised
         self._open.discard(future)
@@ -208,34 +215,48 @@ class ParslFleet:
         stop_files.close(self._stop_files)
         try:
             self._pool.shutdown(wait=False)
-        except (CommandClientTimeoutError, CommandClientBadError):  # the interchange is gone and cannot list its workers
+        except (CommandClientTimeoutError, CommandClientBadError):  # the interchange, which lists the workers, is gone
             self._executor.provider.cancel(list(self._executor.blocks_to_job_id.values()))
             parsl.clear()  # finishes the clean-up: this process may open another fleet
 
 
-def _executor(resources: Resources, wanted: Layout, folder: Path) -> HighThroughputExecutor:
+# Shell: only the driver handles the signals that a scheduler or a terminal sends to every process of a job.
+IGNORE_SIGNALS = f"trap '' {' '.join(number.name.removeprefix('SIG') for number in processes.DRAINING)}"
+
+
+def _pool_setup() -> str:
+    """Lines of shell that run before a pool: they make this checkout importable, wherever the pool runs.
+
+    Files in the current folder must not shadow modules, as an `engine.py` there would. So Python does not search that
+    folder (PYTHONSAFEPATH), and PYTHONPATH has no empty entry, which would stand for it.
+    """
+    return "\n".join(
+        [
+            f"export PATH={shlex.quote(os.environ['PATH'])} PYTHONSAFEPATH=1",
+            f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            f"cd {shlex.quote(str(Path.cwd()))}",
+            IGNORE_SIGNALS,
+        ]
+    )
+
+
+def _executor(resources: Resources, layout: Layout, folder: Path) -> HighThroughputExecutor:
     from parsl.executors import HighThroughputExecutor
     from parsl.executors.high_throughput.executor import DEFAULT_LAUNCH_CMD
 
-    ignore_signals = f"trap '' {' '.join(number.name.removeprefix('SIG') for number in processes.DRAINING)}"
-    setup = (
-        f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH PATH={shlex.quote(os.environ['PATH'])}\n"
-        f"cd {shlex.quote(str(Path.cwd()))}\n{ignore_signals}"
-    )
-    site = providers.provider(resources, wanted, setup)
+    site = providers.site(resources, layout, _pool_setup())
     pool = shlex.join([sys.executable, "-m", "engine.fleet.pool", str(folder)])
-    # However this process dies, the interchange dies with it, and the workers some seconds later. Signals to the whole
-    # job are for the driver to handle.
+    # However this process dies, the interchange dies with it, and the workers some seconds later.
     dies_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     return HighThroughputExecutor(
         label="workers",
         address=site.address,
         encrypted=True,
-        interchange_launch_cmd=["sh", "-c", f'{ignore_signals}; exec "$@"', "sh", *dies_with_us, "interchange.py"],
+        interchange_launch_cmd=["sh", "-c", f'{IGNORE_SIGNALS}; exec "$@"', "sh", *dies_with_us, "interchange.py"],
         launch_cmd=f"{pool} {DEFAULT_LAUNCH_CMD}",
         # The number of cores must not cap the number of workers: a worker of a GPU needs hardly any.
         cores_per_worker=1e-6,
-        max_workers_per_node=wanted.workers // wanted.nodes,
+        max_workers_per_node=layout.workers_per_machine,
         heartbeat_period=2,
         heartbeat_threshold=10,
         block_error_handler=_give_up_if_none_connects,
@@ -249,7 +270,6 @@ def _give_up_if_none_connects(executor: BlockProviderExecutor, status: dict[str,
 
     Pools that did connect and are gone (walltime, preemption) are restarted by Parsl any number of times.
     """
-    from parsl.executors.errors import BadStateException
     from parsl.jobs.states import JobState
 
     ended = {block: job for block, job in status.items() if job.terminal and job.state != JobState.SCALED_IN}
@@ -260,4 +280,4 @@ def _give_up_if_none_connects(executor: BlockProviderExecutor, status: dict[str,
     if len(last) == MAX_MISSING and silent and not set(blocks) & set(executor.connected_blocks()):
         words = last[-1].stderr_summary or last[-1].message or "no message"
         text = f"{MAX_MISSING} worker pools in a row ended before they connected: {words}"
-        executor.set_bad_state_and_fail_all(BadStateException(executor, Exception(text)))
+        executor.set_bad_state_and_fail_all(FleetLost(text))  # Parsl wraps it in a BadStateException

@@ -26,7 +26,7 @@ from engine.trial import Drained, EngineError, EnvironmentUnusable, NoWinner, Us
 
 Payload = dict[str, Any]  # a task as JSON, see engine/tasks.py
 Outcome = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # what must be importable: the folder that holds `engine`
 START_LIMIT_S = 600.0  # imports from a slow file system take minutes; anything longer is a hang
 DUMP_S = 5.0  # time for a hanging worker to write its stacks to its log
 TAIL_BYTES = 2000
@@ -140,13 +140,12 @@ class Supervisor:
         try:
             with open(self._log, "ab") as log:
                 self._child = subprocess.Popen(
-                    # -P: a file in the current folder must not shadow a module.
-                    [sys.executable, "-P", "-m", "engine.fleet.worker", *arguments],
+                    [sys.executable, "-m", "engine.fleet.worker", *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     pass_fds=(theirs, mine),
-                    env=self._environment(),
+                    env=worker_environment(self._spec, self._rank, self._name),
                     start_new_session=True,
                 )
         except OSError as error:
@@ -154,18 +153,6 @@ class Supervisor:
         finally:
             os.close(theirs)
             os.close(mine)
-
-    def _environment(self) -> dict[str, str]:
-        """The worker's environment: its device is set before torch can be imported; one of many workers needs one thread."""
-        given = dict(os.environ)
-        paths = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
-        cores = max(1, len(os.sched_getaffinity(0)) // self._spec.workers_per_machine)
-        made = {"PYTHONPATH": os.pathsep.join(paths), "MFKD_WORKER": self._name, "MFKD_CORES": str(cores)}
-        made["MFKD_STOP_FILES"] = self._spec.stop_files
-        token = self._spec.token(self._rank)
-        if token is not None:
-            made["CUDA_VISIBLE_DEVICES"] = token
-        return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **given, **made}
 
     def _read(self, limit: float, before: int) -> bytes:
         """The next line from the worker; raises WorkerDied or TimedOut if there is none."""
@@ -215,18 +202,44 @@ class Supervisor:
         return f"; the end of its log {self._log}:\n{text}" if text else ""
 
 
+def worker_environment(spec: WorkerSpec, rank: int, name: str) -> dict[str, str]:
+    """The environment of a worker process: that of this process, with these variables.
+
+    MFKD_WORKER           the worker's name, MACHINE/BLOCK/RANK, which evaluations and logs carry
+    MFKD_CORES            CPU cores that the worker may use: an equal share of those of the machine
+    MFKD_STOP_FILES       the folder of the stop files (engine/stop_files.py)
+    CUDA_VISIBLE_DEVICES  the worker's only device, set before torch can be imported; unchanged for a CPU worker
+    OMP_NUM_THREADS       1, since workers share the cores, unless the user has set it; so too MKL_NUM_THREADS
+    PYTHONPATH            starts with the folder that holds `engine`, which need not be installed
+    PYTHONSAFEPATH        1: a file in the current folder must not shadow a module
+    """
+    given = dict(os.environ)
+    paths = [str(ROOT), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    made = {
+        "MFKD_WORKER": name,
+        "MFKD_CORES": str(max(1, len(os.sched_getaffinity(0)) // spec.workers_per_machine)),
+        "MFKD_STOP_FILES": spec.stop_files,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+    }
+    token = spec.token(rank)
+    if token is not None:
+        made["CUDA_VISIBLE_DEVICES"] = token
+    return {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **given, **made}
+
+
 def _failure(error: EngineError) -> Outcome:
     return {"error": type(error).__name__, "text": str(error)}
 
 
-_here: Supervisor | None = None  # the supervisor of this process, if this is one of Parsl's workers
+_supervisor: Supervisor | None = None  # of this process, if it is one of Parsl's workers
 
 
 def call(name: str, payload: Payload, spec: WorkerSpec) -> Outcome:
     """Runs a task in a Parsl worker. The worker process that it starts stays alive for the next task."""
-    global _here
-    if _here is None:
+    global _supervisor
+    if _supervisor is None:
         # Parsl's workers poll whether their pool still exists, and mistake a zombie for a living one.
         die_with(os.getppid())
-        _here = Supervisor(spec, os.environ["PARSL_WORKER_BLOCK_ID"], int(os.environ["PARSL_WORKER_RANK"]))
-    return _here.run(name, payload)
+        _supervisor = Supervisor(spec, os.environ["PARSL_WORKER_BLOCK_ID"], int(os.environ["PARSL_WORKER_RANK"]))
+    return _supervisor.run(name, payload)
