@@ -1,4 +1,4 @@
-"""What this machine has and lacks for a search: packages, devices, kernels, loader, the file system of a run."""
+"""Checks of this machine: packages, devices, kernels, data loader, and the file system of the run folder."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from typing import Literal
 
 from engine import __version__
 from engine.fleet.devices import visible_devices
+from engine.fleet.supervisor import ROOT
 from engine.trial import install
 
-ROOT = Path(__file__).resolve().parent.parent
-NEEDED_EXTRAS = ("", "cli")
+REQUIRED_EXTRAS = ("", "cli")
 SCHEDULERS = {"sbatch": "Slurm", "qsub": "PBS", "bsub": "LSF", "kubectl": "Kubernetes"}
-# Of the self-tests.
+# The titles and remedies of the self-tests.
 TITLES = {"device": "torch", "kernels": "kernel self-test", "loader": "DALI self-test"}
 REMEDIES = {
     "device": "check the driver with nvidia-smi, or search with --device cpu",
     "kernels": "install torch and triton as in constraints.txt, or set KERNELS_BACKEND=reference",
     "loader": "install DALI as in constraints.txt, or search with --data-backend resident",
 }
-SELF_TEST_S = 300  # a first import over a network file system, or on a busy machine, takes a minute
-NEEDED_BYTES = 1e9
+SELF_TEST_S = 300  # a first import from a network file system, or on a busy machine, takes a minute
+REQUIRED_BYTES = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, and what was found. "broken": a search cannot do without it, and `remedy` says what to do;
-    "note": worth knowing, nothing to repair."""
+    """What was checked, and what was found. "broken": a search needs it, and `remedy` says how to repair it; "note":
+    worth knowing, with nothing to repair."""
 
     name: str
     status: Literal["ok", "note", "broken"]
@@ -48,7 +48,7 @@ class Finding:
 
 
 def examine(run_dir: Path) -> list[Finding]:
-    """Everything, in the order in which it is shown. The self-tests run beside each other, in their own processes."""
+    """All findings, in the order in which they are shown. The self-tests run in parallel, in their own processes."""
     devices = visible_devices()
     if not devices:
         tests = _self_tests(("kernels", "loader"), ("",))
@@ -71,7 +71,7 @@ def _program() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """The packages that pyproject.toml asks for, by extra: those that are needed, then the optional ones."""
+    """The packages that pyproject.toml requires, one finding for each extra."""
     try:
         required = importlib.metadata.requires("mfkd") or []
     except importlib.metadata.PackageNotFoundError:
@@ -79,49 +79,49 @@ def _packages() -> Iterator[Finding]:
         return
     extras: dict[str, list[str]] = {}
     for line in required:
-        wanted_by = re.search(r"""extra == ['"](\w+)['"]""", line)
-        extras.setdefault(wanted_by[1] if wanted_by else "", []).append(line.partition(";")[0].strip())
-    for extra, lines in extras.items():
+        extra = re.search(r"""extra == ['"](\w+)['"]""", line)
+        extras.setdefault(extra[1] if extra else "", []).append(line.partition(";")[0].strip())
+    for name, lines in extras.items():
         found, wrong = zip(*map(_package, lines), strict=True)
-        needed = extra in NEEDED_EXTRAS
-        name = f"packages [{extra}]" if extra else "packages"
+        title = f"packages [{name}]" if name else "packages"
         if any(wrong):
-            status: Literal["note", "broken"] = "broken" if needed else "note"
-            yield Finding(name, status, "; ".join(filter(None, wrong)), install(extra or "cli"))
+            status: Literal["note", "broken"] = "broken" if name in REQUIRED_EXTRAS else "note"
+            yield Finding(title, status, "; ".join(filter(None, wrong)), install(name or "cli"))
         else:
-            yield Finding(name, "ok", ", ".join(found))
+            yield Finding(title, "ok", ", ".join(found))
 
 
 def _package(requirement: str) -> tuple[str, str]:
-    """("name version", what is wrong with it or "") of a requirement like numpy>=2.0."""
+    """Checks a requirement like numpy>=2.0; returns ("name version", its problem or "")."""
     name, least = re.match(r"([\w.-]+)(?:.*?>=([\d.]+))?", requirement).groups()  # type: ignore[union-attr]
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return name, f"{name} is missing"
     numbers = [[int(part) for part in re.findall(r"\d+", text)] for text in (version, least or "0")]
-    return f"{name} {version}", f"{name} is {version}, {least} is needed" if numbers[0] < numbers[1] else ""
+    return f"{name} {version}", f"{name} is {version}, but {least} is required" if numbers[0] < numbers[1] else ""
 
 
 def _driver(devices: tuple[str, ...]) -> Finding:
-    """nvidia-smi's account of the GPUs, MIG slices too, and which of them a search would use."""
+    """The GPUs and MIG slices that nvidia-smi lists, and those that a search would use."""
     if shutil.which("nvidia-smi") is None:
         if devices:
-            detail = f"CUDA_VISIBLE_DEVICES names {', '.join(devices)}, but there is no nvidia-smi here"
+            detail = f"CUDA_VISIBLE_DEVICES names {', '.join(devices)}, but nvidia-smi is missing"
             return Finding("GPUs", "note", detail, "install NVIDIA's driver, or unset CUDA_VISIBLE_DEVICES")
-        return Finding("GPUs", "note", "no nvidia-smi here, so no GPU: searches run on the CPU cores")
+        return Finding("GPUs", "note", "no nvidia-smi, so no GPU: searches run on the CPU cores")
     try:
         gpus = _ask_driver("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
         listed = _ask_driver("-L")
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stdout", "") or str(error)).strip()
-        return Finding("GPUs", "broken", f"nvidia-smi fails: {said}", "repair the driver, or search with --device cpu")
+        message = (getattr(error, "stdout", "") or str(error)).strip()
+        remedy = "repair the driver, or search with --device cpu"
+        return Finding("GPUs", "broken", f"nvidia-smi fails: {message}", remedy)
     slices = re.findall(r"MIG (\S+).*UUID: (MIG-[\w/-]+)", listed)
     detail = "; ".join(line.strip() for line in gpus.splitlines())
     detail += "".join(f"; MIG {profile} {uuid}" for profile, uuid in slices)
-    used = f"{len(devices)} visible to a search: {', '.join(devices)}" if devices else "none visible to a search"
-    hidden = "" if devices else "check CUDA_VISIBLE_DEVICES"
-    return Finding("GPUs", "ok" if devices else "note", f"{detail}; {used}", hidden)
+    visible = f"{len(devices)} visible to a search: {', '.join(devices)}" if devices else "none visible to a search"
+    remedy = "" if devices else "check CUDA_VISIBLE_DEVICES"
+    return Finding("GPUs", "ok" if devices else "note", f"{detail}; {visible}", remedy)
 
 
 def _ask_driver(*arguments: str) -> str:
@@ -130,14 +130,17 @@ def _ask_driver(*arguments: str) -> str:
 
 
 def _folder(run_dir: Path) -> Iterator[Finding]:
-    """What a journal and a run folder ask of the file system: append and sync, rename, lock, space."""
+    """What a run folder needs from its file system: append and sync, rename, lock, space.
+
+    If the folder does not exist, its closest existing parent is tested.
+    """
     place = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     name = f"run folder {run_dir}"
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".doctor-") as scratch:
             sync_ms = _append(Path(scratch) / "journal")
-            (Path(scratch) / "aside").write_text("whole")
-            (Path(scratch) / "aside").replace(Path(scratch) / "journal")
+            (Path(scratch) / "temporary").write_text("whole")
+            (Path(scratch) / "temporary").replace(Path(scratch) / "journal")
             locked = _locks(Path(scratch) / "journal")
     except OSError as error:
         yield Finding(name, "broken", f"{place}: {error.strerror or error}", "choose another --run-dir, or free space")
@@ -145,17 +148,17 @@ def _folder(run_dir: Path) -> Iterator[Finding]:
     if locked:
         yield Finding(name, "ok", f"{place} ({_file_system(place)}): append and sync {sync_ms:.1f} ms, rename, lock")
     else:
-        detail = f"{place} ({_file_system(place)}) does not hold locks: two searches could write one journal"
-        yield Finding(name, "broken", detail, "put runs on a file system with flock (for NFS: version 4)")
+        detail = f"{place} ({_file_system(place)}) does not enforce locks: two searches could write to one journal"
+        yield Finding(name, "broken", detail, "put runs on a file system with flock (NFS: version 4)")
     free = shutil.disk_usage(place).free
-    if free >= NEEDED_BYTES:
+    if free >= REQUIRED_BYTES:
         yield Finding("free space", "ok", f"{free / 1e9:.1f} GB at {place}")
     else:
         yield Finding("free space", "broken", f"{free / 1e6:.0f} MB at {place}", "free 1 GB, or use another --run-dir")
 
 
 def _append(path: Path) -> float:
-    """Median milliseconds of appending a line and syncing it."""
+    """The median time of appending a line and syncing it, in milliseconds."""
     times = []
     with open(path, "ab") as file:
         for _ in range(10):
@@ -168,7 +171,7 @@ def _append(path: Path) -> float:
 
 
 def _locks(path: Path) -> bool:
-    """Whether a second opening of a locked file is refused the lock."""
+    """Whether a lock on a file keeps a second open file description from locking it."""
     with open(path, "rb") as one, open(path, "rb") as other:
         fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -188,12 +191,12 @@ def _file_system(place: Path) -> str:
 def _schedulers() -> Finding:
     found = [f"{name} ({command})" for command, name in SCHEDULERS.items() if shutil.which(command)]
     if not found:
-        return Finding("schedulers", "note", "none here: searches run on this machine")
+        return Finding("schedulers", "note", "none found: searches run on this machine")
     return Finding("schedulers", "ok", ", ".join(found))
 
 
 def _self_tests(names: tuple[str, ...], tokens: tuple[str, ...]) -> list[tuple[str, str, subprocess.Popen[str]]]:
-    """Self-tests (engine/selftest.py) under way: each of `names` on each GPU, or on the CPU for the token ""."""
+    """Starts self-tests (engine/selftest.py): each of `names` on each GPU, or on the CPU for the token ""."""
     return [(name, token, _start(name, token)) for token in tokens for name in names]
 
 
@@ -223,8 +226,8 @@ def _result(name: str, token: str, process: subprocess.Popen[str], deadline: flo
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Finding(title, "broken", f"did not end within {SELF_TEST_S} s", REMEDIES[name])
+        return Finding(title, "broken", f"did not finish within {SELF_TEST_S} s", REMEDIES[name])
     if process.returncode == 0:
         return Finding(title, "ok", out.strip().splitlines()[-1])
-    why = err.strip().splitlines()[-1] if err.strip() else f"the process ended with {process.returncode}"
-    return Finding(title, "broken", why, REMEDIES[name])
+    reason = err.strip().splitlines()[-1] if err.strip() else f"the process ended with exit code {process.returncode}"
+    return Finding(title, "broken", reason, REMEDIES[name])

@@ -1,7 +1,7 @@
-"""Self-tests of what a worker stands on: the kernels and the loader. `python -m engine.selftest NAME DEVICE`.
+"""Self-tests of a worker's foundations, the kernels and the data loader: `python -m engine.selftest NAME DEVICE`.
 
-`doctor` runs each in a process of its own, since a library that is broken may end the process. The last line of stdout
-is what was found; a traceback on stderr and an exit code say that something is wrong.
+`doctor` runs each in its own process, since a broken library may crash it. The last line of stdout is the result; a
+failed test exits with a code other than 0 and a traceback on stderr.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # relative, of float32 losses and of gradients against their l
 
 
 def kernels(device: str) -> str:
-    """The losses against their textbook formulas, and the Triton kernels against the losses' reference."""
+    """Compares the losses with their textbook formulas, and the Triton kernels with the reference losses."""
     torch.manual_seed(0)
     labels = torch.randint(10, (8,), device=device)
 
@@ -59,7 +59,7 @@ def kernels(device: str) -> str:
 
 
 def loader(device: str) -> str:
-    """DALI's batches of arrays against the resident backend's, and of JPEG files against their colours."""
+    """Compares DALI's batches of arrays with those of the resident backend, and JPEG files with their grey levels."""
     data = load("glyphs:144")
     backends: tuple[Backend, Backend] = ("dali", "resident")
     ours, other = (_first_batch(data, device, backend).images.float() for backend in backends)
@@ -70,9 +70,9 @@ def loader(device: str) -> str:
         files = tuple(str(Path(folder) / f"{level}.jpg") for level in (50, 200))
         for file, level in zip(files, (50, 200), strict=True):
             Image.new("RGB", (40, 30), (level, level, level)).save(file)
-        part = Split(np.arange(2), None, files)
+        split = Split(np.arange(2), None, files)
         plain = replace(data, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        batch = next(iter(eval_batches(part, data=plain, batch_size=2, resolution=16, device=device)))
+        batch = next(iter(eval_batches(split, data=plain, batch_size=2, resolution=16, device=device)))
         levels = [round(255 * image.float().mean().item()) for image in batch.images]
     if any(abs(level - true) > 2 for level, true in zip(levels, (50, 200), strict=True)):
         raise RuntimeError(f"JPEG files of the grey levels 50 and 200 were read as {levels}")
@@ -80,8 +80,8 @@ def loader(device: str) -> str:
 
 
 def device(name: str) -> str:
-    """What torch makes of a GPU."""
-    torch.ones(8, device=name).sum().item()  # the driver is asked for work, not for its name alone
+    """Runs a computation on a GPU, and returns its name, memory and compute capability."""
+    torch.ones(8, device=name).sum().item()  # makes the driver do work, not only report a name
     major, minor = torch.cuda.get_device_capability(name)
     memory = torch.cuda.get_device_properties(name).total_memory / 2**30
     return f"{torch.cuda.get_device_name(name)}, {memory:.0f} GiB, compute capability {major}.{minor}"

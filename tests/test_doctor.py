@@ -1,4 +1,4 @@
-"""`doctor` says what works here, and ends with 3 where something does not."""
+"""`doctor` reports what works on a machine, and exits with 3 if something required does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_here_everything_needed_works_and_json_says_the_same(
+def test_everything_required_works_on_this_machine(
     no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["doctor", "--json", f"--run-dir={tmp_path / 'runs'}"]) == 0
@@ -28,26 +28,26 @@ def test_here_everything_needed_works_and_json_says_the_same(
     assert report["ok"]
     assert {status[name] for name in ("packages", "kernel self-test", "DALI self-test", "free space")} == {"ok"}
     assert "interpreted" in next(f["detail"] for f in report["findings"] if f["name"] == "kernel self-test")
-    assert not (tmp_path / "runs").exists(), "looking must leave nothing behind"
+    assert not (tmp_path / "runs").exists(), "a check must leave nothing behind"
 
 
-def test_a_device_that_is_not_there_is_broken_with_a_way_out(
+def test_a_missing_device_is_broken_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-pretended")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-missing")
     assert cli.main(["doctor", f"--run-dir={tmp_path}"]) == 3
     out, err = capsys.readouterr()
     assert "BROKEN" in out
-    assert "torch on GPU GPU-pretended" in err
+    assert "torch on GPU GPU-missing" in err
     assert "--device cpu" in " ".join(out.split())
 
 
-def test_gpus_and_their_slices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended nvidia-smi, with the output of an H100 that is cut in two."""
-    said = "GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a)\n"
-    said += "  MIG 3g.40gb     Device  1: (UUID: MIG-b)\n"
+def test_gpus_and_their_mig_slices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake nvidia-smi prints the listing of an H100 with two MIG slices."""
+    listing = "GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a)\n"
+    listing += "  MIG 3g.40gb     Device  1: (UUID: MIG-b)\n"
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nif [ $1 = -L ]; then printf '{said}'; else echo 'NVIDIA H100, 81559 MiB, 580.1'; fi\n")
+    tool.write_text(f"#!/bin/sh\nif [ $1 = -L ]; then printf '{listing}'; else echo 'NVIDIA H100, 81559 MiB, 580.1'; fi\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = doctor._driver(("MIG-a", "MIG-b"))
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_written_is_broken(tmp_path: Path) -> None:
     assert "--run-dir" in found.remedy
 
 
-def test_a_package_that_is_too_old_or_missing_is_named() -> None:
+def test_an_old_or_missing_package_is_named() -> None:
     assert doctor._package("numpy>=2.0")[1] == ""
-    assert "is needed" in doctor._package("numpy>=99.5")[1]
+    assert "but 99.5 is required" in doctor._package("numpy>=99.5")[1]
     assert doctor._package("no-such-package>=1")[1] == "no-such-package is missing"

@@ -45,7 +45,7 @@ from tests.at_once import AtOnce, Task
         ("3,-1,4", ("3",)),
     ],
 )
-def test_devices_are_what_the_scheduler_gave(
+def test_devices_are_those_that_the_scheduler_assigned(
     visible: str, tokens: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -56,20 +56,20 @@ def test_devices_are_what_the_scheduler_gave(
     ("asked", "chosen"),
     [("auto", ("a", "b", "c")), ("2", ("a", "b")), ("0", ()), ("0,2", ("a", "c")), ("2,0", ("c", "a"))],
 )
-def test_gpus_are_a_count_or_a_choice(asked: str, chosen: tuple[str, ...]) -> None:
+def test_gpus_may_be_a_count_or_positions(asked: str, chosen: tuple[str, ...]) -> None:
     assert choose_devices(asked, ("a", "b", "c")) == chosen
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("8", "8 asked for, 3 visible"), ("0,3", "from 0 to 2"), ("1,1", "different"), ("two", "write auto")],
+    [("8", "only 3 visible; ask for at most 3"), ("0,3", "from 0 to 2"), ("1,1", "different"), ("two", "write auto")],
 )
-def test_gpus_that_are_not_there_are_refused(asked: str, message: str) -> None:
+def test_gpus_that_do_not_exist_are_refused(asked: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         choose_devices(asked, ("a", "b", "c"))
 
 
-def test_without_gpus_there_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpus_each_core_has_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert layout(Resources()) == Layout(len(os.sched_getaffinity(0)))
     assert layout(Resources(workers=3)) == Layout(3)
@@ -79,13 +79,13 @@ def test_without_gpus_there_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) 
         layout(Resources(device="cpu", gpus="2"))
 
 
-def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a worker does with its rank: two workers on each of four devices, whatever their names are."""
+def test_workers_are_spread_evenly_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker finds its device by its rank: two workers on each of four devices, whatever their names are."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-a,GPU-b")
     assert layout(Resources(gpus="4")) == Layout(4, ("4", "5", "GPU-a", "GPU-b"), "cuda")
-    wanted = Layout(8, ("4", "5", "GPU-a", "GPU-b"), "cuda", share=2)
-    for devices in (wanted.devices, ()):  # without names from the driver, what the worker's machine shows
-        spec = WorkerSpec("", "", wanted.device, devices, wanted.share)
+    wanted = Layout(8, ("4", "5", "GPU-a", "GPU-b"), "cuda", workers_per_device=2)
+    for devices in (wanted.devices, ()):  # without names from the driver, the GPUs that the worker sees
+        spec = WorkerSpec("", "", wanted.device, devices, wanted.workers_per_device)
         assert [spec.token(rank) for rank in range(8)] == ["4", "4", "5", "5", "GPU-a", "GPU-a", "GPU-b", "GPU-b"]
     assert WorkerSpec("", "").token(0) is None
 
@@ -93,14 +93,14 @@ def test_each_gpu_gets_its_share_of_workers(monkeypatch: pytest.MonkeyPatch) -> 
 def listening(processes: list[psutil.Process]) -> set[str]:
     found = set()
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a helper of a moment
+        with contextlib.suppress(psutil.NoSuchProcess):  # a short-lived helper
             open_ones = [c for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
             found |= {c.laddr.ip.removeprefix("::ffff:") for c in open_ones}
     return found
 
 
-def called(process: psutil.Process, word: str) -> bool:
-    """Whether a process has a word in its command line; one that is gone has none."""
+def has_word(process: psutil.Process, word: str) -> bool:
+    """Whether a process has a word in its command line; False if the process is gone."""
     try:
         return word in " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -108,119 +108,119 @@ def called(process: psutil.Process, word: str) -> bool:
 
 
 @pytest.fixture(params=[1, 3], ids=["one", "parsl"])
-def runner(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
-    """Workers that need no torch: alone, and three of Parsl's."""
+def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
+    """Workers that need no torch: a single one, and three of Parsl's."""
     made = open_fleet(Resources(device="cpu"), Layout(request.param), tmp_path / "logs", module="tests.light")
     yield made
     made.close()
 
 
-def test_results_and_errors_of_tasks_come_back_as_they_are(runner: Fleet) -> None:
-    seen = runner.submit("report", {}).result(60)
+def test_results_and_errors_of_tasks_come_back_unchanged(fleet: Fleet) -> None:
+    seen = fleet.submit("report", {}).result(60)
     assert seen["OMP_NUM_THREADS"] == "1"
     assert seen["MFKD_WORKER"].startswith(f"{socket.gethostname()}/0/")
     with pytest.raises(UsageError, match="^this cannot be done$"):
-        runner.submit("refuse", {}).result(60)
+        fleet.submit("refuse", {}).result(60)
     with pytest.raises(TaskFailed, match="ZeroDivisionError: a mistake of ours"):
-        runner.submit("fail", {}).result(60)
-    assert runner.submit("report", {}).result(60)
+        fleet.submit("fail", {}).result(60)
+    assert fleet.submit("report", {}).result(60)
 
 
-def test_a_worker_that_dies_or_hangs_is_said_with_its_last_words(runner: Fleet) -> None:
+def test_the_error_of_a_dead_or_hanging_worker_ends_with_its_log(fleet: Fleet) -> None:
     with pytest.raises(WorkerDied, match=r"exit code 70.*\n.*my last words"):
-        runner.submit("leave", {}).result(60)
+        fleet.submit("leave", {}).result(60)
     with pytest.raises(WorkerDied, match=r"SIGSEGV.*\n(.*\n)*.*string_at"):
-        runner.submit("crash", {}).result(60)
+        fleet.submit("crash", {}).result(60)
     with pytest.raises(TimedOut, match=r"within 1 s.*\n(.*\n)*.*in hang"):
-        runner.submit("hang", {"timeout_s": 1}).result(60)
-    assert runner.submit("report", {}).result(60)
+        fleet.submit("hang", {"timeout_s": 1}).result(60)
+    assert fleet.submit("report", {}).result(60)
 
 
-def test_after_a_drain_what_runs_ends_and_nothing_begins(runner: Fleet) -> None:
-    runner.submit("report", {}).result(60)
-    tasks = [runner.submit("report", {"seconds": 1.0}) for _ in range(3 * runner.capacity)]
-    time.sleep(0.5)  # the first has begun; others may be about to
-    runner.drain()
+def test_after_a_drain_running_tasks_finish_and_none_starts(fleet: Fleet) -> None:
+    fleet.submit("report", {}).result(60)
+    tasks = [fleet.submit("report", {"seconds": 1.0}) for _ in range(3 * fleet.capacity)]
+    time.sleep(0.5)  # the first has begun; others may be about to begin
+    fleet.drain()
     ended = [type(task.exception(60)) for task in tasks]
     assert set(ended) == {type(None), Drained}
     with pytest.raises(Drained):
-        runner.submit("report", {}).result(60)
+        fleet.submit("report", {}).result(60)
 
 
 def test_each_worker_sees_its_device(tmp_path: Path) -> None:
-    wanted = Layout(4, ("GPU-a", "7"), "cuda", share=2)
-    runner = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
+    wanted = Layout(4, ("GPU-a", "7"), "cuda", workers_per_device=2)
+    fleet = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
     try:
         seen = {}
-        running = [runner.submit("report", {"seconds": 0.5}) for _ in range(8)]
+        running = [fleet.submit("report", {"seconds": 0.5}) for _ in range(8)]
         for answer in [future.result(60) for future in running]:
             seen[answer["pid"]] = answer["CUDA_VISIBLE_DEVICES"]
         assert sorted(seen.values()) == ["7", "7", "GPU-a", "GPU-a"]
     finally:
-        runner.close()
+        fleet.close()
 
 
 def interchange() -> psutil.Process:
-    """Parsl's process between this one and the workers; its title hides the mark."""
-    (found,) = [p for p in psutil.Process().children(recursive=True) if called(p, "interchange")]
+    """Parsl's process between this one and the workers; it changes its title, which hides the mark."""
+    (found,) = [p for p in psutil.Process().children(recursive=True) if has_word(p, "interchange")]
     return found
 
 
 def workers(mark: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
-    return [process for process in mark() if called(process, "engine.fleet.worker")]
+    return [process for process in mark() if has_word(process, "engine.fleet.worker")]
 
 
-def test_killed_workers_cost_their_task_only(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
-    """Busy and idle ones, by SIGKILL."""
-    runner = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+def test_a_killed_worker_loses_only_its_own_task(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
+    """Idle and busy workers, killed by SIGKILL."""
+    fleet = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
     three, four = ({"folder": str(tmp_path / f"meet{count}"), "count": count} for count in (3, 4))
     for place in (three, four):
         Path(place["folder"]).mkdir()
     try:
-        first = [runner.submit("meet", three) for _ in range(3)]
+        first = [fleet.submit("meet", three) for _ in range(3)]
         assert len({future.result(60)["pid"] for future in first}) == 3
         assert listening([psutil.Process(), interchange(), *mark()]) == {"127.0.0.1"}
         assert listening([interchange()]) == {"127.0.0.1"}
         (keys,) = tmp_path.glob("*/workers/certificates")
-        assert keys.stat().st_mode & 0o077 == 0  # what opens the channels is for this account alone
+        assert keys.stat().st_mode & 0o077 == 0  # the keys of the channels are readable by this account only
         for process in workers(mark):  # idle
             process.kill()
-        running = {runner.submit("meet", four) for _ in range(3)}
+        running = {fleet.submit("meet", four) for _ in range(3)}
         until(lambda: len(list(Path(four["folder"]).iterdir())) == 3)
         workers(mark)[0].kill()  # busy
-        assert runner.submit("meet", four).result(60)  # whom the others wait for
+        assert fleet.submit("meet", four).result(60)  # the fourth, for which the others wait
         died = [future for future in running if isinstance(future.exception(60), WorkerDied)]
         assert len(died) == 1
     finally:
-        runner.close()
+        fleet.close()
     until(lambda: mark() == [])
 
 
 def test_a_pool_that_has_lost_a_process_is_replaced(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
-    """A supervisor that is killed while it waits for a task takes the lock of its pool's queue with it."""
-    runner = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
+    """A supervisor that is killed while waiting for a task never releases the lock of its pool's queue."""
+    fleet = open_fleet(Resources(device="cpu"), Layout(3), tmp_path, module="tests.light")
     try:
-        first = [runner.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        first = [fleet.submit("report", {"seconds": 0.5}) for _ in range(6)]
         supervisors = {future.result(60)["supervisor"] for future in first}
         for process in supervisors:
             os.kill(process, signal.SIGKILL)
-        again = [runner.submit("report", {"seconds": 0.5}) for _ in range(6)]
+        again = [fleet.submit("report", {"seconds": 0.5}) for _ in range(6)]
         assert supervisors.isdisjoint({future.result(120)["supervisor"] for future in again})
     finally:
-        runner.close()
+        fleet.close()
     until(lambda: mark() == [])
 
 
-def test_without_the_process_between_tasks_fail(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
-    runner = open_fleet(Resources(device="cpu"), Layout(2), tmp_path, module="tests.light")
+def test_tasks_fail_when_the_interchange_dies(tmp_path: Path, mark: Callable[[], list[psutil.Process]]) -> None:
+    fleet = open_fleet(Resources(device="cpu"), Layout(2), tmp_path, module="tests.light")
     try:
-        runner.submit("report", {}).result(60)
-        waiting = runner.submit("hang", {})
+        fleet.submit("report", {}).result(60)
+        waiting = fleet.submit("hang", {})
         interchange().kill()
         with pytest.raises(FleetLost, match="run the command again"):
             waiting.result(60)
     finally:
-        runner.close()
+        fleet.close()
     until(lambda: mark() == [])
     with pytest.raises(NoDataFlowKernelError):  # so that this process can open another fleet
         parsl.dfk()
@@ -233,14 +233,14 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "logs").write_text("a file in its place")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file, not a folder")
     with pytest.raises(EnvironmentUnusable, match="cannot write .*choose another folder"):
         open_fleet(Resources(device="cpu"), Layout(1), tmp_path / "logs")
 
 
 class InAThread(AtOnce):
-    """Answers every trial in a thread, as fleets do."""
+    """Answers every trial in another thread, as fleets do."""
 
     def submit(self, name: str, task: Task) -> Future[Any]:
         return ThreadPoolExecutor(1).submit(self.answer, name, task)
@@ -253,11 +253,9 @@ TRIAL = Trial(0, Architecture((1, 2)), Fidelity("low"))
 
 
 @pytest.mark.parametrize("raised", [ValueError, SystemExit])
-def test_a_search_does_not_wait_for_an_answer_that_could_not_be_taken(
-    raised: type[BaseException], tmp_path: Path
-) -> None:
+def test_an_error_while_an_evaluation_is_shown_reaches_the_search(raised: type[BaseException], tmp_path: Path) -> None:
     def received(evaluation: Evaluation) -> None:
-        raise raised("while it was shown")
+        raise raised("while showing it")
 
     with Journal(tmp_path / "journal.jsonl") as journal:
         worker = WorkerSettings(SearchConfig(), tmp_path, "cpu")
@@ -265,5 +263,5 @@ def test_a_search_does_not_wait_for_an_answer_that_could_not_be_taken(
         dispatcher = Dispatcher(InAThread(), cohorts, journal, {}, received)
         answer = dispatcher.submit(TRIAL)
         dispatcher.flush()
-        with pytest.raises(raised, match="while it was shown"):
+        with pytest.raises(raised, match="while showing it"):
             answer.result(60)

@@ -1,4 +1,4 @@
-"""What is handed to schedulers for workers, and where workers run. tests/slurm does it on a real Slurm."""
+"""The jobs submitted for workers, and where workers run. tests/slurm does this on a real Slurm."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts commands on the PATH that keep what they are given, print a line and exit with a code."""
+    """Puts commands on the PATH that record their arguments and stdin, print a line and exit with a code."""
     folder = tmp_path / "tools"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
-    def make(name: str, says: str = "", code: int = 0) -> Path:
+    def make(name: str, output: str = "", code: int = 0) -> Path:
         given = tmp_path / f"{name}.given"
         lines = [
             "#!/bin/bash",
             f'echo "$*" >> {given}',
             f"[ -t 0 ] || cat >> {given}",
-            f'echo "{says}" >&{2 if code else 1}',
+            f'echo "{output}" >&{2 if code else 1}',
         ]
         (folder / name).write_text("\n".join([*lines, f"exit {code}\n"]))
         (folder / name).chmod(0o755)
@@ -47,9 +47,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return make
 
 
-def handed_in(resources: Resources, folder: Path) -> str:
-    """The script of one job of workers."""
-    site = providers.provider(resources, layout(resources), "export ENVIRONMENT=ours")
+def submitted(resources: Resources, folder: Path) -> str:
+    """The script of a job of workers."""
+    site = providers.site(resources, layout(resources), "export ENVIRONMENT=ours")
     site.provider.script_dir = str(folder)
     assert site.provider.submit("start-a-pool --block_id=0", 1, "parsl.workers.block-0")
     (script,) = [path for path in folder.iterdir() if path.is_file() and "start-a-pool" in path.read_text()]
@@ -68,32 +68,32 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_job_of_slurm_has_what_was_asked_for(tools: Callable[..., Path], folder: Path) -> None:
+def test_a_slurm_job_requests_the_resources(tools: Callable[..., Path], folder: Path) -> None:
     tools("sacct", code=1)
     tools("sbatch", "Submitted batch job 12")
     tools("scancel")
     asked = Resources(
         executor="slurm", **JOBS, qos="high", job_options="--constraint=h100", worker_init="module load x"
     )
-    text = handed_in(asked, folder)
+    text = submitted(asked, folder)
     wanted = {"--nodes=1", "--gpus-per-node=8", "--cpus-per-task=64", "--time=240", "--partition=long"}
     assert wanted | {"--account=lab", "--qos=high", "--constraint=h100"} <= directives(text, "#SBATCH")
     assert re.search(r"ENVIRONMENT=ours\nmodule load x\n.*start-a-pool", text, re.DOTALL)
 
 
-def test_a_job_of_pbs_has_what_was_asked_for(tools: Callable[..., Path], folder: Path) -> None:
+def test_a_pbs_job_requests_the_resources(tools: Callable[..., Path], folder: Path) -> None:
     given = tools("qsub", "31.server")
     tools("qdel")
-    text = handed_in(Resources(executor="pbs", **JOBS, memory_gb=500, job_options="-r y"), folder)
+    text = submitted(Resources(executor="pbs", **JOBS, memory_gb=500, job_options="-r y"), folder)
     wanted = {"-l select=1:ncpus=64:ngpus=8:mem=500gb", "-l walltime=04:00:00", "-r y"}
     assert wanted <= directives(text, "#PBS")
     assert "-q long" in directives(text, "#PBS") or "-q long" in given.read_text()
 
 
-def test_a_job_of_lsf_has_what_was_asked_for_and_is_read_from_stdin(tools: Callable[..., Path], folder: Path) -> None:
+def test_an_lsf_job_requests_the_resources_and_is_read_from_stdin(tools: Callable[..., Path], folder: Path) -> None:
     given = tools("bsub", "Job <77> is submitted to queue <long>.")
     tools("bkill")
-    text = handed_in(Resources(executor="lsf", **JOBS), folder)
+    text = submitted(Resources(executor="lsf", **JOBS), folder)
     wanted = {'-gpu "num=8"', "-n 64", '-R "span[ptile=64]"', "-W 240", "-q long", "-P lab"}
     assert wanted <= directives(text, "#BSUB")
     assert "start-a-pool" in given.read_text()
@@ -114,11 +114,11 @@ def test_jobs_are_cancelled_however_the_driver_ends(
         sys.path.insert(0, {str(ROOT)!r})
         from engine.config import Resources
         from engine.fleet.devices import layout
-        from engine.fleet.providers import provider
+        from engine.fleet.providers import site
         asked = Resources(executor={executor!r}, **{JOBS!r})
-        made = provider(asked, layout(asked), "").provider
-        made.script_dir = {str(folder)!r}
-        assert made.submit("true", 1, "block-0") == "12"
+        provider = site(asked, layout(asked), "").provider
+        provider.script_dir = {str(folder)!r}
+        assert provider.submit("true", 1, "block-0") == "12"
         if {end!r} == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         """
@@ -130,32 +130,36 @@ def test_jobs_are_cancelled_however_the_driver_ends(
         time.sleep(0.05)
 
 
-def test_jobs_that_the_scheduler_refuses_end_the_search_and_say_why(tools: Callable[..., Path], tmp_path: Path) -> None:
+def test_jobs_that_the_scheduler_refuses_end_the_search(tools: Callable[..., Path], tmp_path: Path) -> None:
     tools("sacct", code=1)
     given = tools("sbatch", "sbatch: error: invalid partition specified: long", code=1)
     tools("scancel")
     asked = Resources(executor="slurm", **JOBS)
-    runner = open_fleet(asked, layout(asked), tmp_path / "logs", module="tests.light")
+    fleet = open_fleet(asked, layout(asked), tmp_path / "logs", module="tests.light")
     try:
-        with pytest.raises(EnvironmentUnusable, match="invalid partition specified: long"):
-            runner.submit("report", {}).result(timeout=60)
+        message = "^3 worker pools in a row ended before they connected: .*invalid partition specified: long"
+        with pytest.raises(EnvironmentUnusable, match=message) as refused:
+            fleet.submit("report", {}).result(timeout=60)
+        assert str(refused.value).count("in a row") == 1
+        with pytest.raises(EnvironmentUnusable, match=message):  # not sent to a scheduler that refuses every job
+            fleet.submit("report", {}).result(timeout=60)
     finally:
-        runner.close()
+        fleet.close()
     assert len(given.read_text().splitlines()) <= 6, "the scheduler was asked again and again"
 
 
-def test_a_machine_outside_of_the_cluster_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_outside_the_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for executor, command in (("slurm", "sbatch"), ("pbs", "qsub"), ("lsf", "bsub")):
         asked = Resources(executor=executor, **JOBS)  # type: ignore[arg-type]
         with pytest.raises(EnvironmentUnusable, match=f"no {command} here"):
-            providers.provider(asked, layout(asked), "")
+            providers.site(asked, layout(asked), "")
 
 
-def test_kubernetes_needs_its_client() -> None:
+def test_kubernetes_requires_its_client() -> None:
     asked = Resources(executor="kubernetes", gpus="8", cpus=64, memory_gb=300, image="mfkd:1", claim="work:/work")
     with pytest.raises(EnvironmentUnusable, match="pip install 'parsl.kubernetes.'"):
-        providers.provider(asked, layout(asked), "")
+        providers.site(asked, layout(asked), "")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_kubernetes_needs_its_client() -> None:
         (Resources(executor="pbs", device="cpu", workers=16, max_nodes=3), Layout(48, nodes=3)),
     ],
 )
-def test_workers_are_counted_for_each_node(asked: Resources, wanted: Layout) -> None:
+def test_workers_are_counted_per_node(asked: Resources, wanted: Layout) -> None:
     assert layout(asked) == wanted
 
 
@@ -174,8 +178,8 @@ def test_workers_are_counted_for_each_node(asked: Resources, wanted: Layout) -> 
     ("asked", "message"),
     [
         (Resources(executor="slurm"), "not visible from here; say how many GPUs"),
-        (Resources(executor="slurm", device="cpu"), "say how many --workers a node shall have"),
-        (Resources(executor="slurm", gpus="8", workers=12), "--workers 12 on 8 GPUs: give a multiple"),
+        (Resources(executor="slurm", device="cpu"), "give the number of --workers per node"),
+        (Resources(executor="slurm", gpus="8", workers=12), "--workers 12 on 8 GPUs: give a multiple of 8"),
         (Resources(executor="slurm", gpus="8", workers=4), "give a multiple"),
     ],
 )
@@ -184,14 +188,14 @@ def test_workers_that_cannot_be_counted_are_refused(asked: Resources, message: s
         layout(asked)
 
 
-def test_an_allocation_of_several_nodes_is_used_whole(tools: Callable[..., Path], monkeypatch: Any) -> None:
+def test_all_nodes_of_an_allocation_are_used(tools: Callable[..., Path], monkeypatch: Any) -> None:
     tools("srun")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert layout(Resources()) == Layout(6, (), "cuda", 1, 3)
     assert layout(Resources(device="cpu", workers=4)) == Layout(12, nodes=3)
-    with pytest.raises(UsageError, match="give a count"):
+    with pytest.raises(UsageError, match="give a count of GPUs per node"):
         layout(Resources(gpus="0,1"))
     assert not providers.local(Resources())
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
@@ -199,9 +203,9 @@ def test_an_allocation_of_several_nodes_is_used_whole(tools: Callable[..., Path]
     assert providers.local(Resources())
 
 
-def test_the_address_given_is_the_one_that_is_listened_on(tools: Callable[..., Path]) -> None:
+def test_a_given_address_overrides_the_host_name(tools: Callable[..., Path]) -> None:
     for name in ("sbatch", "scancel", "sacct"):
         tools(name)
     asked = Resources(executor="slurm", **JOBS, address="10.1.2.3")
-    assert providers.provider(asked, layout(asked), "").address == "10.1.2.3"
-    assert providers.provider(Resources(), Layout(2), "").address == "127.0.0.1"
+    assert providers.site(asked, layout(asked), "").address == "10.1.2.3"
+    assert providers.site(Resources(), Layout(2), "").address == "127.0.0.1"

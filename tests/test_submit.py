@@ -1,4 +1,4 @@
-"""Batch scripts: run by bash with the schedulers' commands replaced, and held against the documented syntax."""
+"""Batch scripts: run by bash with fake scheduler commands, and compared with the documented syntax."""
 
 from __future__ import annotations
 
@@ -33,15 +33,23 @@ def job(tmp_path: Path) -> Callable[[str], Job]:
     """A job whose search is a line of shell."""
 
     def made(shell: str) -> Job:
-        words, folder = ("search", "--name=photos"), str(tmp_path)
-        return Job(words, ("bash", "-c", shell), folder, "photos", f"{folder}/job.sh", folder, ASKED, requeues=2)
+        return Job(
+            arguments=("search", "--name=photos"),
+            program=("bash", "-c", shell),
+            folder=str(tmp_path),
+            name="photos",
+            script=f"{tmp_path}/job.sh",
+            output=str(tmp_path),
+            resources=ASKED,
+            requeues=2,
+        )
 
     return made
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a script as a scheduler does, in a session of its own; scontrol and qsub note what they are given."""
+    """Starts a script in a session of its own, as a scheduler does; scontrol and qsub record their arguments."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("scontrol", "qsub"):
@@ -52,7 +60,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
     def begin(scheduler: str, job: Job, **environment: str) -> subprocess.Popen[str]:
         Path(job.script).write_text(render(scheduler, job))
         return subprocess.Popen(
-            ["env", "--default-signal=INT", "bash", job.script],  # whatever the tests' own shell ignores
+            ["env", "--default-signal=INT", "bash", job.script],  # even if the tests' own shell ignores INT
             env={**os.environ, "SLURM_JOB_ID": "7", "LSB_JOBID": "7", **environment},
             start_new_session=True,
             stderr=subprocess.PIPE,
@@ -63,21 +71,21 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
 
 
 def calls(folder: Path) -> str:
-    """What the schedulers' commands have been given."""
-    noted = folder / "calls"
-    return noted.read_text().strip() if noted.exists() else ""
+    """The recorded calls of the schedulers' commands."""
+    record = folder / "calls"
+    return record.read_text().strip() if record.exists() else ""
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("scheduler", SCRIPTED)
 @pytest.mark.parametrize("code", [0, 3, 4, 137])
-def test_a_search_that_is_over_ends_its_job(
+def test_a_search_that_is_done_ends_its_job(
     scheduler: str, code: int, job: Callable[[str], Job], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     assert start(scheduler, job(f"exit {code}")).wait(60) == code
@@ -99,14 +107,14 @@ def test_slurm_requeues_a_drained_search(
     assert calls(tmp_path) == f"scontrol requeue {number}"
 
 
-def test_pbs_hands_the_script_in_again_and_counts(
+def test_pbs_submits_the_script_again_and_counts(
     job: Callable[[str], Job], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     assert start("pbs", job(f"exit {DRAINED}"), MFKD_REQUEUES="1").wait(60) == DRAINED
     assert calls(tmp_path) == f"qsub -v MFKD_REQUEUES=2 {tmp_path}/job.sh"
 
 
-def test_lsf_sees_the_exit_code_that_requeues_until_it_was_often_enough(
+def test_lsf_requeues_by_exit_code_a_limited_number_of_times(
     job: Callable[[str], Job], start: Callable[..., Any]
 ) -> None:
     drained = job(f"exit {DRAINED}")
@@ -116,28 +124,28 @@ def test_lsf_sees_the_exit_code_that_requeues_until_it_was_often_enough(
 
 
 @pytest.mark.parametrize(("scheduler", "count"), [("slurm", "SLURM_RESTART_COUNT"), ("pbs", "MFKD_REQUEUES")])
-def test_requeues_are_bounded(
+def test_the_number_of_requeues_is_limited(
     scheduler: str, count: str, job: Callable[[str], Job], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     process = start(scheduler, job(f"exit {DRAINED}"), **{count: "2"})
-    assert "hand the script in again" in process.communicate(timeout=60)[1]
+    assert "submit the script again to resume" in process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert calls(tmp_path) == ""
 
 
-LISTENS = "trap 'sleep 0.3; exit 75' USR1; trap 'sleep 0.3; exit 75' TERM; touch up; while :; do sleep 0.05; done"
+DRAINS = "trap 'sleep 0.3; exit 75' USR1; trap 'sleep 0.3; exit 75' TERM; touch up; while :; do sleep 0.05; done"
 
 
 @pytest.mark.parametrize("scheduler", SCRIPTED)
-def test_the_warning_reaches_the_search_and_its_code_the_script(
+def test_the_warning_reaches_the_search_and_the_script_returns_its_code(
     scheduler: str, job: Callable[[str], Job], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Slurm warns the script alone; the search takes a while to drain."""
-    process = start(scheduler, job(LISTENS))
+    """Slurm warns the script only; the search takes a while to drain."""
+    process = start(scheduler, job(DRAINS))
     wait_for((tmp_path / "up").exists)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == DRAINED
-    assert bool(calls(tmp_path)) == (scheduler != "lsf")  # which requeues by the code
+    assert bool(calls(tmp_path)) == (scheduler != "lsf")  # LSF requeues by the exit code
 
 
 @pytest.mark.parametrize("scheduler", SCRIPTED)
@@ -145,8 +153,8 @@ def test_the_warning_reaches_the_search_and_its_code_the_script(
 def test_a_cancelled_job_is_not_requeued(
     scheduler: str, numbers: list[int], job: Callable[[str], Job], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """They go to every process of the job, as Ctrl-C does, and the drained search says 75 as it always does."""
-    process = start(scheduler, job(LISTENS))
+    """The signals go to every process of the job, as Ctrl-C does, and the drained search exits with 75 as always."""
+    process = start(scheduler, job(DRAINS))
     wait_for((tmp_path / "up").exists)
     for number in numbers:
         os.killpg(process.pid, number)
@@ -154,7 +162,7 @@ def test_a_cancelled_job_is_not_requeued(
     assert calls(tmp_path) == ""
 
 
-def test_the_first_line_of_a_job_is_the_users(job: Callable[[str], Job], start: Callable[..., Any]) -> None:
+def test_worker_init_runs_before_the_search(job: Callable[[str], Job], start: Callable[..., Any]) -> None:
     asked = replace(ASKED, worker_init="export GREETING='hello there'")
     assert start("slurm", replace(job('[ "$GREETING" = "hello there" ]'), resources=asked)).wait(60) == 0
 
@@ -162,12 +170,12 @@ def test_the_first_line_of_a_job_is_the_users(job: Callable[[str], Job], start: 
 def directives(text: str, mark: str) -> list[str]:
     lines = [line for line in text.splitlines() if line.startswith(mark)]
     code = text[text.index("\ncd ") :]
-    assert mark not in code, "schedulers stop reading at the first command"
+    assert mark not in code, "schedulers ignore directives after the first command"
     return [line.removeprefix(mark).strip() for line in lines]
 
 
-def test_slurm_is_asked_for_everything(job: Callable[[str], Job]) -> None:
-    """`make test-slurm` hands such scripts in."""
+def test_a_slurm_script_requests_all_resources(job: Callable[[str], Job]) -> None:
+    """`make test-slurm` submits such scripts."""
     asked = replace(ASKED, qos="high", memory_gb=500, job_options="--constraint=h100 --mail-type=END", grace_s=120)
     lines = directives(render("slurm", replace(job("true"), resources=asked, nodes=4)), "#SBATCH")
     assert {
@@ -190,19 +198,19 @@ def test_slurm_is_asked_for_everything(job: Callable[[str], Job]) -> None:
     assert {"--exclusive", "--mem=0"} <= set(whole)
 
 
-def test_pbs_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> None:
+def test_pbs_directives_follow_the_manual(job: Callable[[str], Job]) -> None:
     """man qsub of PBS Professional; resources as `select` chunks, not mixed with the old -l nodes=."""
     text = render("pbs", replace(job("true"), resources=replace(ASKED, memory_gb=500, job_options="-m n")))
     lines = directives(text, "#PBS")
     assert all(re.match(r"-[NojlrqAm] \S+$", line) for line in lines)
     assert {"-l select=1:ncpus=64:ngpus=8:mem=500gb", "-l walltime=24:00:00", "-r y", "-q long", "-A lab"} <= set(lines)
     assert re.search(r"-N [A-Za-z0-9]\S{0,235}$", text, re.MULTILINE)
-    assert f"--time-limit={24 * 3600 - 30}" in text  # PBS does not warn: the search counts, and leaves time to requeue
+    assert f"--time-limit={24 * 3600 - 30}" in text  # PBS does not warn; this leaves time to requeue
     told = replace(ASKED, time_limit="none")
     assert "--time-limit" not in render("pbs", replace(job("true"), resources=told))
 
 
-def test_lsf_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> None:
+def test_lsf_directives_follow_the_manual(job: Callable[[str], Job]) -> None:
     """bsub of LSF 10.1: a warning action needs its time; -W is hours and minutes; the cores are on one host."""
     text = render("lsf", replace(job("true"), resources=replace(ASKED, time="1:59:30")))
     lines = directives(text, "#BSUB")
@@ -211,7 +219,7 @@ def test_lsf_directives_are_those_of_its_manual(job: Callable[[str], Job]) -> No
     assert {"-W 2:00", "-wa 'USR1' -wt '2'", '-gpu "num=8"', '-R "span[hosts=1]"', "-n 64"} <= set(lines)
 
 
-def test_kubernetes_manifest_keeps_the_rules_of_the_api(job: Callable[[str], Job]) -> None:
+def test_a_kubernetes_manifest_follows_the_api(job: Callable[[str], Job]) -> None:
     """batch/v1 Job with a pod failure policy (stable since 1.31)."""
     asked = replace(POD, grace_s=90)
     made = replace(job("true"), resources=asked, name="My photos_2", program=("mfkd",), requeues=5)
@@ -223,7 +231,7 @@ def test_kubernetes_manifest_keeps_the_rules_of_the_api(job: Callable[[str], Job
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert spec["backoffLimit"] == 5
-    assert pod["restartPolicy"] == "Never", "a pod failure policy needs it"
+    assert pod["restartPolicy"] == "Never", "a pod failure policy requires it"
     assert pod["terminationGracePeriodSeconds"] > 90
     fails, ignores = spec["podFailurePolicy"]["rules"]
     assert fails["action"] == "FailJob"
@@ -240,18 +248,18 @@ def test_kubernetes_manifest_keeps_the_rules_of_the_api(job: Callable[[str], Job
 @pytest.mark.parametrize(
     ("scheduler", "change", "message"),
     [
-        ("slurm", {"time": ""}, "must be told --time"),
+        ("slurm", {"time": ""}, "slurm requires --time"),
         ("slurm", {"gpus": "auto"}, "say how many GPUs"),
-        ("slurm", {"image": "mfkd:1"}, "knows no --image"),
-        ("slurm", {"time": "00:02:59"}, "the job is warned 90 s before its end"),
-        ("pbs", {"cpus": 0}, "must be told --cpus"),
-        ("pbs", {"qos": "high"}, "knows no --qos: it may be part of --job-options"),
-        ("lsf", {"memory_gb": 4}, "the unit of its -M is the site's"),
-        ("kubernetes", {}, "knows no --account"),
-        ("kubernetes", {"account": "", "time": "", "memory_gb": 4, "image": "x"}, "must be told --claim"),
+        ("slurm", {"image": "mfkd:1"}, "slurm does not support --image"),
+        ("slurm", {"time": "00:02:59"}, "the job is warned 90 s before its time limit"),
+        ("pbs", {"cpus": 0}, "pbs requires --cpus"),
+        ("pbs", {"qos": "high"}, "pbs does not support --qos: use --job-options"),
+        ("lsf", {"memory_gb": 4}, "the unit of its -M depends on the site"),
+        ("kubernetes", {}, "kubernetes does not support --account"),
+        ("kubernetes", {"account": "", "time": "", "memory_gb": 4, "image": "x"}, "kubernetes requires --claim"),
     ],
 )
-def test_what_a_scheduler_cannot_do_is_said(
+def test_jobs_that_a_scheduler_cannot_run_are_refused(
     scheduler: str, change: dict[str, Any], message: str, job: Callable[[str], Job]
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
@@ -259,7 +267,7 @@ def test_what_a_scheduler_cannot_do_is_said(
 
 
 @pytest.mark.parametrize("scheduler", ["pbs", "lsf"])
-def test_several_nodes_need_srun(scheduler: str, job: Callable[[str], Job]) -> None:
+def test_several_nodes_require_slurm(scheduler: str, job: Callable[[str], Job]) -> None:
     with pytest.raises(UsageError, match=f"--executor {scheduler} --max-nodes 3"):
         render(scheduler, replace(job("true"), nodes=3))
 
@@ -278,34 +286,34 @@ FLAGS = [
 
 @pytest.mark.parametrize("arguments", [["--space=nasbench201"], ["--data=glyphs"], ["--max-low=50"], []])
 def test_a_job_of_defaults_is_that_search_and_not_the_demo(arguments: list[str]) -> None:
-    """But where submit itself was told nothing."""
+    """Only without any search flags is it the demo."""
     _, asked = cli.parse(["submit", "slurm", "--gpus=8", "--time=1:00:00", *arguments])
-    _, got = cli.parse(command.words(asked))
+    _, got = cli.parse(command.search_arguments(asked))
     assert gather(SearchConfig, got) == gather(SearchConfig, asked)
     assert gather(Budget, got) == gather(Budget, asked)
     assert (gather(SearchConfig, got) == SearchConfig()) == bool(arguments)
 
 
-def test_the_job_runs_the_search_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags and those of a YAML file come out as flags that mean the same; those of the job stay out."""
+def test_the_job_runs_the_search_that_the_flags_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags and the settings of a YAML file become equivalent flags; those of the job are left out."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("low: {epochs: 9}\nseed: 5\n")
     arguments = ["-c", "mine.yaml", *FLAGS, "--time=1:00:00", "--partition=long"]
     _, asked = cli.parse(["submit", "slurm", *arguments])
-    words = command.words(asked)
-    _, got = cli.parse(words)
+    arguments = command.search_arguments(asked)
+    _, got = cli.parse(arguments)
     assert gather(SearchConfig, got) == gather(SearchConfig, asked)
     assert got.log == "tensorboard"
     assert gather(Budget, got) == gather(Budget, asked)
     assert gather(Resources, got) == replace(gather(Resources, asked), time="", partition="")
-    assert not {"--time", "--partition", "--config"} & {word.split("=")[0] for word in words}
+    assert not {"--time", "--partition", "--config"} & {argument.split("=")[0] for argument in arguments}
 
 
 def submit(*arguments: str) -> int:
     return cli.main(["submit", "slurm", "--data=glyphs:144", "--gpus=8", "--time=1:00:00", "--name=mine", *arguments])
 
 
-def test_submit_writes_a_script_and_hands_it_in(
+def test_submit_writes_a_script_and_submits_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -332,14 +340,14 @@ def test_submit_writes_a_script_and_hands_it_in(
         (["--nodes=0"], 2, "--nodes is 0; it must be at least 1"),
         (["--time=90"], 2, "write HH:MM:SS"),
         (["--batch-size=0"], 2, "--batch-size is 0"),
-        (["--executor=slurm"], 2, "submit takes no --executor: the search runs on the nodes of its own job"),
-        (["--max-nodes=2"], 2, "submit takes no --max-nodes: --nodes says"),
-        (["--dry-run"], 2, "submit takes no --dry-run"),
-        (["--run-dir=my run"], 2, "choose --run-dir"),
+        (["--executor=slurm"], 2, "submit does not accept --executor: the search runs on the nodes of its own job"),
+        (["--max-nodes=2"], 2, "submit does not accept --max-nodes: --nodes sets"),
+        (["--dry-run"], 2, "submit does not accept --dry-run"),
+        (["--run-dir=my run"], 2, "choose another --run-dir"),
         (["--go"], 3, "no sbatch here"),
     ],
 )
-def test_wrong_jobs_are_refused_before_they_are_handed_in(
+def test_wrong_jobs_are_refused_before_they_are_submitted(
     arguments: list[str],
     code: int,
     message: str,

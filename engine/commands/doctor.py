@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has and lacks for a search."""
+"""`doctor`: checks whether this machine can run a search."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
-    made = command_parser(
-        "Look at what a search needs: packages, GPUs and driver, the kernels and the loader on each device, "
-        "and the file system of the run folder. Ends with exit code 3 where something needed is broken."
+    parser = command_parser(
+        "Check what a search needs: packages, GPUs and their driver, the kernels and the data loader on each device, "
+        "and the file system of the run folder. The exit code is 3 if something required is broken."
     )
-    made.add_argument("--run-dir", type=str, default="runs", help="folder whose file system is tried")
-    made.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    return made
+    parser.add_argument("--run-dir", type=str, default="runs", help="folder whose file system is tested")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    return parser
 
 
 def run(values: Namespace) -> None:

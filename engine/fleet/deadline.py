@@ -1,4 +1,4 @@
-"""When the job that this process runs in will be ended by its scheduler."""
+"""How much time is left before the scheduler ends the job that this process runs in."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from collections.abc import Mapping
 
 from engine.trial import UsageError
 
-ASK_S = 20
+QUERY_LIMIT_S = 20
 
 
 def remaining(asked: str, started: float, environment: Mapping[str, str] = os.environ) -> float | None:
-    """Seconds left under `--time-limit`: auto (asks the scheduler), seconds from `started` (time.monotonic), or none."""
+    """Seconds left under `--time-limit`: auto asks the scheduler, a number counts from `started` (time.monotonic).
+
+    None means no limit, or that the scheduler does not say.
+    """
     if asked == "none":
         return None
     if asked == "auto":
@@ -33,17 +36,17 @@ def remaining(asked: str, started: float, environment: Mapping[str, str] = os.en
 
 
 def _slurm(environment: Mapping[str, str]) -> float | None:
-    """SLURM_JOB_END_TIME (seconds since 1970), which older versions do not set; squeue knows it there."""
+    """Seconds left, from SLURM_JOB_END_TIME (seconds since 1970), or from squeue on versions that do not set it."""
     if end := environment.get("SLURM_JOB_END_TIME"):
         return float(end) - time.time()
-    text = _said("squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e")
+    text = _output("squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e")
     return _until(text, "%Y-%m-%dT%H:%M:%S")
 
 
 def _pbs(environment: Mapping[str, str]) -> float | None:
-    """Start and wall time that `qstat -f` shows of the job."""
+    """Seconds left, from the start and the wall time that `qstat -f` shows for the job."""
     try:
-        (job,) = json.loads(_said("qstat", "-f", "-F", "json", environment["PBS_JOBID"]))["Jobs"].values()
+        (job,) = json.loads(_output("qstat", "-f", "-F", "json", environment["PBS_JOBID"]))["Jobs"].values()
         hours, minutes, seconds = map(int, job["Resource_List"]["walltime"].split(":"))
     except (ValueError, KeyError):
         return None
@@ -52,21 +55,21 @@ def _pbs(environment: Mapping[str, str]) -> float | None:
 
 
 def _lsf(environment: Mapping[str, str]) -> float | None:
-    """Hours and minutes that `bjobs` shows as left."""
-    left = re.match(r"(\d+):(\d+)", _said("bjobs", "-noheader", "-o", "time_left", environment["LSB_JOBID"]))
+    """Seconds left, from the hours and minutes that `bjobs` shows as left."""
+    left = re.match(r"(\d+):(\d+)", _output("bjobs", "-noheader", "-o", "time_left", environment["LSB_JOBID"]))
     return 3600.0 * int(left[1]) + 60.0 * int(left[2]) if left else None
 
 
 def _until(text: str, form: str) -> float | None:
-    """Seconds from now to a local time as a scheduler writes it; None for what is none (N/A, Unknown)."""
+    """Seconds from now to a local time in a scheduler's format; None for other text (N/A, Unknown)."""
     try:
         return time.mktime(time.strptime(text.strip(), form)) - time.time()
     except ValueError:
         return None
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=QUERY_LIMIT_S, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""

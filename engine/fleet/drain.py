@@ -15,8 +15,8 @@ from engine.fleet.processes import DRAINING
 from engine.trial import Drained
 
 T = TypeVar("T")
-# A signal that arrives just before a thread starts to wait does not wake it: Python's handler would run only at the next
-# event. So the main thread interrupts its wait at this interval, in seconds.
+# A signal that arrives just before a thread starts to wait does not wake it: Python would run the handler only at the
+# next event. So the main thread interrupts its wait at this interval, in seconds.
 POLL_S = 0.5
 
 
@@ -28,12 +28,12 @@ def answer_of(future: Future[T]) -> T:
 
 
 class Drain:
-    """Whether to stop. Inside `with`, the signals in `DRAINING` request it, and so does the end of a time limit.
+    """A request to stop. Inside `with`, the signals in `DRAINING` make one, and so does a time limit.
 
-    The first request calls the function given to `on_drain`; Drained is raised in the main thread `grace_s` seconds
-    later, unless the block has ended by then. A second INT or TERM stops at once. HUP and INT stay ignored if they
-    were: by nohup, or by a shell that started this process in the background. The time limit is `remaining_s` seconds
-    from now, minus the grace period; None means no limit.
+    The first request calls the function given to `on_drain`. Drained is raised in the main thread `grace_s` seconds
+    later, unless the block has ended by then. A second INT or TERM stops at once. HUP and INT stay ignored if nohup, or
+    a shell that started this process in the background, had them ignored. The time limit makes its request `grace_s`
+    before `remaining_s` seconds from now; None means no limit.
     """
 
     def __init__(self, grace_s: float, remaining_s: float | None) -> None:
@@ -65,7 +65,7 @@ class Drain:
         return bool(self._reason)
 
     def on_drain(self, notify: Callable[[], None]) -> None:
-        """Sets what tells the workers to stop; called at once if the request has already come."""
+        """Sets the function that tells the workers to stop; it is called at once if the request has already come."""
         self._on_drain = notify
         if self.asked:
             notify()
@@ -78,7 +78,7 @@ class Drain:
                     wait([future], POLL_S)
 
     def cancel_alarm(self) -> None:
-        """Cancels the time-limit alarm: what follows must not be cut short."""
+        """Cancels the alarm of the time limit and the grace period: what follows must not be cut short."""
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 

@@ -1,8 +1,8 @@
-"""Runs a pool of Parsl's and ends it whole when a part of it is lost.
+"""Runs a Parsl worker pool, and kills all of it when it loses a process or when its driver no longer wants workers.
 
-The workers of a pool share a queue: one that is killed while it waits there keeps the queue's lock for ever, and the
-others starve. So a pool that has lost one of its processes ends; Parsl reports its tasks as lost and starts another.
-A pool also ends with its driver's orders, whatever scheduler it runs under.
+The workers of a pool share a queue. One that is killed while waiting on it keeps the queue's lock forever, and the
+others starve. So a pool that has lost a process ends; Parsl reports its tasks as lost and starts another. The driver's
+stop files (engine/stop_files.py) end a pool under any scheduler.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from engine import stop_files
 from engine.fleet.processes import die_with, leave_signals_to_the_driver
 
-LOOK_S = 0.5
+POLL_S = 0.5
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m engine.fleet.pool ORDERS COMMAND...`: the exit code of the pool, 1 if it was ended."""
+    """`python -m engine.fleet.pool STOP_FILES COMMAND...`: returns the exit code of COMMAND, or 1 if it was killed."""
     folder, command = Path(arguments[0]), arguments[1:]
     leave_signals_to_the_driver()
     me = os.getpid()
@@ -31,16 +31,16 @@ def main(arguments: list[str]) -> int:
     while pool.poll() is None:
         now = members(pool.pid)
         if before - now or not stop_files.workers_wanted(folder):
-            end([pool.pid, *now])
+            kill([pool.pid, *now])
             pool.wait()
             return 1
         before = now
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     return pool.returncode
 
 
 def members(pool: int) -> set[int]:
-    """The processes that a pool has started to work for it."""
+    """The processes that a pool has started and that must stay alive."""
     found = set()
     for thread in Path(f"/proc/{pool}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -49,15 +49,15 @@ def members(pool: int) -> set[int]:
 
 
 def _is_member(process: int) -> bool:
-    """Not one that has been started a moment ago and is still its parent's image, nor a command of a moment."""
+    """Whether a child is one of multiprocessing's: not a short-lived command, nor a fork that has yet to exec."""
     try:
         return b"multiprocessing" in Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return False
 
 
-def end(processes: list[int]) -> None:
-    """Kills them, the pool first: it would start its workers again."""
+def kill(processes: list[int]) -> None:
+    """Kills processes in the given order. The pool comes first, since it would restart its workers."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How the processes of a fleet depend on each other. Linux only, as this engine is."""
+"""How the processes of a fleet live and die together, on Linux, the only system that the engine supports."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DRAINING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 def die_with(parent: int) -> None:
-    """Has the kernel kill this process when the thread of `parent` that started it ends, however it ends."""
+    """Makes the kernel kill this process when the thread of `parent` that started it ends, for any reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(f"the process {parent}, which started this one, is gone")
 
 
 def leave_signals_to_the_driver() -> None:
-    """A scheduler or a terminal signals every process of a job; what to do about it is decided in one place."""
+    """Ignores the signals that schedulers and terminals send to every process of a job: the driver acts on them."""
     for number in DRAINING:
         signal.signal(number, signal.SIG_IGN)

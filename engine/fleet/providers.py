@@ -1,7 +1,7 @@
-"""Which machines Parsl starts its pools of workers on, and where the workers reach the driver.
+"""Where Parsl starts its worker pools, and at which address the workers reach the driver.
 
-A pool serves one machine. On this machine, or on all of the Slurm allocation that this process is in, pools are its
-children; otherwise each is a job of one node, and Parsl hands in more jobs while there are tasks for them.
+There is one pool per machine. On this machine, or on the nodes of the Slurm allocation that this process runs in, this
+process starts the pools. Otherwise each pool is a job of one node, and Parsl submits more jobs while tasks are waiting.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from parsl.providers.base import ExecutionProvider
 
 LOOPBACK = "127.0.0.1"
-LAST_S = 1800  # before the end of its time, or a quarter of that, a job takes no more tasks
+DRAIN_S = 1800  # a job takes no new tasks in this last part of its time, or in the last quarter if that is shorter
 COMMANDS = {"slurm": ("sbatch", "scancel"), "pbs": ("qsub", "qdel"), "lsf": ("bsub", "bkill")}
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where workers run: how pools are started (`provider`, with its launcher), the driver's `address` for them, and
-    after how many seconds a pool takes no more tasks."""
+    """How pools are started (`provider`), the `address` at which they reach the driver, and how many seconds after its
+    start a pool stops taking tasks (`drain_s`; None: never)."""
 
     provider: ExecutionProvider
     address: str = LOOPBACK
@@ -37,19 +37,18 @@ class Site:
 
 
 def local(resources: Resources) -> bool:
-    """Whether workers run on this machine alone."""
+    """Whether workers run on this machine only."""
     return resources.executor == "local" and allocated_nodes() == 1
 
 
-def provider(resources: Resources, wanted: Layout, worker_init: str) -> Site:
-    """The site that the resources ask for, with `wanted.nodes` pools at most, one a machine.
+def site(resources: Resources, layout: Layout, worker_init: str) -> Site:
+    """The site that the resources ask for, with at most `layout.nodes` pools, one per machine.
 
-    `worker_init` are lines of shell that must come first in what the provider runs on a machine: the fleet's own
-    environment. How many workers a pool has is the fleet's matter (`wanted.workers // wanted.nodes`).
-    Raises UsageError for options that the scheduler does not know, EnvironmentUnusable where it cannot be reached.
+    `worker_init` is the fleet's own environment: lines of shell that run first on each machine.
+    Raises UsageError for options that the scheduler does not support, EnvironmentUnusable if it cannot be reached.
     """
     if resources.executor == "local":
-        return _here(resources, wanted.nodes, worker_init)
+        return _this_allocation(resources, layout.nodes, worker_init)
     jobs.check(resources.executor, resources)
     setup = "\n".join([worker_init, *filter(None, [resources.worker_init])])
     blocks = {
@@ -63,22 +62,22 @@ def provider(resources: Resources, wanted: Layout, worker_init: str) -> Site:
     for command in COMMANDS[resources.executor]:
         if shutil.which(command) is None:
             raise EnvironmentUnusable(
-                f"--executor {resources.executor}: there is no {command} here; run this on a machine of the cluster"
+                f"--executor {resources.executor}: no {command} here; run this on a machine of the cluster"
             )
-    made = MAKERS[resources.executor](resources, {**blocks, "walltime": resources.time})
-    _cancel_at_the_end(made, COMMANDS[resources.executor][1])
+    provider = PROVIDERS[resources.executor](resources, {**blocks, "walltime": resources.time})
+    _cancel_jobs_at_exit(provider, COMMANDS[resources.executor][1])
     limit = walltime_s(resources.time)
-    return Site(made, _address(resources), limit - min(limit // 4, LAST_S))
+    return Site(provider, _address(resources), limit - min(limit // 4, DRAIN_S))
 
 
-def _here(resources: Resources, nodes: int, worker_init: str) -> Site:
+def _this_allocation(resources: Resources, nodes: int, worker_init: str) -> Site:
     from parsl.launchers import SimpleLauncher, WrappedLauncher
     from parsl.providers import LocalProvider
 
     blocks = {"init_blocks": 1, "min_blocks": 1, "max_blocks": 1, "worker_init": worker_init}
     if nodes == 1:
         return Site(LocalProvider(launcher=SimpleLauncher(), **blocks))
-    # One step over all nodes, which may use what the job has, goes on when a node is lost, and is bound to no cores.
+    # One job step on all nodes. It shares the job's resources, survives the loss of a node, and is not bound to cores.
     srun = (
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --overlap --cpu-bind=none --mem=0 "
         "--no-kill --kill-on-bad-exit=0"
@@ -122,16 +121,16 @@ def _lsf(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvider:
     )
 
 
-MAKERS: dict[str, Callable[[Resources, dict[str, Any]], Any]] = {"slurm": _slurm, "pbs": _pbs, "lsf": _lsf}
+PROVIDERS: dict[str, Callable[[Resources, dict[str, Any]], Any]] = {"slurm": _slurm, "pbs": _pbs, "lsf": _lsf}
 
 
 def _kubernetes(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvider:
     from parsl.errors import OptionalModuleMissing
     from parsl.providers import KubernetesProvider
 
-    limits, gpus, claim = jobs.pod_limits(resources), gpus_per_node(resources), jobs.claimed(resources)
+    limits, gpus, claim = jobs.pod_limits(resources), gpus_per_node(resources), jobs.volume_claim(resources)
     try:
-        made = KubernetesProvider(
+        provider = KubernetesProvider(
             image=resources.image,
             namespace=resources.partition or "default",
             max_cpu=resources.cpus,
@@ -144,46 +143,48 @@ def _kubernetes(resources: Resources, blocks: dict[str, Any]) -> ExecutionProvid
         )
     except OptionalModuleMissing:
         raise EnvironmentUnusable("--executor kubernetes needs a package: pip install 'parsl[kubernetes]'") from None
-    except Exception as error:  # of the client's, which is not always there to name
+    except Exception as error:  # one of the client's, which cannot be named where the client is not installed
         raise EnvironmentUnusable(f"--executor kubernetes: {error}") from error
-    create = made.kube_client.create_namespaced_pod
+    create = provider.kube_client.create_namespaced_pod
 
     def create_once(namespace: str, body: Any) -> Any:
-        body.spec.restart_policy = "Never"  # else a pod whose driver is gone would start again for ever
+        body.spec.restart_policy = "Never"  # otherwise a pod whose driver is gone would restart forever
         return create(namespace=namespace, body=body)
 
-    made.kube_client.create_namespaced_pod = create_once
-    return made
+    provider.kube_client.create_namespaced_pod = create_once
+    return provider
 
 
-def _cancel_at_the_end(made: ExecutionProvider, cancel: str) -> None:
-    """Has the jobs of a provider cancelled when this process ends, however it ends, those too that still wait.
+def _cancel_jobs_at_exit(provider: ExecutionProvider, cancel: str) -> None:
+    """Cancels a provider's jobs, running or queued, when this process ends for any reason.
 
-    A shell of its own session holds their numbers, and the pipe that they come by closes with this process.
+    A shell in a session of its own reads the job ids from a pipe. The pipe closes when this process ends.
     """
-    keep = 'trap "" INT TERM HUP USR1 USR2; jobs=$(cat); [ -z "$jobs" ] || exec "$1" $jobs'
-    keeper = subprocess.Popen(
-        ["sh", "-c", keep, "sh", cancel],
+    script = 'trap "" INT TERM HUP USR1 USR2; jobs=$(cat); [ -z "$jobs" ] || exec "$1" $jobs'
+    watcher = subprocess.Popen(
+        ["sh", "-c", script, "sh", cancel],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    submit = made.submit
+    submit = provider.submit
 
-    def noted(*arguments: Any) -> Any:
+    def submit_and_record(*arguments: Any) -> Any:
         job = submit(*arguments)
-        if job and keeper.stdin:
-            keeper.stdin.write(f"{job}\n".encode())
-            keeper.stdin.flush()
+        if job and watcher.stdin:
+            watcher.stdin.write(f"{job}\n".encode())
+            watcher.stdin.flush()
         return job
 
-    made.submit = noted
+    provider.submit = submit_and_record
 
 
 def _address(resources: Resources) -> str:
-    """Where the workers reach this process: what the user says, or the address of this machine's name, or of its route
-    to elsewhere where the name means the machine itself only."""
+    """The address at which workers reach this process: --address, or that of this machine's host name.
+
+    If the host name resolves to loopback only, it is the address from which this machine reaches other networks.
+    """
     if resources.address:
         return resources.address
     found = LOOPBACK
@@ -191,8 +192,8 @@ def _address(resources: Resources) -> str:
         found = socket.gethostbyname(socket.gethostname())
         if found.startswith("127."):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-                route.connect(("192.0.2.1", 9))  # an address of documents; nothing is sent
+                route.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737); nothing is sent
                 found = str(route.getsockname()[0])
     except OSError:
-        pass  # without a network, the nodes are this machine
+        pass  # without a network, all nodes are on this machine
     return found

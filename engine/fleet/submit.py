@@ -1,8 +1,8 @@
-"""Batch scripts and manifests that run a search as one job, and bring it back into the queue until it is finished.
+"""Batch scripts and manifests that run a search as one job, and requeue the job until the search has finished.
 
-A job that is about to end is warned, its search drains and exits with 75, and the job is queued again: `scontrol
-requeue` of Slurm, `qsub` of the same script for PBS (only operators may requeue), a requeue exit code of LSF, another
-pod of a Kubernetes Job. A search that has finished, or that another try would not change, ends the job.
+Before its time limit a job is warned, its search drains and exits with 75, and the job is requeued: by `scontrol
+requeue` on Slurm, by `qsub` of the same script on PBS (only operators may requeue), by a requeue exit code on LSF, and
+as another pod of a Kubernetes Job. A search that has finished, or that would fail again, ends the job.
 """
 
 from __future__ import annotations
@@ -21,51 +21,53 @@ from engine.config import Resources, walltime_s
 from engine.fleet import jobs
 from engine.trial import UsageError
 
-DRAINED = 75  # what a drained search exits with: EX_TEMPFAIL of sysexits.h
-FINAL = [1, 2, 3, 4]  # exit codes of a search that another try would not change
-MARGIN_S = 30  # for the search to close and for the script to act, after the grace
+DRAINED = 75  # exit code of a drained search: EX_TEMPFAIL of sysexits.h
+FINAL = [1, 2, 3, 4]  # exit codes of a search that would fail again
+MARGIN_S = 30  # after the grace period, for the search to close and for the script to act
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A search for a scheduler to run: `words` are what cli.py is given, `program` is how it is called."""
+    """A search for a scheduler to run: `program`, with `arguments`, in the working directory `folder`."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     program: tuple[str, ...]
-    folder: str  # where the words are to be understood
+    folder: str
     name: str
-    script: str  # the file that the text is written to
-    output: str  # folder for what the job prints
+    script: str  # the file that the script is written to
+    output: str  # folder for the output of the job
     resources: Resources
     nodes: int = 1
     requeues: int = 20
 
     @property
     def warning_s(self) -> int:
-        """How long before its end the job is to be warned."""
+        """How many seconds before its time limit the job is warned."""
         return math.ceil(self.resources.grace_s) + MARGIN_S
 
 
 def render(scheduler: str, job: Job) -> str:
-    """The text of a job for a scheduler; UsageError for what the scheduler cannot do, or what it must be told."""
+    """The script or manifest of a job; raises UsageError where the scheduler cannot do what is asked."""
     jobs.check(scheduler, job.resources)
     if odd := re.search(r"[^\w./+=,@-]", job.output):
-        raise UsageError(f"a scheduler cannot be told of the run folder {job.output} ('{odd[0]}'); choose --run-dir")
+        raise UsageError(
+            f"the run folder {job.output} contains '{odd[0]}', which schedulers do not accept; choose another --run-dir"
+        )
     if job.resources.time and walltime_s(job.resources.time) < 2 * job.warning_s:
         raise UsageError(
-            f"--time {job.resources.time} is too short: the job is warned {job.warning_s} s before its end, which is "
-            f"--grace-s and {MARGIN_S} s"
+            f"--time {job.resources.time} is too short: the job is warned {job.warning_s} s before its time limit "
+            f"(--grace-s plus {MARGIN_S} s); give at least twice that"
         )
     if job.nodes > 1 and scheduler != "slurm":
         raise UsageError(
-            f"submit {scheduler} --nodes {job.nodes}: a job of several nodes needs Slurm's srun; submit one node, or "
+            f"submit {scheduler} --nodes {job.nodes}: only Slurm supports jobs of several nodes; submit one node, or "
             f"run search --executor {scheduler} --max-nodes {job.nodes}"
         )
     return RENDERERS[scheduler](job)
 
 
 def slurm(job: Job) -> str:
-    """For sbatch. B: because the warning is for the script; the processes of the workers need not know."""
+    """A script for sbatch. `B:` sends the warning to the script only, not to the workers."""
     directives = [
         f"--job-name={job.name}",
         f"--output={job.output}/slurm-%j.out",
@@ -75,21 +77,21 @@ def slurm(job: Job) -> str:
         f"--time={job.resources.time}",
         f"--signal=B:USR1@{job.warning_s}",
         "--requeue",
-        *(["--no-kill"] if job.nodes > 1 else []),  # the others go on when a node is lost
+        *(["--no-kill"] if job.nodes > 1 else []),  # keep the other nodes when one is lost
         *jobs.slurm_options(job.resources),
     ]
-    again = f"""
+    requeue = f"""
         if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.requeues} ]; then
-            {_enough(job)}
+            {_give_up(job)}
         fi
         task=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
         scontrol requeue "${{task:-$SLURM_JOB_ID}}"
     """
-    return _script(job, "sbatch", [f"#SBATCH {line}" for line in directives], again)
+    return _script(job, "sbatch", [f"#SBATCH {line}" for line in directives], requeue)
 
 
 def pbs(job: Job) -> str:
-    """For qsub. PBS gives no warning, so the search is told how long it has."""
+    """A script for qsub. PBS gives no warning, so the search gets a time limit."""
     directives = [
         f"-N {job.name[:230]}",
         f"-o {job.output}/pbs.out",
@@ -99,18 +101,18 @@ def pbs(job: Job) -> str:
         "-r y",
         *jobs.pbs_options(job.resources),
     ]
-    again = f"""
+    requeue = f"""
         if [ "${{MFKD_REQUEUES:-0}}" -ge {job.requeues} ]; then
-            {_enough(job)}
+            {_give_up(job)}
         fi
         qsub -v MFKD_REQUEUES="$((${{MFKD_REQUEUES:-0}} + 1))" {shlex.quote(job.script)}
     """
     limit = [f"--time-limit={walltime_s(job.resources.time) - MARGIN_S}"] if job.resources.time_limit == "auto" else []
-    return _script(job, "qsub", [f"#PBS {line}" for line in directives], again, *limit)
+    return _script(job, "qsub", [f"#PBS {line}" for line in directives], requeue, *limit)
 
 
 def lsf(job: Job) -> str:
-    """For bsub, which reads it from stdin. A file counts the requeues: LSF does not tell the job."""
+    """A script for bsub, which reads it from stdin. A file counts the requeues, since LSF does not tell the job."""
     hours, minutes = divmod(-(-walltime_s(job.resources.time) // 60), 60)
     directives = [
         f"-J {job.name}",
@@ -123,67 +125,68 @@ def lsf(job: Job) -> str:
         f'-Q "{DRAINED}"',
         *jobs.lsf_options(job.resources),
     ]
-    again = f"""
+    requeue = f"""
         tally={shlex.quote(job.output)}/lsf-$LSB_JOBID.requeues
         echo >> "$tally"
         if [ "$(wc -l < "$tally")" -gt {job.requeues} ]; then
-            {_enough(job)}
+            {_give_up(job)}
         fi
     """
-    return _script(job, "bsub <", [f"#BSUB {line}" for line in directives], again)
+    return _script(job, "bsub <", [f"#BSUB {line}" for line in directives], requeue)
 
 
-def _script(job: Job, hand_in: str, directives: list[str], again: str, *more: str) -> str:
-    """A bash script: directives, the search, and `again` when it has drained.
+def _script(job: Job, submit: str, directives: list[str], requeue: str, *more: str) -> str:
+    """A bash script: directives, then the search, then `requeue` if it has drained.
 
-    The search runs in the background, because bash looks at a signal only when what it waits for has ended, and bash
-    has it ignore INT there. INT and TERM go to every process of a job: it is cancelled, or preempted and requeued by
-    the scheduler. In neither case is it for the script to queue it again.
+    The search runs in the background, since bash handles a signal only after a foreground command has ended; bash makes
+    background commands ignore INT. Schedulers send INT and TERM to every process of a job that is cancelled, or
+    preempted and requeued by the scheduler itself. In both cases the script must not requeue the job.
     """
-    command = " \\\n    ".join([shlex.join(job.program), *map(shlex.quote, job.words), *more])
+    command = " \\\n    ".join([shlex.join(job.program), *map(shlex.quote, job.arguments), *more])
     setup = f"{job.resources.worker_init}\n" if job.resources.worker_init else ""
-    head = "\n".join(["#!/bin/bash", f"# Hand it in with: {hand_in} FILE", *directives])
+    head = "\n".join(["#!/bin/bash", f"# Submit with: {submit} FILE", *directives])
     return f"""{head}
 
 cd {shlex.quote(job.folder)} || exit 3
 {setup}
-ended= signalled=
-trap 'signalled=yes; kill -USR1 "$search" 2> /dev/null' USR1 USR2  # the warning: drain
-trap 'signalled=yes; ended=yes' TERM                               # the search has been told, too
-trap 'signalled=yes; ended=yes; kill "$search" 2> /dev/null' INT   # the search does not hear it
+cancelled= signalled=
+trap 'signalled=yes; kill -USR1 "$search" 2> /dev/null' USR1 USR2     # the warning: drain
+trap 'signalled=yes; cancelled=yes' TERM                              # the search has received it too
+trap 'signalled=yes; cancelled=yes; kill "$search" 2> /dev/null' INT  # the search ignores INT
 {command} &
 search=$!
 while
     signalled=
     wait "$search"; got=$?
-    [ "$got" -ne 127 ] && code=$got  # 127: the signal came when all was over
+    [ "$got" -ne 127 ] && code=$got  # 127: the search had ended before the signal
     [ -n "$signalled" ]
 do :; done
 
 if [ "$code" -eq {DRAINED} ]; then
-    [ -n "$ended" ] && exit 143
-{textwrap.indent(textwrap.dedent(again).strip(), "    ")}
+    [ -n "$cancelled" ] && exit 143
+{textwrap.indent(textwrap.dedent(requeue).strip(), "    ")}
 fi
 exit "$code"
 """
 
 
-def _enough(job: Job) -> str:
-    """Ends a script that has been requeued as often as it may, by a code that is not a drained search's."""
-    return f'echo "requeued {job.requeues} times and not finished: hand the script in again to go on" >&2; exit 1'
+def _give_up(job: Job) -> str:
+    """Shell that ends a script after its last requeue, with a code that is not that of a drained search."""
+    return f'echo "not finished after {job.requeues} requeues; submit the script again to resume" >&2; exit 1'
 
 
 def kubernetes(job: Job) -> str:
-    """For kubectl create. A drained pod counts against the limit of retries; an evicted one does not."""
-    asked = job.resources
-    claim, mount = jobs.claimed(asked)
-    command = [*job.program, *job.words]
+    """A manifest for kubectl create. A drained pod counts against the retry limit; an evicted one does not."""
+    resources = job.resources
+    claim, mount = jobs.volume_claim(resources)
+    command = [*job.program, *job.arguments]
+    shell = f"{resources.worker_init}\nexec {shlex.join(command)}"
     container = {
         "name": "search",
-        "image": asked.image,
-        "command": ["bash", "-c", f"{asked.worker_init}\nexec {shlex.join(command)}"] if asked.worker_init else command,
+        "image": resources.image,
+        "command": ["bash", "-c", shell] if resources.worker_init else command,
         "workingDir": mount,
-        "resources": {"limits": jobs.pod_limits(asked)},
+        "resources": {"limits": jobs.pod_limits(resources)},
         "volumeMounts": [{"name": "work", "mountPath": mount}, {"name": "shm", "mountPath": "/dev/shm"}],
     }
     rules: list[dict[str, Any]] = [
@@ -191,7 +194,7 @@ def kubernetes(job: Job) -> str:
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     pod = {
-        "restartPolicy": "Never",  # a pod failure policy needs it; the Job makes a new pod
+        "restartPolicy": "Never",  # required by a pod failure policy; the Job creates a new pod instead
         "terminationGracePeriodSeconds": job.warning_s,
         "containers": [container],
         "volumes": [
@@ -200,13 +203,13 @@ def kubernetes(job: Job) -> str:
         ],
     }
     spec = {"backoffLimit": job.requeues, "podFailurePolicy": {"rules": rules}, "template": {"spec": pod}}
-    metadata = {"name": _label(job.name), **({"namespace": asked.partition} if asked.partition else {})}
+    metadata = {"name": _label(job.name), **({"namespace": resources.partition} if resources.partition else {})}
     manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
-    return f"# Hand it in with: kubectl create -f FILE\n{yaml.safe_dump(manifest, sort_keys=False, width=1000)}"
+    return f"# Submit with: kubectl create -f FILE\n{yaml.safe_dump(manifest, sort_keys=False, width=1000)}"
 
 
 def _label(name: str) -> str:
-    """A run's name as Kubernetes takes it: RFC 1123, at most 63 characters."""
+    """The name of a run as a Kubernetes name: RFC 1123, at most 63 characters."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())[:63].strip("-") or "search"
 
 

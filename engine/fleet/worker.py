@@ -1,7 +1,8 @@
-"""A worker process: reads tasks from one pipe, writes answers to another, a JSON line each, until the first closes.
+"""A worker process: reads tasks from one pipe and writes answers to another, as JSON lines, until the first closes.
 
-Started by engine/fleet/supervisor.py as `python -m engine.fleet.worker TASKS ANSWERS PARENT MODULE`: two file
-descriptors, the supervisor's process, and the module whose functions are the tasks (engine.training.evaluate).
+engine/fleet/supervisor.py starts it as `python -m engine.fleet.worker TASKS ANSWERS PARENT MODULE`: two file
+descriptors, the process id of the supervisor, and the module whose functions are the tasks (engine.training.run_tasks).
+`worker_environment` there lists its environment variables.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from engine.fleet.processes import die_with, leave_signals_to_the_driver
 from engine.trial import EngineError
 
-OOM_SCORE = 500  # where memory runs out, the kernel takes this process and not the one that would notice
+OOM_SCORE = 500  # out of memory, the kernel kills this process and not its supervisor, which reports it
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faulthandler.enable()  # a crash, and the ABRT that ends a hang, leave their stacks in the log
+    faulthandler.enable()  # on a crash, and on the ABRT that ends a hang, the stacks go to the log
     module = importlib.import_module(arguments[3])
     with open(tasks, "rb") as questions, open(answers, "wb", buffering=0) as replies:
         for line in questions:
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(module: ModuleType, name: str, task: dict[str, Any]) -> bytes:
-    """The line that answers a task: its result, or the kind and text of its error."""
+    """The line that answers a task: its result, or the kind and the text of its error."""
     try:
         return _line({"result": getattr(module, name)(task)})
     except EngineError as error:
