@@ -96,7 +96,7 @@ def low_against_full(run: Run) -> Chart:
     data = [points(x.tolist(), y.tolist(), both, "architectures", None, marker=colour, hovertemplate=hover)]
     layout = {"xaxis": axis("low-fidelity accuracy, %"), "yaxis": axis("full accuracy, %"), "showlegend": False}
     caption = (
-        "A low fidelity is worth its cost if it ranks (dots rising from left to right) better than size (colour) alone. "
+        "A low fidelity is worth its cost if it ranks (dots rising from left to right) better than size (colour) does. "
         f"Kendall's tau {with_interval(kendall_tau, x, y)} over {len(both)} architectures; "
         f"with MACs held fixed {with_interval(partial_tau, x, y, size)}; "
         f"of MACs alone {with_interval(kendall_tau, size, y)}. Brackets are 90 % bootstrap intervals. Only "
