@@ -47,9 +47,7 @@ def test_a_partitioned_gpu_counts_as_its_slices(
     assert visible_devices() == tokens
 
 
-def test_slurm_has_its_own_word_for_no_gpu(
-    listed: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_has_its_own_word_for_no_gpu(listed: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     listed(WHOLE)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "NoDevFiles")
     assert visible_devices() == ()

@@ -47,7 +47,9 @@ def test_gpus_and_their_mig_slices_are_listed(tmp_path: Path, monkeypatch: pytes
     listing = "GPU 0: NVIDIA H100 (UUID: GPU-1)\n  MIG 3g.40gb     Device  0: (UUID: MIG-a)\n"
     listing += "  MIG 3g.40gb     Device  1: (UUID: MIG-b)\n"
     tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nif [ $1 = -L ]; then printf '{listing}'; else echo 'NVIDIA H100, 81559 MiB, 580.1'; fi\n")
+    tool.write_text(
+        f"#!/bin/sh\nif [ $1 = -L ]; then printf '{listing}'; else echo 'NVIDIA H100, 81559 MiB, 580.1'; fi\n"
+    )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = doctor._driver(("MIG-a", "MIG-b"))
