@@ -40,7 +40,7 @@ class SearchConfig:
     valid_fraction: float = option(0.2, "fraction of the training images held out for validation")
     flip: Literal["auto", "always", "never"] = option(
         "auto",
-        "mirror training images at random; auto follows the data, and mirrors images from a folder. Use never where a "
+        "mirror training images at random; auto follows the data, and mirrors images from a folder. Use never if a "
         "mirror image belongs to another class: digits, text, signs",
     )
     method: str = option(
@@ -139,7 +139,7 @@ class Resources:
     image: str = job_option("", "container image that contains this package (Kubernetes)")
     claim: str = job_option("", "volume claim for data and runs, and its mount point (Kubernetes): work:/work")
     trial_timeout: float = option(0.0, "time limit of an evaluation in seconds; 0 means none")
-    grace_s: float = option(60.0, "grace period for running trials, in seconds, once the search is told to stop")
+    grace_s: float = option(60.0, "grace period for running trials, in seconds, once the search is asked to stop")
     time_limit: str = option(
         "auto", "time by which the search must have stopped: seconds from the start, none, or auto (ask the scheduler)"
     )
@@ -285,7 +285,7 @@ def check_paths(config: SearchConfig) -> None:
 
 
 def gpus_per_node(resources: Resources) -> int:
-    """GPUs on each node of a cluster job; UsageError where the user has not said."""
+    """GPUs on each node of a cluster job; UsageError if --gpus does not give the number."""
     if resources.device == "cpu":
         return 0
     if not resources.gpus.isdecimal():

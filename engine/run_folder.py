@@ -125,9 +125,9 @@ class RunFolder:
     def fix_config(self, kind: RunKind, config: SearchConfig, budget: Budget, wanted: Slots) -> Slots:
         """Writes config.yaml, or checks `config` against the one already there; returns the slots of the run.
 
-        Decisions depend on the slots, so a run keeps them on whatever machine it is resumed. They only grow, if a later
-        call brings more workers, which would otherwise be idle. A later call of a fidelity study may compare other low
-        fidelities. Raises UsageError if any other setting differs.
+        Decisions depend on the slots, so a run keeps them when it resumes on another machine. They only grow, if a
+        later call brings more workers, which would otherwise be idle. A later call of a fidelity study may compare
+        other low fidelities. Raises UsageError if any other setting differs.
         """
         if self.config.exists():
             stored = self.read_config()

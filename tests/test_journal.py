@@ -89,7 +89,7 @@ def test_a_line_that_does_not_fit_on_the_disk_is_removed(tmp_path: Path) -> None
         before = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
         try:
-            with pytest.raises(OSError):  # noqa: PT011 - what it says depends on the limit
+            with pytest.raises(OSError):  # noqa: PT011 - the text depends on the system
                 journal.answer(ANSWERS[0])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

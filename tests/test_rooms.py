@@ -183,7 +183,7 @@ def parameters(function: Function) -> list[str]:
 
 
 def test_functions_of_the_search_have_few_parameters() -> None:
-    """More than six are one RunContext, or another dataclass, that is missing; else the docstring says why."""
+    """More than six call for a dataclass like RunContext, or for a reason in the docstring."""
     many = [
         f"{path.relative_to(ROOT)}, {node.name}: {len(parameters(node))}"
         for path in sources("engine/search")

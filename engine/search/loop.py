@@ -82,7 +82,7 @@ def drive(
     """Runs a search until `propose` has nothing to ask and nothing is pending, or `stop(history)` is true.
 
     A trial that starts on a free virtual worker finishes at now + cost(trial), in virtual seconds. Evaluations become
-    visible in the order of these times (ties by number), whatever the order in which the futures complete: the loop
+    visible in the order of these times (ties by number), not in the order in which the futures complete: the loop
     waits for the next one. So the history is a function of `propose`, `workers` and the evaluations alone.
 
     New trials are passed to `asked` with the number of evaluations visible at that moment. Recorded trials are

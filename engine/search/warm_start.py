@@ -120,7 +120,7 @@ def study_config(study: RunFolder, config: SearchConfig) -> SearchConfig:
 
 
 def _link(old: Path, new: Path) -> None:
-    """Makes `new` the same file as `old`, without a second copy on disk where the file system allows."""
+    """Makes `new` the same file as `old`, without a second copy on disk if the file system allows it."""
     new.parent.mkdir(parents=True, exist_ok=True)
     temporary = new.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
