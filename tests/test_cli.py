@@ -44,16 +44,16 @@ def small(data: Path, run_dir: Path, workers: int = 1) -> list[str]:
     return ["search", *SMALL, f"--data={data}", f"--run-dir={run_dir}", f"--workers={workers}"]
 
 
-def test_a_gpu_that_torch_cannot_use_is_said_before_any_training(
+def test_a_gpu_that_torch_cannot_use_is_reported_before_any_training(
     tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-pretended")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-missing")
     arguments = [word for word in small(tiny_npz, tmp_path) if "device" not in word and "workers" not in word]
     assert cli.main([*arguments, "--gpus=1"]) == 3
     assert "torch cannot use it" in capsys.readouterr().err
 
 
-def test_a_stopped_search_says_so_and_leaves_nothing_behind(
+def test_a_stopped_search_says_so_and_leaves_no_processes(
     tiny_npz: Path, tmp_path: Path, mark: Callable[[], list[psutil.Process]]
 ) -> None:
     more = ["--max-low=50", "--low.epochs=20", "--grace-s=5"]
@@ -77,7 +77,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_explains_every_flag_and_gives_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flag without a default in its entry is required, a switch, a file to read, or says what happens without it."""
+    """A flag whose entry shows no default is required, a switch, or a text that is empty by default."""
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     assert stop.value.code == 0
@@ -107,14 +107,14 @@ def test_the_installed_program_is_the_same(capsys: pytest.CaptureFixture[str], m
     assert all(command in out for command in cli.COMMANDS)
 
 
-def test_a_reader_that_has_had_enough_is_no_error(finished_run: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(finished_run: Path) -> None:
     command = f"{sys.executable} cli.py trials {finished_run} --csv | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_search_goes_on_when_nobody_reads_its_progress_any_more(tmp_path: Path) -> None:
-    """As with `2>&1 | head`, or a terminal that is gone."""
+def test_a_search_continues_when_nobody_reads_its_progress(tmp_path: Path) -> None:
+    """As with `2>&1 | head`, or when the terminal has gone."""
     process = searches.start(tmp_path, "--progress=lines")
     assert process.stderr
     assert "run folder" in process.stderr.readline()
@@ -125,7 +125,7 @@ def test_a_search_goes_on_when_nobody_reads_its_progress_any_more(tmp_path: Path
     assert json.loads(out)["status"] == "finished"
 
 
-def test_quiet_shows_errors_only_and_verbose_where_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_shows_only_errors_and_verbose_their_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["search", "-q", "--data=nowhere"]) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "no such file or folder" in line
@@ -133,8 +133,8 @@ def test_quiet_shows_errors_only_and_verbose_where_they_come_from(capsys: pytest
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_config_says_where_each_value_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By default, by the last file that has it, or by the command line; as YAML that gives the same search."""
+def test_config_shows_where_each_value_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default, the last file that has it, or the command line. The YAML it writes gives the same search."""
     (tmp_path / "one.yaml").write_text("max_low: 7\nlow:\n  fraction: 1/27\n  epochs: 3\nmax_macs: 6e7\n")
     (tmp_path / "two.yaml").write_text("max_low: 8\ndata: glyphs\n")
     words = ["-c", str(tmp_path / "one.yaml"), "-c", str(tmp_path / "two.yaml"), "--low.epochs=5"]
@@ -150,7 +150,7 @@ def test_config_says_where_each_value_came_from(tmp_path: Path, capsys: pytest.C
     assert {**vars(again), "config": None} == {**vars(first), "config": None}
 
 
-def test_a_search_prints_one_object_and_the_same_line_finds_it_done(
+def test_a_search_prints_one_object_and_the_same_command_finds_it_finished(
     tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(small(tiny_npz, tmp_path)) == 0
@@ -178,14 +178,14 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert "lr: 0.1 there, 0.5 here" in capsys.readouterr().err
 
 
-def test_flags_may_come_from_a_file_and_the_line_wins(tmp_path: Path) -> None:
+def test_flags_override_those_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("max_low: 7\nmax_high: 3\nlow:\n  fraction: 1/27\n  kd_loss: nst\n")
     values = cli.parse(["search", "-c", str(tmp_path / "c.yaml"), "--max-high=5"])[1]
     assert (values.max_low, values.max_high, str(values.low.fraction), values.low.kd_loss) == (7, 5, "1/27", "nst")
 
 
 def test_text_in_a_file_of_flags_needs_no_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """YAML takes these for numbers, the time for one to base 60, the name for a date; an empty one is no text."""
+    """YAML reads these as numbers (the time to base 60), the name as a date, and null as no text."""
     file = tmp_path / "c.yaml"
     text = "gpus: 8\ntime: 24:00:00\nteacher_cache: 0\nstudents_per_gpu: 4\ntime_limit: 3600\nrun_dir: null\n"
     file.write_text(f"{text}name: 2026-01-31\nmax_low: 7\nlr: 1e-3\nlow: {{fraction: 1/27}}\n")
@@ -201,30 +201,41 @@ def test_text_in_a_file_of_flags_needs_no_quotes(tmp_path: Path, capsys: pytest.
         cli.parse(["search", "-c", str(file)])
 
 
-def test_a_search_of_nothing_is_the_demo() -> None:
+def test_a_search_without_settings_is_the_demo() -> None:
     demo = cli.parse(["search", "--workers=2"])[1]
     assert (demo.space, demo.max_low) == ("nasbench201:channels=8,cells=1", 24)
     assert cli.parse(["search", "--data=cifar10"])[1].max_low == Budget().max_low
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_configuration_can_be_searched_with(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its flags exist, fit together and name a space and a method; it says what machine it is meant for."""
+def test_every_shipped_configuration_works(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its flags exist, work together and name a space and a method; its comment says which machine it is for."""
     assert cli.main(["config", "-c", str(path), "--json"]) == 0
     origins = {key: entry["from"] for key, entry in json.loads(capsys.readouterr().out).items()}
     for key, _ in flatten(yaml.safe_load(path.read_text())):
         assert origins[key] == str(path), key
     header = path.read_text().partition("\nspace:")[0]
     assert re.search("GPU|CPU", header)
-    assert re.search("not measured|neither its time|time it took", header)
+    assert re.search("not measured|neither its running time|has the running time", header)
 
 
-def test_the_manual_names_every_method() -> None:
+def test_low_auto_is_short_for_a_fidelity_study() -> None:
+    for words in (["--low=auto"], ["--low", "auto"], ["--fidelity-study=auto"]):
+        assert cli.parse(["search", "--data=glyphs", *words])[1].fidelity_study == "auto"
+
+
+def test_help_separates_choices_that_contain_commas(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["search", "--help"])
+    assert "--objectives {accuracy | accuracy,macs}" in capsys.readouterr().out
+
+
+def test_the_help_names_every_method() -> None:
     assert set(METHODS) <= set(re.findall(r"[\w-]+", SearchConfig.__dataclass_fields__["method"].metadata["help"]))
 
 
-def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle, against an unbroken run."""
+def test_a_search_that_was_killed_and_resumed_ends_the_same(tiny_npz: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle, compared with an uninterrupted run."""
     whole = finish(small(tiny_npz, tmp_path / "whole"))
     command = small(tiny_npz, tmp_path / "killed", workers=1)
     process = subprocess.Popen([sys.executable, "cli.py", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -235,7 +246,7 @@ def test_killed_and_called_again_it_comes_to_the_same_end(tiny_npz: Path, tmp_pa
     answered = read_journal(path).answers
     assert len(answered) >= 3
     again = finish(command)
-    assert {**again["winner"], "weights": ""} == {**whole["winner"], "weights": ""}  # files of two folders
+    assert {**again["winner"], "weights": ""} == {**whole["winner"], "weights": ""}  # in different folders
     record = read_journal(path)
     assert all(record.answers[number] == answer for number, answer in answered.items())
     assert len(path.read_text().splitlines()) == 1 + len(record.asked) + len(record.answers)  # nothing twice

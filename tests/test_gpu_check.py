@@ -1,4 +1,4 @@
-"""What `make gpu-check` says of a run that came to nothing."""
+"""What `make gpu-check` reports when no test ran."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from bench import gpu_check
     [(["empty.py"], "no tests ran"), (["empty.py", "--of-a-plugin"], "unrecognized"), (["broken.py"], "1 error")],
     ids=["no tests", "a plugin that is missing", "an import that fails"],
 )
-def test_a_run_in_which_nothing_ran_does_not_look_like_success(
-    arguments: list[str], said: str, tmp_path: Path
-) -> None:
+def test_a_session_without_tests_does_not_look_like_success(arguments: list[str], said: str, tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "broken.py").write_text("import no_such_package")
     found = gpu_check.run_pytest([str(tmp_path / arguments[0]), *arguments[1:]], 100)

@@ -1,4 +1,4 @@
-"""The report: what its charts say of a run, and that the page holds all it needs. test_report_browser.py opens it."""
+"""The report: what its charts show, and that the page is self-contained. test_report_browser.py opens the page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]
     return found
 
 
-def test_the_page_has_every_chart_and_needs_nothing_else(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_has_every_chart_and_is_self_contained(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = reported(copy, capsys)
     assert found["charts"] == CHARTS
     assert found["left_out"] == {}
@@ -46,11 +46,11 @@ def test_the_page_has_every_chart_and_needs_nothing_else(copy: Path, capsys: pyt
     ours = page[: page.index("plotly.js v")] + page[page.rindex("<script>") :]
     assert re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours) == []
     assert "@import" not in ours
-    assert "default-src 'none'" in page  # the browser is told to ask nobody for anything
+    assert "default-src 'none'" in page  # forbids all requests
     assert "87.65 %" in page  # the winner's test accuracy
     drawn = json.loads(page.split('id="charts">')[1].split("</script>")[0])
     for chart in drawn:
-        graph_objects.Figure(data=chart["data"], layout=chart["layout"])  # raises for what plotly does not know
+        graph_objects.Figure(data=chart["data"], layout=chart["layout"])  # raises if plotly does not know a property
 
 
 def test_the_csv_holds_every_evaluation(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,16 +62,14 @@ def test_the_csv_holds_every_evaluation(copy: Path, capsys: pytest.CaptureFixtur
     ]
 
 
-def test_text_of_a_failure_cannot_become_part_of_the_page(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_of_a_failure_is_escaped(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reported(copy, capsys)
     page = (copy / "report" / "index.html").read_text()
     assert "no memory left </script>" not in page
     assert r"no memory left &lt;/script&gt;" in page
 
 
-def test_a_report_of_a_run_that_cannot_be_written(
-    copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_report_that_cannot_be_written(copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (copy / "report").write_text("in the way")
     assert cli.main(["report", str(copy)]) == 3
     assert "choose another folder with --out" in capsys.readouterr().err
@@ -79,8 +77,8 @@ def test_a_report_of_a_run_that_cannot_be_written(
     assert (tmp_path / "elsewhere" / "index.html").is_file()
 
 
-def test_a_run_that_has_just_begun_has_a_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One answer, no result, no teacher: what cannot be drawn yet is said."""
+def test_a_run_that_has_just_started_has_a_report(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer, no result, no teacher: the report says what cannot be drawn yet."""
     lines = (copy / "journal.jsonl").read_text().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if "answered" in line)
     (copy / "journal.jsonl").write_text("".join(lines[: first + 1]))
@@ -114,12 +112,12 @@ def test_rank_correlations_come_with_their_intervals(finished_run: Path) -> None
     assert re.search(f"Kendall's tau {number} over \\d+ architectures; with MACs held fixed {number};", chart.caption)
 
 
-def test_the_front_is_what_no_other_beats_in_both() -> None:
+def test_the_front_holds_the_points_that_no_other_beats_in_both() -> None:
     x, y = [3.0, 1.0, 2.0, 4.0, 2.0, 5.0], [5.0, 1.0, 4.0, 4.5, 3.0, 6.0]
     assert accuracy_charts.front(x, y) == [1, 2, 0, 5]
 
 
-def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None:
+def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
     past = load_predictions(run)
     said = past.at_ask_time()
@@ -132,7 +130,9 @@ def test_predictions_are_shown_against_what_came_out(finished_run: Path) -> None
     assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
 
 
-def test_a_method_that_asks_no_surrogate_is_not_said_to(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_does_not_claim_that_another_method_asks_the_surrogate(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def said(folder: Path) -> tuple[str, str, str]:
         run = runs.open_run(str(folder))
         past = load_predictions(run)
@@ -152,7 +152,7 @@ def test_a_method_that_asks_no_surrogate_is_not_said_to(copy: Path, capsys: pyte
     assert "the method chose others" in told
 
 
-def test_a_cohort_is_one_bar_and_pauses_between_calls_are_cut(finished_run: Path) -> None:
+def test_a_cohort_is_one_bar_and_pauses_between_calls_are_left_out(finished_run: Path) -> None:
     some = runs.open_run(str(finished_run)).at(runs.open_run(str(finished_run)).plan.high)[:4]
     mates = [replace(e, worker="a", started=1000.0, seconds=10.0) for e in some[:2]]
     next_day = [replace(some[2], worker="a", started=90_000.0, seconds=5.0)]
@@ -191,8 +191,8 @@ def test_an_architecture_of_any_space_is_drawn(space: str, architecture: str, sh
         assert text in drawing
 
 
-def test_a_search_can_be_looked_into(tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the real thing: times and workers of evaluations, the teacher's losses, metrics for TensorBoard."""
+def test_a_real_search_can_be_inspected(tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real search has the times and workers of evaluations, the teacher's losses, and metrics for TensorBoard."""
     flags = "--space=nasbench201:channels=4,cells=1 --batch-size=16 --teacher-epochs=2 --low.fraction=1/2 "
     flags += "--low.epochs=1 --high.epochs=1 --max-low=4 --max-high=3 --device=cpu --workers=1 --log=tensorboard"
     assert cli.main(["search", *flags.split(), f"--data={tiny_npz}", f"--run-dir={tmp_path}/run"]) == 0

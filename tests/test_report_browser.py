@@ -1,4 +1,4 @@
-"""The report in a real browser: everything drawn, nothing asked of a network, no error, no sideways scrolling."""
+"""The report in a real browser: all charts drawn, no network requests, no errors, no sideways scrolling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE_S = 120.0  # on a busy machine
 
 
 class Browser:
-    """A headless Chromium, driven over a pair of pipes by its DevTools protocol: JSON texts that end with a NUL."""
+    """A headless Chromium, driven over a pair of pipes by its DevTools protocol: NUL-terminated JSON messages."""
 
     def __init__(self, program: str, profile: Path) -> None:
         theirs_in, ours_out = os.pipe()
@@ -43,7 +43,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Sends a command and returns its result; events that come in between are kept."""
+        """Sends a command and returns its result; events received meanwhile are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -68,13 +68,13 @@ class Browser:
         return message
 
     def evaluate(self, script: str) -> Any:
-        """The value of a script in the page; a promise is waited for."""
+        """The value of a script in the page; waits for promises."""
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def open(self, path: Path, width: int, scheme: str = "light") -> None:
-        """Loads a file into a window of `width` CSS pixels and waits until the page says that it is drawn."""
+        """Loads a file into a window of `width` CSS pixels and waits until the page has been drawn."""
         self.events.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -86,7 +86,7 @@ class Browser:
         )
 
     def complaints(self) -> list[str]:
-        """What the page has logged as warning or error, and exceptions that nothing caught."""
+        """Warnings and errors that the page logged, and uncaught exceptions."""
         found = []
         for event in self.events:
             details = event.get("params", {})
@@ -99,12 +99,12 @@ class Browser:
         return found
 
     def requests(self) -> list[str]:
-        """Addresses that the page has asked for."""
+        """URLs that the page requested."""
         sent = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith(("data:", "blob:"))]
 
     def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Saves the whole page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -147,7 +147,7 @@ def test_the_report_reads_at_any_width(browser: Browser, page: Path, width: int,
     marks = browser.evaluate(
         "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll('.point, .points path, .js-line').length)"
     )
-    assert min(marks) > 0  # every chart shows what it is about, not only its axes
+    assert min(marks) > 0  # every chart shows data, not only its axes
 
 
 def test_colours_follow_the_scheme(browser: Browser, page: Path) -> None:

@@ -1,4 +1,4 @@
-"""`space`: what is told of a space, and what a user's own is told to mend."""
+"""`space`: what it shows of a space, and which mistakes it finds in a user's own."""
 
 from __future__ import annotations
 
@@ -88,21 +88,21 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_with_what_to_do(mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_named_with_its_fix(mistake: str, tmp_path: Path) -> None:
     before, after, message = MISTAKES[mistake]
     assert before in GOOD
     with pytest.raises(UsageError, match=message):
         check(tmp_path, GOOD.replace(before, after))
 
 
-def test_features_without_a_partner_at_the_teacher_are_named(tmp_path: Path) -> None:
+def test_features_that_match_none_of_the_teacher_are_named(tmp_path: Path) -> None:
     padded = GOOD.replace("[first, second]", "[nn.Sequential(first, second, nn.ZeroPad2d(1))]")
     with pytest.raises(UsageError, match="no feature has the size of one of the teacher .*: 6x6 here, 8x8, 4x4, 2x2"):
         check(tmp_path, padded, "torchvision:resnet18")
 
 
 def test_the_command_checks_the_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """As docs/spaces.md has it."""
+    """As in docs/spaces.md."""
     assert cli.main(["space", "check", "examples/my_space.py:SPACE", "--resolution", "8"]) == 0
     assert "13,824 architectures, ready to search" in capsys.readouterr().out
     assert cli.main(["space", "check", "examples/none.py:SPACE"]) == 2

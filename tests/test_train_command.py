@@ -1,4 +1,4 @@
-"""`train`, `eval` and `export` on a user's own images and own space, as docs/data.md and docs/export.md have them."""
+"""`train`, `eval` and `export` with a user's own images and space, as in docs/data.md and docs/export.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = ["--device", "cpu", "--progress", "none"]
 
 
 def photos(folder: Path, images: int, names: tuple[str, ...] = ("dark", "light", "striped")) -> Path:
-    """A folder of images whose classes can be told apart, of several sizes and both formats."""
+    """A folder of images with distinguishable classes, several sizes and both formats."""
     rng = np.random.default_rng(0)
     for part, count in (("train", images), ("test", images // 2)):
         for label, name in enumerate(names):
@@ -64,7 +64,7 @@ def test_train_makes_a_run_with_a_winner(run: Path) -> None:
     assert Path(found.result["winner"]["weights"]).is_file()
 
 
-def test_another_data_set_of_the_same_classes_can_be_scored(
+def test_another_data_set_with_the_same_classes_can_be_scored(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newer = photos(tmp_path / "newer", 4)
@@ -78,7 +78,7 @@ def test_another_data_set_of_the_same_classes_can_be_scored(
     assert "has the classes dark, dotted, light, but the network was trained on dark, light, striped" in said
 
 
-def test_training_goes_on_from_the_weights_of_a_run(
+def test_training_starts_from_the_weights_of_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned = ["train", run, "--weights", "run", "--epochs", "1", "--lr", "1e-9", "--workers", "1", *HERE]
@@ -93,7 +93,7 @@ def test_training_goes_on_from_the_weights_of_a_run(
     assert "holds a search with other settings (lr: 1e-09 there, 0.1 here)" in said
 
 
-def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_of_a_run_is_complete(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = called(capsys, "export", run, *HERE)
     assert found["folder"] == str(run / "export" / SMALL)
     assert max(found["differences"].values()) <= 1e-4
@@ -108,7 +108,7 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
     ):
         assert text in card, text
     assert (run / "export" / SMALL / "model.py").is_file()
-    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):  # as a reader of the card would paste it
+    for snippet in re.findall(r"```python\n(.*?)```", card, re.DOTALL):  # pasted as a reader of the card would
         folder = run / "export" / SMALL
         Image.new("RGB", (90, 70), (255, 255, 255)).save(folder / "image.jpg")
         said = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=False)
@@ -131,14 +131,14 @@ def test_the_export_of_a_run_is_whole(run: Path, capsys: pytest.CaptureFixture[s
         (["eval"], "nothing to score: give a RUN, or --space, --arch, --weights and --data"),
     ],
 )
-def test_wrong_uses_say_what_to_do(
+def test_mistakes_say_what_to_do(
     line: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [{"RUN": str(run), "OUT": str(tmp_path / "out")}.get(word, word) for word in line]
     assert re.search(message, called(capsys, *words, *HERE, code=2))
 
 
-def test_flags_of_a_run_come_before_those_of_the_line(run: Path) -> None:
+def test_flags_override_those_of_a_run(run: Path) -> None:
     parser = train_command.parser()
     for given in ([str(run), "--epochs", "9"], ["--epochs", "9", str(run)], ["-q", str(run), "--epochs=9"]):
         line = train_command.with_defaults(parser, given)

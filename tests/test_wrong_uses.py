@@ -1,4 +1,4 @@
-"""What people do wrong: each ends with the documented exit code and one message that says what to do, no traceback.
+"""Mistakes of users. Each ends with the documented exit code and one message that says what to do, without a traceback.
 
 Everything is the real command but one thing: tasks of a worker are called in this process, since starting one takes
 seconds. What goes wrong between driver and worker is tested in test_fleet.py and test_faults.py.
@@ -65,7 +65,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert message in err
         assert "Traceback" not in err
         assert "internal error" not in err
-        assert out == "", "what fails has no result"
+        assert out == "", "a failed command prints no result"
 
     return check
 
@@ -158,7 +158,7 @@ def images(root: Path, part: str, kind: str, count: int = 4) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two classes of four images to train, and to test."""
+    """Two classes, each with four training and four test images."""
     for part in ("train", "test"):
         for kind in ("cat", "dog"):
             images(tmp_path / "photos", part, kind)
@@ -192,7 +192,7 @@ def test_a_batch_that_is_larger_than_the_data(ends: Ends, tiny_npz: Path) -> Non
     )
 
 
-def test_constraints_that_nothing_meets(ends: Ends, tiny_npz: Path) -> None:
+def test_constraints_that_no_architecture_meets(ends: Ends, tiny_npz: Path) -> None:
     ends(["search", *SMALL, f"--data={tiny_npz}", "--max-macs=1"], 2, "the smallest has")
 
 
@@ -201,7 +201,7 @@ def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
     ends([*words, "--device=cpu"], 2, "use a larger --resolution")
 
 
-def test_a_teacher_s_file_that_is_there_already(ends: Ends, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_file_that_exists_already(ends: Ends, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["teacher", f"--data={tiny_npz}", "--space=nasbench201:channels=4,cells=1", "--device=cpu", "-q"]
     assert cli.main([*words, "--teacher-epochs=1", "--batch-size=16", "--arch=0-0-0-1-0-0"]) == 0
     assert json.loads(capsys.readouterr().out)["epochs"] == 1
@@ -211,7 +211,7 @@ def test_a_teacher_s_file_that_is_there_already(ends: Ends, tiny_npz: Path, caps
     ends([*words, "--lr=-1"], 2, "--lr is -1.0; it must be greater than 0")
 
 
-def test_a_file_that_is_no_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
     (tmp_path / "t.safetensors").write_bytes(b"no weights at all")
     ends(["search", *SMALL, f"--data={tiny_npz}", "--teacher=t.safetensors"], 2, "is not a teacher file")
     save_file({"a": np.zeros(3)}, tmp_path / "t.safetensors")
@@ -220,7 +220,7 @@ def test_a_file_that_is_no_teacher(ends: Ends, tiny_npz: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def run(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished search, as it really leaves its folder."""
+    """The folder of a small finished search."""
     folder = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_context, "open_fleet", lambda *_: Here())
@@ -287,9 +287,7 @@ RAISES = SearchSpace("own", (Choice("a", (1, 2)),), broken)
         ("NOTHING", "has no SearchSpace named 'NOTHING'"),
     ],
 )
-def test_a_space_that_does_not_hold_the_contract(
-    ends: Ends, tiny_npz: Path, tmp_path: Path, name: str, message: str
-) -> None:
+def test_a_space_that_breaks_the_contract(ends: Ends, tiny_npz: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "own.py").write_text(SPACE)
     ends(["search", *SMALL, f"--data={tiny_npz}", f"--space=own.py:{name}"], 2, message)
 
@@ -300,7 +298,7 @@ def test_a_space_whose_file_does_not_load(ends: Ends, tmp_path: Path, code: str)
     ends(["search", *SMALL, "--data=glyphs:144", "--space=own.py:SPACE"], 2, "cannot load own.py")
 
 
-def test_a_run_folder_that_cannot_be_made(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created(ends: Ends, tiny_npz: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for place in ("file", "file/run", "/proc/run"):
         ends(["search", *SMALL, f"--data={tiny_npz}", f"--run-dir={place}"], 3, "choose another folder (--run-dir")
@@ -330,8 +328,8 @@ def test_other_settings_in_a_folder_that_holds_work(ends: Ends, run: Path, tiny_
     ends([*words, "--lr=0.5"], 2, "lr: 0.1 there, 0.5 here")
 
 
-def test_a_call_that_failed_at_once_binds_nobody(ends: Ends, tiny_npz: Path) -> None:
-    """The first call takes the wrong batch; the second must not be refused for differing from it."""
+def test_settings_of_a_call_that_failed_at_once_are_not_fixed(ends: Ends, tiny_npz: Path) -> None:
+    """The first call has a wrong batch size; the second must not be refused for having another one."""
     words = ["search", *SMALL, f"--data={tiny_npz}", "--run-dir=run"]
     ends([*words, "--batch-size=500"], 2, "lower it")
     ends([*words, "--max-macs=1"], 2, "the smallest has")
@@ -357,7 +355,7 @@ def test_a_run_folder_of_another_version_or_damaged(
 
 
 def test_a_package_that_is_missing(tmp_path: Path) -> None:
-    """The usual first error: the environment is not active."""
+    """The usual first mistake: the environment is not active."""
     root = Path(cli.__file__).parent
     bare = [shutil.which("python3", path="/usr/bin:/usr/local/bin") or "", "-S", "-E"]
     if not bare[0]:
