@@ -1,4 +1,4 @@
-"""Images per CPU-second of the loader's backends, each in the same run as its peer, turn by turn.
+"""Images per CPU-second of the loader's backends, each timed alternately with its peer in the same run.
 
     pytest bench/bench_loader.py --benchmark-json=loader.json
 
@@ -29,14 +29,14 @@ from engine.data.dataset import Dataset, Split
 from engine.data.loader import train_batches
 
 ROUNDS = 3
-EPOCHS = {"arrays": 2, "files": 6}  # the making of a pipeline, some 0.2 s, is part of each run
+EPOCHS = {"arrays": 2, "files": 6}  # building a pipeline, some 0.2 s, is part of each run
 CALTECH = Path(__file__).parents[2] / "shared" / "data" / "caltech101_500.tar"
 MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 Run = Callable[[], Iterable[Tensor]]
 
 
-class Peer(Dataset[Tensor]):
-    """What a training script has without us: one image at a time through torchvision's v2 transforms."""
+class Peer(TorchDataset[Tensor]):
+    """A usual training script: one image at a time through torchvision's v2 transforms."""
 
     def __init__(self, items: Any, transform: Callable[[Any], Tensor]) -> None:
         self.items, self.transform = items, transform
@@ -48,7 +48,7 @@ class Peer(Dataset[Tensor]):
         return self.transform(self.items[i])
 
 
-def opened(path: str) -> Image.Image:
+def open_rgb(path: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
@@ -58,21 +58,21 @@ def cifar_like() -> Dataset:
     rng = np.random.default_rng(0)
     small = torch.from_numpy(rng.random((10_000, 3, 5, 5), np.float32) * 255)
     images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").byte().permute(0, 2, 3, 1)
-    part = Split(rng.integers(0, 100, 10_000), np.ascontiguousarray(images.numpy()), None)
-    return Dataset("cifar-like", part, part, part, tuple(map(str, range(100))), MEAN, STD, 32, flip=True)
+    split = Split(rng.integers(0, 100, 10_000), np.ascontiguousarray(images.numpy()), None)
+    return Dataset("cifar-like", split, split, split, tuple(map(str, range(100))), MEAN, STD, 32, flip=True)
 
 
-@pytest.fixture(scope="module", params=["made, 500 x 375", "Caltech-101"])
+@pytest.fixture(scope="module", params=["synthetic, 500 x 375", "Caltech-101"])
 def jpegs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """192 JPEG files: made ones of 50 kB, or photographs of about 300 x 200 where they are at hand."""
+    """192 JPEG files: synthetic ones of 50 kB, or photographs of about 300 x 200 if available."""
     folder = tmp_path_factory.mktemp("jpegs")
-    paths = made(folder) if request.param.startswith("made") else photographs(folder)
-    part = Split(np.arange(192) % 10, None, tuple(map(str, paths[:192])))
-    return Dataset(request.param, part, part, part, tuple("abcdefghij"), MEAN, STD, 224, flip=True)
+    paths = synthetic_jpegs(folder) if request.param.startswith("synthetic") else photographs(folder)
+    split = Split(np.arange(192) % 10, None, tuple(map(str, paths[:192])))
+    return Dataset(request.param, split, split, split, tuple("abcdefghij"), MEAN, STD, 224, flip=True)
 
 
-def made(folder: Path) -> list[Path]:
-    """Smooth shapes with some grain, quality 90."""
+def synthetic_jpegs(folder: Path) -> list[Path]:
+    """Smooth shapes with noise, JPEG quality 90."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{i}.jpg" for i in range(192)]
     for path in paths:
@@ -86,14 +86,14 @@ def made(folder: Path) -> list[Path]:
 
 def photographs(folder: Path) -> list[Path]:
     if not CALTECH.exists():
-        pytest.skip(f"{CALTECH.name} is not at hand")
+        pytest.skip(f"no ../shared/data/{CALTECH.name} beside the checkout")
     with tarfile.open(CALTECH) as tar:
         tar.extractall(folder, filter="data")
     return sorted(folder.rglob("*.jpg"))
 
 
 def ours(data: Dataset, batch_size: int, backend: str) -> Run:
-    """Each run is some epochs, the making of the pipeline included."""
+    """A run is some epochs, including building the pipeline."""
     epochs = EPOCHS["files" if data.train.files else "arrays"]
     batches = train_batches(
         data.train, np.arange(len(data.train)), data=data, batch_size=batch_size, epochs=epochs, resolution=0, seed=0,
@@ -107,7 +107,7 @@ def epochs_of(loader: DataLoader[Tensor], kind: str) -> Run:
 
 
 def compared(benchmark: Any, run: Run, peer: Run, name: str, shape: tuple[int, ...]) -> None:
-    """Check that both give the same kind of images, then time them in turn; median over the rounds."""
+    """Checks that both give equivalent images, then times them alternately; median over the rounds."""
     check(run, peer, shape)
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     images = dict.fromkeys(seconds, 0)
@@ -129,7 +129,7 @@ def compared(benchmark: Any, run: Run, peer: Run, name: str, shape: tuple[int, .
 
 
 def check(run: Run, peer: Run, shape: tuple[int, ...]) -> None:
-    """Both give float32 batches of `shape` with the same statistics: the law of the augmentation is the same."""
+    """Both give float32 batches of `shape` with the same statistics, as the augmentation has the same distribution."""
     one, other = (torch.cat(list(batches())) for batches in (run, peer))
     assert one.dtype == other.dtype == torch.float32
     assert one.shape[1:] == other.shape[1:] == shape
@@ -166,7 +166,7 @@ def test_arrays(benchmark: Any, cifar_like: Dataset, backend: str) -> None:
 def test_jpegs(benchmark: Any, jpegs: Dataset) -> None:
     transform = v2.Compose(
         [
-            opened,
+            open_rgb,
             v2.RandomResizedCrop(224, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ToImage(),

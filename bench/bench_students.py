@@ -1,13 +1,14 @@
-"""Whole low-fidelity evaluations: cohorts of students against the loop that a training script has, in the same run.
+"""Whole low-fidelity evaluations: cohorts of students against the loop of a usual training script, in the same run.
 
     python -m pytest bench/bench_students.py --benchmark-json=raw.json
     python -m bench.bench_students raw.json bench/results/cpu-amd-epyc     # students.json and students.png
 
 `naive` trains one student at a time as RepDistiller does: a DataLoader with torchvision's transforms, the teacher's
 forward pass for each student, losses in plain PyTorch, NCHW, a host read of the loss per step. Both sides start from
-the same weights and train as many steps on as many images; set-up and the evaluation afterwards are counted. On a CPU
-seconds are CPU-seconds of the process (one thread), so that other work on the machine counts little; on CUDA they are
-wall time to the device's last step. The naive loop has a process of its own, so that nothing we set there speeds it up.
+the same weights and train the same number of steps on the same number of images; set-up and the final evaluation are
+counted. On a CPU, seconds are CPU-seconds of the process (one thread), which other work on the machine affects little;
+on CUDA they are wall time until the device's last step. The naive loop runs in a process of its own, so that none of
+our settings speeds it up.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ from engine.training.distill import Objective, teacher_output
 from engine.training.evaluate import build_student, evaluate
 from engine.trial import Evaluation, Fidelity, KDLoss, Trial
 
-LINES = os.environ.get("BENCH_LINES")  # a file that gets each bench's figures at once, should a limit end the rest
+# A file to append the figures of each bench to immediately, in case a time limit ends the others.
+LINES = os.environ.get("BENCH_LINES")
 ROUNDS = 2
 NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="no CUDA device")
-CPU = pytest.mark.skipif(CUDA, reason="the CPU's sizes")
+CPU = pytest.mark.skipif(CUDA, reason="sizes for a CPU")
 
 
 def ours(at: BenchCase, trials: list[Trial], **resources: Any) -> list[Evaluation]:
-    answers = evaluate(at.bench, str(at.teacher_file), trials, Resources(**resources))
+    answers = evaluate(at.context, at.teacher_file, trials, Resources(**resources))
     assert [answer.error for answer in answers if not answer.ok] == []
     return answers
 
@@ -55,16 +57,16 @@ def naive_seconds(at: BenchCase, trial: Trial) -> float:
 
 
 def check(at: BenchCase, trial: Trial) -> None:
-    """Both sides minimise the same: their losses agree on a batch before anything is timed."""
-    config, classes = at.bench.config, len(at.bench.data.classes)
+    """Both sides minimise the same loss: checked on a batch before anything is timed."""
+    config, classes = at.context.config, len(at.context.data.classes)
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % classes
     with torch.no_grad():
-        student, taught = build_student(config, trial, classes)(images), teachers.load(at.teacher_file).eval()(images)
-        objective = Objective(config, trial.fidelity.kd_loss, student, taught)
-        fused = objective(student, teacher_output(taught, objective.feature_keys), labels)
+        student, target = build_student(config, trial, classes)(images), teachers.load(at.teacher_file).eval()(images)
+        objective = Objective(config, trial.fidelity.kd_loss, student, target)
+        fused = objective(student, teacher_output(target, objective.feature_keys), labels)
         torch.testing.assert_close(
-            fused, naive_loss(config, trial.fidelity.kd_loss, student, taught, labels), rtol=2e-3, atol=0
+            fused, naive_loss(config, trial.fidelity.kd_loss, student, target, labels), rtol=2e-3, atol=0
         )
 
 
@@ -85,7 +87,7 @@ def report(benchmark: Any, **figures: Any) -> None:
 
 
 def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -> None:
-    """`cohorts` cohorts of `trials` one after the other against the naive loop over them, in turns."""
+    """`cohorts` cohorts of `trials`, one after another, timed alternately with the naive loop over the same trials."""
     check(at, trials[0])
     other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     short = replace(trials[0], fidelity=replace(trials[0].fidelity, epochs=1))
@@ -98,7 +100,7 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
     def one_round() -> None:
         from engine.training import evaluate as worker
 
-        worker._teacher.cache_clear()  # a search begins: nothing is known of the teacher
+        worker._teacher.cache_clear()  # as at the start of a search: an empty teacher cache
         theirs.append(sum(other.submit(naive_seconds, at, one).result() for one in trials) / len(trials))
         first.append(seconds(lambda: ours(at, trials)) / len(trials))
         later.extend(seconds(lambda: ours(at, trials)) / len(trials) for _ in range(cohorts - 1))
@@ -117,7 +119,7 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
         seconds_each={"naive": theirs, "first cohort": first, "later cohorts": later},
         cohort=len(trials),
         cohorts=cohorts,
-        space=at.bench.config.space,
+        space=at.context.config.space,
         kd_loss=at.low.kd_loss,
     )
 
@@ -130,8 +132,8 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
     ids=["mobilenetv2-kd", "mobilenetv2-nst", "light-nasbench201-kd", "light-nasbench201-nst"],
 )
 def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss) -> None:
-    """Two cohorts of 4, as a search asks for them: the second finds what the teacher said to the first. Of a search's
-    cohorts all but one are such second ones."""
+    """Two cohorts of 4, as in a search: the second finds the teacher's outputs in the cache, like all but the first
+    cohort of a search."""
     at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss=kd_loss), space)
     compared(benchmark, at, at.trials(4), cohorts=2)
 
@@ -139,7 +141,7 @@ def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss
 @CPU
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort")
 def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
-    """Without what was kept of the teacher, so that the cohort's share of it is seen; predicted from K = 1."""
+    """Without the teacher cache, to show the effect of sharing within a cohort; predicted from K = 1."""
     at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss="kd"), "nasbench201:cells=1")
     trials, sizes = at.trials(8), (1, 2, 4, 8)
     spent: dict[int, list[float]] = {size: [] for size in sizes}
@@ -148,8 +150,10 @@ def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
     def cohort(size: int) -> None:
         groups = [trials[i : i + size] for i in range(0, 8, size)]
         answers: list[Evaluation] = []
-        how = {"teacher_cache": "0", "students_per_gpu": str(size)}
-        spent[size].append(seconds(lambda: answers.extend(a for group in groups for a in ours(at, group, **how))) / 8)
+        options = {"teacher_cache": "0", "students_per_gpu": str(size)}
+        spent[size].append(
+            seconds(lambda: answers.extend(a for group in groups for a in ours(at, group, **options))) / 8
+        )
         if size == 1:
             shared = sum(a.costs["teacher"] + a.costs["data"] for a in answers)
             shares.append(shared / sum(a.seconds for a in answers))
@@ -219,8 +223,9 @@ def test_the_papers_low_fidelity(benchmark: Any, real: BenchCase) -> None:
 @NEEDS_CUDA
 @pytest.mark.benchmark(group="students: graphs against eager steps on a device")
 def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
-    """20 architectures, 10 epochs: graph, eager, and eager with another seed, whose spread is the noise to judge by."""
-    at = replace(real, bench=replace(real.bench, config=replace(real.bench.config, low=replace(PAPER, epochs=10))))
+    """20 architectures, 10 epochs: graph, eager, and eager with another seed, which gives the noise level."""
+    config = replace(real.context.config, low=replace(PAPER, epochs=10))
+    at = replace(real, context=replace(real.context, config=config))
     trials = at.trials(20)
     other = [replace(trial, seed=1) for trial in trials]
     spent: dict[str, float] = {}
@@ -229,9 +234,9 @@ def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
     def run(name: str, group: list[Trial], execution: str) -> None:
         found: list[Evaluation] = []
         for start in range(0, 20, 8):
-            part = group[start : start + 8]
+            cohort = group[start : start + 8]
             spent[name] = spent.get(name, 0.0) + seconds(
-                lambda part=part: found.extend(ours(at, part, execution=execution))  # type: ignore[misc]
+                lambda cohort=cohort: found.extend(ours(at, cohort, execution=execution))  # type: ignore[misc]
             )
         tables[name] = [round(one.accuracy, 4) for one in found]
 
@@ -239,16 +244,16 @@ def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
     run("eager", trials, "eager")
     run("eager, seed 1", other, "eager")
     graph, eager, seeds = (np.array(tables[name]) for name in ("graph", "eager", "eager, seed 1"))
-    apart, by_luck = (float(((eager - other) ** 2).mean() ** 0.5) for other in (graph, seeds))
-    assert apart <= 2 * by_luck + 0.005, "graphs score otherwise than eager steps"
+    difference, noise_level = (float(((eager - other) ** 2).mean() ** 0.5) for other in (graph, seeds))
+    assert difference <= 2 * noise_level + 0.005, "graphs and eager steps score differently"
     report(
         benchmark,
         peer="eager",
         ratio=round(spent["eager"] / spent["graph"], 2),
         accuracies=tables,
         mean_difference=round(float((graph - eager).mean()), 4),
-        rms_difference=round(apart, 4),
-        rms_between_seeds=round(by_luck, 4),
+        rms_difference=round(difference, 4),
+        rms_between_seeds=round(noise_level, 4),
     )
 
 
@@ -256,9 +261,9 @@ def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
 @NEEDS_CUDA
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort, on a device")
 def test_cohort_sizes_on_a_device(benchmark: Any, tmp_path: Path) -> None:
-    """Steady state on synthetic batches: 200 steps, 8 students, with graphs and without."""
+    """Steady state on synthetic batches: 200 steps, 8 students, with and without graphs."""
     at = setup(tmp_path, noise(64 * 50, 256), Fidelity("low", epochs=4, kd_loss="kd"))
-    at = replace(at, bench=replace(at.bench, config=replace(at.bench.config, data_backend="synthetic")))
+    at = replace(at, context=replace(at.context, config=replace(at.context.config, data_backend="synthetic")))
     trials = at.trials(8)
     table: dict[str, float] = {}
 
@@ -266,9 +271,9 @@ def test_cohort_sizes_on_a_device(benchmark: Any, tmp_path: Path) -> None:
         for execution in ("auto", "eager"):
             for size in (1, 2, 4, 8):
                 groups = [trials[i : i + size] for i in range(0, 8, size)]
-                how = {"teacher_cache": "0", "execution": execution, "students_per_gpu": str(size)}
-                for _ in range(2):  # the first round of a size warms it up
-                    each = seconds(lambda groups=groups, how=how: [ours(at, g, **how) for g in groups]) / 8  # type: ignore[misc]
+                options = {"teacher_cache": "0", "execution": execution, "students_per_gpu": str(size)}
+                for _ in range(2):  # the first is the warm-up
+                    each = seconds(lambda groups=groups, options=options: [ours(at, g, **options) for g in groups]) / 8  # type: ignore[misc]
                 table[f"{'graph' if execution == 'auto' else execution}, K = {size}"] = round(3600 / each, 1)
 
     benchmark.pedantic(one_round, rounds=1)

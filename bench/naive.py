@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from context.bench_kernels import repdistiller_nst
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
+from bench.bench_kernels import repdistiller_nst
 from engine.config import SearchConfig
 from engine.data.dataset import Dataset, Split, fingerprint, load, subset
+from engine.run_folder import RunFolder
 from engine.spaces.load import load_space
 from engine.training import teacher as teachers
 from engine.training.context import WorkerContext, keep_freed_memory
@@ -32,11 +33,11 @@ from kernels.functional import pooled
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER = f"{ROOT / 'context' / 'cifar_resnet.py'}:space#3"  # ResNet-56
+TEACHER = f"{ROOT / 'examples' / 'my_teacher.py'}:resnet56"
 
 
 @dataclass(frozen=True)
-class Ground:
+class BenchCase:
     """What both sides stand on: the same data, the same teacher, the same space and settings."""
 
     context: WorkerContext
@@ -50,7 +51,8 @@ class Ground:
         """Architectures drawn from the space, the same in every run."""
         choices, rng = load_space(self.context.config.space).choices, np.random.default_rng(0)
         drawn = [tuple(int(rng.integers(len(choice.options))) for choice in choices) for _ in range(count)]
-        return [Trial(number, Architecture(one), self.low, self.context.config.seed) for number, one in enumerate(drawn)]
+        seed = self.context.config.seed
+        return [Trial(number, Architecture(one), self.low, seed) for number, one in enumerate(drawn)]
 
 
 def noise(train: int, valid: int) -> Dataset:
@@ -74,7 +76,7 @@ def cifar100(folder: Path) -> Dataset:
     return load(str(plain), valid_fraction=0.1, cache=folder / "cache")
 
 
-def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> Ground:
+def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> BenchCase:
     config = SearchConfig(space=space, low=low, batch_size=64, lr=lr, data_backend="resident" if CUDA else "dali")
     torch.manual_seed(0)
     card = teachers.Card(
@@ -85,13 +87,13 @@ def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2"
     torch.set_num_threads(1)
     if not CUDA:
         keep_freed_memory()  # as a worker does
-    return Ground(WorkerContext(config, data, DEVICE, folder), path)
+    return BenchCase(WorkerContext(config, data, DEVICE, RunFolder(folder)), path)
 
 
 # ---- the naive loop ------------------------------------------------------------------------------------
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(TorchDataset[tuple[Tensor, int]]):
     """One image at a time, as every tutorial has it."""
 
     def __init__(self, part: Split, rows: Any, data: Dataset, training: bool) -> None:
@@ -120,7 +122,7 @@ def naive_loss(config: SearchConfig, kd_loss: KDLoss, student: Output, teacher: 
     return loss
 
 
-def naive(at: Ground, trial: Trial, epochs: int | None = None) -> float:
+def naive(at: BenchCase, trial: Trial, epochs: int | None = None) -> float:
     """Validation accuracy after one student's training, alone."""
     config, data, fidelity = at.context.config, at.context.data, trial.fidelity
     rows = subset(data.train.labels, fidelity.fraction, config.seed)

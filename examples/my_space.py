@@ -1,8 +1,8 @@
-"""A search space of one's own: three stages of plain convolutions, each of a depth, a kernel and a width.
+"""A search space of your own: three stages of plain convolutions, each with a depth, a kernel size and a width.
 
     python cli.py search --space examples/my_space.py:SPACE
 
-Only `name`, `choices` and `build` are needed; without a `cost` MACs and parameters are counted on built networks.
+Only `name`, `choices` and `build` are required. Without `cost`, MACs and parameters are counted on built networks.
 """
 
 from engine.space import Choice, SearchSpace
@@ -11,8 +11,8 @@ DEPTHS, KERNELS, CHANNELS = (1, 2, 3), (3, 5), (16, 24, 32, 48)
 
 
 def build(choices: tuple[int, ...], classes: int, width: float):
-    """The network of one option index per choice, its channels scaled by `width`."""
-    from torch import nn  # here, so that planning a search need not load torch
+    """The network of an architecture (one option index per choice), its channels scaled by `width`."""
+    from torch import nn  # imported here, so that planning a search does not load torch
 
     from engine.networks import Staged, conv_bn, pooled_classifier
 

@@ -1,8 +1,8 @@
-"""A teacher of one's own: the CIFAR ResNets of He et al. (arXiv 1512.03385), 6n + 2 layers, option A shortcuts.
+"""A teacher of your own: the CIFAR ResNets of He et al. (arXiv 1512.03385), 6n + 2 layers, option A shortcuts.
 
     python cli.py teacher --arch examples/my_teacher.py:resnet20 --weights resnet20.safetensors --data cifar10
 
-A function of the number of classes that returns a module is enough; its forward may return logits alone.
+All it takes is a function of the number of classes that returns a module; its forward may return only logits.
 """
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: every other pixel, and zeros for the new channels."""
+    """Two 3x3 convolutions and a shortcut without parameters: strided, with zeros for the additional channels."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -22,8 +22,9 @@ class Block(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         value = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
-        shortcut = F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new, self.new))
-        return F.relu(value + shortcut)
+        if self.new:
+            images = F.pad(images[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new, self.new))
+        return F.relu(value + images)
 
 
 class ResNet(nn.Module):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from engine.data.dataset import Dataset, Split
 from engine.data.loader import eval_batches
-from engine.export import forms as export
+from engine.export import formats
 from engine.export.card import with_onnx
 from engine.run_folder import RunFolder
 from engine.spaces.load import load_space
@@ -72,7 +72,7 @@ def task_of(run: Path, spec: str, architecture: str) -> ExportTask:
 
 
 def run_export(task: ExportTask) -> dict[str, Any]:
-    return export.run_export(json.loads(json.dumps(task_to_json(task))))
+    return formats.run_export(json.loads(json.dumps(task_to_json(task))))
 
 
 def logits(task: ExportTask, images: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_every_format_gives_the_logits_of_the_checkpoint(spec: str, tmp_path: Pa
     images = (pixels / 255 - mean) / std
     truth = logits(task, images)
     assert truth.std() > 1e-3  # it depends on the image
-    elsewhere = export._import(out / "model.py").preprocess(pixels.to("meta"))
+    elsewhere = formats._import(out / "model.py").preprocess(pixels.to("meta"))
     assert elsewhere.device.type == "meta"  # where the pixels are, as on a GPU
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
@@ -189,7 +189,7 @@ def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: Ex
     }  # fmt: skip
     card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card
-    for text in ("91.25 %", "not measured", "5,000 images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}"):
+    for text in ("91.25 %", "not measured", "5,000 training images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}"):
         assert text in card, text
 
 
@@ -221,13 +221,13 @@ def test_an_export_replaces_only_an_earlier_export(
 def test_a_format_with_other_logits_is_an_error_and_leaves_no_files(
     own: ExportTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = export.to_onnx
+    real = formats.to_onnx
 
     def wrong(program: Any, task: Any, path: Path) -> Any:
         network = load_space(own.space).build((1,), len(CLASSES), 1.0)
-        return real(export.exported(export.Logits(network).eval(), task.resolution), task, path)
+        return real(formats.exported(formats.Logits(network).eval(), task.resolution), task, path)
 
-    monkeypatch.setattr(export, "to_onnx", wrong)
+    monkeypatch.setattr(formats, "to_onnx", wrong)
     with pytest.raises(EngineError, match=r"model.onnx differs from the checkpoint of 1 by"):
         run_export(own)
     assert not own.out.exists()
@@ -244,4 +244,4 @@ def test_a_network_that_cannot_be_exported_is_refused_with_the_reason(tmp_path: 
             return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
     with pytest.raises(UsageError, match="torch.export cannot trace this network"):
-        export.exported(Branching(), 16)  # type: ignore[arg-type]
+        formats.exported(Branching(), 16)  # type: ignore[arg-type]

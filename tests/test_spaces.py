@@ -22,7 +22,7 @@ from torch import nn
 from engine import space as space_module
 from engine.networks import Staged, conv_bn, count_cost, pooled_classifier
 from engine.networks.nasbench201 import Cell, Reduction
-from engine.networks.shufflenetv2 import DownUnit, Unit, shuffled
+from engine.networks.shufflenetv2 import DownUnit, Unit, shuffle
 from engine.space import Choice, SearchSpace, candidates
 from engine.spaces import SPACES, mobilenetv2, nasbench201, shufflenetv2
 from engine.spaces.arithmetic import rounded, strided, widths
@@ -385,9 +385,9 @@ def test_depthwise_networks_start_as_he_et_al() -> None:
 
 def test_units_split_and_shuffle() -> None:
     a, b = torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1), torch.tensor([4.0, 5, 6]).view(1, 3, 1, 1)
-    assert shuffled(a, b).flatten().tolist() == [1, 4, 2, 5, 3, 6]
+    assert shuffle(a, b).flatten().tolist() == [1, 4, 2, 5, 3, 6]
     half = torch.empty(2, 4, 5, 5, device="meta").to(memory_format=torch.channels_last)  # as any device but a CPU
-    assert shuffled(half, half).is_contiguous(memory_format=torch.channels_last)
+    assert shuffle(half, half).is_contiguous(memory_format=torch.channels_last)
     image = torch.rand(2, 8, 6, 6)
     output = Unit(8)(image)
     assert torch.equal(output[:, ::2], image[:, :4])

@@ -1,4 +1,4 @@
-"""What model.py is made of: everything that a function needs, and nothing of ours."""
+"""The source of model.py: everything that a function needs, and nothing of the engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ UNUSED = 3
 
 
 class Base:
-    """Before its child in the file, and so in the text."""
+    """Before its subclass in the file, and so in the output."""
 
 
 class Child(Base):
@@ -60,7 +60,7 @@ def unused():
 '''
 
 
-def test_the_text_holds_what_is_used_and_runs_without_us(tmp_path: Path) -> None:
+def test_the_source_contains_what_is_used_and_runs_without_the_engine(tmp_path: Path) -> None:
     closure = closure_of(module(tmp_path / "own.py", OWN).build)
     closure.add_imports({Imported("torch", "nn", "nn")}, set())
     text = "\n".join(["from __future__ import annotations", *closure.import_lines(), closure.text()])
@@ -74,7 +74,7 @@ def test_the_text_holds_what_is_used_and_runs_without_us(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("spec", ["nasbench201", "mobilenetv2", "shufflenetv2", "examples/my_space.py:SPACE"])
-def test_every_space_of_ours_needs_torch_alone(spec: str) -> None:
+def test_every_built_in_space_needs_only_torch(spec: str) -> None:
     build, _ = call_of(load_space(spec).build)
     for line in closure_of(build).import_lines():
         assert line.split()[1].split(".")[0] in {"torch", "collections"}, line
@@ -94,12 +94,12 @@ def test_every_space_of_ours_needs_torch_alone(spec: str) -> None:
         ),
     ],
 )
-def test_what_needs_more_is_refused_with_the_reason(text: str, message: str, tmp_path: Path) -> None:
+def test_code_that_needs_more_is_refused_with_the_reason(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(NotSelfContained, match=message):
         closure_of(module(tmp_path / "own.py", text).build)
 
 
-def test_names_of_the_rest_of_the_file_must_be_free(tmp_path: Path) -> None:
+def test_names_of_the_rest_of_model_py_must_be_free(tmp_path: Path) -> None:
     closure = closure_of(module(tmp_path / "own.py", "MEAN = 1\ndef build(c, n, w):\n    return MEAN").build)
     with pytest.raises(NotSelfContained, match="`MEAN` would mean two things"):
         closure.add_imports(set(), {"MEAN"})
@@ -108,7 +108,7 @@ def test_names_of_the_rest_of_the_file_must_be_free(tmp_path: Path) -> None:
 def test_a_build_must_be_a_function_with_plain_arguments() -> None:
     assert call_of(load_space("nasbench201:channels=4,cells=1").build)[1] == "4, 1, "
     for build, message in (
-        (lambda c, n, w: None, "no function at the top level"),
+        (lambda c, n, w: None, "not a function at the top level"),
         (partial(module, object()), "cannot be written as text"),
         (partial(module, text="x"), "by name"),
     ):

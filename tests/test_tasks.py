@@ -71,7 +71,7 @@ def test_every_kind_of_task_and_answer_is_among_the_examples() -> None:
                 tasks.ScoreTask,
             ],
         ),
-        ("engine.export.forms", [tasks.ExportTask]),
+        ("engine.export.formats", [tasks.ExportTask]),
         ("engine.training.spacecheck", [tasks.SpaceCheckTask]),
     ],
 )

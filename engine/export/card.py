@@ -35,7 +35,7 @@ print(facts["classes"][logits[0].argmax()])
 ```
 """
 
-# As the loader brings images to the network's size (engine/data/loader.py): those of arrays whole, of files the centre.
+# The preprocessing of the loader (engine/data/loader.py): arrays are resized whole, files cropped to the centre.
 WHOLE = """image = Image.open("image.png").convert("RGB")
 image = image.resize(({resolution}, {resolution}), Image.Resampling.BILINEAR)"""
 CENTRE = """image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
@@ -46,16 +46,16 @@ image = image.crop((left, top, left + {resolution}, top + {resolution}))"""
 
 FILES = {
     "weights.safetensors": "parameters and buffers",
-    "model.py": "the network as readable code; needs torch alone",
+    "model.py": "the network as readable code; needs only torch",
     "model.onnx": "ONNX, any batch size; input `images`, output `logits`; classes and normalisation in its metadata",
-    "model.pt2": "`torch.export.load(\"model.pt2\").module()`, any batch size",
+    "model.pt2": '`torch.export.load("model.pt2").module()`, any batch size',
 }
 
 
 def model_card(report: Json, task: ExportTask) -> str:
-    """Markdown: what the network is, what it was trained on and how, how good and fast it is, and how to use it.
+    """Markdown: the network, its data and training, its accuracy and latency, and how to use it.
 
-    `report` is that of forms.write_forms, `task` that of run_export; `task.card` holds what the run knows.
+    `report` comes from formats.write_formats; `task.card` holds the facts that the run knows.
     """
     facts, resolution, classes = task.card, task.resolution, task.normalisation.classes
     missing = {"model.py"} if report["no_model_py"] else set()
@@ -63,18 +63,18 @@ def model_card(report: Json, task: ExportTask) -> str:
         ("architecture", f"`{report['architecture']}` of the space `{task.space}`"),
         ("input", f"(N, 3, {resolution}, {resolution}), RGB, normalised as below"),
         ("output", f"logits (N, {len(classes)}), one per class"),
-        ("accuracy, validation part", _percent(facts["valid_accuracy"])),
-        ("accuracy, test part", _percent(facts["test_accuracy"])),
+        ("accuracy, validation split", _percent(facts["valid_accuracy"])),
+        ("accuracy, test split", _percent(facts["test_accuracy"])),
         ("multiply-accumulates", f"{report['macs']:,}"),
         ("parameters", f"{report['params']:,}"),
-        ("data", f"`{facts['data']}`: {facts['images']['train']:,} images trained on, {len(classes)} classes"),
+        ("data", f"`{facts['data']}`: {facts['images']['train']:,} training images, {len(classes)} classes"),
         ("training", facts["training"]),
         ("teacher", facts["distillation"]),
     ]
     shorter = _shorter(resolution)
-    cropped = f"the centre of images whose shorter side was brought to {shorter} pixels" if facts["files"] else "images"
+    cropped = f"the centre of images whose shorter side was resized to {shorter} pixels" if facts["files"] else "images"
     latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
-    forms = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
+    formats = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
     checked = ", ".join(f"`{name}` {value:.1e}" for name, value in report["differences"].items())
     return "\n".join(
         [
@@ -83,7 +83,7 @@ def model_card(report: Json, task: ExportTask) -> str:
             "| --- | --- |",
             *(f"| {name} | {value} |" for name, value in rows),
             "\n## Files\n",
-            *forms,
+            *formats,
             *([f"- no `model.py`: {report['no_model_py']}"] if missing else []),
             f"\nLargest difference of a logit from the checkpoint, float32, batches of 1 and 3: {checked}.",
             "\n## Input\n",
@@ -94,9 +94,9 @@ def model_card(report: Json, task: ExportTask) -> str:
             *(["\n## With model.py", WITH_MODEL_PY.format(resolution=resolution)] if not missing else []),
             "\n## With onnxruntime",
             with_onnx(resolution, facts["files"]),
-            "## Latency here\n",
-            f"Milliseconds of a forward pass in float32 on {facts['machine']}; the least of three medians of ten.\n",
-            "| form | ms |",
+            "## Latency\n",
+            f"Milliseconds of a forward pass in float32 on {facts['machine']}; the minimum of three medians of ten.\n",
+            "| format | ms |",
             "| --- | --- |",
             *latency,
             "\n## Classes\n",
@@ -111,13 +111,13 @@ def model_card(report: Json, task: ExportTask) -> str:
 
 
 def with_onnx(resolution: int, files: bool) -> str:
-    """The card's example of onnxruntime, for data that are image files or arrays."""
+    """The card's example for onnxruntime; `files`: the training data were image files, not arrays."""
     image = (CENTRE if files else WHOLE).format(resolution=resolution, shorter=_shorter(resolution))
     return WITH_ONNX.format(image=image, modules="Image, ImageOps" if files else "Image")
 
 
 def _shorter(resolution: int) -> int:
-    """Pixels of the shorter side of an image file before its centre is taken."""
+    """Pixels of the shorter side of an image file before the centre crop."""
     return resolution + 2 * round(resolution / 14)
 
 

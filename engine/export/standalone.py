@@ -1,6 +1,6 @@
-"""From a function of ours, or of a user's file, to a text that needs only torch: what it uses and nothing else.
+"""Turns a function of the engine or of a user's file into source code that needs only torch, with everything it uses.
 
-Definitions are copied as they are written, comments included; imports of the engine are replaced by what they import.
+Definitions are copied verbatim, with comments; imports from the engine are replaced by the imported definitions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OURS = "engine"
 
 
 class NotSelfContained(Exception):
-    """Why a function cannot stand alone: its text says which line of whose file."""
+    """A function cannot be made self-contained; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """Where a name comes from: `from module import name` or, with `name` empty, `import module`; `as` another name."""
+    """The origin of a name: `from module import name as alias` or, if `name` is empty, `import module as alias`."""
 
     module: str
     name: str
@@ -35,15 +35,17 @@ class Imported:
 
     def __str__(self) -> str:
         """The statement that imports it."""
-        head, own = (f"from {self.module} import {self.name}", self.name) if self.name else (
-            f"import {self.module}", self.module.split(".")[0]
+        head, own = (
+            (f"from {self.module} import {self.name}", self.name)
+            if self.name
+            else (f"import {self.module}", self.module.split(".")[0])
         )
         return head if self.alias == own else f"{head} as {self.alias}"
 
 
 @dataclass
 class Source:
-    """A Python file: its top-level definitions and imports by name, and which definitions are wanted."""
+    """A Python file: its top-level definitions and imports by name, and the names of the definitions to copy."""
 
     path: Path
     lines: list[str]
@@ -54,7 +56,7 @@ class Source:
 
 @dataclass
 class Closure:
-    """Everything that some definitions need: definitions by file, which file uses which, and imports of torch."""
+    """Everything that a function needs: definitions by file, which file uses which, and imports of other libraries."""
 
     sources: dict[Path, Source] = field(default_factory=dict)
     uses: dict[Path, set[Path]] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class Closure:
     renamed: dict[str, str] = field(default_factory=dict)
 
     def import_lines(self) -> list[str]:
-        """The imports, one line a module."""
+        """The imports, one line per module."""
         plain = sorted(str(entry) for entry in self.imports if not entry.name)
         modules: dict[str, list[str]] = {}
         for entry in sorted(self.imports, key=str):
@@ -71,79 +73,81 @@ class Closure:
         return plain + [f"from {module} import {', '.join(names)}" for module, names in sorted(modules.items())]
 
     def text(self) -> str:
-        """The definitions: a file after those that it uses, each file's in its own order."""
+        """The definitions. A file comes after the files that it uses; within a file the order is kept."""
         uses = {path: self.uses.get(path, set()) for path in self.sources}
         try:
             paths = list(TopologicalSorter(uses).static_order())
         except CycleError as error:
             raise NotSelfContained("its files import each other") from error
-        parts: list[tuple[str, bool]] = []
+        blocks: list[tuple[str, bool]] = []
         for source in map(self.sources.__getitem__, paths):
-            # By line: a statement that defines two names is written once.
+            # By line, so that a statement that defines two names is copied once.
             nodes = {source.defined[name].lineno: name for name in source.wanted}
             for _, name in sorted(nodes.items()):
-                parts.append((excerpt(source, name), isinstance(source.defined[name], ast.Assign | ast.AnnAssign)))
-        parts += [(f"{alias} = {name}", True) for alias, name in self.renamed.items()]
-        gaps = [""] + ["\n" if a and b else "\n\n\n" for (_, a), (_, b) in pairwise(parts)]
-        return "".join(gap + part for gap, (part, _) in zip(gaps, parts, strict=True))
+                blocks.append((excerpt(source, name), isinstance(source.defined[name], ast.Assign | ast.AnnAssign)))
+        blocks += [(f"{alias} = {name}", True) for alias, name in self.renamed.items()]
+        gaps = [""] + ["\n" if a and b else "\n\n\n" for (_, a), (_, b) in pairwise(blocks)]
+        return "".join(gap + text for gap, (text, _) in zip(gaps, blocks, strict=True))
 
     def add_imports(self, wanted: set[Imported], names: set[str]) -> None:
-        """Adds imports for a text that will also define `names`; NotSelfContained where two things have one name."""
+        """Adds imports for a file that will also define `names`; NotSelfContained if two things have the same name."""
         self.imports |= wanted
         defined = {name for source in self.sources.values() for name in source.wanted} | set(self.renamed)
         imported = sorted(entry.alias for entry in self.imports)
-        twice = {a for a, b in pairwise(imported) if a == b} | (defined & names) | (set(imported) & (defined | names))
-        if twice:
-            raise NotSelfContained(f"`{min(twice)}` would mean two things in one file; rename it")
+        ambiguous = (
+            {a for a, b in pairwise(imported) if a == b} | (defined & names) | (set(imported) & (defined | names))
+        )
+        if ambiguous:
+            raise NotSelfContained(f"`{min(ambiguous)}` would mean two things in one file; rename it")
 
 
 def call_of(build: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
-    """A space's `build` as a module-level function and the arguments that come first, as text: "0.25, 1, ".
+    """A space's `build` as a module-level function and its leading arguments as text, like "0.25, 1, ".
 
-    Raises NotSelfContained for what has no such form: a method, a lambda, an argument that is no literal.
+    Raises NotSelfContained for a method, a lambda, or an argument that is not a literal.
     """
     function, arguments, named = build, [], {}
     if isinstance(build, partial):
         function, arguments, named = build.func, list(build.args), build.keywords
     if getattr(function, "__qualname__", "<") != getattr(function, "__name__", "") or not hasattr(function, "__code__"):
-        raise NotSelfContained("`build` is no function at the top level of a file")
+        raise NotSelfContained("`build` is not a function at the top level of a file")
     for value in (*arguments, *named.values()):
         if not _literal(value):
-            raise NotSelfContained(f"`build` holds the argument {value!r}, which cannot be written as text")
+            raise NotSelfContained(f"`build` has the argument {value!r}, which cannot be written as text")
     if named:
-        raise NotSelfContained(f"`build` holds arguments by name ({', '.join(named)}); give them by position")
+        raise NotSelfContained(f"`build` has arguments by name ({', '.join(named)}); give them by position")
     return function, "".join(f"{value!r}, " for value in arguments)
 
 
 def closure_of(function: Callable[..., Any]) -> Closure:
-    """Everything that a module-level function needs beside torch and Python's own library.
+    """Everything that a module-level function needs, apart from torch and the standard library.
 
-    Raises NotSelfContained where it needs more, with the file and the name.
+    Raises NotSelfContained, with the file and the name, if it needs another library.
     """
     closure = Closure()
-    _want(closure, Path(function.__code__.co_filename), function.__name__)
+    _add_definition(closure, Path(function.__code__.co_filename), function.__name__)
     return closure
 
 
 def excerpt(source: Source, name: str) -> str:
-    """A top-level definition as it is written, with the comment above it, without imports of the engine inside it."""
+    """The source of a top-level definition with the comment above it, without inner imports from the engine."""
     node = source.defined[name]
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
     while start and source.lines[start - 1].startswith("#"):
         start -= 1
-    dropped = {line for entry in _inner_imports(node) if _of_ours(entry) for line in _span(entry)}
+    removed = {line for entry in _inner_imports(node) if _of_ours(entry) for line in _span(entry)}
     assert node.end_lineno is not None
     kept: list[str] = []
     for number in range(start + 1, node.end_lineno + 1):
         line, before = source.lines[number - 1], kept[-1].rstrip() if kept else ""
-        gap = not line.strip() and number - 1 in dropped and (not before or before.endswith(":"))
-        if number not in dropped and not gap:
+        gap = not line.strip() and number - 1 in removed and (not before or before.endswith(":"))
+        if number not in removed and not gap:
             kept.append(line)
     return "\n".join(kept)
 
 
-def _want(closure: Closure, path: Path, name: str) -> None:
-    """Adds a definition of a file, and all that it needs, to a closure."""
+def _add_definition(closure: Closure, path: Path, name: str) -> None:
+    """Adds a definition of a file, and everything it needs, to a closure."""
     source = closure.sources.get(path)
     if source is None:
         source = closure.sources[path] = read(path)
@@ -151,46 +155,46 @@ def _want(closure: Closure, path: Path, name: str) -> None:
         return
     if name not in source.defined:
         if name in source.imported:
-            return _fetch(closure, source, source.imported[name])
+            return _add_import(closure, source, source.imported[name])
         raise NotSelfContained(f"{path.name} has no `{name}` at its top level")
-    twin = next((other for other in closure.sources.values() if name in other.wanted), None)
-    if twin is not None:
-        raise NotSelfContained(f"both {twin.path.name} and {path.name} define `{name}`; rename one")
+    other = next((found for found in closure.sources.values() if name in found.wanted), None)
+    if other is not None:
+        raise NotSelfContained(f"both {other.path.name} and {path.name} define `{name}`; rename one")
     source.wanted.add(name)
     node = source.defined[name]
     inside = {entry.alias: entry for statement in _inner_imports(node) for entry in entries(statement, source)}
-    needed, noted = _names_in(node)
+    needed, annotated = _names_in(node)
     for used in sorted(needed):
         _resolve(closure, source, inside, used)
-    for used in sorted(noted - needed):
-        _note(closure, source, inside, used)
+    for used in sorted(annotated - needed):
+        _add_annotation(closure, source, inside, used)
 
 
 def _resolve(closure: Closure, source: Source, inside: dict[str, Imported], name: str) -> None:
     if name in inside:
-        # An import of others inside a function stays where it is written.
+        # An inner import from other libraries stays in place.
         if inside[name].module.split(".")[0] == OURS or not _allowed(inside[name]):
-            _fetch(closure, source, inside[name])
+            _add_import(closure, source, inside[name])
     elif name in source.defined:
-        _want(closure, source.path, name)
+        _add_definition(closure, source.path, name)
     elif name in source.imported:
-        _fetch(closure, source, source.imported[name])
+        _add_import(closure, source, source.imported[name])
 
 
-def _note(closure: Closure, source: Source, inside: dict[str, Imported], name: str) -> None:
-    """A name in an annotation: kept where it costs nothing, since annotations are not evaluated."""
+def _add_annotation(closure: Closure, source: Source, inside: dict[str, Imported], name: str) -> None:
+    """Adds a name used in an annotation if that is cheap. It may be missing: annotations are not evaluated."""
     entry = inside.get(name) or source.imported.get(name)
     if entry is not None and _allowed(entry) and name not in source.defined:
         closure.imports.add(entry)
     elif name in source.defined and isinstance(source.defined[name], ast.ClassDef):
-        _want(closure, source.path, name)
+        _add_definition(closure, source.path, name)
     elif name in source.defined:
         names, _ = _names_in(source.defined[name])
         if not names & (set(source.defined) | set(source.imported)):
-            _want(closure, source.path, name)  # an alias of built-in types
+            _add_definition(closure, source.path, name)  # an alias of built-in types
 
 
-def _fetch(closure: Closure, source: Source, entry: Imported) -> None:
+def _add_import(closure: Closure, source: Source, entry: Imported) -> None:
     if _allowed(entry):
         closure.imports.add(entry)
         return
@@ -198,15 +202,15 @@ def _fetch(closure: Closure, source: Source, entry: Imported) -> None:
         raise NotSelfContained(f"{source.path.name} imports {entry.module}")
     found = importlib.util.find_spec(entry.module)
     if found is None or found.origin is None:
-        raise NotSelfContained(f"{source.path.name} imports {entry.module}, which is no file")
+        raise NotSelfContained(f"{source.path.name} imports {entry.module}, which is not a file")
     closure.uses.setdefault(source.path, set()).add(Path(found.origin))
-    _want(closure, Path(found.origin), entry.name)
+    _add_definition(closure, Path(found.origin), entry.name)
     if entry.alias != entry.name:
         closure.renamed[entry.alias] = entry.name
 
 
 def read(path: Path) -> Source:
-    """The definitions and imports at the top level of a Python file, those under `if TYPE_CHECKING` included."""
+    """The top-level definitions and imports of a Python file, including those under `if TYPE_CHECKING`."""
     text = path.read_text()
     source = Source(path, text.splitlines(), {}, {})
     body = ast.parse(text).body
@@ -259,16 +263,16 @@ def _inner_imports(node: ast.AST) -> list[Import]:
 
 
 def _names_in(node: ast.AST) -> tuple[set[str], set[str]]:
-    """Names that running the node looks up, and names in annotations."""
+    """Names that the node looks up at run time, and names in annotations."""
     annotations = [
-        part
+        annotation
         for inner in ast.walk(node)
-        for part in (getattr(inner, "annotation", None), getattr(inner, "returns", None))
-        if isinstance(part, ast.AST)
+        for annotation in (getattr(inner, "annotation", None), getattr(inner, "returns", None))
+        if isinstance(annotation, ast.AST)
     ]
-    noted_nodes = {id(part) for annotation in annotations for part in ast.walk(annotation)}
+    inside = {id(inner) for annotation in annotations for inner in ast.walk(annotation)}
     names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load)]
-    return {n.id for n in names if id(n) not in noted_nodes}, {n.id for n in names if id(n) in noted_nodes}
+    return {n.id for n in names if id(n) not in inside}, {n.id for n in names if id(n) in inside}
 
 
 def _span(node: Import) -> range:

@@ -1,4 +1,4 @@
-"""Student networks: the torch half of `engine.spaces`, and the parts that a space of one's own builds from."""
+"""Student networks: the torch code of `engine.spaces`, and the modules to build your own space from."""
 
 from engine.networks.cost import count_cost
 from engine.networks.staged import Staged, conv_bn, he_init, pooled_classifier

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) of given stages.
+"""MobileNetV2 (Sandler et al., CVPR 2018, arXiv 1801.04381) with given stages.
 
 N batch, C channels, H W size in pixels.
 """
@@ -14,9 +14,9 @@ Stage = tuple[int, int, int, int]
 
 
 def network(stem: int, stem_stride: int, stages: list[Stage], last: int, classes: int) -> Staged:
-    """A network of inverted residual blocks; its features are the last block of each resolution.
+    """A network of inverted residual blocks; its features are the outputs of the last block of each resolution.
 
-    Without the dropout before the classifier that the published network has: trainings here are short.
+    It omits the published network's dropout before the classifier, because trainings here are short.
     """
     levels: list[list[nn.Module]] = []
     c_in = stem
@@ -36,7 +36,7 @@ def network(stem: int, stem_stride: int, stages: list[Stage], last: int, classes
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation; a shortcut where shapes allow one."""
+    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation; a shortcut if the shapes allow it."""
 
     def __init__(self, c_in: int, c_out: int, expansion: int, stride: int) -> None:
         super().__init__()

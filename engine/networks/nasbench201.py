@@ -1,4 +1,4 @@
-"""Networks of NAS-Bench-201: layer for layer those of the benchmark, so that its table is about them.
+"""Networks of NAS-Bench-201, equal to the benchmark's layer by layer, so that its table applies to them.
 
 N batch, C channels, H W size in pixels.
 """
@@ -17,7 +17,7 @@ def network(
     cells: int,
     classes: int,
 ) -> Staged:
-    """A network of `cells` equal cells a stage; stage i has channels[i] and, after the first, half the size."""
+    """A network of `cells` equal cells per stage. Stage i has channels[i]; each but the first halves the size."""
     stages = []
     for i, c in enumerate(channels):
         reduction = [Reduction(channels[i - 1], c)] if i else []
@@ -28,9 +28,9 @@ def network(
 
 
 class Cell(nn.Module):
-    """A sum of operations into each node; (N, C, H, W) in and out.
+    """Each node is a sum of operations; (N, C, H, W) in and out.
 
-    A node that nothing reaches is zero: operations on it still run, since the benchmark trains and counts them.
+    A node without inputs is zero. Operations on it still run, since the benchmark trains and counts them.
     """
 
     def __init__(self, operations: tuple[str, ...], edges: tuple[tuple[int, int], ...], channels: int) -> None:
@@ -50,7 +50,7 @@ class Cell(nn.Module):
 class Reduction(nn.Module):
     """The benchmark's residual block of stride 2: no activation after the sum, no norm on the shortcut.
 
-    The shortcut pools with rounding up, so that it meets the convolutions at odd sizes too.
+    The shortcut pools with ceil_mode, so that it matches the convolutions at odd sizes too.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -63,7 +63,7 @@ class Reduction(nn.Module):
 
 
 def operation(name: str, channels: int) -> nn.Module:
-    """The module of an operation, except none, that keeps channels and size."""
+    """The module of an operation other than none; it keeps channels and size."""
     if name == "skip_connect":
         return nn.Identity()
     if name == "avg_pool_3x3":
@@ -72,6 +72,6 @@ def operation(name: str, channels: int) -> nn.Module:
 
 
 def relu_conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """The benchmark's order. The ReLU is not in place: its input may be a stage's feature or feed another edge."""
+    """In the benchmark's order. The ReLU is not in place: its input may be a feature, or the input of another edge."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(c_out))

@@ -1,4 +1,4 @@
-"""ShuffleNetV2 (Ma et al., ECCV 2018, arXiv 1807.11164) of given stages.
+"""ShuffleNetV2 (Ma et al., ECCV 2018, arXiv 1807.11164) with given stages.
 
 N batch, C channels, H W size in pixels.
 """
@@ -12,7 +12,7 @@ from engine.networks.staged import Staged, conv_bn, he_init, pooled_classifier
 
 
 def network(stem: int, stages: list[tuple[int, int]], last: int, classes: int) -> Staged:
-    """A network whose stages, (channels, units) each, halve the size with their first unit."""
+    """A network of stages (channels, units), each of which halves the size in its first unit."""
     levels = []
     c_in = stem
     for c_out, units in stages:
@@ -36,12 +36,12 @@ class Unit(nn.Module):
         self.body = branch(channels // 2, channels // 2, 1)
 
     def forward(self, input_NCHW: Tensor) -> Tensor:
-        passed, worked = input_NCHW.chunk(2, dim=1)
-        return shuffled(passed, self.body(worked))
+        identity, processed = input_NCHW.chunk(2, dim=1)
+        return shuffle(identity, self.body(processed))
 
 
 class DownUnit(nn.Module):
-    """Two branches of stride 2 on the whole input, each giving half of the output's channels, and the shuffle."""
+    """Two branches of stride 2 on the whole input, each with half of the output channels, then the shuffle."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class DownUnit(nn.Module):
         self.right = branch(c_in, half, 2)
 
     def forward(self, input_NCHW: Tensor) -> Tensor:
-        return shuffled(self.left(input_NCHW), self.right(input_NCHW))
+        return shuffle(self.left(input_NCHW), self.right(input_NCHW))
 
 
 def branch(c_in: int, c_out: int, stride: int) -> nn.Sequential:
@@ -63,11 +63,11 @@ def branch(c_in: int, c_out: int, stride: int) -> nn.Sequential:
     )
 
 
-def shuffled(a_NCHW: Tensor, b_NCHW: Tensor) -> Tensor:
+def shuffle(a_NCHW: Tensor, b_NCHW: Tensor) -> Tensor:
     """Channels a0 b0 a1 b1 ...: concatenation, then the channel shuffle of two groups.
 
-    In one copy, made in channels_last. The usual view, transpose, reshape is not, nor on a GPU torch.channel_shuffle,
-    which has a kernel for the CPU only: each unit would then go to and fro between two layouts.
+    One copy, made in channels_last. The usual view, transpose and reshape leaves that layout, and on a GPU so does
+    torch.channel_shuffle, whose kernel is for the CPU only: each unit would convert between two layouts.
     """
     a_NHWC, b_NHWC = (half.permute(0, 2, 3, 1) for half in (a_NCHW, b_NCHW))
     return torch.stack([a_NHWC, b_NHWC], dim=-1).flatten(3).permute(0, 3, 1, 2)

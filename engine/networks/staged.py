@@ -1,4 +1,4 @@
-"""What every student has in common: a stem, stages that end at the tapped features, a head that gives logits."""
+"""The structure of every student: a stem, stages whose outputs are the features, and a head that gives logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Staged(nn.Module):
-    """forward(images (N, 3, H, W)) returns (logits (N, classes), [stage outputs (N, C_i, H_i, W_i)], coarse last).
+    """forward(images (N, 3, H, W)) returns (logits (N, classes), [stage outputs (N, C_i, H_i, W_i)], coarsest last).
 
-    A feature is a stage's output exactly as the next stage reads it, and nothing may change it in place later: the
-    first layer of the next stage, and of the head, must not be an in-place one.
+    A feature is the output of a stage as the next stage reads it. Nothing may modify it later, so the first layer of
+    each stage and of the head must not be in-place.
     """
 
     def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], head: nn.Module) -> None:
@@ -45,8 +45,8 @@ def pooled_classifier(channels: int, classes: int) -> nn.Sequential:
 def he_init(network: nn.Module) -> None:
     """Normal weights of variance 2 / fan-out for convolutions (He et al. 2015, eq. 14), as torchvision's networks.
 
-    Torch takes all channels into the fan-out of a depthwise convolution, which therefore starts small. Fan-in,
-    which is right there, was 5 points worse in short trainings (docs/spaces.md).
+    Torch counts all channels in the fan-out of a depthwise convolution, which therefore starts small. Fan-in,
+    which is correct there, was 5 points worse in short trainings (docs/spaces.md).
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

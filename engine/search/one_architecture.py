@@ -75,7 +75,7 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, di
     data, trial = run.data, evaluation.trial
     display.say(f"exporting {trial.architecture} of {run.folder}")
     logs = run.folder.logs if os.access(run.folder.path, os.W_OK) else None  # runs of other people can be exported too
-    with worker(resources, logs, "engine.export.forms") as (fleet, _):
+    with worker(resources, logs, "engine.export.formats") as (fleet, _):
         task = ExportTask(
             run_dir=run.folder.path,
             trial=trial,

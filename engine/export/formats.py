@@ -1,4 +1,4 @@
-"""A trained architecture as files that need nothing of ours: weights, model.py, ONNX, torch.export, a model card."""
+"""A trained architecture as files that work without this program: weights, model.py, ONNX, torch.export, a card."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ TOLERANCE = 1e-4  # largest difference of a logit, float32
 CHECKED_BATCHES = (1, 3)
 LATENCY_BATCHES = (1, 64)
 ALWAYS = {"README.md", "weights.safetensors"}
-WRITTEN = ALWAYS | {"model.onnx", "model.pt2", "model.py", "__pycache__"}  # the last by whoever imports model.py
+WRITTEN = ALWAYS | {"model.onnx", "model.pt2", "model.py", "__pycache__"}  # the last appears when model.py is imported
 
-# The part of model.py that is the same for every network; with the lines of `_constants` above it.
+# The end of model.py, the same for every network; the lines of `_constants` come before it.
 LOADER = '''
 
 class Model(nn.Module):
@@ -64,7 +64,7 @@ def load(path: str | Path = Path(__file__).with_name("weights.safetensors")) -> 
 
 
 def preprocess(pixels: Tensor) -> Tensor:
-    """Pixels (N, 3, RESOLUTION, RESOLUTION), RGB, 0 to 255, as the images that the model was trained on."""
+    """Pixels (N, 3, RESOLUTION, RESOLUTION), RGB, 0 to 255, normalised as in the training of the model."""
     mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
@@ -99,8 +99,8 @@ class Logits(nn.Module):
 def run_export(payload: Json) -> Json:
     """ExportTask -> what the command prints: writes the weights of a trial in every format, and verifies each.
 
-    A temporary folder is written first and then replaces an older export. Raises UsageError if the folder is not free,
-    there are no weights, or torch cannot export the network, and EngineError if a format gives other logits.
+    A temporary folder is written first and then replaces an older export. Raises UsageError if the folder holds other
+    files, there are no weights, or torch cannot export the network, and EngineError if a format gives other logits.
     """
     torch.set_num_threads(1)
     task = task_from_json(ExportTask, payload)
@@ -109,54 +109,55 @@ def run_export(payload: Json) -> Json:
     space = load_space(task.space)
     network = space.build(trial.architecture.choices, len(task.normalisation.classes), trial.fidelity.width)
     load_weights(RunFolder(task.run_dir).weights(trial), network)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        report = write_forms(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, aside)
-        (aside / "README.md").write_text(model_card(report, replace(task, card={**task.card, **_provenance(task)})))
+        report = write_formats(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, temporary)
+        card = {**task.card, **_provenance(task)}
+        (temporary / "README.md").write_text(model_card(report, replace(task, card=card)))
         shutil.rmtree(out, ignore_errors=True)
-        aside.replace(out)
+        temporary.replace(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return {**report, "folder": str(out)}
 
 
 def check_free(out: Path) -> None:
-    """Raises UsageError unless a folder is new, empty, or an earlier export alone: what is in it will be removed."""
+    """Raises UsageError unless a folder is new, empty, or holds only an earlier export: its content will be removed."""
     way_out = "give --out a folder that is new, empty, or an earlier export"
     if Path.cwd().is_relative_to(out):
         raise UsageError(f"an export replaces its folder, and you are in {out}; {way_out}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; {way_out}")
-    held = {path.name for path in out.iterdir()} if out.exists() else set()
-    if held and not ALWAYS <= held <= WRITTEN:
-        first = min(held - WRITTEN or held)
+    present = {path.name for path in out.iterdir()} if out.exists() else set()
+    if present and not ALWAYS <= present <= WRITTEN:
+        first = min(present - WRITTEN or present)
         raise UsageError(f"an export replaces its folder, and {out} holds {first}, which would be lost; {way_out}")
 
 
-def write_forms(
+def write_formats(
     model: Logits, space: SearchSpace, architecture: Architecture, width: float, task: ExportTask, folder: Path
 ) -> Json:
-    """Writes and checks every form of a model; returns costs, latencies, the difference of each form, and why there is
-    no model.py where there is none."""
+    """Writes a model in every format and checks each; returns costs, latencies, the difference of each format, and, if
+    there is no model.py, the reason."""
     save_weights(
         folder / "weights.safetensors", model.network, {"space": space.name, "architecture": str(architecture)}
     )
-    forms: dict[str, Forward] = {}
-    why = ""
+    formats: dict[str, Forward] = {}
+    reason = ""
     try:
         (folder / "model.py").write_text(standalone(space, architecture, width, task))
-        forms["model.py"] = _import(folder / "model.py").load()
-    except Exception as error:  # a user's file may hold anything
+        formats["model.py"] = _import(folder / "model.py").load()
+    except Exception as error:  # a user's file may contain anything
         (folder / "model.py").unlink(missing_ok=True)
-        why = str(error) if isinstance(error, NotSelfContained) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, NotSelfContained) else f"{type(error).__name__}: {error}"
     program = exported(model, task.resolution)
     torch.export.save(program, folder / "model.pt2")
-    forms["model.pt2"] = torch.export.load(folder / "model.pt2").module()
+    formats["model.pt2"] = torch.export.load(folder / "model.pt2").module()
     session = to_onnx(program, task, folder / "model.onnx")
-    forms["model.onnx"] = lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    differences = {name: difference(model, form, task.resolution) for name, form in forms.items()}
+    formats["model.onnx"] = lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    differences = {name: difference(model, other, task.resolution) for name, other in formats.items()}
     for name, found in differences.items():
         if not found <= TOLERANCE:
             raise EngineError(
@@ -169,20 +170,20 @@ def write_forms(
         "macs": macs,
         "params": params,
         "differences": differences,
-        "no_model_py": why,
+        "no_model_py": reason,
         "latency_ms": latencies(model, session, task.resolution, torch.device(task.device)),
         "device": device_name(torch.device(task.device)),
     }
 
 
 def standalone(space: SearchSpace, architecture: Architecture, width: float, task: ExportTask) -> str:
-    """The text of model.py: what the space's `build` needs, its call, and a reader of the weights.
+    """The text of model.py: the code that the space's `build` needs, its call, and a reader of the weights.
 
-    Raises NotSelfContained where `build` needs more than torch.
+    Raises NotSelfContained if `build` needs more than torch.
     """
     build, first = call_of(space.build)
     closure = closure_of(build)
-    ours = {
+    loader_imports = {
         Imported("json", "", "json"),
         Imported("pathlib", "Path", "Path"),
         Imported("torch", "", "torch"),
@@ -190,8 +191,8 @@ def standalone(space: SearchSpace, architecture: Architecture, width: float, tas
         Imported("torch", "nn", "nn"),
     }
     constants = {"ARCHITECTURE", "CLASSES", "RESOLUTION", "MEAN", "STD"}
-    closure.add_imports(ours, constants | {"Model", "load", "preprocess", "read_safetensors"})
-    head = f'"""{space.name}, architecture {architecture}: `load()` gives the trained model. Needs torch alone."""'
+    closure.add_imports(loader_imports, constants | {"Model", "load", "preprocess", "read_safetensors"})
+    head = f'"""{space.name}, architecture {architecture}: `load()` returns the trained model. Needs only torch."""'
     imports = ["from __future__ import annotations", "", *closure.import_lines()]
     call = f"{build.__name__}({first}ARCHITECTURE, len(CLASSES), {width})"
     lines = [head, "", *imports, "", *_constants(architecture, task), "", "", closure.text()]
@@ -203,13 +204,13 @@ def _constants(architecture: Architecture, task: ExportTask) -> list[str]:
         f"ARCHITECTURE = {architecture.choices}",
         f"CLASSES = {json.dumps(task.normalisation.classes, ensure_ascii=False)}",
         f"RESOLUTION = {task.resolution}  # pixels",
-        "# Of each channel of the training images, their pixels in 0..1.",
+        "# Per channel of the training images, for pixels in 0..1.",
         f"MEAN, STD = {tuple(task.normalisation.mean)}, {tuple(task.normalisation.std)}",
     ]
 
 
 def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
-    """The model traced by torch.export for any number of images; UsageError where torch cannot."""
+    """The model traced by torch.export for any number of images; UsageError if torch cannot trace it."""
     example = (torch.zeros(2, 3, resolution, resolution),)
     try:
         return torch.export.export(model, example, dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
@@ -221,9 +222,9 @@ def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
 
 
 def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path) -> InferenceSession:
-    """Writes model.onnx, which takes "images" (batch, 3, R, R) and gives "logits"; returns it opened by onnxruntime.
+    """Writes model.onnx, from "images" (batch, 3, R, R) to "logits"; returns it opened by onnxruntime.
 
-    Its metadata say the classes, resolution, mean and std, as JSON.
+    Its metadata hold the classes, resolution, mean and std, as JSON.
     """
     try:
         import onnxruntime
@@ -232,13 +233,13 @@ def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path)
         raise not_installed(f"export needs {error.name}", "export") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
+        warnings.simplefilter("ignore")  # torch warns about its own code
         written = torch.onnx.export(
             program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes={"images": {0: "batch"}}
         )
     assert written is not None
-    described = {**asdict(task.normalisation), "resolution": task.resolution}
-    for key, value in described.items():
+    facts = {**asdict(task.normalisation), "resolution": task.resolution}
+    for key, value in facts.items():
         written.model.metadata_props[key] = json.dumps(value)
     written.save(path)
     options = onnxruntime.SessionOptions()
@@ -246,34 +247,34 @@ def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def difference(model: nn.Module, form: Forward, resolution: int) -> float:
-    """The largest difference of a logit between two forms of a model on the CPU, over some batches of noise."""
+def difference(model: nn.Module, other: Forward, resolution: int) -> float:
+    """The largest difference of a logit between two formats of a model, on batches of noise on the CPU."""
     generator = torch.Generator().manual_seed(0)
     found = 0.0
     with torch.no_grad():
         for batch in CHECKED_BATCHES:
             images = torch.randn(batch, 3, resolution, resolution, generator=generator)
-            found = max(found, float((model(images) - form(images)).abs().max()))
+            found = max(found, float((model(images) - other(images)).abs().max()))
     return found
 
 
 def latencies(model: nn.Module, session: InferenceSession, resolution: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds by form and batch: "torch, batch 1"; onnxruntime on one thread of the CPU."""
-    taken: dict[str, float] = {}
+    """Milliseconds by format and batch, like "torch, batch 1"; onnxruntime uses one thread of the CPU."""
+    times: dict[str, float] = {}
     for batch in LATENCY_BATCHES:
         images = torch.zeros(batch, 3, resolution, resolution).numpy()
 
         def run() -> object:
             return session.run(None, {"images": images})  # noqa: B023 (called before the next batch)
 
-        taken[f"torch, batch {batch}"] = measure(model, resolution, batch, device)
-        taken[f"onnxruntime, batch {batch}"] = least_median(run, torch.device("cpu"))
-    return {name: round(ms, 3) for name, ms in taken.items()}
+        times[f"torch, batch {batch}"] = measure(model, resolution, batch, device)
+        times[f"onnxruntime, batch {batch}"] = least_median(run, torch.device("cpu"))
+    return {name: round(ms, 3) for name, ms in times.items()}
 
 
 def _provenance(task: ExportTask) -> Json:
-    """What only the machine that exports knows: itself, its versions, and the teacher's card."""
-    name, teacher = "a teacher whose file is gone", task.teacher
+    """The facts for the model card that only the exporting machine knows: itself, its versions, the teacher's card."""
+    name, teacher = "a teacher whose file is missing", task.teacher
     if teacher.is_file():
         card = teachers.read_card(teacher)
         name = f"`{card.network}`, validation accuracy {100 * card.accuracy:.2f} %"
@@ -281,7 +282,11 @@ def _provenance(task: ExportTask) -> Json:
     processor = next((li.split(":")[1].strip() for li in _cpuinfo() if li.startswith("model name")), platform.machine())
     machine = f"one thread of {processor}" + ("" if device == "cpu" else f" (onnxruntime) and {device} (torch)")
     versions = {name: version(name) for name in ("torch", "onnx", "onnxruntime")}
-    return {"distillation": task.card["distillation"].replace("TEACHER", name), "machine": machine, "versions": versions}
+    return {
+        "distillation": task.card["distillation"].replace("TEACHER", name),
+        "machine": machine,
+        "versions": versions,
+    }
 
 
 def _cpuinfo() -> list[str]:
