@@ -125,37 +125,39 @@ def test_a_fidelity_is_read_from_its_short_form() -> None:
         ("kd", "write LOSS@FRACTIONxEPOCHS"),
         ("kd@1/0x3", "write LOSS@FRACTIONxEPOCHS"),
         ("kd@1/9x3:width", "write LOSS@FRACTIONxEPOCHS"),
-        ("magic@1/9x3", "no loss 'magic'; there are none, kd,"),
-        ("kd@1/9x3:at_wait=3", "no weight 'at_wait'; there are kd_temperature"),
+        ("magic@1/9x3", "no loss named 'magic'; choose from none, kd,"),
+        ("kd@1/9x3:at_wait=3", "no weight 'at_wait'; choose from kd_temperature"),
         ("kd@4/3x3", "at most 1"),
     ],
 )
-def test_what_is_no_fidelity_is_refused_with_the_way_out(text: str, says: str) -> None:
+def test_a_malformed_fidelity_is_refused_with_a_hint(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Fidelity.parse(text)
 
 
-def test_the_chosen_spread_over_macs_and_fewer_are_the_first_of_more() -> None:
+def test_study_architectures_spread_over_macs_and_a_smaller_study_is_part_of_a_larger_one() -> None:
     members = candidates(load_space(SPACE), classes=10, width=1.0, resolution=32)
     many = study_architectures(members, 16, seed=3)
     assert study_architectures(members, 6, seed=3) == many[:6]
     assert len(set(many)) == 16
     order = np.argsort(np.argsort(members.macs, kind="stable"))
     slices = {int(order[members.row(a)] * 16 / len(members)) for a in many}
-    assert len(slices) >= 12  # of 16; many networks are equal in MACs
+    assert len(slices) >= 12  # of 16: many networks have equal MACs
 
 
-def test_a_study_judges_every_architecture_every_way_and_recommends_the_best(tmp_path: Path, fleet: Formula) -> None:
+def test_a_study_trains_every_architecture_at_every_fidelity_and_recommends_the_best(
+    tmp_path: Path, fleet: Formula
+) -> None:
     result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR, GOOD), 12, repeats=2, low_repeats=2, drop=False))
-    per = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (CONFIG.high, *LUCK)}
-    assert [len(set(questions)) for questions in per.values()] == [24, 24, 24, 24]
+    by_fidelity = {f: [(a, s) for a, g, s in fleet.asked if g == f] for f in (CONFIG.high, *LUCK)}
+    assert [len(set(trainings)) for trainings in by_fidelity.values()] == [24, 24, 24, 24]
     rows = {row["name"]: row for row in result["fidelities"]}
     assert result["full"] == 12
     assert result["recommended"] == GOOD.name
     assert rows[GOOD.name]["tau"] > 0.9
     assert rows[GOOD.name]["tau"] > rows[FAIR.name]["tau"] > rows[NOISE.name]["tau"]
-    assert rows[GOOD.name]["price"] == pytest.approx(1 / 9)
-    assert rows[GOOD.name]["evaluations_per_tau"] == pytest.approx(1 / 9 / rows[GOOD.name]["tau"])
+    assert rows[GOOD.name]["relative_cost"] == pytest.approx(1 / 9)
+    assert rows[GOOD.name]["cost_per_tau"] == pytest.approx(1 / 9 / rows[GOOD.name]["tau"])
     assert result["repeatability"] > 0.9
     gap = next(g for g in result["distilled_less_undistilled"] if g["name"] == GOOD.name)
     assert gap["tau_given_macs"] > 2 * gap["stderr"]
@@ -163,7 +165,7 @@ def test_a_study_judges_every_architecture_every_way_and_recommends_the_best(tmp
         assert len(list(csv.DictReader(file))) == 4 * 24
 
 
-def test_a_fidelity_that_is_clearly_worse_is_asked_no_more(tmp_path: Path, fleet: Formula) -> None:
+def test_a_clearly_worse_fidelity_is_dropped(tmp_path: Path, fleet: Formula) -> None:
     result = run(tmp_path / "study", FidelityStudy((NOISE, GOOD), 24))
     counts = {f.name: sum(1 for _, g, _ in fleet.asked if g == f) for f in (NOISE, GOOD)}
     assert counts[GOOD.name] == 24
@@ -172,7 +174,7 @@ def test_a_fidelity_that_is_clearly_worse_is_asked_no_more(tmp_path: Path, fleet
     assert result["complete"]
 
 
-def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet: Formula) -> None:
+def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, fleet: Formula) -> None:
     plan = FidelityStudy((NOISE, GOOD), 12, repeats=2)
     whole = run(tmp_path / "study", plan)
     path = tmp_path / "study" / "journal.jsonl"
@@ -188,15 +190,17 @@ def test_a_study_cut_after_any_line_comes_to_the_same_end(tmp_path: Path, fleet:
     assert fleet.asked == []
 
 
-def test_a_study_grows(tmp_path: Path, fleet: Formula) -> None:
-    """More architectures and another fidelity are asked for later; nothing is measured twice."""
+def test_a_study_can_be_extended(tmp_path: Path, fleet: Formula) -> None:
+    """With more architectures and another fidelity; nothing is measured twice."""
     run(tmp_path / "study", FidelityStudy((NOISE,), 6))
     result = run(tmp_path / "study", FidelityStudy((FAIR, GOOD, NOISE), 12, drop=False))
     assert {row["name"]: row["n"] for row in result["fidelities"]} == {FAIR.name: 12, GOOD.name: 12, NOISE.name: 12}
     assert len(set(fleet.asked)) == len(fleet.asked)
 
 
-def test_failures_leave_the_others_and_nothing_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_fidelity_is_left_out_and_a_study_without_any_score_has_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = Formula(broken=GOOD)
     monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: broken)
     result = run(tmp_path / "one", FidelityStudy((GOOD, FAIR), 8))
@@ -213,14 +217,14 @@ def test_failures_leave_the_others_and_nothing_at_all_is_said(tmp_path: Path, mo
         (FidelityStudy((GOOD, GOOD)), "names a fidelity twice"),
     ],
 )
-def test_a_study_that_cannot_tell_anything_is_refused(tmp_path: Path, plan: FidelityStudy, says: str) -> None:
+def test_a_study_that_could_show_nothing_is_refused(tmp_path: Path, plan: FidelityStudy, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         run(tmp_path / "study", plan)
     assert not (tmp_path / "study").exists()
 
 
-def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: Formula) -> None:
-    """Nothing is trained again, weights included, and the study's evaluations count towards the budget."""
+def test_a_search_starts_with_the_evaluations_of_its_study(tmp_path: Path, fleet: Formula) -> None:
+    """Nothing is trained again, the weights are there, and the evaluations count towards the budget."""
     result = run(tmp_path / "study", FidelityStudy((NOISE, GOOD), 8, repeats=2, drop=False))
     measured = set(fleet.asked)
     fleet.asked.clear()
@@ -229,8 +233,9 @@ def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: For
     record = read_journal(tmp_path / "run" / "journal.jsonl")
     assert sum(t.fidelity == CONFIG.high for t in record.asked) == 20
     assert [t.number for t in record.asked] == list(range(len(record.asked)))
-    begun = record.asked[:24]
-    assert {(t.architecture, t.fidelity.kd_loss, t.seed) for t in begun} <= {(a, f.kd_loss, s) for a, f, s in measured}
+    imported = record.asked[:24]
+    known = {(a, f.kd_loss, s) for a, f, s in measured}
+    assert {(t.architecture, t.fidelity.kd_loss, t.seed) for t in imported} <= known
     full = {(a, s) for a, f, s in measured if f == CONFIG.high}
     assert full.isdisjoint((a, s) for a, f, s in fleet.asked if f == CONFIG.high)
     for trial in record.asked:
@@ -239,22 +244,22 @@ def test_a_search_begins_with_what_the_study_measured(tmp_path: Path, fleet: For
             assert weights.read_text() == f"weights of {trial.architecture}"
 
 
-def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
+def test_evaluations_imported_from_a_study_are_not_taken_for_choices_of_the_surrogate(
     tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither by the predictions of the report nor by explain."""
+    """Neither by the predictions in the report nor by `explain`."""
     result = run(tmp_path / "study", FidelityStudy((GOOD,), 8))
     command = ["search", "-c", result["config"], "--max-high", "14", "--run-dir", str(tmp_path / "run"), "-q"]
     assert cli.main(command) == 0
     opened = open_run(str(tmp_path / "run"))
     full = [trial for trial in opened.record.asked if trial.fidelity == CONFIG.high]
-    brought = {trial.architecture for trial in full[:8]}
+    imported = {trial.architecture for trial in full[:8]}
     assert sorted(load_predictions(opened).at_ask_time()) == [
-        trial.number for trial in full if trial.architecture not in brought and trial.seed == 0
+        trial.number for trial in full if trial.architecture not in imported and trial.seed == 0
     ]
     assert "except those imported from a fidelity study" in low_against_full(opened).caption
     capsys.readouterr()
-    own = next(trial.architecture for trial in full if trial.architecture not in brought)
+    own = next(trial.architecture for trial in full if trial.architecture not in imported)
     for architecture, says, not_so in (
         (full[0].architecture, f"it was imported from the fidelity study {tmp_path}/study", "It was promoted"),
         (own, "It was promoted to full training", "it was imported"),
@@ -265,7 +270,7 @@ def test_what_a_study_brought_is_not_held_for_what_the_surrogate_asked_for(
         assert not_so not in told
 
 
-def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
+def test_a_study_killed_while_being_extended_is_not_finished(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     assert open_run(str(tmp_path / "study")).finished
     before = (tmp_path / "study" / "fidelity-study.json").read_bytes()
@@ -275,16 +280,18 @@ def test_a_study_that_was_enlarged_and_killed_is_not_finished(tmp_path: Path, fl
     assert not open_run(str(tmp_path / "study")).finished
 
 
-def test_the_report_of_a_study_does_not_speak_of_a_search(tmp_path: Path, fleet: Formula) -> None:
+def test_the_report_of_a_study_does_not_describe_a_search(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
-    config = open_run(str(tmp_path / "study"))
-    assert "spread evenly over MACs" in low_against_full(config).caption
-    for chart in predicted_against_measured(load_predictions(config)):
+    opened = open_run(str(tmp_path / "study"))
+    assert "spread evenly over MACs" in low_against_full(opened).caption
+    for chart in predicted_against_measured(load_predictions(opened)):
         assert not chart.data
         assert "asks no surrogate" in chart.caption
 
 
-def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: Path, fleet: Formula) -> None:
+def test_imported_evaluations_survive_a_cut_journal_and_other_settings_are_refused(
+    tmp_path: Path, fleet: Formula
+) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
     config = recommended_config(tmp_path / "study")
     budget = Budget(max_low=12, max_high=10)
@@ -301,8 +308,8 @@ def test_the_beginning_survives_a_cut_and_other_settings_are_refused(tmp_path: P
         run_search(tmp_path / "third", replace(config, fidelity_study=str(tmp_path)), budget)
 
 
-def test_a_study_begins_with_the_full_trainings_of_another(tmp_path: Path, fleet: Formula) -> None:
-    """With other fidelities, or another teacher: the full trainings are what costs."""
+def test_a_study_can_start_with_the_full_trainings_of_another(tmp_path: Path, fleet: Formula) -> None:
+    """With other fidelities or another teacher: the full trainings are the expensive part."""
     run(tmp_path / "one", FidelityStudy((GOOD,), 6, repeats=2))
     fleet.asked.clear()
     teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
@@ -319,7 +326,7 @@ def test_a_study_and_a_search_do_not_share_a_run_folder(tmp_path: Path, fleet: F
         run_search(tmp_path / "study", replace(CONFIG, low=low))
 
 
-def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: Formula) -> None:
+def test_a_search_imports_only_what_it_may_propose(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 8))
     studied = {e.trial.architecture for e in read_journal(tmp_path / "study" / "journal.jsonl").answers.values()}
     members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
@@ -333,7 +340,7 @@ def test_a_search_takes_over_only_what_it_may_propose(tmp_path: Path, fleet: For
     assert not [t for t in _imported(timed, tmp_path / "timed") if t.fidelity == CONFIG.high]
 
 
-def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limited_to(
+def test_training_one_architecture_ignores_the_study_and_the_limits_of_its_search(
     tmp_path: Path, fleet: Formula
 ) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
@@ -347,10 +354,10 @@ def test_one_architecture_is_trained_whatever_its_search_began_with_and_was_limi
 
 
 @pytest.mark.parametrize("status", ["timeout", "diverged"])
-def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
+def test_only_another_call_repeats_a_failed_training(
     status: Status, tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the same question: what it kept of its epochs goes by that."""
+    """It is the same trial, under whose key the training keeps its state between epochs."""
 
     def train() -> dict[str, Any]:
         settings = RunSettings(CONFIG, Budget(), Resources(device="cpu", workers=1))
@@ -366,7 +373,7 @@ def test_a_training_that_failed_is_asked_again_by_the_next_call_alone(
     assert [record.answers[t.number].status for t in record.asked] == [status, status, "ok"]
     assert len({trial.key for trial in record.asked}) == 1
     assert train()["valid_accuracy"] == record.answers[2].accuracy
-    assert len(fleet.asked) == 1, "a training that has succeeded is not asked again"
+    assert len(fleet.asked) == 1, "a successful training is not repeated"
     assert open_run(str(tmp_path / "one")).finished
 
 
@@ -381,7 +388,9 @@ def _imported(config: SearchConfig, path: Path) -> list[Trial]:
     return read_journal(folder.journal).asked
 
 
-def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(tmp_path: Path, fleet: Formula) -> None:
+def test_a_study_of_other_images_or_a_missing_one_is_refused_before_a_teacher_is_trained(
+    tmp_path: Path, fleet: Formula
+) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     stored = json.loads((tmp_path / "study" / "run.json").read_text())
     stored["data"]["fingerprint"] = "of other images"
@@ -394,11 +403,11 @@ def test_a_study_of_other_images_or_none_is_refused_before_a_teacher_is_trained(
         with pytest.raises(UsageError, match=says):
             run_search(tmp_path / "run", replace(config, fidelity_study=study))
         assert not (tmp_path / "run" / "teacher").exists()
-    # The folder is bound to nothing by then.
+    # No setting of the folder is fixed by then.
     run_search(tmp_path / "run", replace(config, fidelity_study=""), Budget(max_low=8, max_high=4))
 
 
-def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path, fleet: Formula) -> None:
+def test_a_study_without_its_weights_is_refused_and_fixes_no_setting(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "study", FidelityStudy((GOOD,), 6))
     next((tmp_path / "study" / "checkpoints").glob("*/*.safetensors")).unlink()
     config = recommended_config(tmp_path / "study")
@@ -412,8 +421,8 @@ def test_a_study_without_its_weights_is_refused_and_binds_nobody(tmp_path: Path,
     run_search(tmp_path / "run", replace(config, fidelity_study=""), few)
 
 
-def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
-    """And the search that follows begins with the study."""
+def test_if_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_path: Path, fleet: Formula) -> None:
+    """And the search that follows starts with the study."""
     config = replace(CONFIG, high=replace(CONFIG.high, kd_loss="kd"))
     result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR), 8, drop=False), config)
     assert result["recommended"] == FAIR.name
@@ -423,14 +432,16 @@ def test_where_full_trainings_are_distilled_the_recommended_fidelity_is_too(tmp_
     assert len([f for _, f, _ in fleet.asked if f == config.high]) == 2
 
 
-def test_weights_of_a_low_fidelity_alone_are_refused_where_both_are_distilled(tmp_path: Path, fleet: Formula) -> None:
+def test_loss_weights_of_a_low_fidelity_are_refused_if_full_trainings_are_distilled_too(
+    tmp_path: Path, fleet: Formula
+) -> None:
     config, warm = replace(CONFIG, high=replace(CONFIG.high, kd_loss="kd")), Fidelity.parse("kd@1/9x3:kd_temperature=2")
     with pytest.raises(UsageError, match="a search uses one set of weights for both"):
         run(tmp_path, FidelityStudy((NOISE, warm), 8), config)
     assert fleet.asked == []
 
 
-def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
+def test_an_unfinished_study_is_resumed_before_its_search(
     tmp_path: Path, fleet: Formula, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = RunSettings(CONFIG, Budget(max_high=20, gpu_hours=60 / 3600), TWO_WORKERS)
@@ -443,7 +454,7 @@ def test_a_study_that_was_cut_short_is_gone_on_with_before_its_search(
 
 
 @pytest.mark.parametrize("teacher", ["the same", "another"])
-def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, tmp_path: Path, fleet: Formula) -> None:
+def test_low_scores_are_imported_if_the_teacher_is_the_same(teacher: str, tmp_path: Path, fleet: Formula) -> None:
     plain = Fidelity.parse("none@1/9x10")
     run(tmp_path / "one", FidelityStudy((plain, GOOD), 6, drop=False))
     (tmp_path / "one" / "teacher" / "teacher.safetensors").write_text("the same")
@@ -457,7 +468,7 @@ def test_low_scores_are_taken_over_where_the_teacher_is_the_same(teacher: str, t
     assert {t.fidelity for t in journalled} == {CONFIG.high, plain, GOOD, NOISE}
 
 
-def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, fleet: Formula) -> None:
+def test_low_scores_with_other_loss_weights_are_not_imported(tmp_path: Path, fleet: Formula) -> None:
     run(tmp_path / "one", FidelityStudy((GOOD,), 6), replace(CONFIG, kd_temperature=2.0))
     fleet.asked.clear()
     teacher = tmp_path / "one" / "teacher" / "teacher.safetensors"
@@ -466,14 +477,14 @@ def test_low_scores_with_other_loss_weights_are_not_taken_over(tmp_path: Path, f
     assert {f for _, f, _ in fleet.asked} == {GOOD}
 
 
-def test_low_auto_studies_first_and_is_not_repeated(
+def test_low_auto_runs_a_study_first_and_only_once(
     tmp_path: Path, fleet: Formula, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["search", "--low", "auto", "--space", SPACE, "--max-high", "20", "--progress", "lines"]
     command += ["--run-dir", str(tmp_path / "run")]
     assert cli.main(command) == 0
     counted = [int(number) for number in re.findall(r"\] high +(\d+) ", capsys.readouterr().err)]
-    assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, and those of the search"
+    assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, then those of the search"
     found = json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())
     assert found["full"] == 10
     assert found["recommended"] in [low.name for low in default_lows(SearchConfig().high)]
@@ -487,24 +498,24 @@ def test_low_auto_studies_first_and_is_not_repeated(
 def fake(lows: dict[Fidelity, np.ndarray], full: np.ndarray, macs: np.ndarray) -> StudyScores:
     """Scores of architectures without networks; `full` (n, seeds)."""
     high = CONFIG.high
-    scores = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
-    seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in scores}
-    return StudyScores([Architecture((i,)) for i in range(len(macs))], macs, high, scores, seconds)
+    accuracies = {high: full.tolist()} | {low: values[:, None].tolist() for low, values in lows.items()}
+    seconds = {f: [9.0 if f == high else 1.0] * len(macs) for f in accuracies}
+    return StudyScores([Architecture((i,)) for i in range(len(macs))], macs, high, accuracies, seconds)
 
 
-def test_full_trainings_that_rank_by_luck_are_told_by_a_second_seed_or_else_by_what_they_learned() -> None:
+def test_a_warning_if_full_training_ranks_by_luck_judging_by_a_second_seed_or_by_accuracy() -> None:
     once = np.array([[0.51], [0.53], [0.52]])
     found = fake({GOOD: once[:, 0]}, once, np.ones(3))
     assert "reaches 52.0 % on 2 classes" in luck_warning(found, 2)
     assert luck_warning(found, 100) == ""
-    # Near guessing, but two seeds agree: there is something to rank.
+    # Near guessing, but two seeds agree, so there is something to rank.
     alike = np.array([[0.03, 0.04], [0.05, 0.06], [0.07, 0.08]])
     assert luck_warning(fake({GOOD: alike[:, 0]}, alike, np.ones(3)), 100) == ""
     apart = np.array([[0.81, 0.84], [0.82, 0.83], [0.83, 0.82]])
     assert "a tau of only -1.00" in luck_warning(fake({GOOD: apart[:, 0]}, apart, np.ones(3)), 10)
 
 
-def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:
+def test_a_score_that_only_reflects_macs_has_no_tau_given_macs() -> None:
     rng = np.random.default_rng(0)
     macs, own = rng.random(60), rng.random(60)
     found = fake({NOISE: macs + 0.1 * rng.normal(size=60), GOOD: own}, (macs + own)[:, None], macs)
@@ -519,8 +530,8 @@ def test_a_score_that_only_repeats_macs_is_worth_nothing_beyond_them() -> None:
     assert gap.value == pytest.approx(good.given_macs.value - plain.given_macs.value)
 
 
-def test_intervals_hold_what_they_promise() -> None:
-    """Over many studies the 95 % interval of tau holds the tau of the whole population nearly as often."""
+def test_intervals_have_their_nominal_coverage() -> None:
+    """Over many studies the 95 % interval of tau contains the tau of the population nearly as often."""
     rng = np.random.default_rng(1)
     inside = 0
     for _ in range(60):
@@ -532,7 +543,7 @@ def test_intervals_hold_what_they_promise() -> None:
     assert inside >= 50
 
 
-def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None:
+def test_seeds_are_resampled_too_and_show_how_repeatable_full_training_is() -> None:
     rng = np.random.default_rng(2)
     quality, macs = rng.normal(size=20), rng.random(20)
     sharp = fake({GOOD: quality}, quality[:, None] + 0.01 * rng.normal(size=(20, 3)), macs)
@@ -540,7 +551,7 @@ def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None
     assert repeatability(sharp) > 0.95
     assert repeatability(noisy) < 0.6
     assert repeatability(fake({GOOD: quality}, quality[:, None], macs)) is None
-    sharp.scores[sharp.high][4] = sharp.scores[sharp.high][4][:1]  # two of its trainings failed
+    sharp.accuracies[sharp.high][4] = sharp.accuracies[sharp.high][4][:1]  # two of its trainings failed
     assert repeatability(sharp) > 0.95
     sure, unsure = rank(sharp, GOOD), rank(noisy, GOOD)
     assert sure is not None
@@ -549,7 +560,7 @@ def test_seeds_are_redrawn_too_and_say_how_repeatable_full_training_is() -> None
 
 
 def test_a_study_of_real_trainings(tmp_path: Path, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole route on real networks; a loss weight of a fidelity's own reaches its loss: an absurd one fails."""
+    """The whole route on real networks. A fidelity's own loss weight reaches its loss: an absurd one fails."""
     command = ["fidelity-study", "--data", str(tiny_npz), "--space", "nasbench201:channels=4,cells=1", "--workers", "1"]
     command += ["--batch-size", "32", "--teacher-epochs", "1", "--high.epochs", "2", "--architectures", "4"]
     command += ["--lows", "none@1/2x1", "kd@1/2x1", "kd@1/2x1:ce_weight=3.3e38", "--device", "cpu"]

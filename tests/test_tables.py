@@ -102,17 +102,17 @@ def test_what_is_no_table_is_refused_with_the_reason(tmp_path, change, message):
 def test_two_rows_of_one_architecture_are_refused_unless_they_say_that_they_are_one(tmp_path):
     rows = [row | {"class": ""} for row in tables.convert(NASBENCH)]
     twice = [*rows, rows[1] | {"valid:full": "0.5"}]
-    with pytest.raises(UsageError, match=r"t\.csv is no table .*two rows have the same choices, \['nor_conv_3x3', "):
+    with pytest.raises(UsageError, match=r"t\.csv is not a table .*two rows have the same choices, \['nor_conv_3x3', "):
         tables.load(write(twice, tmp_path / "t.csv"))
     one = [row | {"class": name} for row, name in zip(twice, "abcb", strict=True)]
     assert len(tables.load(write(one, tmp_path / "t.csv")).candidates) == 3
 
 
 def test_unknown_columns_missing_files_and_empty_ones_are_errors_that_name_the_file(tmp_path):
-    with pytest.raises(UsageError, match=r"t\.csv is no table of results: columns a, b are of no known format"):
+    with pytest.raises(UsageError, match=r"t\.csv is not a table of results: the columns a, b match no known format"):
         tables.load(write([{"a": "1", "b": "2"}], tmp_path / "t.csv"))
     (tmp_path / "plain.csv.gz").write_text("a,b\n1,2\n")
-    with pytest.raises(UsageError, match="cannot be read as a table"):
+    with pytest.raises(UsageError, match="cannot read .* as a table"):
         tables.load(tmp_path / "plain.csv.gz")
     with pytest.raises(EnvironmentUnusable, match=r"no table .*none\.csv"):
         tables.load(tmp_path / "none.csv")

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Fidelity studies: how well low fidelities rank architectures, and which one to search with."""

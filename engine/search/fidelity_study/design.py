@@ -1,4 +1,4 @@
-"""The trials of a fidelity study: the same architectures judged in full and at several low fidelities, side by side."""
+"""The trials of a fidelity study: the same architectures at full fidelity and at several low ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from engine.search.methods.scores import IdentityKey
 from engine.space import Candidates
 from engine.trial import Architecture, Evaluation, Fidelity, History, Trial
 
-# Architectures that are asked at every fidelity before the next ones: what is known early is known of all fidelities.
+# Architectures that are asked at every fidelity before the next ones, so that early scores are of all fidelities.
 BLOCK = 4
 
 
 @dataclass(frozen=True)
 class FidelityStudy:
-    """What a study compares: `lows` with the full fidelity, over `architectures` of them; `repeats` and `low_repeats`
-    trainings of each, with different seeds. `drop`: stop asking a low fidelity once it is clearly worse."""
+    """What a study compares: the fidelities `lows` with the full one, over this many `architectures`.
+
+    Each is trained `repeats` times in full and `low_repeats` times at each low fidelity, with different seeds. `drop`:
+    stop asking a low fidelity once it is clearly worse than another.
+    """
 
     lows: tuple[Fidelity, ...]
     architectures: int = 16
@@ -31,26 +34,28 @@ class FidelityStudy:
     drop: bool = True
 
 
-def propose_study(candidates: Candidates, history: History, plan: Plan, slots: int, study: FidelityStudy) -> list[Trial]:
-    """At most `slots` of the trials that the study still lacks, block by block; a pure function of the history, so
-    that more architectures, seeds or fidelities may be asked for later."""
+def propose_study(
+    candidates: Candidates, history: History, plan: Plan, slots: int, study: FidelityStudy
+) -> list[Trial]:
+    """At most `slots` of the trials that the study still lacks, block by block.
+
+    It depends on the history alone, so that a study can later be extended by architectures, seeds or fidelities.
+    """
     seen = [*(e.trial for e in history.answered), *history.pending]
     asked = {(trial.architecture, trial.fidelity, trial.seed) for trial in seen}
     dropped = clearly_worse(study_scores(candidates, history, plan, study)) if study.drop else set()
-    missing = (
-        question
-        for question in _questions(study_architectures(candidates, study.architectures, plan.seed), plan, study)
-        if question not in asked and question[1] not in dropped
-    )
-    return [Trial(history.asked + place, *question) for place, question in enumerate(itertools.islice(missing, slots))]
+    wanted = _wanted(study_architectures(candidates, study.architectures, plan.seed), plan, study)
+    missing = (trial for trial in wanted if trial not in asked and trial[1] not in dropped)
+    return [Trial(history.asked + place, *trial) for place, trial in enumerate(itertools.islice(missing, slots))]
 
 
-def _questions(
+def _wanted(
     architectures: Sequence[Architecture], plan: Plan, study: FidelityStudy
 ) -> Iterator[tuple[Architecture, Fidelity, int]]:
+    """Architecture, fidelity and seed of every trial of the study, in the order in which they are asked."""
     for start in range(0, len(architectures), BLOCK):
         block = architectures[start : start + BLOCK]
-        # The long ones first: the short ones fill the workers that are left at the end.
+        # Long trainings first: at the end, short ones fill the free workers.
         for fidelity, times in [(plan.high, study.repeats), *((low, study.low_repeats) for low in study.lows)]:
             for repeat in range(times):
                 for architecture in block:
@@ -58,14 +63,14 @@ def _questions(
 
 
 def study_architectures(candidates: Candidates, count: int, seed: int) -> list[Architecture]:
-    """`count` architectures spread evenly over the order by MACs; the first ones of a longer list, for one seed."""
-    return [candidates.architecture(row) for row in _spread_over_macs(IdentityKey(candidates), count, seed)]
+    """`count` architectures spread evenly over the ranks by MACs; a smaller count gives the first of the same list."""
+    return [candidates.architecture(row) for row in _spread_by_macs(IdentityKey(candidates), count, seed)]
 
 
 @lru_cache(maxsize=2)
-def _spread_over_macs(candidates: IdentityKey, count: int, seed: int) -> tuple[int, ...]:
-    """Rows at the places of van der Corput's sequence, shifted, in the order by MACs; equals in MACs are shuffled."""
-    macs = candidates.value.macs
+def _spread_by_macs(key: IdentityKey, count: int, seed: int) -> tuple[int, ...]:
+    """Rows whose ranks by MACs follow a randomly shifted van der Corput sequence; ties in MACs are shuffled."""
+    macs = key.value.macs
     rng = np.random.default_rng(seed)
     shift = rng.random()
     order = np.lexsort((rng.random(len(macs)), macs))
@@ -79,19 +84,19 @@ def _spread_over_macs(candidates: IdentityKey, count: int, seed: int) -> tuple[i
 
 
 def study_scores(candidates: Candidates, history: History, plan: Plan, study: FidelityStudy) -> StudyScores:
-    """The scores of those of the study's architectures that have been trained in full at least once."""
+    """The scores of the study's architectures that have been trained in full at least once."""
     table: dict[tuple[Fidelity, Architecture], list[Evaluation]] = {}
     for evaluation in history.answered:
         if evaluation.ok:
             table.setdefault((evaluation.trial.fidelity, evaluation.trial.architecture), []).append(evaluation)
-    rows = _spread_over_macs(IdentityKey(candidates), study.architectures, plan.seed)
-    known = {row: a for row in rows if (plan.high, a := candidates.architecture(row)) in table}
-    answers = {f: [table.get((f, a), []) for a in known.values()] for f in (plan.high, *study.lows)}
+    rows = _spread_by_macs(IdentityKey(candidates), study.architectures, plan.seed)
+    trained = {row: a for row in rows if (plan.high, a := candidates.architecture(row)) in table}
+    answers = {f: [table.get((f, a), []) for a in trained.values()] for f in (plan.high, *study.lows)}
     return StudyScores(
-        architectures=list(known.values()),
-        macs=candidates.macs[list(known)],
+        architectures=list(trained.values()),
+        macs=candidates.macs[list(trained)],
         high=plan.high,
-        scores={f: [[e.accuracy for e in own] for own in column] for f, column in answers.items()},
+        accuracies={f: [[e.accuracy for e in own] for own in column] for f, column in answers.items()},
         seconds={
             f: [sum(e.seconds for e in own) / max(1, len(own)) for own in column] for f, column in answers.items()
         },

@@ -1,4 +1,4 @@
-"""A fidelity study: trains some architectures in full and at several low fidelities, and recommends one of these."""
+"""Runs a fidelity study: trains architectures in full and at several low fidelities, and recommends one of these."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from engine.trial import Fidelity, History, NoWinner, UsageError
 Json = dict[str, Any]
 
 # A study warns that full training ranks mostly by luck if two full trainings of the same architectures agree with a tau
-# below REPEATABLE, or, where none was trained twice, if full training gets less than LEARNED of the way from guessing to
-# perfect accuracy.
+# below REPEATABLE. If none was trained twice, it warns if full training gets less than LEARNED of the way from guessing
+# to perfect accuracy.
 REPEATABLE, LEARNED = 0.3, 0.1
 
 
 def default_lows(high: Fidelity) -> tuple[Fidelity, ...]:
-    """The low fidelities compared by default: no teacher, KD and NST on a ninth of the data, and attention transfer on
-    less. These ranked best for their cost in the measurements of the paper's authors (docs/evidence.md)."""
+    """The low fidelities compared by default: no teacher, KD and NST on a ninth of the data, and AT on a 27th.
+
+    These ranked best for their cost in the measurements of the paper's authors (docs/evidence.md).
+    """
     ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
     return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"nst@{ninth}", f"at@{less}")))
 
 
 def study_before_search(settings: RunSettings, run_dir: Path, display: Display) -> RunSettings:
-    """Runs or resumes a fidelity study inside the folder of a search; the settings of the search that starts from it.
+    """Runs or resumes a fidelity study inside the folder of a search; returns settings with the recommended fidelity.
 
-    Raises UsageError where the budget leaves nothing to search with.
+    Raises UsageError if the budget leaves no full training to search with, NoWinner if the study is not finished.
     """
     config, budget = settings.config, settings.budget
     folder = RunFolder(run_dir.absolute()).first_study
@@ -48,12 +50,12 @@ def study_before_search(settings: RunSettings, run_dir: Path, display: Display) 
     found: Json = json.loads(folder.study_result.read_text()) if folder.study_result.exists() else {}
     if not found.get("complete"):
         study = FidelityStudy(default_lows(config.high), count)
-        without = replace(settings, config=replace(config, fidelity_study=""))
-        found = run_fidelity_study(without, study, folder.path, display)
+        own = replace(settings, config=replace(config, fidelity_study=""))
+        found = run_fidelity_study(own, study, folder.path, display)
     if not found["complete"]:
         raise NoWinner(
-            f"the fidelity study in {folder} is not finished, so there is no low fidelity to search with yet: "
-            "run the command again to resume (--wall-time), or raise --gpu-hours"
+            f"the fidelity study in {folder} is not finished, so the low fidelity to search with is not known yet; "
+            "run the same command again to resume, or raise --gpu-hours"
         )
     return replace(settings, config=recommended(config, Fidelity.parse(found["recommended"]), folder))
 
@@ -66,7 +68,8 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
     config, budget = settings.config, settings.budget
     _check(study, config)
     distilled = [low for low in study.lows if low.kd_loss != "none"]
-    config = replace(config, low=replace((distilled or study.lows)[0], name="low"))  # if distilled, a teacher is needed
+    # The low fidelity of the settings tells the set-up whether the study needs a teacher.
+    config = replace(config, low=replace((distilled or study.lows)[0], name="low"))
     counts = {"max_low": study.architectures * study.low_repeats, "max_high": study.architectures * study.repeats}
     budget = replace(budget, target_accuracy=float("inf"), **counts)
     plan = Plan(study.lows, config.high, config.method, budget.max_low, budget.max_high, config.seed)
@@ -79,6 +82,7 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
 
 
 def _check(study: FidelityStudy, config: SearchConfig) -> None:
+    """Raises UsageError for a study that could show nothing."""
     for name, value, least in (
         ("architectures", study.architectures, 4),
         ("repeats", study.repeats, 1),
@@ -91,25 +95,26 @@ def _check(study: FidelityStudy, config: SearchConfig) -> None:
         raise UsageError("--lows names a fidelity twice")
     if config.high.kd_loss != "none" and any(low.weights for low in study.lows):
         raise UsageError(
-            "--lows with their own weights need --high.kd-loss none, because a search uses one set of weights for both; "
-            "compare weights in separate studies (--kd-temperature, --at-weight and so on)"
+            "--lows with their own weights need --high.kd-loss none, because a search uses one set of weights for both "
+            "fidelities; compare weights in separate studies (--kd-temperature, --at-weight and so on)"
         )
 
 
 def conclude(setup: SearchSetup, study: FidelityStudy, history: History) -> Json:
-    """What the evaluations show, written to the run folder; NoWinner if there are too few to show anything."""
+    """What the evaluations show, also written to the run folder. Raises NoWinner if there are too few."""
     folder, display = setup.context.folder, setup.context.display
-    found = study_scores(setup.candidates, history, setup.plan, study)
+    scores = study_scores(setup.candidates, history, setup.plan, study)
     seen = visible(history, setup)
     worse = clearly_worse(study_scores(setup.candidates, seen, setup.plan, study)) if study.drop else set()
-    said = summary.summarise(found, {low for low in worse if len(found.having(low)) < len(found.architectures)})
-    if said is None:
-        raise NoWinner("fewer than three architectures have both scores: raise the budget, or see the log")
-    result = {"run_dir": str(folder), **said, "config": str(folder.recommended)}
+    dropped = {low for low in worse if len(scores.scored(low)) < len(scores.architectures)}
+    found = summary.summarise(scores, dropped)
+    if found is None:
+        raise NoWinner("fewer than three architectures have both scores; raise the budget, or see the log")
+    result = {"run_dir": str(folder), **found, "config": str(folder.recommended)}
     result["evaluations"] = len(history.answered)
     result["complete"] = not propose_study(setup.candidates, seen, setup.plan, 1, study)
-    result["warning"] = luck_warning(found, len(setup.facts.classes))
-    more = "" if result["complete"] else "not everything has been measured yet: run the same command again to resume"
+    result["warning"] = luck_warning(scores, len(setup.facts.classes))
+    more = "" if result["complete"] else "the study is not finished; run the same command again to resume"
     for line in [*summary.table(result), *filter(None, [result["warning"], more])]:
         display.say(line)
     best = next(low for low in study.lows if low.name == result["recommended"])
@@ -120,12 +125,12 @@ def conclude(setup: SearchSetup, study: FidelityStudy, history: History) -> Json
     return result
 
 
-def luck_warning(found: StudyScores, classes: int) -> str:
-    """A warning if full training ranks mostly by luck, so that there is little to predict; else ""."""
-    full = float(found.means(found.high, found.having(found.high)).mean())
-    again = repeatability(found)
-    if again is not None:
-        sure, why = again >= REPEATABLE, f"agrees with another one of the same architectures by a tau of only {again:.2f}"
+def luck_warning(scores: StudyScores, classes: int) -> str:
+    """A warning if full training ranks mostly by luck, so that there is little to predict; otherwise ""."""
+    full = float(scores.means(scores.high, scores.scored(scores.high)).mean())
+    tau = repeatability(scores)
+    if tau is not None:
+        sure, why = tau >= REPEATABLE, f"agrees with a second one of the same architectures by a tau of only {tau:.2f}"
     else:
         sure = full - 1 / classes >= LEARNED * (1 - 1 / classes)
         why = f"reaches {100 * full:.1f} % on {classes} classes on average, hardly more than guessing"
@@ -138,16 +143,16 @@ def luck_warning(found: StudyScores, classes: int) -> str:
 
 
 def recommended(config: SearchConfig, low: Fidelity, study: RunFolder) -> SearchConfig:
-    """The configuration of a search at that low fidelity that starts with the evaluations of the study."""
+    """The settings of a search at that low fidelity, which starts with the evaluations of the study."""
     weights: dict[str, Any] = dict(low.weights)
-    # Always the study's own file, even for a library's network: files of one network differ in their training time.
+    # Always the study's own file, even for a library network: training time differs from file to file.
     teacher = config.teacher if low.kd_loss == "none" else str(study.teacher_weights(config))
     renamed = replace(low, name="low", weights=())
     return replace(config, low=renamed, teacher=teacher, fidelity_study=str(study), **weights)
 
 
 def recommended_yaml(config: SearchConfig, low: Fidelity, study: RunFolder, reason: str) -> str:
-    """Flags for `search -c`: everything that differs from the defaults, and both fidelities."""
-    plain, wanted = config_to_dict(SearchConfig()), config_to_dict(recommended(config, low, study))
-    kept = {key: value for key, value in wanted.items() if value != plain[key] or key in ("low", "high")}
+    """A file for `search -c`: every setting that differs from its default, and both fidelities."""
+    defaults, wanted = config_to_dict(SearchConfig()), config_to_dict(recommended(config, low, study))
+    kept = {key: value for key, value in wanted.items() if value != defaults[key] or key in ("low", "high")}
     return f"# {low.name}: {reason}.\n" + yaml.safe_dump(kept, sort_keys=False)

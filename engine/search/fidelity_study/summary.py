@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.search.fidelity_study.ranking import (
-    LOOKS_COST,
+    LOW_BUDGET,
     Difference,
     Ranking,
     Statistic,
@@ -24,58 +24,59 @@ from engine.trial import Evaluation, Fidelity
 Json = dict[str, Any]
 
 
-def summarise(found: StudyScores, dropped: Collection[Fidelity] = ()) -> Json | None:
-    """All figures of a study (docs/fidelity-study.md); None where no fidelity was measured on three architectures."""
-    rankings = [ranking for low in found.lows if (ranking := rank(found, low)) is not None]
+def summarise(scores: StudyScores, dropped: Collection[Fidelity] = ()) -> Json | None:
+    """All figures of a study (docs/fidelity-study.md); None if no fidelity was measured on three architectures."""
+    rankings = [ranking for low in scores.lows if (ranking := rank(scores, low)) is not None]
     if not rankings:
         return None
-    # A search whose full trainings are distilled has a teacher for its low ones too.
-    best, reason = recommend(found, [r for r in rankings if found.high.kd_loss == "none" or taught(r)] or rankings)
+    # A search that distils its full trainings has a teacher anyway, so its low fidelity should use it too.
+    distilled = [r for r in rankings if scores.high.kd_loss == "none" or r.fidelity.kd_loss != "none"]
+    best, reason = recommend(scores, distilled or rankings)
     return {
-        "full": len(found.architectures),
-        "repeatability": repeatability(found),
-        "macs": statistic_to_json(macs_alone(found)),
+        "full": len(scores.architectures),
+        "repeatability": repeatability(scores),
+        "macs": statistic_to_json(macs_alone(scores)),
         "fidelities": [ranking_to_json(r) | {"dropped": r.fidelity in dropped} for r in rankings],
-        "distilled_less_undistilled": [difference_to_json(d) for d in against_undistilled(found)],
+        "distilled_less_undistilled": [difference_to_json(d) for d in against_undistilled(scores)],
         "recommended": best.fidelity.name,
         "reason": reason,
     }
 
 
-def taught(ranking: Ranking) -> bool:
-    return ranking.fidelity.kd_loss != "none"
-
-
-def recommend(found: StudyScores, rankings: list[Ranking]) -> tuple[Ranking, str]:
-    """The fidelity whose looks are worth most for their price, and why."""
-    ordered = sorted(rankings, key=lambda r: (r.worth, r.given_macs.value), reverse=True)
-    best, says = ordered[0], ordered[0].given_macs
+def recommend(scores: StudyScores, rankings: list[Ranking]) -> tuple[Ranking, str]:
+    """The fidelity of highest expected gain, and the reason in words."""
+    ordered = sorted(rankings, key=lambda r: (r.expected_gain, r.given_macs.value), reverse=True)
+    best, tau = ordered[0], ordered[0].given_macs
     reason = (
-        f"tau given MACs is {says.value:.2f} ± {says.stderr:.2f} at {best.price:.3f} of a full training: the best of "
-        f"the looks that {LOOKS_COST:g} full trainings buy is expected to gain most"
+        f"tau given MACs is {tau.value:.2f} ± {tau.stderr:.2f} at {best.relative_cost:.3f} of the cost of a full "
+        f"training; its best pick for the cost of {LOW_BUDGET:g} full trainings is expected to gain most"
     )
-    if says.value < 2 * says.stderr:
-        reason += "; within two standard errors it may say no more than MACs do: take more architectures to be sure"
+    if tau.value < 2 * tau.stderr:
+        reason += "; within two standard errors it may say no more than MACs: study more architectures to be sure"
     if len(ordered) > 1:
-        gap = difference(found, best.fidelity, ordered[1].fidelity)
+        gap = difference(scores, best.fidelity, ordered[1].fidelity)
         if gap is not None and gap.value < 2 * gap.stderr:
             reason += f"; not surely better than {ordered[1].fidelity.name} ({gap.value:+.2f} ± {gap.stderr:.2f})"
     return best, reason
 
 
-def against_undistilled(found: StudyScores) -> list[Difference]:
-    """Each distilled fidelity against every one without a teacher on the same part of the data, and against the
-    cheapest without a teacher that costs as much, or up to twice that: what the money buys without one."""
-    plain = sorted((low for low in found.lows if low.kd_loss == "none"), key=found.price)
+def against_undistilled(scores: StudyScores) -> list[Difference]:
+    """Each distilled fidelity against fidelities without a teacher.
+
+    These are all that use the same images at the same scale, and the cheapest that costs as much or up to twice that:
+    it shows what the same money buys without a teacher.
+    """
+    plain = sorted((low for low in scores.lows if low.kd_loss == "none"), key=scores.relative_cost)
     gaps = []
-    for low in found.lows:
+    for low in scores.lows:
         if low.kd_loss == "none":
             continue
-        part = (low.fraction, low.width, low.resolution)
-        same = [other for other in plain if (other.fraction, other.width, other.resolution) == part]
-        dearer = [other for other in plain if 1 <= found.price(other) / max(found.price(low), 1e-9) <= 2]
-        others = dict.fromkeys([*same, *dearer[:1]])
-        gaps += [gap for other in others if (gap := difference(found, low, other)) is not None]
+        scale = (low.fraction, low.width, low.resolution)
+        same = [other for other in plain if (other.fraction, other.width, other.resolution) == scale]
+        cost = max(scores.relative_cost(low), 1e-9)
+        costlier = [other for other in plain if 1 <= scores.relative_cost(other) / cost <= 2]
+        others = dict.fromkeys([*same, *costlier[:1]])
+        gaps += [gap for other in others if (gap := difference(scores, low, other)) is not None]
     return gaps
 
 
@@ -84,7 +85,7 @@ def statistic_to_json(statistic: Statistic) -> Json:
 
 
 def ranking_to_json(ranking: Ranking) -> Json:
-    """One entry of "fidelities": `stderr` and `interval` are of tau given MACs; seconds are those of one evaluation."""
+    """An entry of "fidelities"; `stderr` and `interval` belong to tau given MACs, `seconds` to one evaluation."""
     return {
         "name": ranking.fidelity.name,
         "n": ranking.n,
@@ -100,8 +101,8 @@ def ranking_to_json(ranking: Ranking) -> Json:
         "tau_top_fifth": ranking.top,
         "top_n": ranking.top_n,
         "seconds": ranking.seconds,
-        "price": ranking.price,
-        "evaluations_per_tau": ranking.per_tau,
+        "relative_cost": ranking.relative_cost,
+        "cost_per_tau": ranking.cost_per_tau,
     }
 
 
@@ -116,17 +117,17 @@ def difference_to_json(gap: Difference) -> Json:
 
 
 def table(result: Json) -> list[str]:
-    """The result for people, a line a fidelity."""
+    """The result for people, a line for each fidelity."""
     head = f"{'fidelity':<28}{'n':>3}  {'score':>5}  {'tau':>5} {'95 %':>14}  {'spearman':>8}  {'tau | MACs':>13}"
-    lines = [head + f"  {'top':>5}  {'seconds':>8}  {'price':>6}  {'price/tau':>9}"]
+    lines = [head + f"  {'top':>5}  {'seconds':>8}  {'relative cost':>13}  {'cost/tau':>8}"]
     for row in result["fidelities"]:
         top = "" if row["tau_top_fifth"] is None else f"{row['tau_top_fifth']:.2f}"
-        per_tau = "" if row["evaluations_per_tau"] is None else f"{row['evaluations_per_tau']:.3f}"
+        per_tau = "" if row["cost_per_tau"] is None else f"{row['cost_per_tau']:.3f}"
         low, high = row["tau_interval"]
         lines.append(
             f"{row['name']:<28}{row['n']:>3}  {row['accuracy']:>5.3f}  {row['tau']:>5.2f} "
             f"{f'{low:.2f} to {high:.2f}':>14}  {row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} "
-            f"± {row['stderr']:>5.2f}  {top:>5}  {row['seconds']:>8.1f}  {row['price']:>6.3f}  {per_tau:>9}"
+            f"± {row['stderr']:>5.2f}  {top:>5}  {row['seconds']:>8.1f}  {row['relative_cost']:>13.3f}  {per_tau:>8}"
             + ("  dropped" if row["dropped"] else "")
         )
     lines.append(f"{'MACs alone':<28}{result['full']:>3}  {'':>5}  {result['macs']['tau']:>5.2f}")
@@ -134,12 +135,12 @@ def table(result: Json) -> list[str]:
         lines.append(f"{'full, another seed':<28}{result['full']:>3}  {'':>5}  {result['repeatability']:>5.2f}")
     for gap in result["distilled_less_undistilled"]:
         value, error = gap["tau_given_macs"], gap["stderr"]
-        lines.append(f"{gap['name']} less {gap['against']}: tau given MACs {value:+.2f} ± {error:.2f}")
+        lines.append(f"{gap['name']} minus {gap['against']}: tau given MACs {value:+.2f} ± {error:.2f}")
     return [*lines, f"recommended: {result['recommended']}: {result['reason']}"]
 
 
 def evaluations_csv(answers: list[Evaluation]) -> str:
-    """Every evaluation as it was measured, a row each, in the order of the run's clock."""
+    """Every evaluation as it was measured, a row each, in the order of the virtual clock."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["architecture", "fidelity", "seed", "status", "accuracy", "seconds", "macs", "params"])
@@ -150,11 +151,11 @@ def evaluations_csv(answers: list[Evaluation]) -> str:
 
 
 def draw(path: Path, result: Json) -> None:
-    """Tau and tau given MACs of each fidelity with 95 % intervals; MACs alone and a second seed as lines."""
+    """Draws tau and tau given MACs of each fidelity with 95 % intervals, and MACs alone and a second seed as lines."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return  # an extra; fidelity.json has the same figures
+        return  # matplotlib is an extra; the JSON has the same figures
     rows = result["fidelities"][::-1]
     figure = Figure(figsize=(8, 1.4 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -171,7 +172,7 @@ def draw(path: Path, result: Json) -> None:
     if result["repeatability"] is not None:
         axes.axvline(result["repeatability"], color="black", linestyle="--", linewidth=1, label="full, another seed")
     axes.axvline(0, color="grey", linewidth=0.5)
-    axes.set_yticks(range(len(rows)), [f"{row['name']}  ({row['price']:.3f})" for row in rows])
-    axes.set(xlabel=f"Kendall's tau, {result['full']} architectures, 95 % intervals; (price in full trainings)")
+    axes.set_yticks(range(len(rows)), [f"{row['name']}  ({row['relative_cost']:.3f})" for row in rows])
+    axes.set(xlabel=f"Kendall's tau, {result['full']} architectures, 95 % intervals (in brackets: relative cost)")
     figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)

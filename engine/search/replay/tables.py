@@ -1,14 +1,13 @@
 """Tables of recorded results: the project's own format, and converters for two published ones.
 
-The format is a CSV (`.csv` or `.csv.gz`), a row per architecture, with the columns
+The format is a CSV file (`.csv` or `.csv.gz`) with a row per architecture and these columns:
 
-- `choice:NAME`, one per decision. All numbers: an ordinal choice; otherwise an operation.
-- `valid:FIDELITY`, `seconds:FIDELITY`: validation accuracy (0..1) and what measuring it cost, in seconds. The full
-  fidelity is called `full`; every other is a low one, in the order of the columns. An empty cell is an evaluation
-  that failed.
-- `test:full`: test accuracy (0..1), which judges a method and is never shown to it.
-- `macs`, `params` (optional): cost of the architecture; without them nothing is known of it.
-- `class` (optional): rows of the same class are identical networks; the first stands for all of them.
+- `choice:NAME`, one per decision. If all its values are numbers, the choice is ordinal; otherwise they are operations.
+- `valid:FIDELITY`, `seconds:FIDELITY`: validation accuracy (0..1) and the cost of measuring it, in seconds. The full
+  fidelity is called `full`; all others are low ones, in the order of the columns. An empty cell is a failed evaluation.
+- `test:full`: test accuracy (0..1), by which methods are compared; they never see it.
+- `macs`, `params` (optional): multiply-accumulates and parameters of the architecture.
+- `class` (optional): rows of one class are identical networks, and the first of them stands for all.
 """
 
 from __future__ import annotations
@@ -38,8 +37,11 @@ NASBENCH_EDGES = ("1<-0", "2<-0", "2<-1", "3<-0", "3<-1", "3<-2")
 
 @dataclass(frozen=True)
 class Table:
-    """Recorded results of n architectures: `valid` and `seconds` by fidelity name, `test` of the full one, each (n,);
-    accuracies are 0..1, nan where the evaluation failed. `lows` are the names of the low fidelities."""
+    """Recorded results of n architectures.
+
+    `valid` (accuracies) and `seconds` (n,) are by fidelity name, `test` (n,) are accuracies of the full one. Accuracies
+    are 0..1, or nan if the evaluation failed.
+    """
 
     name: str
     candidates: Candidates
@@ -49,6 +51,7 @@ class Table:
 
     @property
     def lows(self) -> tuple[str, ...]:
+        """The names of the low fidelities."""
         return tuple(name for name in self.valid if name != FULL)
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Table:
@@ -61,25 +64,28 @@ class Table:
 def load(path: Path) -> Table:
     """The table in a file, in the project's format or one of the two that `convert` knows.
 
-    Raises EnvironmentUnusable where there is no such file, UsageError where its columns fit no format.
+    Raises EnvironmentUnusable if there is no such file, UsageError if its content fits no format.
     """
     if not path.is_file():
-        raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (its columns: docs/surrogate.md)")
+        raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (columns: see docs/surrogate.md)")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a table ({error}); give a .csv, or a .csv.gz") from error
+        raise UsageError(f"cannot read {path} as a table ({error}); give a .csv or .csv.gz file") from error
     if not rows:
         raise UsageError(f"{path} has no rows")
     try:
         return _parse(path.name.split(".")[0], convert(rows))
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is no table of results: {error}; its columns: docs/surrogate.md") from error
+        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/surrogate.md") from error
 
 
 def convert(rows: list[Row]) -> list[Row]:
-    """Rows in the project's format, from any of the three formats, recognised by their columns."""
+    """Rows in the project's format, from any of the three formats, which are recognised by their columns.
+
+    Raises ValueError for other columns.
+    """
     columns = set(rows[0])
     if {"ops", "val_e200", "test_e200"} <= columns:
         return from_nasbench201(rows)
@@ -87,11 +93,11 @@ def convert(rows: list[Row]) -> list[Row]:
         return from_mfkd(rows)
     if f"valid:{FULL}" in columns and any(column.startswith("choice:") for column in columns):
         return rows
-    raise ValueError(f"columns {', '.join(sorted(columns))} are of no known format")
+    raise ValueError(f"the columns {', '.join(sorted(columns))} match no known format")
 
 
 def dump(rows: list[Row], path: Path) -> None:
-    """Writes converted rows as `.csv` or `.csv.gz`, the same bytes for the same rows."""
+    """Writes converted rows as `.csv` or `.csv.gz`: the same bytes for the same rows."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -101,7 +107,7 @@ def dump(rows: list[Row], path: Path) -> None:
 
 
 def from_nasbench201(rows: list[Row]) -> list[Row]:
-    """NAS-Bench-201: a row per cell with `ops` (a digit per edge), `val_eN`, `test_e200`, `seconds_eN`, `iso`."""
+    """Converts NAS-Bench-201: a row per cell: `ops` (a digit per edge), `val_eN`, `test_eN`, `seconds_eN`, `iso`."""
     epochs = sorted({int(c[5:]) for c in rows[0] if c.startswith("val_e")})
     out = []
     for row in rows:
@@ -116,10 +122,10 @@ def from_nasbench201(rows: list[Row]) -> list[Row]:
 
 
 def from_mfkd(rows: list[Row]) -> list[Row]:
-    """The paper authors' measurements: a row per (architecture, loss, part of the training set).
+    """Converts the paper authors' measurements: a row per architecture, loss and fraction of the training set.
 
-    Full fidelity is no distillation on all of it. Choices are the numbers of `encoding` that vary; MACs and
-    parameters are those of the MobileNetV2 that it describes, on 32 x 32 images.
+    Full fidelity is training on the whole set without distillation. The choices are the numbers of `encoding` that
+    vary; MACs and parameters are those of the MobileNetV2 that it describes, on 32 x 32 images.
     """
     encodings = {row["arch"]: [[int(v) for v in b.split(",")] for b in row["encoding"].split(";")] for row in rows}
     flat = np.array([[value for block in blocks for value in block] for blocks in encodings.values()])
@@ -139,9 +145,9 @@ def from_mfkd(rows: list[Row]) -> list[Row]:
 
 
 def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> tuple[int, int]:
-    """Multiply-accumulates and weights of a MobileNetV2 whose blocks are (expansion, channels, repeats, stride).
+    """Multiply-accumulates and weights of a MobileNetV2 with blocks of (expansion, channels, repeats, stride).
 
-    Stem of 32 channels at stride 1, last block a 1x1 convolution; normalisation is not counted in MACs.
+    The stem has 32 channels at stride 1; the last block is a 1x1 convolution. MACs do not include normalisation.
     """
     size, inp = resolution, 32
     macs, params = size * size * 27 * inp, 27 * inp + 2 * inp
@@ -164,12 +170,12 @@ def _percent(text: str) -> str:
 
 
 def _parse(name: str, rows: list[Row]) -> Table:
-    rows = _first_of_class(rows)
+    rows = _first_of_each_class(rows)
     choices, encoded = _choices(rows)
     different, counts = np.unique(encoded, axis=0, return_counts=True)
-    if len(different) < len(rows):  # which of them an evaluation is of, nobody could say
+    if len(different) < len(rows):  # it would be undefined which of them a trial means
         twin = [c.options[option] for c, option in zip(choices, different[counts.argmax()], strict=True)]
-        raise ValueError(f"two rows have the same choices, {twin}; average them, or give them one `class`")
+        raise ValueError(f"two rows have the same choices, {twin}; average them, or give them the same `class`")
     space = SearchSpace(name, choices, _no_network)
     lows = [c[6:] for c in rows[0] if c.startswith("valid:")]
     known = "macs" in rows[0]
@@ -180,17 +186,17 @@ def _parse(name: str, rows: list[Row]) -> Table:
         _numbers(rows, "params") if "params" in rows[0] else np.ones(len(rows)),
     )
     if np.isnan(candidates.macs).any() or np.isnan(candidates.params).any():
-        raise ValueError("a row has no macs or no params; fill them in, or leave the column out")
+        raise ValueError("a row has no macs or no params; fill them in, or leave out the column")
     valid = {low: _numbers(rows, f"valid:{low}") for low in lows}
     seconds = {low: _numbers(rows, f"seconds:{low}") for low in lows}
     test = _numbers(rows, f"test:{FULL}")
     for column, values in (*valid.items(), ("test", test)):
         if np.nanmin(values) < 0 or np.nanmax(values) > 1:
-            raise ValueError(f"accuracies of '{column}' are not within 0..1")
+            raise ValueError(f"accuracies in '{column}' are not within 0..1")
     return Table(name, candidates, valid, seconds, test)
 
 
-def _first_of_class(rows: list[Row]) -> list[Row]:
+def _first_of_each_class(rows: list[Row]) -> list[Row]:
     first: dict[Any, Row] = {}
     for i, row in enumerate(rows):
         first.setdefault(row.get("class") or (i,), row)
@@ -198,14 +204,14 @@ def _first_of_class(rows: list[Row]) -> list[Row]:
 
 
 def _choices(rows: list[Row]) -> tuple[tuple[Choice, ...], npt.NDArray[np.int8]]:
-    """The decisions that the columns describe, and each row's option indices (n, d)."""
+    """The choices that the columns describe, and the option indices of the rows (n, d)."""
     found, columns = [], []
     for column in (c for c in rows[0] if c.startswith("choice:")):
         values = [row[column] for row in rows]
         ordinal = all(_is_number(value) for value in values)
         options = sorted(set(values), key=(lambda v: (float(v), v)) if ordinal else None)
         if len(options) > 127:
-            raise ValueError(f"{column} has {len(options)} options, at most 127 are possible")
+            raise ValueError(f"{column} has {len(options)} options; at most 127 are possible")  # indices are int8
         place = {option: i for i, option in enumerate(options)}
         columns.append([place[value] for value in values])
         found.append(Choice(column[7:], tuple(map(float, options)) if ordinal else tuple(options), ordinal))
@@ -225,4 +231,4 @@ def _numbers(rows: Iterable[Row], column: str) -> Array:
 
 
 def _no_network(choices: tuple[int, ...], classes: int, width: float) -> Any:
-    raise UsageError("a table of results has no networks to build")
+    raise UsageError("a table of results describes no networks that could be built")
