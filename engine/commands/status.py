@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from engine.search.runs import Run
+    from engine.trial import Fidelity
 
 EVERY_S = 2.0
 
@@ -63,8 +65,6 @@ def summary(run: Run) -> dict[str, Any]:
 
     path = run.folder.journal
     best, plan = run.best, run.plan
-    most = plan.max_low * len(plan.lows)  # a fidelity study compares several
-    fidelities = {"low": (plan.lows, most), "high": ((plan.high,), plan.max_high)}
     return {
         "run_dir": str(run.folder),
         "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
@@ -72,14 +72,8 @@ def summary(run: Run) -> dict[str, Any]:
         "data": run.config.data,
         "method": run.config.method if run.kind == "search" else "fidelity study",
         "evaluations": {
-            name: {
-                "ok": sum(e.ok and e.trial.fidelity in kinds for e in run.answers),
-                "failed": sum(failed(e.status) and e.trial.fidelity in kinds for e in run.answers),
-                "too_slow": sum(e.status == "too_slow" and e.trial.fidelity in kinds for e in run.answers),
-                "pending": sum(trial.fidelity in kinds for trial in run.pending),
-                "limit": limit,
-            }
-            for name, (kinds, limit) in fidelities.items()
+            "low": evaluation_counts(run, plan.lows) | {"limit": plan.max_low * len(plan.lows)},
+            "high": evaluation_counts(run, (plan.high,)) | {"limit": plan.max_high},
         },
         "statuses": dict(Counter(e.status for e in run.answers)),
         "best": best
@@ -93,6 +87,19 @@ def summary(run: Run) -> dict[str, Any]:
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
         "idle_seconds": round(max(0.0, time.time() - path.stat().st_mtime), 1),
         "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if failed(e.status)), None),
+    }
+
+
+def evaluation_counts(run: Run, fidelities: Sequence[Fidelity]) -> dict[str, int]:
+    """The evaluations at some fidelities, by status."""
+    from engine.trial import failed
+
+    statuses = [e.status for e in run.answers if e.trial.fidelity in fidelities]
+    return {
+        "ok": statuses.count("ok"),
+        "failed": sum(map(failed, statuses)),
+        "too_slow": statuses.count("too_slow"),
+        "pending": sum(trial.fidelity in fidelities for trial in run.pending),
     }
 
 
@@ -139,7 +146,7 @@ def _progress(counts: dict[str, int]) -> Table:
     from rich.table import Table
 
     done = counts["ok"] + counts["failed"] + counts["too_slow"]
-    more = [f"{counts[kind]} {kind}" for kind in ("pending", "failed", "too_slow") if counts[kind]]
+    more = [f"{counts[kind]} {kind.replace('_', ' ')}" for kind in ("pending", "failed", "too_slow") if counts[kind]]
     line = Table.grid(padding=(0, 2))
     if done > counts["limit"]:  # architectures promoted without a low score get one at the end, for comparison
         text = f"{counts['limit']}, and {done - counts['limit']} for comparison"
