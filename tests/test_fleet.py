@@ -151,11 +151,11 @@ def test_each_worker_sees_its_device(tmp_path: Path) -> None:
     wanted = Layout(4, ("GPU-a", "7"), "cuda", workers_per_device=2)
     fleet = open_fleet(Resources(), wanted, tmp_path, module="tests.light")
     try:
-        seen = {}
-        running = [fleet.submit("report", {"seconds": 0.5}) for _ in range(8)]
-        for answer in [future.result(60) for future in running]:
-            seen[answer["pid"]] = answer["CUDA_VISIBLE_DEVICES"]
-        assert sorted(seen.values()) == ["7", "7", "GPU-a", "GPU-a"]
+        meeting = tmp_path / "meeting"
+        meeting.mkdir()
+        running = [fleet.submit("meet", {"folder": str(meeting), "count": 4}) for _ in range(4)]
+        seen = [future.result(120)["CUDA_VISIBLE_DEVICES"] for future in running]
+        assert sorted(seen) == ["7", "7", "GPU-a", "GPU-a"]
     finally:
         fleet.close()
 
@@ -185,6 +185,7 @@ def test_a_killed_worker_loses_only_its_own_task(tmp_path: Path, mark: Callable[
         assert keys.stat().st_mode & 0o077 == 0  # the keys of the channels are readable by this account only
         for process in workers(mark):  # idle
             process.kill()
+        until(lambda: not workers(mark))  # a task sent to a worker that is still dying would die with it
         running = {fleet.submit("meet", four) for _ in range(3)}
         until(lambda: len(list(Path(four["folder"]).iterdir())) == 3)
         workers(mark)[0].kill()  # busy
