@@ -75,9 +75,9 @@ def test_trial_steps_leave_no_trace(before: int) -> None:
     for student in (tried, plain):
         for step in range(before):
             take_step(student, inputs(seed=step))
-    where = [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
+    addresses = [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
     run_and_restore(tried, lambda: [take_step(tried, inputs(seed=9)) for _ in range(3)] and None)
-    assert where == [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
+    assert addresses == [tensor.data_ptr() for tensor in tried.network.state_dict().values()]
     for student in (tried, plain):
         for step in range(3):
             take_step(student, inputs(seed=step))
@@ -117,10 +117,10 @@ def test_a_graph_is_used_if_possible_and_worthwhile(execution: str, device: str,
 @pytest.fixture
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
     """The synchronisation debug modes that were set, starting with the initial one."""
-    told: list[int | str] = [1]
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: told[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told.append)
-    return told
+    set_modes: list[int | str] = [1]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: set_modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_modes.append)
+    return set_modes
 
 
 def test_a_step_that_waits_for_the_device_is_detected_before_the_capture(modes: list[int | str]) -> None:
@@ -186,9 +186,9 @@ def test_static_inputs_stay_where_they_are() -> None:
     static = first.static_copy()
     assert static.teacher_output is not None
     tensors = [static.images, static.labels, *static.teacher_output.tensors]
-    where = [tensor.data_ptr() for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in tensors]
     static.copy_from(second)
-    assert where == [tensor.data_ptr() for tensor in tensors]
+    assert addresses == [tensor.data_ptr() for tensor in tensors]
     assert equal(tensors, [second.images, second.labels, *second.teacher_output.tensors])
     assert static.rate == torch.tensor(0.25)
     assert static.images.is_contiguous(memory_format=torch.channels_last)

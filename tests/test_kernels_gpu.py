@@ -1,6 +1,6 @@
 """What only a device can show: graph capture, no host synchronisation, streams, determinism, autocast.
 
-The numerics on CUDA are `test_kernels_triton.py`, whose tests run on the device where there is one.
+The numerics on CUDA are `test_kernels_triton.py`, whose tests run on a GPU if there is one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory (glyphs, CIFAR, a user's .npz) as arrays, and the cache of those that are made."""
+"""Data sets that fit in memory (glyphs, CIFAR, a user's .npz) as arrays, and a cache of those made or downloaded."""
 
 from __future__ import annotations
 

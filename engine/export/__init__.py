@@ -1,1 +1,1 @@
-"""A trained architecture as files that need nothing of ours."""
+"""A trained architecture as files that work without this program."""

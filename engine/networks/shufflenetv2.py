@@ -66,8 +66,8 @@ def branch(c_in: int, c_out: int, stride: int) -> nn.Sequential:
 def shuffle(a_NCHW: Tensor, b_NCHW: Tensor) -> Tensor:
     """Channels a0 b0 a1 b1 ...: concatenation, then the channel shuffle of two groups.
 
-    One copy, made in channels_last. The usual view, transpose and reshape leaves that layout, and on a GPU so does
-    torch.channel_shuffle, whose kernel is for the CPU only: each unit would convert between two layouts.
+    One copy, made in channels_last. The usual view, transpose and reshape would not keep that layout, nor on a GPU
+    would torch.channel_shuffle, whose kernel is for the CPU only: each unit would convert between two layouts.
     """
     a_NHWC, b_NHWC = (half.permute(0, 2, 3, 1) for half in (a_NCHW, b_NCHW))
     return torch.stack([a_NHWC, b_NHWC], dim=-1).flatten(3).permute(0, 3, 1, 2)

@@ -31,7 +31,7 @@ from engine.trial import Drained, Fidelity
 @dataclass(frozen=True, eq=False)
 class WorkerContext:
     """The configuration, its data and its device. `max_cohort` records how many students of a fidelity fit into memory
-    at once, where a whole cohort did not."""
+    at once, for fidelities at which a full cohort did not fit."""
 
     config: SearchConfig
     data: Dataset
@@ -130,7 +130,7 @@ def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerCon
 
 
 def open_context(settings: WorkerSettings) -> WorkerContext:
-    """The context of a task. The last one is kept, so that data are read once."""
+    """The context of a task. The last one is cached, so that the data are read only once."""
     return _open_context(settings.config, settings.run_dir, settings.device)
 
 

@@ -41,7 +41,7 @@ class TeacherOutput(NamedTuple):
 def pair(student: Sequence[torch.Size], teacher: Sequence[torch.Size]) -> list[tuple[int, int]]:
     """Which stage of the student learns from which of the teacher: (student index, teacher index), finest first.
 
-    Shapes are (N, C, H, W). Stages are paired by spatial size; where several have one size, the last of them counts.
+    Shapes are (N, C, H, W). Stages are paired by spatial size; if several have the same size, the last one counts.
     If student and teacher share no size, their coarsest stages are paired, and the losses pool the larger map.
     """
     last_student = {tuple(shape[2:]): index for index, shape in enumerate(student)}

@@ -31,7 +31,7 @@ from engine.training.weights import load_weights, save_weights
 from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial
 
 DEFAULT = Resources()
-# What Python, torch and safetensors say when a disk cannot be written; the libraries raise error types of their own.
+# Messages of Python, torch and safetensors when a disk cannot be written; the libraries have error types of their own.
 UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "StreamWriter failed writing")
 
 
@@ -68,7 +68,7 @@ def _in_rounds(
     """Evaluates all trials, as many at a time as fit into memory.
 
     Trials that run out of memory beside others are retried in smaller groups; a trial is "oom" only if it runs out of
-    memory alone. The group size that worked is remembered for later cohorts. It does not affect scores.
+    memory alone. The group size that worked is used for later cohorts. It does not affect scores.
     """
     fidelity, waiting = trials[0].fidelity, list(trials)
     limit = min(cohort_size(resources, context.device.type == "cuda"), context.max_cohort.get(fidelity, len(trials)))

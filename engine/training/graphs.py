@@ -60,8 +60,8 @@ def find_host_sync(step: Callable[[], None]) -> str:
     """Runs a step. If it makes the host wait for the device, the step ends there and the place is described; else "".
 
     No graph can record such a wait, and a capture must not reach one: a failed capture keeps its memory, and before
-    torch 2.12 costs the process. The debug mode applies to the whole process, but no other thread of ours calls CUDA
-    through torch.
+    torch 2.12 costs the process. The debug mode applies to the whole process, but no other thread of the worker calls
+    CUDA through torch.
     """
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

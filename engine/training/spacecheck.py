@@ -1,4 +1,4 @@
-"""Checks that a search space fulfils the contract of a search; errors say what is wrong with it and what to do."""
+"""Checks that a search space has what a search needs; errors say what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.trial import Architecture, UsageError
 
 Json = dict[str, Any]
 RANDOM_MEMBERS = 4
-MOST_OPTIONS = 127  # option indices are kept in int8
+MAX_OPTIONS = 127  # option indices are stored as int8
 WIDTHS = (1.0, 0.5)
 IMAGES = 4
 
@@ -71,8 +71,8 @@ def some_members(space: SearchSpace, seed: int) -> list[Architecture]:
 
 def check_choices(space: SearchSpace) -> None:
     for choice in space.choices:
-        if not 1 <= len(choice.options) <= MOST_OPTIONS:
-            raise UsageError(f"choice '{choice.name}' has {len(choice.options)} options; it takes 1 to {MOST_OPTIONS}")
+        if not 1 <= len(choice.options) <= MAX_OPTIONS:
+            raise UsageError(f"choice '{choice.name}' has {len(choice.options)} options; it takes 1 to {MAX_OPTIONS}")
         repeated = next((option for option in choice.options if choice.options.count(option) > 1), None)
         if repeated is not None:
             raise UsageError(f"choice '{choice.name}' has the option {repeated!r} twice; remove one")
@@ -97,23 +97,25 @@ def check_network(
     space: SearchSpace, member: Architecture, classes: int, width: float, resolution: int
 ) -> list[torch.Size]:
     """Builds, runs and backpropagates a member once; returns the shapes of its features."""
-    who = f"architecture {member} at width {width:g}"
+    label = f"architecture {member} at width {width:g}"
     network = built(space, member, classes, width)
     again = built(space, member, classes, width).state_dict()
     if any(not torch.equal(value, again[name]) for name, value in network.state_dict().items()):
-        raise UsageError(f"{who}: two builds from one seed have different weights; draw them with torch alone")
+        raise UsageError(
+            f"{label}: two builds from one seed have different weights; draw random numbers with torch only"
+        )
     images = torch.randn(IMAGES, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
-    logits, features = outputs(network.train(), images, classes, who)
+    logits, features = outputs(network.train(), images, classes, label)
     (logits.square().sum() + sum(f.float().mean() for f in features)).backward()
     if any(p.grad is not None and not torch.isfinite(p.grad).all() for p in network.parameters()):
-        raise UsageError(f"{who}: gradients are not finite on the first batch; check its initialisation")
+        raise UsageError(f"{label}: gradients are not finite on the first batch; check its initialisation")
     network.eval()
     with torch.no_grad():
-        batch, _ = outputs(network, images, classes, who)
-        single, _ = outputs(network, images[:1], classes, who)
+        batch, _ = outputs(network, images, classes, label)
+        single, _ = outputs(network, images[:1], classes, label)
     if not torch.allclose(batch[:1], single, rtol=1e-3, atol=1e-4):
         raise UsageError(
-            f"{who}: in evaluation mode the logits of an image depend on the other images of its batch; remove the "
+            f"{label}: in evaluation mode the logits of an image depend on the other images of its batch; remove the "
             "layer that mixes images"
         )
     return [feature.shape for feature in features]
@@ -130,23 +132,23 @@ def built(space: SearchSpace, member: Architecture, classes: int, width: float) 
     return network
 
 
-def outputs(network: nn.Module, images: Tensor, classes: int, who: str) -> tuple[Tensor, list[Tensor]]:
+def outputs(network: nn.Module, images: Tensor, classes: int, label: str) -> tuple[Tensor, list[Tensor]]:
     """The checked output (logits, features) of a network."""
     try:
         output = network(images)
     except Exception as error:
-        raise UsageError(f"{who}: its forward on images {tuple(images.shape)} raises {_message(error)}") from error
+        raise UsageError(f"{label}: its forward on images {tuple(images.shape)} raises {_message(error)}") from error
     if not (isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], list | tuple)):
-        raise UsageError(f"{who}: its forward must return (logits, [features]), as engine.networks.Staged does")
+        raise UsageError(f"{label}: its forward must return (logits, [features]), as engine.networks.Staged does")
     logits, features = output[0], list(output[1])
     if not isinstance(logits, Tensor) or logits.shape != (len(images), classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(f"{who}: logits are {found}; they must be {(len(images), classes)}")
+        raise UsageError(f"{label}: logits are {found}; they must be {(len(images), classes)}")
     if not features or any(not isinstance(f, Tensor) or f.ndim != 4 or len(f) != len(images) for f in features):
-        raise UsageError(f"{who}: features must be one or more tensors (N, C, H, W), to be paired with a teacher's")
+        raise UsageError(f"{label}: features must be one or more tensors (N, C, H, W), to be paired with a teacher's")
     sizes = [feature.shape[2] * feature.shape[3] for feature in features]
     if sizes != sorted(sizes, reverse=True):
-        raise UsageError(f"{who}: features must come finest first; their sizes are {_sizes(features)}")
+        raise UsageError(f"{label}: features must come finest first; their sizes are {_sizes(features)}")
     return logits, features
 
 
@@ -190,16 +192,16 @@ def check_losses(
     space: SearchSpace, member: Architecture, teacher: nn.Module, name: str, classes: int, resolution: int
 ) -> list[list[list[int]]]:
     """Computes the losses of one step; returns the pairs of features, each as two shapes (C, H, W)."""
-    who = f"architecture {member}"
+    label = f"architecture {member}"
     images = torch.randn(IMAGES, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
-    student = outputs(built(space, member, classes, 1.0).train(), images, classes, who)
+    student = outputs(built(space, member, classes, 1.0).train(), images, classes, label)
     with torch.no_grad():
         target = teacher(images)
     shapes = [f.shape for f in student[1]], [f.shape for f in target[1]]
     pairs = [(shapes[0][mine], shapes[1][theirs]) for mine, theirs in pair(*shapes)]
     if any(mine[2:] != theirs[2:] for mine, theirs in pairs):
         raise UsageError(
-            f"{who}: no feature has the size of one of the teacher {name}'s: {_sizes(student[1])} here, "
+            f"{label}: no feature has the size of one of the teacher {name}'s: {_sizes(student[1])} here, "
             f"{_sizes(target[1])} there; change the strides, or choose another teacher"
         )
     labels = torch.arange(IMAGES) % classes
@@ -208,7 +210,7 @@ def check_losses(
         loss = objective(student, teacher_output(target, objective.feature_keys), labels)
         if not torch.isfinite(loss):
             raise UsageError(
-                f"{who}: the loss {terms} is not finite on the first batch; check the scale of its features"
+                f"{label}: the loss {terms} is not finite on the first batch; check the scale of its features"
             )
         loss.backward(retain_graph=True)
     return [[list(mine[1:]), list(theirs[1:])] for mine, theirs in pairs]
