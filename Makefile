@@ -75,8 +75,8 @@ gpu-check:
 # ---- evidence ------------------------------------------------------------
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
-# make rivals          the search against its rivals on real training, resumable
-# make authors         what the paper's authors measured, read as such a study: seconds; TABLE=FILE
+# make baselines       the search against its baselines on real trainings, resumable
+# make authors         the measurements of the paper's authors, read as such a study: seconds; TABLE=FILE
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
@@ -84,7 +84,7 @@ SHARED    = $(firstword $(wildcard shared/data ../shared/data))
 TABLE    ?= $(SHARED)/mfkd_mobilenetv2_cifar100.csv.gz
 STUDIES   = glyphs-nasbench201-cap cifar100-nasbench201 glyphs-nasbench201 cifar100-nasbench201-cap \
             glyphs-mobilenetv2 cifar100-mobilenetv2 glyphs-mobilenetv2-cap cifar100-mobilenetv2-cap
-RIVALS    = baselines-glyphs baselines-cifar100 baselines-glyphs-weak baselines-cifar100-weak \
+BASELINES = baselines-glyphs baselines-cifar100 baselines-glyphs-weak baselines-cifar100-weak \
             baselines-glyphs-again baselines-cifar100-again
 WHY       = why-settings why-teacher cifar100-nasbench201-kd
 TEACHER   = $(BIN)/python cli.py teacher --batch-size 64 --space
@@ -92,7 +92,7 @@ TEACHER   = $(BIN)/python cli.py teacher --batch-size 64 --space
 authors: | install
 	$(BIN)/python -m bench.evidence.recorded $(TABLE)
 
-.PHONY: authors evidence why rivals $(RIVALS) gpu-evidence $(STUDIES) $(WHY)
+.PHONY: authors evidence why baselines $(BASELINES) gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
 why: $(WHY)
 
@@ -103,16 +103,16 @@ why-settings: glyphs-nasbench201-cap
 cifar100-nasbench201-kd: build/cifar100.npz
 why-teacher: glyphs-nasbench201-cap $(EVIDENCE)/teachers/glyphs-weak.safetensors
 $(STUDIES) $(WHY): | install
-	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
+	$(BIN)/python cli.py fidelity-study -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
-rivals: $(RIVALS)
+baselines: $(BASELINES)
 	$(BIN)/python -m bench.evidence.baselines
 baselines-cifar100 baselines-cifar100-again: build/cifar100.npz
 baselines-glyphs-weak: baselines-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
 baselines-cifar100-weak: baselines-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors
-$(RIVALS): | install
-	$(BIN)/python cli.py fidelity -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
+$(BASELINES): | install
+	$(BIN)/python cli.py fidelity-study -c bench/evidence/$@.yaml --workers $(WORKERS) --run-dir $(EVIDENCE)/$@
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.baselines $(EVIDENCE)/$@
 
 $(EVIDENCE)/teachers/glyphs.safetensors: | install
@@ -130,7 +130,7 @@ $(EVIDENCE)/teachers/cifar100-weak.safetensors: build/cifar100.npz | install
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 6 --out $@
 
-# Where the GPU is: PYTHON=python3. Ends within MINUTES; the same line goes on.
+# On the machine with the GPU: PYTHON=python3. It ends within MINUTES; the same command resumes it.
 MINUTES ?= 20
 gpu-evidence:
 	mkdir -p build
@@ -141,6 +141,6 @@ build/cifar100.npz: | install
 	mkdir -p build
 	$(call cifar100,$(BIN)/python,$@)
 
-# From a folder of data in or beside the checkout; without one, what `--data cifar100` downloads.
+# From a folder shared/data in or beside the checkout; without one, `--data cifar100` downloads it.
 cifar100 = $(if $(SHARED),$(1) $(SHARED)/unpack.py $(SHARED)/cifar100.npz $(2),$(1) -c "import numpy, pathlib; \
 from engine.data.arrays import cifar; numpy.savez('$(2)', **cifar('cifar100', pathlib.Path('build')))")

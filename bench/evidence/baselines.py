@@ -1,10 +1,11 @@
-"""The search against its rivals on real training: every answer is a training of a study, every cost its measured one.
+"""The search against baselines on real trainings: every score was trained in a fidelity study, every cost measured.
 
-`python -m bench.evidence.baselines build/evidence/baselines-NAME`; without a folder: the means over the two sets of trainings
+`python -m bench.evidence.baselines build/evidence/baselines-NAME` searches the trainings of that study. Without a
+folder, it averages what is kept in docs/evidence over the two sets of trainings of each data set.
 
-A study of the fidelity command has trained a pool of architectures in full and at low fidelities. An answer depends on
-the architecture, the fidelity and the seed alone, so the methods may share it: each searches the pool by the search's
-own loop and pays, on the loop's clock, the seconds that the training took. The teacher is paid by those that use it.
+A fidelity study has trained a pool of architectures in full and at low fidelities. An evaluation depends on the
+architecture, the fidelity and the seed alone, so all methods may share it: each searches the pool with the search's own
+loop and pays, on the loop's clock, the seconds that the training took. Methods that use the teacher pay for it too.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from bench.evidence.keep import KEPT, PAGE, kept, row, teacher_card, write
+from bench.evidence.keep import KEPT, keep_study, row, teacher_card, write
+from engine.config import SearchConfig, config_from_dict
+from engine.run_folder import RunFolder
 from engine.search.journal import read_journal
 from engine.search.replay import tables
-from engine.search.replay.simulate import Replay, replay
+from engine.search.replay.replay import replay
+from engine.search.replay.simulate import Replay
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
-from engine.training.evaluate import run_test
-from engine.trial import Evaluation, trial_to_json
+from engine.tasks import TestTask, WorkerSettings, task_to_json
+from engine.training.run_tasks import run_test
+from engine.trial import Evaluation
 
+Json = dict[str, Any]
 BUDGETS = (4, 6, 8, 12, 20)  # in mean full trainings
 SEARCHES, POOL, WORKERS = 20, 0.75, 2
 # Two sets of trainings of each data set that share nothing: other cells, weights, order, teacher.
@@ -37,7 +42,7 @@ SETS = {
     "CIFAR-100": ("baselines-cifar100-weak", "baselines-cifar100-again"),
 }
 OURS = "mfkd, KD (ours)"
-# Called, method, low fidelity (the part of its name before the @).
+# Label, method, low fidelity (the part of its name before the @).
 METHODS = (
     ("random, full trainings", "random", "none"),
     ("most MACs first", "macs", "none"),
@@ -50,94 +55,114 @@ METHODS = (
 
 
 def main(run_dir: Path) -> None:
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())["study"]
-    answers = [e for e in read_journal(run_dir / "journal.jsonl").answers.values() if e.ok]
+    """Searches the trainings of a study and keeps table and results in docs/evidence."""
+    folder, name = RunFolder(run_dir.absolute()), run_dir.name
+    config = config_from_dict(folder.read_config()["config"])
+    answers = [e for e in read_journal(folder.journal).answers.values() if e.ok]
     KEPT.mkdir(exist_ok=True)
-    path = KEPT / f"{run_dir.name}-table.csv"
-    rows = tabulate(answers, tested(run_dir, config, answers), load_space(config["space"]))
-    tables.dump(list(rows), path)
-    lines = searched(path, float(teacher_card(run_dir)["seconds"]), run_dir / "pools")
-    write(run_dir.name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *kept(run_dir)]))
+    table = KEPT / f"{name}-table.csv"
+    tests = measure_tests(folder, config, answers)
+    tables.dump(list(tabulate(answers, tests, load_space(config.space))), table)
+    found = search_pools(table, float(teacher_card(run_dir)["seconds"]), run_dir / "pools")
+    results_file(name).write_text(json.dumps(found) + "\n")
+    lines = describe(name, found)
+    write(name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *keep_study(run_dir)]))
 
 
-def searched(path: Path, taught: float, folder: Path) -> list[str]:
-    """What the page says of the searches of a kept table, whose teacher took `taught` seconds."""
-    with open(path, newline="") as file:
+def results_file(name: str) -> Path:
+    """The results of the searches of a study, beside its other files."""
+    return KEPT / f"{name}-searches.json"
+
+
+def search_pools(table: Path, teacher_seconds: float, folder: Path) -> Json:
+    """The searches of a kept table: in "picks", test accuracies in percent by method, budget and pool.
+
+    A budget that the teacher's training exceeds gives an empty list. `folder` holds the pools.
+    """
+    with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     full = [float(seconds) for line in rows if (seconds := line[f"seconds:{tables.FULL}"])]
-    unit = sum(full) / len(full)
-    names: dict[str, str] = {}  # of the lows with a loss, the first: another is a control
-    for low in tables.load(path).lows:
-        names.setdefault(low.partition("@")[0], low)
-    parts = pools(rows, folder)
-    picks = {
-        called: [
-            picked(parts, method, names[loss], budget * unit - (0.0 if loss == "none" else taught))
-            for budget in BUDGETS
-        ]
-        for called, method, loss in METHODS
-        if loss in names
+    mean_seconds = sum(full) / len(full)
+    lows: dict[str, str] = {}  # the first fidelity of each loss: a second one is a control
+    for low in tables.load(table).lows:
+        lows.setdefault(low.partition("@")[0], low)
+    pools = draw_pools(rows, folder)
+    picks = {}
+    for label, method, loss in METHODS:
+        if loss in lows:
+            paid = 0.0 if loss == "none" else teacher_seconds
+            picks[label] = [pick(pools, method, lows[loss], budget * mean_seconds - paid) for budget in BUDGETS]
+    return {
+        "architectures": len(full),
+        "full_seconds": mean_seconds,
+        "teacher_seconds": teacher_seconds,
+        "pool": round(len(rows) * POOL),
+        "workers": WORKERS,
+        "budgets": BUDGETS,
+        "picks": picks,
+        "best": [100 * float(np.nanmax(tables.load(pool).test)) for pool in pools],
     }
-    return [
-        f"{len(full)} architectures, {unit:.1f} s a full training on the average; the teacher took {taught:.0f} s. "
-        f"{SEARCHES} pools of {len(rows) * POOL:.0f}, {WORKERS} workers. The trainings: [csv](evidence/{path.name}).",
-        "",
-        row(["test accuracy of the pick, %, by budget in full trainings", *map(str, BUDGETS)]),
-        row(["---"] * (1 + len(BUDGETS))),
-        *(row([called, *map(mean, columns)]) for called, columns in picks.items()),
-        row(["the best of the pool", *[mean([best(part) for part in parts])] * len(BUDGETS)]),
-        "",
-        row([f"{OURS} less", *map(str, BUDGETS)]),
-        row(["---"] * (1 + len(BUDGETS))),
-        *(row([called, *map(gap, picks[OURS], picks[called])]) for called in picks if called != OURS),
-    ]
 
 
-def together() -> list[str]:
-    """Ours less each rival, the mean over the two sets of trainings of a data set, from what the page says of each."""
-    lines = [row([f"{OURS} less", "on", *map(str, BUDGETS)]), row(["---"] * (2 + len(BUDGETS)))]
-    for data, (first, second) in SETS.items():
-        one, other = gaps_of(first), gaps_of(second)
-        for rival in one:
-            pairs = zip(one[rival], other[rival], strict=True)
-            means = [f"{(a + b) / 2:+.2f} ± {(u**2 + v**2) ** 0.5 / 2:.2f}" for (a, u), (b, v) in pairs]
-            lines.append(row([rival, data, *means]))
-    return lines
-
-
-def gaps_of(name: str) -> dict[str, list[tuple[float, float]]]:
-    """The differences, with half their interval, that the page has for a study, by rival."""
-    text = PAGE.read_text().partition(f"<!-- begin {name} -->")[2].partition(f"<!-- end {name} -->")[0]
-    under = text.partition(f"{OURS} less")[2].partition("\n\n")[0]
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in under.splitlines()[2:]]
-    return {rival: [(float(v), float(w)) for v, w in (gap.split(" ± ") for gap in found)] for rival, *found in cells}
-
-
-def pools(rows: list[dict[str, str]], folder: Path) -> list[Path]:
-    """Tables of a random part of the rows each: what one pool happens to hold is no method's merit."""
+def draw_pools(rows: list[dict[str, str]], folder: Path) -> list[Path]:
+    """Tables of a random part of the rows each, so that what one pool happens to hold favours no method."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
+    pools = []
     for seed in range(SEARCHES):
         drawn = np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * POOL)]
-        parts.append(folder / f"{seed}.csv")
-        tables.dump([rows[i] for i in sorted(drawn)], parts[-1])
-    return parts
+        pools.append(folder / f"{seed}.csv")
+        tables.dump([rows[i] for i in sorted(drawn)], pools[-1])
+    return pools
 
 
-def picked(parts: list[Path], method: str, low: str, seconds: float) -> list[float]:
-    """Test accuracy in percent of what a search of each pool names in the end, when it has spent the worker-seconds."""
+def pick(pools: list[Path], method: str, low: str, seconds: float) -> list[float]:
+    """Test accuracy in percent of what a search of each pool recommends after this many worker-seconds."""
     if seconds <= 0:
         return []
     hours = seconds / 3600
     settings = [
-        Replay(part, (method,), (low,), workers=WORKERS, gpu_hours=hours, at=(hours,), seeds=1, processes=1)
-        for part in parts
+        Replay(pool, (method,), (low,), workers=WORKERS, gpu_hours=hours, at=(hours,), seeds=1, processes=1)
+        for pool in pools
     ]
     return [replay(one)["methods"][method]["recommended"]["mean"] for one in settings]
 
 
-def best(part: Path) -> float:
-    return 100 * float(np.nanmax(tables.load(part).test))
+def describe(name: str, found: Json) -> list[str]:
+    """What the page says about the searches of a study."""
+    picks, budgets = found["picks"], found["budgets"]
+    return [
+        f"{found['architectures']} architectures; a full training took {found['full_seconds']:.1f} s on average, the "
+        f"teacher {found['teacher_seconds']:.0f} s. {len(found['best'])} pools of {found['pool']}, {found['workers']} "
+        f"workers. Raw results: [trainings](evidence/{name}-table.csv), [searches](evidence/{name}-searches.json).",
+        "",
+        row(["test accuracy of the pick, %, by budget in full trainings", *map(str, budgets)]),
+        row(["---"] * (1 + len(budgets))),
+        *(row([label, *map(mean, columns)]) for label, columns in picks.items()),
+        row(["the best of the pool", *[mean(found["best"])] * len(budgets)]),
+        "",
+        row([f"{OURS} minus", *map(str, budgets)]),
+        row(["---"] * (1 + len(budgets))),
+        *(row([label, *map(gap, picks[OURS], picks[label])]) for label in picks if label != OURS),
+    ]
+
+
+def describe_together() -> list[str]:
+    """Ours minus each baseline: the mean over the two sets of trainings of a data set, from the kept results."""
+    lines = [row([f"{OURS} minus", "on", *map(str, BUDGETS)]), row(["---"] * (2 + len(BUDGETS)))]
+    for data, sets in SETS.items():
+        one, other = (json.loads(results_file(name).read_text())["picks"] for name in sets)
+        for label in one:
+            if label != OURS:
+                picks = zip(one[OURS], one[label], other[OURS], other[label], strict=True)
+                lines.append(row([label, data, *map(_mean_gap, picks)]))
+    return lines
+
+
+def _mean_gap(picks: tuple[list[float], list[float], list[float], list[float]]) -> str:
+    """Mean of the differences in two sets: ours and theirs in the first, ours and theirs in the second."""
+    gaps = np.subtract(*picks[:2]), np.subtract(*picks[2:])
+    error = sum(interval(one) ** 2 for one in gaps) ** 0.5 / 2
+    return f"{(gaps[0].mean() + gaps[1].mean()) / 2:+.2f} ± {error:.2f}"
 
 
 def mean(values: Sequence[float]) -> str:
@@ -148,8 +173,10 @@ def mean(values: Sequence[float]) -> str:
 
 def gap(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Mean difference over the same pools."""
-    apart = np.subtract(ours, theirs) if ours and theirs else np.array([])
-    return f"{apart.mean():+.2f} ± {interval(apart):.2f}" if len(apart) else ""
+    if not ours or not theirs:
+        return ""
+    apart = np.subtract(ours, theirs)
+    return f"{apart.mean():+.2f} ± {interval(apart):.2f}"
 
 
 def interval(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
@@ -157,18 +184,18 @@ def interval(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
     return float(1.96 * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
-def tested(run_dir: Path, config: dict[str, Any], answers: list[Evaluation]) -> dict[str, float]:
-    """Test accuracy of every full training's stored weights, by architecture; kept as they are measured."""
-    path = run_dir / "tests.jsonl"
+def measure_tests(folder: RunFolder, config: SearchConfig, answers: list[Evaluation]) -> dict[str, float]:
+    """Test accuracy of the stored weights of every full training, by architecture; kept as they are measured."""
+    path = folder.path / "tests.jsonl"
     known: dict[str, float] = {}
     if path.exists():
         known = dict(json.loads(line) for line in path.read_text().splitlines())
-    task = {"study": config, "run_dir": str(run_dir.absolute()), "device": "cpu"}
+    worker = WorkerSettings(config, folder.path, "cpu")
     with open(path, "a") as file:
         for evaluation in answers:
             name = str(evaluation.trial.architecture)
-            if evaluation.trial.fidelity.name == "high" and name not in known:
-                known[name] = run_test({**task, "trial": trial_to_json(evaluation.trial)})["test_accuracy"]
+            if evaluation.trial.fidelity == config.high and name not in known:
+                known[name] = run_test(task_to_json(TestTask(worker, evaluation.trial)))["test_accuracy"]
                 file.write(json.dumps([name, known[name]]) + "\n")
                 file.flush()
     return known
@@ -182,17 +209,17 @@ def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSp
     for architecture in dict.fromkeys(e.trial.architecture for e in answers):
         pairs = zip(space.choices, architecture.choices, strict=True)
         line = {f"choice:{choice.name}": str(choice.options[value]) for choice, value in pairs}
-        whole = by.get((architecture, "high"))
-        line |= {"macs": str(whole.macs if whole else ""), "params": str(whole.params if whole else "")}
+        full = by.get((architecture, "high"))
+        line |= {"macs": str(full.macs if full else ""), "params": str(full.params if full else "")}
         for fidelity, name in names.items():
             e = by.get((architecture, fidelity))
             line[f"valid:{name}"] = f"{e.accuracy:.6f}" if e else ""
             line[f"seconds:{name}"] = f"{e.seconds:.3f}" if e else ""
-        yield line | {f"test:{tables.FULL}": f"{tests[str(architecture)]:.6f}" if whole else ""}
+        yield line | {f"test:{tables.FULL}": f"{tests[str(architecture)]:.6f}" if full else ""}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
     else:
-        write("rivals-together", "\n".join(together()))
+        write("baselines-together", "\n".join(describe_together()))

@@ -2,7 +2,8 @@
 
 `python -m bench.evidence.recorded ../shared/data/mfkd_mobilenetv2_cifar100.csv.gz`
 
-Of the table's losses those that the engine has; the truth is test accuracy after training on all of the data.
+It uses those losses of the table that the engine has. Low fidelities are compared with test accuracy after training on
+all of the data.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from bench.evidence.keep import KEPT, table, write
 from engine.search.fidelity_study import summary
-from engine.search.fidelity_study.ranking import Measured
+from engine.search.fidelity_study.ranking import StudyScores
 from engine.search.replay import tables
 from engine.trial import Fidelity, KDLoss
 
@@ -27,29 +28,29 @@ DIVISORS = (27, 9, 3)
 
 
 def main(path: Path) -> None:
-    result = summary.summarise(measured(tables.load(path)))
+    result = summary.summarise(recorded_scores(tables.load(path)))
     if result is None:
-        raise SystemExit(f"{path} holds no architecture with a full and a low-fidelity result")
+        raise SystemExit(f"{path} has no architecture with both a full and a low-fidelity result")
     KEPT.mkdir(exist_ok=True)
     summary.draw(KEPT / f"{NAME}.png", result)
     write(NAME, "\n".join([*table(result), "", f"![{NAME}](evidence/{NAME}.png)"]))
 
 
-def measured(recorded: tables.Table) -> Measured:
+def recorded_scores(recorded: tables.Table) -> StudyScores:
+    """The scores of a table at the losses and fractions above."""
     high = Fidelity("high")
     lows = {
         f"{loss}/{divisor}": Fidelity(f"{ours}@1/{divisor}", Fraction(1, divisor), kd_loss=ours)
         for divisor in DIVISORS
         for loss, ours in LOSSES.items()
     }
-    places = range(len(recorded.candidates))
-    scores = {fidelity: [[float(value)] for value in recorded.valid[name]] for name, fidelity in lows.items()}
+    accuracies = {fidelity: [[float(value)] for value in recorded.valid[name]] for name, fidelity in lows.items()}
     seconds = {fidelity: recorded.seconds[name].tolist() for name, fidelity in lows.items()}
-    return Measured(
-        architectures=[recorded.candidates.architecture(place) for place in places],
+    return StudyScores(
+        architectures=[recorded.candidates.architecture(row) for row in range(len(recorded.candidates))],
         macs=np.asarray(recorded.candidates.macs),
         high=high,
-        scores={high: [[float(value)] for value in recorded.test], **scores},
+        accuracies={high: [[float(value)] for value in recorded.test], **accuracies},
         seconds={high: recorded.seconds[tables.FULL].tolist(), **seconds},
     )
 
