@@ -1,6 +1,6 @@
-"""Fit and predict over whole spaces, against a limit of time; quality at N full results.
+"""Time and memory of fit and prediction over whole spaces; quality of predictions from N full results.
 
-python bench/bench_surrogate.py [TABLE.csv.gz]: times, memory; with a table also Kendall's tau and coverage.
+`python bench/bench_surrogate.py [TABLE.csv.gz]`; only with a table it measures Kendall's tau and coverage.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import xgboost
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.search.methods.estimate import MACS_ON_LOW, IdentityKey, SurrogateInputs, estimate, setup
-from engine.search.methods.scores import Scores
+from engine.search.methods.estimate import MACS_ON_LOW, SurrogateInputs, candidate_features, estimate
+from engine.search.methods.scores import IdentityKey, Scores
 from engine.search.replay.tables import FULL, load
 from engine.space import Candidates
 from surrogate import xgb
@@ -30,7 +30,7 @@ LIMIT_S = {15_625: 2.0, 2_097_152: 15.0}
 
 
 def space(size: int) -> Candidates:
-    """As many architectures as NAS-Bench-201 (5 ** 6, one-hot) or the paper's MobileNetV2 (8 ** 7, ordinal)."""
+    """A space of the size of NAS-Bench-201 (5 ** 6, one-hot) or of the paper's MobileNetV2 (8 ** 7, ordinal)."""
     if size == 15_625:
         choices = np.indices((5,) * 6, dtype=np.int8).reshape(6, -1).T
         features = (choices[:, :, None] == np.arange(5)).reshape(size, -1).astype(np.float32)
@@ -47,25 +47,26 @@ def scored(rows: np.ndarray, values: np.ndarray) -> Scores:
 
 
 def speed(size: int) -> dict[str, float | bool]:
-    """Seconds of one fit and prediction of a single surrogate, and of the estimate from 48 low and 16 full scores."""
+    """Seconds of fit and prediction of a single surrogate, and of the estimate from 48 low and 16 full scores."""
     candidates = space(size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rng = np.random.default_rng(0)
     start = time.perf_counter()
-    base = setup(IdentityKey(candidates))
+    features = candidate_features(IdentityKey(candidates))
     prepared = time.perf_counter() - start
     rows = rng.choice(size, 100, replace=False)
-    values = candidates.macs[rows] / 1e7 + rng.standard_normal(100)
+    values = candidates.macs[rows] / 3.4e6 + rng.standard_normal(100)  # MACs explain half of the variance
     start = time.perf_counter()
     prior = Prior(np.array([MACS_ON_LOW[0]]), np.array([MACS_ON_LOW[1]]))
-    model = xgb.fit(base.macs[rows], base.x[rows], normal_scores(values), prior, 0)
-    mean, _ = model.predict(base.macs, base.x)
+    model = xgb.fit(features.macs[rows], features.x[rows], normal_scores(values), prior, 0)
+    mean, _ = model.predict(features.macs, features.x)
     fit_predict = time.perf_counter() - start
     assert kendall_tau(mean[rows], values) > 0.3, "the fit that is timed is wrong"
     start = time.perf_counter()
-    known = estimate(candidates, [scored(rows[:48], values[:48])], scored(rows[48:64], values[48:64]), 0, SurrogateInputs())
+    low, full = scored(rows[:48], values[:48]), scored(rows[48:64], values[48:64])
+    fitted = estimate(candidates, [low], full, 0, SurrogateInputs())
     both = time.perf_counter() - start
-    assert kendall_tau(known.mean[rows[64:]], values[64:]) > 0.2, "the estimate that is timed is wrong"
+    assert kendall_tau(fitted.mean[rows[64:]], values[64:]) > 0.2, "the estimate that is timed is wrong"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
     times = {"prepare_s": prepared, "fit_predict_s": fit_predict, "low_and_full_s": both, "memory_gib": grown}
     within = max(fit_predict, both) <= LIMIT_S[size]
@@ -73,9 +74,9 @@ def speed(size: int) -> dict[str, float | bool]:
 
 
 def quality(path: Path, seeds: int = 10) -> dict[str, dict[str, float]]:
-    """By N: tau on 1,000 held-out architectures (test) of the surrogate and of MACs alone, coverage of 90 %."""
+    """For each N: test tau of the surrogate and of MACs alone on 1,000 held-out architectures, coverage of 90 %."""
     table = load(path)
-    base, n = setup(IdentityKey(table.candidates)), len(table.candidates)
+    features, n = candidate_features(IdentityKey(table.candidates)), len(table.candidates)
     hold = min(1000, n // 3)
     out: dict[str, dict[str, float]] = {}
     for size in (10, 20, 30, 50, 100, 300):
@@ -85,10 +86,10 @@ def quality(path: Path, seeds: int = 10) -> dict[str, dict[str, float]]:
         for seed in range(seeds):
             order = np.random.default_rng(seed).permutation(n)
             train, test = order[:size], order[size : size + hold]
-            prior = Prior(np.array([MACS_ON_LOW[0] * base.weight]), np.array([MACS_ON_LOW[1]]))
+            prior = Prior(np.array([MACS_ON_LOW[0] * features.macs_weight]), np.array([MACS_ON_LOW[1]]))
             values = table.valid[FULL]
-            model = xgb.fit(base.macs[train], base.x[train], normal_scores(values[train]), prior, seed)
-            mean, variance = model.predict(base.macs[test], base.x[test])
+            model = xgb.fit(features.macs[train], features.x[train], normal_scores(values[train]), prior, seed)
+            mean, variance = model.predict(features.macs[test], features.x[test])
             taus.append(kendall_tau(mean, table.test[test]))
             macs_taus.append(kendall_tau(table.candidates.macs[test], table.test[test]))
             truth = _on_scale_of(values[train], values[test])
@@ -103,7 +104,7 @@ def quality(path: Path, seeds: int = 10) -> dict[str, dict[str, float]]:
 
 
 def _on_scale_of(train: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Normal scores of values among the training ones; beyond them, along a straight line."""
+    """Normal scores of values among the training ones, extrapolated along a straight line."""
     x, z = np.sort(train), normal_scores(np.sort(train))
     slope = (z[-1] - z[0]) / max(x[-1] - x[0], 1e-12)
     inside = np.interp(values, x, z)
