@@ -1,4 +1,4 @@
-"""A real Slurm for the tests: munged, slurmctld and two slurmd on loopback, with 8 pretend GPUs each."""
+"""A two-node Slurm cluster for the tests: munged, slurmctld and two slurmd on loopback, with 8 simulated GPUs each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODES = ("n1", "n2")
 GPUS, CPUS = 8, 32
 
 SLURM_CONF = """\
-ClusterName=pretended
+ClusterName=simulated
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -56,7 +56,7 @@ NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} Gres=gpu:{gpus}
 PartitionName=gpu Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
 """
-# slurmd wants character devices; links to one will do.
+# slurmd requires character devices; links to one are enough.
 GRES_CONF = "AutoDetect=off\nNodeName={nodes[0]},{nodes[1]} Name=gpu File={home}/gpu[0-{last}]\n"
 CGROUP_CONF = (
     "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n"
@@ -65,31 +65,31 @@ CGROUP_CONF = (
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running Slurm, whose files are all in `home`; its clients find it by SLURM_CONF in the environment."""
+    """A running cluster, with all of its files in `home`; its clients find it by SLURM_CONF in the environment."""
 
     home: Path
 
     def run(self, *command: str) -> str:
-        """What a client prints on stdout; fails with its stderr."""
+        """The stdout of a client program; fails with its stderr."""
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
     def until(self, ask: Callable[[], Any], what: str, seconds: float = 180) -> Any:
-        """What `ask` answers once that is true; fails when it has not become so for `seconds`."""
+        """Polls `ask` until its answer is true, and returns the answer; fails after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (answer := ask()):
-            assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+            assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
             time.sleep(0.2)
         return answer
 
     def batch(self, command: list[str], output: Path, *options: str) -> str:
-        """Hands in a job that runs a command; its number."""
+        """Submits a job that runs a command; returns its number."""
         whole = ["sbatch", "--parsable", f"--output={output}", *options, f"--wrap={shlex.join(command)}"]
         return self.run(*whole)
 
     def job(self, number: str) -> dict[str, str]:
-        """What slurmctld knows of a job: JobState, Restarts, ExitCode, NodeList and more."""
+        """The properties of a job: JobState, Restarts, ExitCode, NodeList and more."""
         pairs = (
             word.split("=", 1) for word in self.run("scontrol", "-o", "show", "job", number).split() if "=" in word
         )
@@ -99,7 +99,7 @@ class Slurm:
         return self.job(number)["JobState"]
 
     def jobs(self) -> list[str]:
-        """Numbers of the jobs that wait or run."""
+        """The numbers of the queued and running jobs."""
         return self.run("squeue", "-h", "-o", "%A").split()
 
     def start_node(self, name: str) -> None:
@@ -110,7 +110,7 @@ class Slurm:
     def lose_node(self, name: str) -> None:
         """A power cut: slurmd, the stepds of the node's jobs and every task on it die at once.
 
-        slurmctld is told; by itself it would notice after SlurmdTimeout.
+        slurmctld is told, since it would notice only after SlurmdTimeout.
         """
         tasks = self.tasks(name)
         stepds = {parent for task in tasks if (parent := _parent(task)) and parent.name().startswith("slurmstepd")}
@@ -121,8 +121,10 @@ class Slurm:
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
 
     def tasks(self, node: str = "", besides: str = "") -> list[psutil.Process]:
-        """The living processes of jobs on a node, or on both, but for those of one job: they carry the name of their
-        node and the number of their job, whatever their parent is."""
+        """The living processes of jobs on a node, or on both, except those of the job `besides`.
+
+        Their environment holds the name of their node and the number of their job, whatever their parent is.
+        """
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -170,7 +172,7 @@ def _start_munged(home: Path) -> None:
 
 
 def _stop(home: Path) -> None:
-    """Ends every daemon by its pid file, the nodes first."""
+    """Stops every daemon by its pid file, the nodes first."""
     for name in (*NODES, "slurmctld", "munged"):
         with contextlib.suppress(OSError, ValueError, psutil.Error):
             process = psutil.Process(int((home / f"{name}.pid").read_text()))
@@ -182,10 +184,10 @@ def _stop(home: Path) -> None:
 
 @pytest.fixture(scope="session")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """Slurm with both nodes idle, for the whole session."""
+    """A cluster with both nodes idle, for the whole session."""
     missing = [name for name in ("munged", "slurmctld", "slurmd") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"a Slurm of its own needs root and the packages munge and slurm-wlm (missing: {missing})")
+        pytest.skip(f"starting a Slurm cluster needs root and the packages munge and slurm-wlm (missing: {missing})")
     home = tmp_path_factory.mktemp("slurm")
     home.chmod(0o755)
     _write_files(home)
@@ -214,7 +216,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture
 def slurm(daemons: Slurm) -> Iterator[Slurm]:
-    """Slurm with both nodes idle at the beginning of the test; its jobs are cancelled at the end."""
+    """A cluster with both nodes idle at the start of the test; its jobs are cancelled at the end."""
     yield daemons
     for job in daemons.jobs():
         subprocess.run(["scancel", job], check=False)

@@ -1,4 +1,4 @@
-"""A driver for the tests: `crowd.py FOLDER FLAGS`, flags of `search`, has all workers meet and prints who they are."""
+"""A driver for the tests: `crowd.py FOLDER FLAGS` (of `search`) runs all workers at once, and prints who they are."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from engine.fleet.fleet import open_fleet
 
 def main(folder: Path, flags: list[str]) -> None:
     resources = gather(Resources, search.parser().parse_args(flags))
-    runner = open_fleet(resources, layout(resources), folder / "logs", module="tests.light")
+    fleet = open_fleet(resources, layout(resources), folder / "logs", module="tests.light")
     try:
-        room = folder / "room"
-        room.mkdir()
-        task = {"folder": str(room), "count": runner.capacity}
-        futures = [runner.submit("meet", task) for _ in range(runner.capacity)]
+        meeting = folder / "meeting"
+        meeting.mkdir()
+        task = {"folder": str(meeting), "count": fleet.capacity}
+        futures = [fleet.submit("meet", task) for _ in range(fleet.capacity)]
         print(json.dumps([future.result() for future in futures]))
     finally:
-        runner.close()
+        fleet.close()
 
 
 if __name__ == "__main__":

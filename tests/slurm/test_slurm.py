@@ -1,4 +1,4 @@
-"""Searches on a real Slurm of two nodes (make test-slurm)."""
+"""Searches on a two-node Slurm cluster with simulated GPUs (make test-slurm)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engine.trial import Evaluation
 ROOT = Path(__file__).resolve().parents[2]
 CROWD = [sys.executable, str(Path(__file__).with_name("crowd.py"))]
 CLI = [sys.executable, str(ROOT / "cli.py")]
-PILOTS = ["--executor=slurm", "--time=00:30:00", "--cpus=1", "--max-nodes=2"]
+JOBS = ["--executor=slurm", "--time=00:30:00", "--cpus=1", "--max-nodes=2"]
 SMALL = [
     "--space=nasbench201:channels=4,cells=1",
     "--batch-size=16",
@@ -37,7 +37,7 @@ SMALL = [
 
 @pytest.mark.parametrize(("flags", "each"), [(["--gpus=8"], 1), (["--gpus=2", "--workers=4"], 2)])
 def test_each_worker_of_an_allocation_has_a_gpu(flags: list[str], each: int, slurm: Any, tmp_path: Path) -> None:
-    """A driver in a job of two nodes uses both, through srun; every GPU has its workers and no others."""
+    """A driver in a two-node job uses both nodes, through srun; every GPU has exactly its own workers."""
     job = slurm.batch([*CROWD, str(tmp_path), *flags], tmp_path / "out", "--nodes=2", "--gpus-per-node=8")
     slurm.until(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), "the workers have met", 300)
     assert slurm.state(job) == "COMPLETED", (tmp_path / "out").read_text()
@@ -47,9 +47,9 @@ def test_each_worker_of_an_allocation_has_a_gpu(flags: list[str], each: int, slu
     assert places == {(node, str(gpu)): each for node in ("n1", "n2") for gpu in range(gpus)}
 
 
-def test_pilot_jobs_share_a_node(slurm: Any, tmp_path: Path) -> None:
-    """Each takes the GPU that Slurm dealt it, with two workers, though all of them call it their first."""
-    flags = [*PILOTS, "--gpus=1", "--workers=2", "--max-nodes=3", "--job-options=--nodelist=n1"]
+def test_several_jobs_can_share_a_node(slurm: Any, tmp_path: Path) -> None:
+    """Each job runs two workers on the GPU that Slurm assigned to it, which is its first."""
+    flags = [*JOBS, "--gpus=1", "--workers=2", "--max-nodes=3", "--job-options=--nodelist=n1"]
     with open(tmp_path / "out", "w") as out:
         driver = subprocess.Popen([*CROWD, str(tmp_path), *flags], stdout=out)
     try:
@@ -62,16 +62,18 @@ def test_pilot_jobs_share_a_node(slurm: Any, tmp_path: Path) -> None:
 
 
 def test_a_killed_driver_leaves_no_job_behind(slurm: Any, tmp_path: Path) -> None:
-    """Neither those that run nor those that wait, as one does here: another job has all GPUs of the second node."""
+    """Neither a running nor a queued one. Here one is queued, since another job has all GPUs of the second node."""
     holder = slurm.batch(["sleep", "600"], tmp_path / "held", "--nodelist=n2", "--gres=gpu:8")
     slurm.until(lambda: slurm.state(holder) == "RUNNING", "the GPUs are taken")
-    flags = [*PILOTS, "--gpus=8", "--workers=8"]
+    flags = [*JOBS, "--gpus=8", "--workers=8"]
     driver = subprocess.Popen([*CROWD, str(tmp_path), *flags])
     try:
-        slurm.until(lambda: len(slurm.jobs()) == 3, "two jobs are handed in")
+        slurm.until(lambda: len(slurm.jobs()) == 3, "two jobs are submitted")
         of_driver = [job for job in slurm.jobs() if job != holder]
-        slurm.until(lambda: {slurm.state(job) for job in of_driver} == {"PENDING", "RUNNING"}, "one runs, one waits")
-        slurm.until(lambda: len(list((tmp_path / "room").glob("*"))) == 8, "the workers of one are at work")
+        slurm.until(
+            lambda: {slurm.state(job) for job in of_driver} == {"PENDING", "RUNNING"}, "one runs, one is queued"
+        )
+        slurm.until(lambda: len(list((tmp_path / "meeting").glob("*"))) == 8, "the workers of one run")
     finally:
         driver.send_signal(signal.SIGKILL)
     slurm.until(lambda: slurm.jobs() == [holder], "the jobs are gone", 30)
@@ -84,9 +86,9 @@ def measured(run_dir: Path) -> list[Evaluation]:
 
 
 def answers(run_dir: Path) -> dict[tuple[str, str, int], Any]:
-    """What a run measured: status and accuracy of each architecture at each fidelity and seed."""
+    """The status and accuracy of each architecture at each fidelity and seed of a run."""
     found = measured(run_dir)
-    assert len({evaluation.trial for evaluation in found}) == len(found), "an evaluation was made twice"
+    assert len({evaluation.trial for evaluation in found}) == len(found), "a trial was evaluated twice"
     return {(str(e.trial.architecture), e.trial.fidelity.name, e.trial.seed): (e.status, e.accuracy) for e in found}
 
 
@@ -97,24 +99,26 @@ def winner(run_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the same search on this machine alone, with as many workers."""
+    """The run folder of the same search on this machine only, with the same number of workers."""
     run_dir = tmp_path_factory.mktemp("unbroken") / "run"
     command = [*CLI, "search", *SMALL, f"--data={tiny_npz}", f"--run-dir={run_dir}", "--workers=2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=600)
     return run_dir
 
 
-def test_a_search_on_pilot_jobs_survives_a_node(slurm: Any, tiny_npz: Path, unbroken: Path, tmp_path: Path) -> None:
-    """It grows to both nodes; one loses its power while it works; the end is that of the unbroken search."""
+def test_a_search_on_jobs_survives_the_loss_of_a_node(
+    slurm: Any, tiny_npz: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """The search grows to both nodes, one of them loses power, and the result is that of the unbroken search."""
     run_dir = tmp_path / "run"
-    # So many cores that a node has room for one job.
-    flags = [*SMALL, *PILOTS, f"--data={tiny_npz}", f"--run-dir={run_dir}", "--workers=1", "--cpus=20"]
+    # A node has room for only one job with this many cores.
+    flags = [*SMALL, *JOBS, f"--data={tiny_npz}", f"--run-dir={run_dir}", "--workers=1", "--cpus=20"]
     driver = subprocess.Popen([*CLI, "search", *flags], stdout=subprocess.DEVNULL)
     try:
         slurm.until(lambda: len({slurm.job(job)["NodeList"] for job in slurm.jobs()} & {"n1", "n2"}) == 2, "two nodes")
         slurm.until(lambda: len(places(run_dir)) == 2, "both have answered", 480)
         slurm.lose_node("n2")
-        assert driver.poll() is None, "the search was over too soon to be broken"
+        assert driver.poll() is None, "the search ended before the node was lost"
         assert driver.wait(600) == 0
     finally:
         driver.kill()
@@ -129,37 +133,37 @@ def places(run_dir: Path) -> set[str]:
 
 
 def submit(data: Path, run_dir: Path, *flags: str) -> str:
-    """Hands a search in as a job; its number."""
+    """Submits a search as a job; returns its number."""
     command = [*CLI, "submit", "slurm", *SMALL, f"--data={data}", f"--run-dir={run_dir}", "--cpus=1", "--go", *flags]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return str(json.loads(done.stdout)["job"])
 
 
 def run_again(slurm: Any, job: str, times: int) -> None:
-    """Waits until a job has been requeued so often, and has it started at once; Slurm itself waits two minutes."""
+    """Waits until a job has been requeued `times` times, and starts it at once; Slurm itself waits two minutes."""
     slurm.until(lambda: slurm.job(job)["Restarts"] == str(times), f"requeued {times} times", 300)
     slurm.until(lambda: slurm.state(job) == "PENDING", "the job has left its nodes")
-    time.sleep(3)  # slurmd refuses a job that starts in the second in which it was ended
+    time.sleep(3)  # slurmd refuses a job that restarts within a second of its end
     slurm.run("scontrol", "update", f"job={job}", "StartTime=now", "TimeLimit=60")
     slurm.until(lambda: slurm.state(job) == "RUNNING", "the job runs again")
 
 
-def test_a_job_of_two_nodes_that_is_warned_and_preempted_comes_to_the_same_end(
+def test_a_two_node_job_that_is_warned_and_preempted_comes_to_the_same_end(
     slurm: Any, tiny_npz: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    """Before its time is over, Slurm warns the script, the search drains and the script requeues the job; preemption
-    requeues it with no warning but TERM. Workers of both nodes take part, by srun."""
+    """Before the time limit, Slurm warns the script, the search drains, and the script requeues the job. Preemption
+    requeues it with no warning except TERM. Workers of both nodes take part, through srun."""
     run_dir = tmp_path / "run"
     job = submit(tiny_npz, run_dir, "--nodes=2", "--workers=1", "--time=01:00:00", "--grace-s=90")
     printed = run_dir / f"slurm-{job}.out"
     slurm.until(lambda: len(answers(run_dir)) >= 3, "three answers", 480)
-    # Slurm looks at the time twice a minute; the search shall not be over by then.
+    # Slurm checks time limits twice a minute; the search must not end before that.
     workers = [task for task in slurm.tasks() if "engine.fleet.worker" in task.cmdline()]
     for worker in workers:
         worker.suspend()
     hours, minutes, seconds = map(int, slurm.job(job)["RunTime"].split(":"))
     slurm.run("scontrol", "update", f"job={job}", f"TimeLimit={60 * hours + minutes + (2 if seconds > 10 else 1)}")
-    slurm.until(lambda: "USR1: nothing new is started" in printed.read_text(), "the search was warned")
+    slurm.until(lambda: "USR1: starting nothing new" in printed.read_text(), "the search was warned")
     for worker in workers:
         worker.resume()
     run_again(slurm, job, 1)
@@ -169,13 +173,13 @@ def test_a_job_of_two_nodes_that_is_warned_and_preempted_comes_to_the_same_end(
     run_again(slurm, job, 2)
     slurm.until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), "the search ends", 600)
     assert slurm.state(job) == "COMPLETED", printed.read_text()
-    assert printed.read_text().count("continuing:") == 2
+    assert printed.read_text().count("resuming:") == 2
     assert answers(run_dir) == answers(unbroken)
     assert winner(run_dir) == winner(unbroken)
 
 
 def test_a_cancelled_job_stays_cancelled(slurm: Any, tiny_npz: Path, tmp_path: Path) -> None:
-    """TERM has the search drain and say 75, as the warning does; the script knows one from the other."""
+    """TERM makes the search drain and exit with 75, as the warning does; the script tells them apart."""
     job = submit(tiny_npz, tmp_path / "run", "--workers=2", "--time=01:00:00")
     slurm.until(lambda: slurm.state(job) == "RUNNING", "the job runs")
     printed = tmp_path / "run" / f"slurm-{job}.out"
