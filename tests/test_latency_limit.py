@@ -111,14 +111,14 @@ def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_np
         low=Fidelity("low", Fraction(1, 2), 1),
         high=Fidelity("high", epochs=1),
         objectives="accuracy,macs",
-        latency_batch=8,
+        latency_batch=32,
         data_backend="resident",
     )
     worker = WorkerSettings(config, tmp_path, "cpu")
     fast, slow = run_latency(task_to_json(LatencyTask(worker, (Architecture((1,) * 6), Architecture((3,) * 6)))))
     assert fast < slow
     limited = replace(config, max_latency_ms=fast**0.25 * slow**0.75)  # far from both: other work may slow one
-    settings = RunSettings(limited, Budget(4, 6), Resources(device="cpu", workers=1))
+    settings = RunSettings(limited, Budget(4, 8), Resources(device="cpu", workers=1))
     with Display("none") as display:
         result = search(settings, tmp_path / "run", display)
     assert 0 < result["winner"]["latency_ms"] <= limited.max_latency_ms
