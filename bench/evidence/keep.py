@@ -1,6 +1,6 @@
 """Keeps what a study of bench/evidence found: raw results and picture, and its table in docs/evidence.md.
 
-`python -m bench.evidence.keep build/evidence/NAME`
+Run it as `python -m bench.evidence.keep build/evidence/NAME`.
 """
 
 from __future__ import annotations
