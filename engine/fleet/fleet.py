@@ -13,6 +13,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -130,6 +131,16 @@ class SingleWorkerFleet:
         self._thread.shutdown()
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A task on its way: the future that its caller holds, and how often it has lost its machine or supervisor."""
+
+    future: Future[Any]
+    name: str
+    payload: Payload
+    losses: int = 0
+
+
 class ParslFleet:
     """Long-lived workers, in a pool on each machine."""
 
@@ -162,17 +173,18 @@ class ParslFleet:
     def submit(self, name: str, payload: Payload) -> Future[Any]:
         future: Future[Any] = Future()
         self._open.add(future)
-        self._try(future, name, payload, 0)
+        self._try(Attempt(future, name, payload))
         return future
 
-    def _try(self, future: Future[Any], name: str, payload: Payload, losses: int) -> None:
-        attempt = self._pool.submit(call, name, payload, self._spec)
-        attempt.add_done_callback(lambda done: self._settle(future, done, name, payload, losses))
+    def _try(self, attempt: Attempt) -> None:
+        sent = self._pool.submit(call, attempt.name, attempt.payload, self._spec)
+        sent.add_done_callback(partial(self._settle, attempt))
 
-    def _settle(self, future: Future[Any], done: Future[Any], name: str, payload: Payload, losses: int) -> None:
+    def _settle(self, attempt: Attempt, done: Future[Any]) -> None:
         from parsl.executors.errors import BadStateException
         from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
 
+        future, losses = attempt.future, attempt.losses
         if future.done():
             return  # the watch thread has already failed it
         result, error = None, None  # type: Any, Exception | None
@@ -180,7 +192,7 @@ class ParslFleet:
             result = result_of(done.result())
         except (ManagerLost, WorkerLost) as lost:
             if losses < MAX_LOSSES and not self._closed.is_set():
-                self._try(future, name, payload, losses + 1)
+                self._try(replace(attempt, losses=losses + 1))
                 return
             error = TaskLost(f"this task lost its workers {losses + 1} times: {lost}")
         except BadStateException as bad:
