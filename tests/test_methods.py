@@ -1,4 +1,4 @@
-"""Every method on a space made by a formula: the contract of `propose`, and what ours decides."""
+"""Every method on a space with a formula for accuracy: the contract of `propose`, and the decisions of mfkd."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ LOW, OTHER, FULL = Fidelity("low", epochs=1), Fidelity("other", epochs=1), Fidel
 
 
 def space(side=4, d=5):
-    """side ** d architectures of ordinal choices; MACs grow with the first ones."""
+    """side ** d architectures of ordinal choices; MACs grow with the first choices."""
     choices = np.indices((side,) * d).reshape(d, -1).T.astype(np.int8)
     macs = 1e6 * (1.0 + choices[:, : d // 2 + 1].sum(axis=1))
     return Candidates(choices, (choices / (side - 1)).astype(np.float32), macs, macs / 10)
@@ -31,7 +31,7 @@ SPACE = space()
 
 
 def truth(architecture):
-    """0..1: later choices count too, and the last pair interacts."""
+    """Accuracy 0..1. It depends on choices that do not affect MACs too, and the last two interact."""
     c = np.array(architecture.choices) / 3
     return float(0.2 + 0.1 * c[:3].sum() + 0.15 * c[3] + 0.2 * (c[3] > 0.5) * (c[4] < 0.4))
 
@@ -44,7 +44,7 @@ def answer(trial, luck=0.0):
 
 
 def run(plan, slots=4, space=SPACE, answer=answer, method=None):
-    """Answers every question at once, `slots` at a time."""
+    """Evaluates every trial at once, `slots` at a time."""
     history = History()
     while trials := (method or propose)(space, history, plan, slots):
         assert [t.number for t in trials] == list(range(history.asked, history.asked + len(trials)))
@@ -61,7 +61,7 @@ ALL = [*METHODS, *ABLATIONS]
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_method_keeps_to_the_plan_and_asks_nothing_twice(method):
+def test_every_method_respects_the_plan_and_asks_nothing_twice(method):
     history = run(Plan((LOW,), FULL, method, max_low=20, max_high=7))
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)
@@ -82,7 +82,7 @@ def test_every_method_is_a_pure_function(method):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_method_survives_failures_and_does_not_ask_again(method):
+def test_every_method_survives_failures_and_does_not_repeat_them(method):
     def broken(trial):
         fails = trial.number % 3 == 0
         return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
@@ -117,7 +117,7 @@ def test_unknown_method_names_the_methods():
         propose(SPACE, History(), Plan((LOW,), FULL, "magic"), 1)
 
 
-def test_ours_is_better_than_random_at_equal_full_runs():
+def test_mfkd_is_better_than_random_with_the_same_number_of_full_trials():
     def regret(method):
         best = max(map(truth, (SPACE.architecture(i) for i in range(len(SPACE)))))
         plans = [Plan((LOW,), FULL, method, max_low=24, max_high=6, seed=s) for s in range(5)]
@@ -135,25 +135,25 @@ def test_the_first_batch_is_spread_over_macs():
     assert macs[-1] >= np.quantile(SPACE.macs, 0.8)
 
 
-def test_a_plan_with_many_low_runs_a_full_one_spends_them_first():
+def test_a_plan_with_many_low_trials_per_full_one_makes_them_first():
     history = run(Plan((LOW,), FULL, max_low=24, max_high=6))
     kinds = [e.trial.fidelity.name for e in history.answered]
     assert kinds == ["low"] * 24 + ["full"] * 6
 
 
-def test_a_space_smaller_than_the_low_budget_is_looked_at_whole_and_then_trained_in_full():
+def test_a_space_smaller_than_the_low_budget_gets_all_its_low_scores_before_full_trials():
     history = run(Plan((LOW,), FULL, max_low=50, max_high=10), space=space(side=2))
     kinds = [e.trial.fidelity.name for e in history.answered]
     assert kinds == ["low"] * 32 + ["full"] * 10
 
 
-def test_more_is_looked_at_where_looking_is_cheap():
+def test_cheaper_low_trials_are_asked_more_often():
     def lows(epochs):
         plan = Plan((Fidelity("low", epochs=epochs),), Fidelity("full", epochs=20), max_low=200, max_high=60)
-        price = lambda t: Evaluation(t, "ok", answer(t).accuracy, seconds=float(t.fidelity.epochs))  # noqa: E731
+        measure = lambda t: Evaluation(t, "ok", answer(t).accuracy, seconds=float(t.fidelity.epochs))  # noqa: E731
         history = History()
         while len([e for e in history.answered if e.trial.fidelity == plan.high]) < 4:
-            history.answered.extend(map(price, propose(SPACE, history, plan, 2)))
+            history.answered.extend(map(measure, propose(SPACE, history, plan, 2)))
         return sum(e.trial.fidelity == plan.lows[0] for e in history.answered)
 
     assert lows(1) > lows(16)
@@ -174,8 +174,8 @@ def test_a_low_fidelity_of_noise_is_dropped_and_the_log_says_so(caplog):
     assert "low fidelity 0 carries no signal" in caplog.text
 
 
-def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
-    """Where leaving it out predicts better: by luck noise fits now and then, so most of five draws."""
+def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_kept():
+    """In most of five draws: now and then noise fits by luck, and then leaving it out predicts no better."""
 
     def one_is_noise(trial):
         noise = np.random.default_rng(int(trial.key, 16)).random()
@@ -195,23 +195,23 @@ def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_used():
     assert dropped.count([0]) >= 3
 
 
-def test_a_full_training_counts_as_the_worker_that_it_takes_and_a_low_one_as_its_share():
+def test_a_full_trial_counts_as_a_whole_worker_and_a_low_one_as_its_share():
     low, high = (Trial(n, SPACE.architecture(n), fidelity) for n, fidelity in enumerate((LOW, FULL)))
     shared = Plan((LOW,), FULL, cohort=4)
     assert worker_count(Plan((LOW,), FULL), History([], [low, high]), free=1) == 3
     assert worker_count(shared, History([], [high]), free=4) == 2
     assert worker_count(shared, History([], [high, low, low]), free=2) == 2
-    assert worker_count(shared, History([], [low]), free=1) == 1  # what was asked before the run had this many slots
+    assert worker_count(shared, History([], [low]), free=1) == 1  # asked when the run had fewer slots
 
 
-def test_a_gaussian_process_begins_with_one_random_full_training_for_each_worker_not_for_each_share_of_it():
+def test_gp_starts_with_one_random_full_trial_per_worker_not_per_slot():
     first = [Evaluation(Trial(0, SPACE.architecture(7), FULL), "ok", 0.5)]
     alone = propose(SPACE, History(first), Plan((LOW,), FULL, "gp"), 1)
     shared = propose(SPACE, History(first), Plan((LOW,), FULL, "gp", cohort=4), 4)
     assert alone[0] == shared[0]
 
 
-def test_repeats_are_asked_where_measurements_are_noisy_with_a_new_seed():
+def test_noisy_measurements_are_repeated_with_a_new_seed():
     plan = Plan((LOW,), FULL, max_low=12, max_high=40, seed=5)
     history = run(plan, slots=1, answer=lambda t: answer(t, luck=0.1))
     repeated = [e.trial for e in full(history) if e.trial.seed > 5]
@@ -221,14 +221,14 @@ def test_repeats_are_asked_where_measurements_are_noisy_with_a_new_seed():
         assert sorted(earlier) == list(range(5, 5 + len(earlier)))
 
 
-def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_answer():
+def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_fidelity_evaluation():
     plan = Plan((LOW,), FULL)
     rng = np.random.default_rng(0)
     rows = rng.permutation(len(SPACE))[:60]
     trials = [Trial(i, SPACE.architecture(r), FULL) for i, r in enumerate(rows)]
     exact = [Evaluation(t, "ok", truth(t.architecture)) for t in trials]
     order = sorted(exact, key=lambda e: e.accuracy)
-    lucky, best = order[0], order[-1]  # the poorest architecture with an incredible score, just above the best
+    lucky, best = order[0], order[-1]  # the worst architecture gets an incredible score, just above the best
     answers = [Evaluation(e.trial, "ok", best.accuracy + 0.001) if e is lucky else e for e in exact]
     answers.append(Evaluation(Trial(60, SPACE.architecture(0), LOW), "ok", 0.99))
     chosen = winner(SPACE, History(answers), plan)
@@ -238,15 +238,15 @@ def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_answer():
 
 
 @pytest.mark.parametrize(("noise", "weight"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
-def test_a_measurement_counts_as_much_as_it_is_known_to_be_no_luck(noise, weight):
-    """Left-out predictions of it have the variance 1, noise included."""
+def test_a_measurement_is_weighted_by_how_little_noise_it_has(noise, weight):
+    """The left-out prediction of it has variance 1, noise included."""
     fitted = Linear(np.zeros(2), np.eye(2), 0.3, left_out=np.array([0.0]), left_out_variance=np.array([1.0]))
     mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), np.array([noise]))
     assert mean[0] == pytest.approx(weight)
     assert variance[0] == pytest.approx(weight * noise)
 
 
-def test_luck_is_a_quarter_of_what_is_not_foretold_up_to_half_where_few_images_are_counted_unless_repeats_show_it():
+def test_noise_is_a_quarter_to_half_of_the_left_out_variance_by_image_count_until_repeats_measure_it():
     trials = [Trial(i, SPACE.architecture(i), FULL) for i in range(12)]
     history = History([answer(t) for t in trials])
     high = scores(SPACE, history, FULL)
@@ -260,7 +260,7 @@ def test_luck_is_a_quarter_of_what_is_not_foretold_up_to_half_where_few_images_a
     assert noise(1_000_000) == pytest.approx(quarter)
     assert noise(1) == pytest.approx(2 * quarter)
     of_one = high.values * (1 - high.values) * np.var(known.y) / np.var(high.values)
-    images = int(of_one[0] / (1.5 * quarter[0]))  # so many that it is between the two for the first architecture
+    images = int(of_one[0] / (1.5 * quarter[0]))  # such that the first architecture is between the two bounds
     assert quarter[0] < of_one[0] / images < 2 * quarter[0]
     assert noise(images)[0] == pytest.approx(of_one[0] / images)
     again = History([*history.answered, Evaluation(Trial(12, SPACE.architecture(0), FULL, 1), "ok", 0.9)])
@@ -268,7 +268,7 @@ def test_luck_is_a_quarter_of_what_is_not_foretold_up_to_half_where_few_images_a
     assert noise(10, again) == pytest.approx(np.full(12, shown))
 
 
-def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over():
+def test_a_front_search_finds_cheap_architectures_that_a_search_for_accuracy_misses():
     def cheapest(method):
         history = run(Plan((LOW,), FULL, method, max_low=24, max_high=16))
         return min(SPACE.macs[find_rows(SPACE, [e.trial.architecture])[0]] for e in full(history))
@@ -276,8 +276,8 @@ def test_front_search_finds_cheap_architectures_that_accuracy_alone_passes_over(
     assert cheapest("mfkd-front") < cheapest("mfkd")
 
 
-def test_workers_of_a_front_search_do_not_train_twins():
-    """What is asked at once, or is under way, is spread over costs; what is best for the front alone is not."""
+def test_workers_of_a_front_search_do_not_train_near_identical_networks():
+    """Trials asked together, or pending, are spread over MACs."""
     plan = Plan((LOW,), FULL, "mfkd-front", max_low=24, max_high=40)
     seen = History(run(replace(plan, max_high=12)).answered)
     together = propose(SPACE, seen, plan, 6)
@@ -290,12 +290,11 @@ def test_workers_of_a_front_search_do_not_train_twins():
 
 
 @pytest.mark.parametrize("free", [1, 4])
-def test_a_search_that_begins_with_a_study_asks_nothing_of_it_twice(free):
-    """Low scores of architectures that are not the first of our own spread, as `--pilot` brings them."""
+def test_a_search_that_starts_with_a_study_repeats_nothing_of_it(free):
+    """Low scores of architectures outside the method's own first batch, as `--fidelity-study` imports them."""
     plan = Plan((LOW,), FULL, max_low=40, max_high=20)
     small = space(side=2)
-    begun = [answer(Trial(i, small.architecture(3 * i), LOW)) for i in range(9)]
-    history = History(list(begun))
+    history = History([answer(Trial(i, small.architecture(3 * i), LOW)) for i in range(9)])
     while trials := propose(small, history, plan, free):
         history.answered.extend(map(answer, trials))
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
@@ -303,7 +302,7 @@ def test_a_search_that_begins_with_a_study_asks_nothing_of_it_twice(free):
     assert len(full(history)) == 20
 
 
-def test_all_low_runs_of_a_plan_with_many_are_waited_for():
+def test_a_plan_with_many_low_trials_waits_for_all_of_them():
     plan = Plan((LOW,), FULL, max_low=24, max_high=6)
     answered = run(plan).answered[:24]
     cut = History(answered[:20], [e.trial for e in answered[20:]])
@@ -312,7 +311,7 @@ def test_all_low_runs_of_a_plan_with_many_are_waited_for():
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_method_trains_in_full_where_no_low_fidelity_run_is_allowed_or_all_fail(method):
+def test_every_method_trains_in_full_if_low_trials_are_not_allowed_or_all_fail(method):
     def only_full(trial):
         return answer(trial) if trial.fidelity == FULL else Evaluation(trial, "oom", error="too big")
 
@@ -321,14 +320,14 @@ def test_every_method_trains_in_full_where_no_low_fidelity_run_is_allowed_or_all
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_every_method_asks_nothing_twice_of_a_few_candidates(method):
+def test_every_method_asks_nothing_twice_with_few_candidates(method):
     few = SPACE.where(np.arange(len(SPACE)) < 6)
     history = run(Plan((LOW,), FULL, method, max_low=50, max_high=20), space=few)
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)
 
 
-def test_asha_looks_at_nothing_more_once_nothing_can_be_promoted():
+def test_asha_stops_asking_low_trials_once_nothing_can_be_promoted():
     history = run(Plan((LOW,), FULL, "asha", max_low=200, max_high=3))
     assert len(full(history)) == 3
     assert len(history.answered) < 40
@@ -336,7 +335,7 @@ def test_asha_looks_at_nothing_more_once_nothing_can_be_promoted():
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, len(SPACE) - 1), max_size=30), st.booleans())
-def test_rows_are_found_and_strangers_are_not(rows, stranger):
+def test_find_rows_finds_candidates_and_marks_others(rows, stranger):
     from engine.trial import Architecture
 
     asked = [SPACE.architecture(row) for row in rows] + [Architecture((9,) * 5)] * stranger
@@ -360,6 +359,6 @@ def test_scores_average_repeats_and_leave_failures_out():
     assert got.seconds == 2.0
 
 
-def test_mfkd_of_no_low_budget_still_searches():
+def test_mfkd_without_a_low_budget_still_searches():
     history = run(Plan((LOW,), FULL, max_low=0, max_high=5), method=mfkd)
     assert [e.trial.fidelity for e in history.answered] == [FULL] * 5

@@ -1,4 +1,4 @@
-"""Replay: the clock, the curve, its outputs, resuming; and the promises on published tables where they are."""
+"""Replays: clock, curve, files, resuming; and the published results of mfkd, where the published tables are."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 QUICK = Replay(SYNTHETIC, ("mfkd", "random"), workers=4, gpu_hours=2, at=(0.5, 2), seeds=3, processes=1)
 
 
-def test_summary_has_every_method_and_checkpoint_and_files_say_the_same(tmp_path):
+def test_the_summary_covers_every_method_and_checkpoint_and_the_files_agree(tmp_path):
     summary = replay(replace(QUICK, out=tmp_path))
     assert list(summary) == ["table", "optimum", "methods"]
     assert summary["optimum"] == pytest.approx(100 * load(SYNTHETIC).test.max())
@@ -40,7 +40,7 @@ def test_summary_has_every_method_and_checkpoint_and_files_say_the_same(tmp_path
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_replay_that_was_stopped_goes_on_and_says_the_same(tmp_path, monkeypatch):
+def test_a_resumed_replay_has_the_same_result_and_repeats_nothing(tmp_path, monkeypatch):
     whole = replay(replace(QUICK, out=tmp_path / "whole"))
     replay(replace(QUICK, out=tmp_path / "part", seeds=1))
     with open(tmp_path / "part" / "runs.jsonl", "a") as file:
@@ -51,7 +51,7 @@ def test_a_replay_that_was_stopped_goes_on_and_says_the_same(tmp_path, monkeypat
     assert sorted(simulated) == [(m, k) for m in ("mfkd", "random") for k in (1, 2)]
 
 
-def test_runs_of_other_settings_are_not_taken_for_finished(tmp_path, monkeypatch):
+def test_runs_with_other_settings_do_not_count_as_finished(tmp_path, monkeypatch):
     replay(replace(QUICK, out=tmp_path))
     simulated = []
     monkeypatch.setattr(replaying, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
@@ -65,7 +65,7 @@ def test_processes_do_not_change_the_result():
 
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_replay_that_is_told_to_stop_does_and_keeps_what_was_finished(number, code, tmp_path, mark):
+def test_a_stopped_replay_ends_its_processes_and_keeps_finished_runs(number, code, tmp_path, mark):
     command = [sys.executable, "cli.py", "replay", f"--table={SYNTHETIC}", "--processes=2", "--seeds=2000"]
     process = subprocess.Popen([*command, f"--out={tmp_path}", "--method=random"], cwd=ROOT, stderr=subprocess.PIPE)
     kept = tmp_path / "runs.jsonl"
@@ -83,7 +83,7 @@ def test_a_replay_that_is_told_to_stop_does_and_keeps_what_was_finished(number, 
 
 
 def test_worker_hours_are_wall_time_times_workers():
-    """Random search of W workers: the first answer comes at the first cost, times W."""
+    """With random search by W workers, the first result comes at W times the cost of a training."""
     table = load(SYNTHETIC)
     for workers in (1, 4):
         run = simulate(validated_replay(replace(QUICK, workers=workers), table), "random", 0)
@@ -91,7 +91,7 @@ def test_worker_hours_are_wall_time_times_workers():
         assert workers * cheapest <= run.curve[1][0] <= workers * dearest
 
 
-def test_one_worker_until_everything_is_trained_finds_the_best():
+def test_training_everything_finds_the_best_and_until_best_stops_there():
     table = load(SYNTHETIC)
     settings = validated_replay(replace(QUICK, workers=1, gpu_hours=1000), table)
     run = simulate(settings, "random", 0)
@@ -103,7 +103,7 @@ def test_one_worker_until_everything_is_trained_finds_the_best():
     assert short.full < run.full
 
 
-def test_incumbent_is_chosen_by_validation_and_judged_by_test():
+def test_the_incumbent_is_chosen_by_validation_and_reported_by_test_accuracy():
     table = load(SYNTHETIC)
     run = simulate(validated_replay(QUICK, table), "random", 1)
     accuracies = {round(float(100 * t), 6) for t in table.test}
@@ -111,13 +111,13 @@ def test_incumbent_is_chosen_by_validation_and_judged_by_test():
     assert [when for when, _ in run.curve] == sorted(when for when, _ in run.curve)
 
 
-def test_ours_beats_random_on_the_shipped_table():
+def test_mfkd_beats_random_on_the_synthetic_table():
     summary = replay(replace(QUICK, gpu_hours=1.2, at=(1.2,), seeds=8))["methods"]
     ours, other = summary["mfkd"]["1.2"], summary["random"]["1.2"]
     assert ours["mean"] - other["mean"] > 2 * math.hypot(ours["stderr"], other["stderr"])
 
 
-def test_constraints_leave_only_what_meets_them():
+def test_limits_leave_only_the_architectures_within_them():
     table = load(SYNTHETIC)
     cap = float(np.median(table.candidates.macs))
     summary = replay(replace(QUICK, methods=("macs",), max_macs=cap, seeds=1))
@@ -125,8 +125,8 @@ def test_constraints_leave_only_what_meets_them():
     assert summary["optimum"] == pytest.approx(100 * table.test[inside].max())
 
 
-def test_what_failed_in_full_is_never_the_incumbent(tmp_path):
-    """The best by its low score is recorded as failed: it has no test accuracy to show before the first full result."""
+def test_an_architecture_whose_full_training_failed_is_never_the_incumbent(tmp_path):
+    """The best by low score is recorded as failed in full, so it has no test accuracy before the first full result."""
     rows = list(csv.DictReader(SYNTHETIC.open()))
     best = max(range(len(rows)), key=lambda i: float(rows[i]["valid:low"]))
     rows[best] |= {"valid:full": "", "test:full": ""}
@@ -145,12 +145,12 @@ def test_what_failed_in_full_is_never_the_incumbent(tmp_path):
         ({"at": (-1.0,)}, "the hours of --at must be at least 0"),
     ],
 )
-def test_what_cannot_be_replayed_is_refused_with_the_way_out(change, message):
+def test_a_replay_that_cannot_run_is_refused_with_a_hint(change, message):
     with pytest.raises(UsageError, match=message):
         replay(replace(QUICK, **change))
 
 
-def test_noise_is_drawn_anew_for_each_seed_and_only_there():
+def test_noise_is_drawn_for_each_seed_and_only_at_full_fidelity():
     table = load(SYNTHETIC)
     full, low = Fidelity("full"), Fidelity("low")
     ask = lambda f, s: recorded(table, Trial(0, table.candidates.architecture(7), f, s), 1.0).accuracy  # noqa: E731
@@ -159,7 +159,9 @@ def test_noise_is_drawn_anew_for_each_seed_and_only_there():
     assert ask(full, 0) == pytest.approx(table.valid["full"][7], abs=0.05)
 
 
-PUBLISHED = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here: promises not tested")
+PUBLISHED = pytest.mark.skipif(
+    not SHARED.exists(), reason="no ../shared/data beside the checkout: published results not tested"
+)
 
 
 @PUBLISHED
@@ -172,7 +174,7 @@ def test_best_of_the_authors_table_is_found_within_10_000_seconds(low):
 
 @PUBLISHED
 def test_nasbench201_is_above_72_at_20_hours():
-    """Three standard errors of four seeds under the promise of docs/surrogate.md; random search is at 70."""
+    """Three standard errors of four seeds below the figure in docs/surrogate.md; random search is at 70."""
     path = SHARED / "nasbench201_cifar100.csv.gz"
     settings = Replay(path, ("mfkd",), at=(20,), gpu_hours=20, seeds=4, processes=1)
     assert replay(settings)["methods"]["mfkd"]["20"]["mean"] > 72

@@ -1,4 +1,4 @@
-"""What measurements are expected to bring, against sampling and geometry."""
+"""Acquisition functions against sampling and geometry."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from surrogate import acquire
 
 
 @pytest.mark.parametrize(("mean", "std", "best"), [(0.0, 1.0, 0.0), (1.0, 0.3, 1.5), (2.0, 0.5, 0.0)])
-def test_expected_improvement_is_the_mean_of_samples(mean, std, best):
+def test_expected_improvement_is_the_mean_over_samples(mean, std, best):
     draws = mean + std * np.random.default_rng(0).standard_normal(400_000)
     want = np.maximum(draws - best, 0).mean()
     assert float(acquire.expected_improvement(mean, std, best)) == pytest.approx(want, abs=0.003)
@@ -22,20 +22,20 @@ def test_expected_hypervolume_of_certain_candidates_is_the_area_they_add():
     np.testing.assert_allclose(got, [0.5 * 0.3, 0.0, 0.0, 0.5 * 0.4 + 1.0 * 0.4], atol=1e-6)
 
 
-def test_pick_batch_does_not_pick_twins():
+def test_pick_batch_avoids_correlated_points():
     twins = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
     mean = np.array([0.1, 0.09, 0.0])
     assert acquire.pick_batch(mean, twins, beta=1.0, noise=0.1, pending=0, count=2) == [0, 2]
     assert acquire.pick_batch(mean, np.eye(3), beta=1.0, noise=0.1, pending=0, count=2) == [0, 1]
 
 
-def test_pick_batch_counts_what_is_pending_and_never_picks_it():
+def test_pick_batch_conditions_on_pending_points_and_never_picks_them():
     twins = np.array([[1.0, 0.99, 0.0], [0.99, 1.0, 0.0], [0.0, 0.0, 1.0]])
     picks = acquire.pick_batch(np.array([0.5, 0.1, 0.0]), twins, beta=1.0, noise=0.1, pending=1, count=5)
     assert picks == [2, 1]
 
 
-def test_looking_is_worth_nothing_where_it_tells_nothing_and_more_where_it_tells_more():
+def test_the_value_of_information_is_zero_without_any_and_grows_with_it():
     mean, std = np.array([0.0, 0.0, 0.0]), np.ones(3)
     others = (np.array([-1.0]), np.array([0.1]))
     values = [acquire.value_of_information(mean, std, np.full(3, s), others, 1.0, seed=0) for s in (0.0, 0.4, 0.8)]
@@ -43,13 +43,13 @@ def test_looking_is_worth_nothing_where_it_tells_nothing_and_more_where_it_tells
     assert values[0] < values[1] < values[2]
 
 
-def test_looking_at_hopeless_candidates_is_worth_nothing():
+def test_information_about_hopeless_candidates_has_no_value():
     others = (np.array([2.0]), np.array([0.5]))
     value = acquire.value_of_information(np.array([-4.0]), np.array([0.3]), np.array([0.2]), others, 1.0, seed=0)
     assert value == pytest.approx(0.0, abs=1e-9)
 
 
-def test_looking_at_nothing_is_worth_nothing():
-    """Where every candidate of a small space has been looked at."""
+def test_an_empty_batch_has_no_value():
+    """As when every candidate of a small space has its low score."""
     none = np.zeros(0)
     assert acquire.value_of_information(none, none, none, (np.array([0.3]), np.array([1.0])), 0.5, seed=0) == 0.0

@@ -1,4 +1,4 @@
-"""The Gaussian process on functions that are known."""
+"""The Gaussian process on known functions."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from surrogate.baselines import fit_gp
 
 
-def test_gp_interpolates_a_smooth_function_and_is_unsure_far_away():
+def test_gp_interpolates_a_smooth_function_and_is_uncertain_far_away():
     x = np.linspace(0, 6, 25)[:, None]
     process = fit_gp(x, 10 + np.sin(x[:, 0]))
     mean, std = process.predict(np.array([[1.3], [4.1], [60.0]]))
@@ -19,7 +19,7 @@ def test_gp_of_a_constant_predicts_it():
     assert mean[0] == pytest.approx(3.0)
 
 
-def test_gp_of_one_point_is_possible():
+def test_gp_can_be_fitted_to_one_point():
     mean, std = fit_gp(np.zeros((1, 2)), np.array([0.4])).predict(np.ones((3, 2)))
     np.testing.assert_allclose(mean, 0.4)
     assert (std > 0).all()

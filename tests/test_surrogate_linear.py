@@ -1,4 +1,4 @@
-"""The Bayesian linear part against the same posterior written out in weight space."""
+"""The Bayesian linear part against the same posterior computed in weight space."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def data(n, d=6, seed=0):
     return trend, x, 0.8 * trend[:, 0] + 0.4 * x[:, 0] + 0.2 * rng.standard_normal(n)
 
 
-def test_posterior_is_the_one_of_weight_space(monkeypatch):
+def test_the_posterior_equals_the_one_computed_in_weight_space(monkeypatch):
     monkeypatch.setattr(linear, "SIGNALS", (0.6,))
     monkeypatch.setattr(linear, "NOISES", (0.3,))
     trend, x, y = data(25)
@@ -30,7 +30,7 @@ def test_posterior_is_the_one_of_weight_space(monkeypatch):
     np.testing.assert_allclose(fitted.covariance, covariance, atol=1e-9)
 
 
-def test_left_out_predictions_are_those_of_refits(monkeypatch):
+def test_left_out_predictions_equal_those_of_refits(monkeypatch):
     monkeypatch.setattr(linear, "SIGNALS", (0.6,))
     monkeypatch.setattr(linear, "NOISES", (0.3,))
     trend, x, y = data(12)
@@ -42,14 +42,14 @@ def test_left_out_predictions_are_those_of_refits(monkeypatch):
         assert fitted.left_out_variance[i] == pytest.approx(float(variance[0]) + 0.3, abs=1e-9)
 
 
-def test_without_data_the_prior_speaks():
+def test_without_data_the_prediction_is_the_prior():
     trend, x, _ = data(5)
     mean, variance = fit_linear(trend[:0], x[:0], np.zeros(0), PRIOR).predict(trend, x)
     np.testing.assert_allclose(mean, 0.5 * trend[:, 0])
     assert (variance > 0.1).all()
 
 
-def test_a_trend_that_is_refuted_is_given_up():
+def test_data_can_refute_a_prior_trend():
     rng = np.random.default_rng(4)
     trend, x = rng.standard_normal((60, 1)), rng.standard_normal((60, 3))
     fitted = fit_linear(trend, x, x[:, 0], PRIOR)

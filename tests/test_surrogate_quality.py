@@ -1,4 +1,4 @@
-"""Rank correlations against their definitions; intervals and coverage against known distributions."""
+"""Rank correlations against their definitions; intervals and coverage on known distributions."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def tau_by_pairs(x, y):
 
 @settings(deadline=None, max_examples=200)
 @given(SMALL)
-def test_kendall_tau_is_its_definition_with_ties(pairs):
+def test_kendall_tau_matches_its_definition_with_ties(pairs):
     x, y = np.array(pairs).T
     assert quality.kendall_tau(x, y) == pytest.approx(tau_by_pairs(x, y), abs=1e-12)
 
@@ -41,13 +41,13 @@ def test_kendall_tau_refuses_sequences_of_different_length():
         quality.kendall_tau([1, 2, 3], [1, 2])
 
 
-def test_kendall_tau_of_a_million_pairs_takes_no_quadratic_time():
+def test_kendall_tau_of_100_000_points_takes_no_quadratic_time():
     rng = np.random.default_rng(0)
     x = rng.standard_normal(100_000)
     assert quality.kendall_tau(x, x + rng.standard_normal(100_000)) == pytest.approx(0.5, abs=0.01)
 
 
-def test_partial_tau_vanishes_where_the_covariate_explains_all():
+def test_partial_tau_vanishes_if_the_covariate_explains_everything():
     rng = np.random.default_rng(1)
     z = rng.standard_normal(4000)
     a, b = z + 0.3 * rng.standard_normal(4000), z + 0.3 * rng.standard_normal(4000)
@@ -91,7 +91,7 @@ def test_coverage_of_true_and_of_overconfident_intervals():
     assert quality.coverage(truth, zero, one / 2, 0.9) == pytest.approx(0.589, abs=0.01)
 
 
-def test_taus_of_many_short_sequences_are_those_of_each():
+def test_batched_correlations_equal_those_of_each_row():
     rng = np.random.default_rng(0)
     a, b, c = rng.integers(0, 6, (3, 300, 9)).astype(float)
     assert quality.kendall_taus(a, b) == pytest.approx([quality.kendall_tau(x, y) for x, y in zip(a, b, strict=True)])
@@ -102,6 +102,6 @@ def test_taus_of_many_short_sequences_are_those_of_each():
 
 
 @pytest.mark.parametrize("n", [2, 5, 30, 200], ids=lambda n: f"n={n}")
-def test_expected_maximum_is_that_of_draws(n):
+def test_expected_maximum_is_the_mean_maximum_of_draws(n):
     draws = np.random.default_rng(1).standard_normal((20_000, n)).max(axis=1)
     assert float(quality.expected_maximum(n)) == pytest.approx(draws.mean(), abs=0.04)

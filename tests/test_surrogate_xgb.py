@@ -1,4 +1,4 @@
-"""The surrogate: what it learns, that it says how sure it is, that it is the same every time."""
+"""The surrogate: what it learns, how well its intervals are calibrated, and that it is deterministic."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ PRIOR = Prior(np.array([0.3]), np.array([0.1]))
 
 
 def problem(n, seed, noise=0.3):
-    """A target with a trend, a linear part and an interaction that only trees can see; about unit variance."""
+    """A target with a trend, a linear part and an interaction that only trees can learn; about unit variance."""
     rng = np.random.default_rng(seed)
     x = rng.choice([-1.0, 1.0], size=(n, 8)).astype(np.float32)
     trend = rng.standard_normal((n, 1)).astype(np.float32)
@@ -35,7 +35,7 @@ def test_the_linear_part_extrapolates_where_trees_cannot():
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 10], ids=lambda n: f"n={n}")
-def test_a_handful_of_points_is_enough_to_say_something(n):
+def test_a_handful_of_points_is_enough_for_a_finite_prediction(n):
     trend, x, _, y = problem(n, 3)
     new_trend, new_x, _, _ = problem(50, 4)
     mean, variance = xgb.fit(trend, x, y, PRIOR, seed=0).predict(new_trend, new_x)
@@ -43,14 +43,14 @@ def test_a_handful_of_points_is_enough_to_say_something(n):
     assert (variance > 0).all()
 
 
-def test_same_seed_same_answer_another_seed_another():
+def test_the_same_seed_gives_the_same_prediction_and_another_seed_another():
     trend, x, _, y = problem(60, 5)
     first, again, other = (xgb.fit(trend, x, y, PRIOR, seed=s).predict(trend, x) for s in (7, 7, 8))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], other[0])
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch):
+def test_chunks_do_not_change_the_prediction(monkeypatch):
     trend, x, _, y = problem(200, 6)
     whole = xgb.fit(trend, x, y, PRIOR, seed=0).predict(trend, x)
     monkeypatch.setattr(xgb, "CHUNK", 37)

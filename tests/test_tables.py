@@ -1,4 +1,4 @@
-"""The table format and its converters, on small hand-made tables and on the published ones where they are."""
+"""The table format and its converters, on small tables made here and on the published ones, where they are."""
 
 import gzip
 from pathlib import Path
@@ -27,9 +27,9 @@ def write(rows, path):
     return path
 
 
-def test_nasbench_rows_become_a_table_in_which_identical_cells_are_one(tmp_path):
+def test_nasbench201_rows_are_converted_and_identical_cells_merged(tmp_path):
     table = tables.load(write(NASBENCH, tmp_path / "cells.csv"))
-    assert len(table.candidates) == 2  # rows 0 and 2 are one network: the first stands for both
+    assert len(table.candidates) == 2  # rows 0 and 2 are the same network; the first stands for both
     assert table.lows == ("e12",)
     np.testing.assert_allclose(table.valid["full"], [0.60, 0.70])
     np.testing.assert_allclose(table.valid["e12"], [0.305, 0.40])
@@ -39,7 +39,7 @@ def test_nasbench_rows_become_a_table_in_which_identical_cells_are_one(tmp_path)
     assert (table.candidates.choices[0] != table.candidates.choices[1]).sum() == 1
 
 
-def test_the_own_format_survives_a_round_trip_compressed_or_not(tmp_path):
+def test_the_project_s_format_survives_a_round_trip_compressed_or_not(tmp_path):
     plain = tables.load(write(tables.convert(NASBENCH), tmp_path / "a.csv"))
     packed = tables.load(write(tables.convert(NASBENCH), tmp_path / "b.csv.gz"))
     np.testing.assert_array_equal(plain.candidates.features, packed.candidates.features)
@@ -47,7 +47,7 @@ def test_the_own_format_survives_a_round_trip_compressed_or_not(tmp_path):
     assert (tmp_path / "b.csv.gz").read_bytes() == gzip.compress((tmp_path / "a.csv").read_bytes(), mtime=0)
 
 
-def test_mfkd_rows_become_one_architecture_with_a_fidelity_per_loss_and_part(tmp_path):
+def test_the_authors_rows_become_architectures_with_a_fidelity_per_loss_and_fraction(tmp_path):
     blocks = "1,16,{},1;6,32,1,2;6,64,4,2;6,128,4,2;6,184,2,1;6,320,1,2;6,440,2,1;0,{},2,0"
     rows = []
     for arch, (repeats, last) in enumerate([(1, 400), (4, 536), (2, 400)]):
@@ -59,12 +59,12 @@ def test_mfkd_rows_become_one_architecture_with_a_fidelity_per_loss_and_part(tmp
     table = tables.load(write(rows, tmp_path / "authors.csv"))
     assert table.lows == ("attention/27",)
     np.testing.assert_allclose(table.valid["full"], [0.6, 0.61, 0.62])
-    # Two numbers vary, both ordered: 3 and 2 options, scaled to 0..1.
+    # Two numbers vary, so there are two ordinal choices, of 3 and 2 options, scaled to 0..1.
     np.testing.assert_allclose(table.candidates.features, [[0, 0], [1, 1], [0.5, 0]])
     assert table.candidates.macs[0] < table.candidates.macs[2] < table.candidates.macs[1]
 
 
-def test_cost_of_mobilenetv2_is_that_of_its_layers():
+def test_the_cost_of_mobilenetv2_is_the_sum_over_its_layers():
     blocks = [[1, 16, 2, 1], [6, 24, 1, 2], [0, 40, 2, 0]]
     macs, params = tables.mobilenetv2_cost(blocks, classes=10, resolution=8)
     layers = [
@@ -92,14 +92,14 @@ def test_empty_cells_are_failed_evaluations(tmp_path):
         ({"macs": ""}, "a row has no macs"),
     ],
 )
-def test_what_is_no_table_is_refused_with_the_reason(tmp_path, change, message):
+def test_a_malformed_table_is_refused_with_the_reason(tmp_path, change, message):
     rows = tables.convert(NASBENCH)
     rows[0] = rows[0] | change
     with pytest.raises(UsageError, match=message):
         tables.load(write(rows, tmp_path / "t.csv"))
 
 
-def test_two_rows_of_one_architecture_are_refused_unless_they_say_that_they_are_one(tmp_path):
+def test_two_rows_of_one_architecture_are_refused_unless_they_share_a_class(tmp_path):
     rows = [row | {"class": ""} for row in tables.convert(NASBENCH)]
     twice = [*rows, rows[1] | {"valid:full": "0.5"}]
     with pytest.raises(UsageError, match=r"t\.csv is not a table .*two rows have the same choices, \['nor_conv_3x3', "):
@@ -121,15 +121,15 @@ def test_unknown_columns_missing_files_and_empty_ones_are_errors_that_name_the_f
         tables.load(tmp_path / "empty.csv")
 
 
-def test_the_shipped_table_is_what_its_docstring_says():
+def test_the_synthetic_table_has_192_architectures_and_one_low_fidelity():
     table = tables.load(SYNTHETIC)
     assert len(table.candidates) == 192
     assert table.lows == ("low",)
     assert table.candidates.features.shape[1] > 6
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here: published tables not tested")
-def test_the_published_tables_have_their_published_figures():
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside the checkout: published tables not tested")
+def test_the_published_tables_have_the_published_sizes_and_optimum():
     cells = tables.load(SHARED / "nasbench201_cifar100.csv.gz")
     assert len(cells.candidates) == 6466
     assert cells.test.max() == pytest.approx(0.735133)
