@@ -57,10 +57,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
 # make gpu-check       all GPU tests and benches, a JSON in OUT; PYTHON=python3 where the GPU is; 19 minutes at most,
 #                      ONLY=tests and ONLY=benches 10 minutes each
+# make gpu-image       the fake-device and reference tests with the oldest torch and triton that we support, those of
+#                      the usual GPU images, in an environment of its own (5 GB)
 OUT     ?= build/bench
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench-kernels aot gpu-check
+IMAGE    = build/gpu-image
+OLDEST   = 'torch==2.11.*' 'torchvision==0.26.*' 'triton==3.6.*' numpy pillow safetensors pyyaml psutil pytest hypothesis
+
+.PHONY: bench-kernels aot gpu-check gpu-image
 bench-kernels: install
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_kernels.py -q --benchmark-only --benchmark-json=$(OUT)/raw.json
@@ -68,6 +73,14 @@ bench-kernels: install
 
 aot: install
 	$(BIN)/python -m kernels.aot --report
+
+$(IMAGE)/.installed:
+	$(PYTHON) -m venv $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet $(OLDEST)
+	touch $@
+
+gpu-image: $(IMAGE)/.installed
+	$(IMAGE)/bin/python -m pytest -q tests/test_fake_cuda.py tests/test_kernels_reference.py
 
 gpu-check:
 	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(ONLY),--only $(ONLY))
