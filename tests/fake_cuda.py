@@ -43,11 +43,12 @@ HAS_PRIMARY_CONTEXT, CUDNN_KNOWS_BFLOAT16 = 4, 32
 
 @dataclass(frozen=True)
 class Call:
-    """An aten operation below autograd, with the tensors that it read and returned."""
+    """An aten operation below autograd, with the bytes of each tensor that it read and returned. Not the tensors:
+    autograd clones a gradient that somebody else holds."""
 
     name: str
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
 
 @dataclass
@@ -142,8 +143,9 @@ class Watch(TorchDispatchMode):
                 tensor.constant = None  # a known value would be moved to the device in earnest
         if name in COPIES and {tensor.device.type for tensor in inputs + outputs} == {"cpu", "cuda"}:
             self.device.refuse_waiting(name)
-        if self.device.recording:
-            self.device.calls.append(Call(name, inputs, outputs))
+        if self.device.recording and name.startswith("aten::"):
+            read, written = (tuple(tensor.nbytes for tensor in group) for group in (inputs, outputs))
+            self.device.calls.append(Call(name, read, written))
         return out
 
     def read(self, tensor: Tensor) -> float:
