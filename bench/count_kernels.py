@@ -3,8 +3,8 @@
     python -m bench.count_kernels [SPACE ...]
 
 A step runs on the fake device of tests/fake_cuda.py, under bf16 autocast, at 32 pixels and batch 64, for the member of
-each space with the median number of convolutions among 25 random ones. Each operation stands for the kernels that PyTorch starts for it;
-its bytes are those of its inputs and outputs, read or written once by each kernel that needs them.
+each space with the median number of convolutions among 25 random ones. Each operation stands for the kernels that
+PyTorch starts for it; its bytes are those of its inputs and outputs, once for each kernel that needs them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from tests.fake_cuda import Call, Device, fake_cuda
 SPACES = ("mobilenetv2", "shufflenetv2", "nasbench201")
 BATCH, RESOLUTION, CLASSES, DRAWN = 64, 32, 100, 25
 # Operations that start no kernel.
-FREE = {
-    "aten::" + name
-    for name in (
-        "_reshape_alias _unsafe_view alias as_strided as_strided_ detach empty empty_like empty_strided expand is_pinned new_empty "
-        "new_empty_strided permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view"
-    ).split()
-}
+FREE = (
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "as_strided_", "detach", "empty", "empty_like",
+    "empty_strided", "expand", "is_pinned", "new_empty", "new_empty_strided", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+)  # fmt: skip
 # Tensors that PyTorch's multi-tensor launcher takes at once, by how many lists it walks.
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48}
 # BatchNorm in training: (times that the activation is read or written by each kernel), forward and backward.
@@ -55,7 +53,8 @@ def step(space: str, choices: tuple[int, ...]) -> list[tuple[str, int]]:
     with fake_cuda() as device:
         cuda = torch.device("cuda")
         example = torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=cuda)
-        student = prepare(load_space(space).build(choices, CLASSES, 1.0), None, Study(batch_size=BATCH), "none", example)
+        network = load_space(space).build(choices, CLASSES, 1.0)
+        student = prepare(network, None, Study(batch_size=BATCH), "none", example)
         images = torch.zeros(BATCH, 3, RESOLUTION, RESOLUTION, device=cuda, dtype=torch.bfloat16)
         labels, rate = torch.zeros(BATCH, dtype=torch.int64, device=cuda), torch.zeros((), device=cuda)
         inputs = Inputs(images.contiguous(memory_format=torch.channels_last), labels, None, rate)
@@ -66,13 +65,15 @@ def step(space: str, choices: tuple[int, ...]) -> list[tuple[str, int]]:
 
 
 def kernels(device: Device) -> list[tuple[str, int]]:
-    return [kernel for call in device.calls if call.name not in FREE for kernel in kernels_of(call)]
+    return [kernel for call in device.calls for kernel in kernels_of(call)]
 
 
 def kernels_of(call: Call) -> list[tuple[str, int]]:
     """The kernels that an operation stands for."""
-    name, read, written = call.name.removeprefix("aten::"), sum(call.inputs), sum(call.outputs)
-    if "batch_norm" in name:
+    name, read, written = call.name.partition("::")[2], sum(call.inputs), sum(call.outputs)
+    if name in FREE:
+        return []
+    if name in ("native_batch_norm", "native_batch_norm_backward"):
         passes = NORM_BACKWARD if "backward" in name else NORM
         return [("BatchNorm", times * call.inputs[0]) for times in passes]
     if name == "convolution_backward":

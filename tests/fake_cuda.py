@@ -43,8 +43,8 @@ HAS_PRIMARY_CONTEXT, CUDNN_KNOWS_BFLOAT16 = 4, 32
 
 @dataclass(frozen=True)
 class Call:
-    """An aten operation below autograd, with the bytes of each tensor that it read and returned. Not the tensors:
-    autograd clones a gradient that somebody else holds."""
+    """An aten operation below autograd, with the bytes of each tensor that it read and returned, or a Triton kernel
+    with those of its arguments. Not the tensors: autograd clones a gradient that somebody else holds."""
 
     name: str
     inputs: tuple[int, ...]
@@ -288,6 +288,9 @@ def launcher(device: Device) -> Callable[..., None]:
             if isinstance(value, Tensor) and value.device.type != "cuda":
                 raise RuntimeError(f"{kernel.fn.__name__}: {name} is on {value.device}")
         device.launches[kernel.fn.__name__, device.capturing] += 1
+        if device.recording:
+            touched = tensors((arguments, options))
+            device.calls.append(Call(f"triton::{kernel.fn.__name__}", tuple(t.nbytes for t in touched), ()))
 
     return run
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import count_kernels
 from engine.config import Resources, Study
 from engine.data.loader import Batches, train_batches
 from engine.data.parts import Data, Part, fingerprint
@@ -37,6 +38,8 @@ SMALL = "nasbench201:channels=16,cells=1"
 LOSSES: tuple[KDLoss, ...] = ("none", "kd", "at", "nst", "kd+at")
 STUDY = Study(batch_size=64, lr=0.05)
 STEPS = 3
+NORM_KERNELS = {"statistics_kernel", "apply_kernel", "reduce_kernel", "gradient_kernel"}
+MOST_KERNELS = {"mobilenetv2": 420, "shufflenetv2": 440, "nasbench201": 460}  # a step of a median member
 
 
 def noise(images: int = 64 * STEPS, classes: int = 100) -> Data:
@@ -91,7 +94,9 @@ def check_space(space: str) -> None:
             assert [(m.status, m.execution, m.error) for m in cohort] == [("ok", "graph", "")] * count, loss
             assert (device.captures, device.replays) == (count, count * STEPS), loss
             assert device.reads == count, "the host reads each loss once an epoch, and nothing else"
-            assert any(captured for _, captured in device.launches) == (loss != "none"), device.launches
+            captured = {name for name, while_capturing in device.launches if while_capturing}
+            assert captured >= NORM_KERNELS
+            assert bool(captured - NORM_KERNELS) == (loss != "none"), captured
             assert wrong == []
             for member in cohort:
                 check_layouts(member)
@@ -223,8 +228,16 @@ def mistakes_raise() -> None:
         assert (on.sum().item(), device.reads) == (0.0, 1)
 
 
+def kernels_of_a_step() -> None:
+    """Their number bounds the speed of small steps."""
+    for space, most in MOST_KERNELS.items():
+        found = count_kernels.step(space, count_kernels.member(space))
+        assert len(found) <= most, (space, len(found))
+
+
 CASES = [mobilenetv2, shufflenetv2, nasbench201, eager_steps, falls_back, evaluates_with_our_teacher,
-         evaluates_with_a_librarys_teacher, lessons_on_the_host, resumes, mistakes_raise]  # fmt: skip
+         evaluates_with_a_librarys_teacher, lessons_on_the_host, resumes, kernels_of_a_step,
+         mistakes_raise]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.config import Study
 from engine.training.distill import Lesson, Objective, Output
+from engine.training.lean import LeanForward
 from engine.trial import KDLoss, Status
 
 
@@ -17,7 +18,8 @@ from engine.trial import KDLoss, Status
 class Student:
     """A network in training. It leaves the cohort when `status` is no longer "ok"; `error` then says why.
 
-    `forward` is the network or its compiled form. Random numbers that its layers draw depend on `seed` and the step.
+    `forward` is the network, its compiled form or its lean one. Random numbers that its layers draw depend on `seed`
+    and the step.
     `average` holds the running average of its state where one is kept, and `live` what that is an average of.
     `execution` says how its steps ran,
     `latency_ms` how long its forward pass takes where there is a limit on that.
@@ -132,7 +134,7 @@ def prepare(
     live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
     return Student(
         network,
-        compile_anew(network) if compiled else network,
+        _forward(network, example.device, compiled),
         objective,
         optimiser,
         torch.zeros((), dtype=torch.float64, device=example.device),  # in float32 a million steps would drown
@@ -140,6 +142,12 @@ def prepare(
         [value.clone() for value in live] if average else None,
         live,
     )
+
+
+def _forward(network: nn.Module, device: torch.device, compiled: bool) -> Callable[[Tensor], Output]:
+    if compiled:
+        return compile_anew(network)
+    return LeanForward(network) if device.type == "cuda" else network
 
 
 def compile_anew(network: nn.Module) -> Callable[[Tensor], Output]:
