@@ -14,9 +14,11 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from engine import orders
 from engine.config import Study, to_dict
+from engine.networks import count_cost
 from engine.training import evaluate, teacher
 from engine.training.checkpoint import Progress
 from engine.trial import (
@@ -77,6 +79,21 @@ def test_a_trial_gives_a_score_and_what_it_cost(task: Tasks) -> None:
     assert {"setup", "data", "teacher", "train", "evaluate", "images_per_s", "peak_memory_bytes"} <= set(answer.costs)
     phases = sum(answer.costs[name] for name in ("setup", "data", "teacher", "train", "evaluate"))
     assert phases == pytest.approx(answer.seconds, rel=0.2)
+
+
+def test_the_cost_of_an_architecture_is_counted_once(task: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def count(network: nn.Module, resolution: int) -> tuple[int, int]:
+        counted.append(resolution)
+        return count_cost(network, resolution)
+
+    monkeypatch.setattr(evaluate, "count_cost", count)
+    architecture = Architecture((1, 1, 1, 1, 1, 2))
+    asked = [Trial(0, architecture, *how) for how in ((LOW, 0), (LOW, 1), (HIGH, 0))]
+    answers = [run(task, [trial])[0] for trial in asked]
+    assert len({(answer.macs, answer.params) for answer in answers}) == 1
+    assert len(counted) == 1
 
 
 def test_the_score_depends_on_the_trial_and_not_on_its_mates(task: Tasks) -> None:

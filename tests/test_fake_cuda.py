@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from bench import count_kernels
 from engine.config import Resources, Study
+from engine.data.batches import Batch
 from engine.data.loader import Batches, train_batches
 from engine.data.parts import Data, Part, fingerprint
+from engine.data.resident import resident
 from engine.space import load_space
 from engine.training import evaluate as worker
+from engine.training import graphs
 from engine.training import teacher as teachers
 from engine.training.student import Inputs, Student, precision, prepare, take_step
 from engine.training.taught import Teacher
@@ -228,6 +232,33 @@ def mistakes_raise() -> None:
         assert (on.sum().item(), device.reads) == (0.0, 1)
 
 
+def captures_come_before_the_loader() -> None:
+    """A loader's threads may call CUDA at any time, which can break a capture."""
+
+    def seen(batches: Batches) -> Iterator[Batch]:
+        begun.append(device.captures)
+        yield from resident(batches)
+
+    begun: list[int] = []
+    with fake_cuda() as device:
+        train([student(SMALL, (3,) * 6)], None, replace(feed(), source=seen), STUDY, Stopwatch(), execution="graph")
+    assert begun == [1]
+
+
+def students_wait_for_their_inputs_alone() -> None:
+    """No student's stream waits for another's, and the loader's waits for a step that is SLOTS back."""
+    with fake_cuda() as device:
+        cohort = [student(SMALL, (3,) * 6) for _ in range(2)]
+        train(cohort, None, feed(epochs=2), STUDY, Stopwatch(), execution="graph")
+        default = torch.cuda.default_stream().cuda_stream
+        lanes = {waiting for waiting, _ in device.waits} - {default}
+        assert len(lanes) == 2
+        assert {waited for waiting, waited in device.waits if waiting in lanes} == {default}
+        joins = 2 * 2 + 2  # both students at the end of both epochs, and when their lanes close
+        slots = 2 * (2 * STEPS - graphs.SLOTS)
+        assert sum(waiting == default for waiting, _ in device.waits) == joins + slots
+
+
 def kernels_of_a_step() -> None:
     """Their number bounds the speed of small steps."""
     for space, most in MOST_KERNELS.items():
@@ -236,8 +267,8 @@ def kernels_of_a_step() -> None:
 
 
 CASES = [mobilenetv2, shufflenetv2, nasbench201, eager_steps, falls_back, evaluates_with_our_teacher,
-         evaluates_with_a_librarys_teacher, lessons_on_the_host, resumes, kernels_of_a_step,
-         mistakes_raise]  # fmt: skip
+         evaluates_with_a_librarys_teacher, lessons_on_the_host, resumes, captures_come_before_the_loader,
+         students_wait_for_their_inputs_alone, kernels_of_a_step, mistakes_raise]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -117,6 +117,7 @@ def crew(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
 def test_results_and_errors_of_tasks_come_back_as_they_are(crew: Fleet) -> None:
     seen = crew.submit("report", {}).result(60)
     assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["CUDA_DEVICE_MAX_CONNECTIONS"] == "32", "a hardware queue for every stream of a cohort"
     assert seen["MFKD_WORKER"].startswith(f"{socket.gethostname()}/0/")
     with pytest.raises(UsageError, match="^this cannot be done$"):
         crew.submit("refuse", {}).result(60)

@@ -22,7 +22,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 FP32, BF16 = torch.float32, torch.bfloat16
 # Of results, running statistics, and gradients against their largest entry.
 TOLERANCE = {FP32: 2e-5, BF16: 1.6e-2}
-SHAPES = [(3, 5, 2, 2), (8, 40, 6, 5), (2, 300, 3, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +106,18 @@ def test_compiled_code_takes_the_operator(training: bool) -> None:
 
 if INTERPRETING or DEVICE == "cuda":
 
-    @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize("activation", ACTIVATIONS)
-    @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "activation", "training"),
+        [
+            ((3, 5, 2, 2), FP32, "relu6", True),
+            ((5, 40, 5, 3), FP32, "none", True),
+            ((5, 40, 5, 3), BF16, "relu6", True),
+            ((5, 40, 5, 3), BF16, "relu", False),
+            ((2, 300, 3, 3), FP32, "relu", True),
+            ((2, 300, 3, 3), FP32, "relu6", False),
+        ],
+        ids=str,
+    )
     @pytest.mark.gpu
     def test_kernel(shape: tuple[int, ...], dtype: torch.dtype, activation: str, training: bool) -> None:
         given = inputs(shape, dtype)
@@ -122,7 +129,7 @@ if INTERPRETING or DEVICE == "cuda":
     @pytest.mark.gpu
     def test_kernel_with_a_large_mean() -> None:
         """1,000 times the deviation: a sum of squares in float32 would lose the variance."""
-        given = inputs((8, 40, 6, 5), FP32, offset=3000.0)
+        given = inputs((5, 40, 5, 3), FP32, offset=3000.0)
         assert_close(run(given, True, "relu", "triton"), run(wide(given), True, "relu", "reference"), 2e-3)
 
     @pytest.mark.gpu

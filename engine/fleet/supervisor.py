@@ -161,6 +161,8 @@ class Supervisor:
         paths = [str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
         cores = max(1, len(os.sched_getaffinity(0)) // self._post.beside)
         made = {"PYTHONPATH": os.pathsep.join(paths), "MFKD_WORKER": self._name, "MFKD_CORES": str(cores)}
+        # Eight students, the loader and the default stream each need a hardware queue; CUDA makes 8 unless told.
+        made["CUDA_DEVICE_MAX_CONNECTIONS"] = given.get("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         token = self._post.token(self._rank)
         if token is not None:
             made["CUDA_VISIBLE_DEVICES"] = token

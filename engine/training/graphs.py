@@ -34,6 +34,7 @@ LEAST_STEPS = 20
 # cuDNN's trying of algorithms costs some ms per shape of convolution, a second per network of the larger spaces, for
 # perhaps half a millisecond per step.
 BENCHMARK_STEPS = 2000
+SLOTS = 3  # steps whose inputs are held: how far students that step fast may be ahead of a slow one
 ROOM = 1.1  # of what the largest student took: free memory that another one is let in with
 # Before 2.12 a capture that fails is under way for ever to the allocator, which then refuses to free anything
 # (pytorch/pytorch#180395).
@@ -101,6 +102,30 @@ def without_trace(member: Student, trial: Callable[[], None]) -> None:
             tensor.copy_(copy)
 
 
+class Slot:
+    """Inputs of one step, until every lane has copied them: `written` on the current stream, read on the lanes'."""
+
+    def __init__(self, example: Inputs) -> None:
+        self.inputs = example.held()
+        self.written = torch.cuda.Event()
+        self.reads: list[torch.cuda.Event] = []
+
+    def write(self, inputs: Inputs) -> None:
+        """Puts a step's inputs here when the lanes are done with the last ones. The host does not wait."""
+        stream = torch.cuda.current_stream()
+        for read in self.reads:
+            stream.wait_event(read)
+        self.reads.clear()
+        self.inputs.take(inputs)
+        self.written.record(stream)
+
+    def read_by(self, stream: torch.cuda.Stream) -> None:
+        """The lane on this stream has been given its copy."""
+        event = torch.cuda.Event()
+        event.record(stream)
+        self.reads.append(event)
+
+
 @dataclass
 class Lane:
     """A student, its stream, and the graph of its step once that is captured. Each graph has a memory pool of its own:
@@ -108,24 +133,28 @@ class Lane:
 
     member: Student
     stream: torch.cuda.Stream
+    inputs: Inputs
     graph: torch.cuda.CUDAGraph | None = None
 
-    def advance(self, inputs: Inputs, step: int, decay: float) -> None:
-        """One step, after what the current stream has been given so far."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+    def advance(self, slot: Slot, step: int, decay: float) -> None:
+        """One step on the inputs of a slot, which the lane copies to where its graph reads them."""
+        self.stream.wait_event(slot.written)
         with torch.cuda.stream(self.stream):
+            self.inputs.take(slot.inputs)
+            slot.read_by(self.stream)
             if self.graph is not None:
                 self.graph.replay()
             else:
                 reseed(self.member, step)
-                take_step(self.member, inputs)
+                take_step(self.member, self.inputs)
             update_average(self.member, step, decay)
 
-    def capture(self, inputs: Inputs) -> str:
-        """Records the student's step on `inputs`; returns why that could not be done, or nothing.
+    def capture(self) -> str:
+        """Records the student's step on the lane's inputs; returns why that could not be done, or nothing.
 
         Raises what the step itself raises, out of memory, and the loss of the device.
         """
+        inputs = self.inputs
         before = _random_state(self.stream.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -169,15 +198,19 @@ class Lane:
 
 
 class Lanes:
-    """The students of a cohort in their lanes. They read inputs that stay where they are: each step's are copied there
-    when all lanes are done with the last one's, while the loader and the teacher are already at the next."""
+    """The students of a cohort in their lanes. A step's inputs go to one of a few slots, and from there to each lane,
+    whose graph reads them where they stay. So a fast student is up to SLOTS steps ahead of a slow one, while the loader
+    and the teacher are already at the next."""
 
     def __init__(
-        self, cohort: Sequence[Student], first: Inputs, execution: Execution, steps: int, decay: float
+        self, cohort: Sequence[Student], example: Inputs, execution: Execution, steps: int, decay: float
     ) -> None:
-        """Captures the students' steps one after the other; who finds no room leaves as "oom", for another cohort."""
-        self.inputs, self.decay = first.held(), decay
-        device = first.images.device
+        """Captures the students' steps one after the other; who finds no room leaves as "oom", for another cohort.
+
+        `example` has the shapes, types and layouts of the inputs to come.
+        """
+        self.slots, self.decay = [Slot(example) for _ in range(SLOTS)], decay
+        device = example.images.device
         self._benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = steps >= BENCHMARK_STEPS
         eager = reason_for_eager(execution, device, steps)
@@ -188,7 +221,7 @@ class Lanes:
             if not has_room(free, taken):
                 member.leave("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
                 continue
-            lane = Lane(member, torch.cuda.Stream(device))
+            lane = Lane(member, torch.cuda.Stream(device), example.held())
             self.lanes.append(lane)
             reason = eager or self._capture(lane)
             member.execution = f"eager: {reason}" if reason else "graph"
@@ -198,16 +231,16 @@ class Lanes:
 
     def _capture(self, lane: Lane) -> str:
         reasons: list[str] = []
-        guarded(lane.member, partial(without_trace, lane.member, lambda: reasons.append(lane.capture(self.inputs))))
+        guarded(lane.member, partial(without_trace, lane.member, lambda: reasons.append(lane.capture())))
         return reasons[0] if reasons else lane.member.error
 
     def advance(self, inputs: Inputs, step: int) -> None:
         """The step of every student that is still in the cohort."""
-        self.join()
-        self.inputs.take(inputs)
+        slot = self.slots[step % SLOTS]
+        slot.write(inputs)
         for lane in self.lanes:
             if lane.member.status == "ok":
-                guarded(lane.member, partial(lane.advance, self.inputs, step, self.decay))
+                guarded(lane.member, partial(lane.advance, slot, step, self.decay))
 
     def join(self) -> None:
         for lane in self.lanes:

@@ -43,8 +43,7 @@ class Teacher:
             known = self.kept.get(key)
             if known is not None:
                 return _map(lambda tensor: tensor.to(images.device, non_blocking=True), known)
-            with torch.no_grad(), autocast(images):
-                answer = lesson(self.network(images), taps)
+            answer = self.say(images, taps)
             size = sum(tensor.nbytes for tensor in (answer[0], *answer[1].values()))
             if self._make_room(size):
                 self.kept[key] = _map(_pinned, answer) if onto_host else answer
@@ -53,6 +52,11 @@ class Teacher:
             return answer
 
         return at
+
+    def say(self, images: Tensor, taps: Collection[Tap]) -> Lesson:
+        """What it says of images (N, 3, R, R), without keeping that."""
+        with torch.no_grad(), autocast(images):
+            return lesson(self.network(images), taps)
 
     def _make_room(self, size: int) -> bool:
         """Whether so many bytes can be kept, at need in place of one of the largest lessons, if that is larger."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.config import Execution, Study
 from engine.data.batches import Batch, Batches
+from engine.training.distill import Tap
 from engine.training.graphs import Lanes, Line
 from engine.training.student import Inputs, Student, adopt_average, precision
 from engine.training.taught import Teacher
@@ -61,6 +62,8 @@ def train(
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
     crew: Line | Lanes | None = None
     try:
+        with watch.phase("capture"):
+            crew = _crew(cohort, _example(batches, dtype, teacher, taps, study.lr), execution, steps - first, study)
         for step in range(first, steps):
             with watch.phase("data"):
                 batch = next(iterator)
@@ -68,9 +71,6 @@ def train(
             with watch.phase("teacher"):
                 taught = lesson(step, images) if lesson is not None else None
             inputs = Inputs(images, batch.labels, taught, learning_rate(study.lr, step, steps))
-            if crew is None:
-                with watch.phase("capture"):
-                    crew = _crew(cohort, inputs, execution, steps - first, study.ema_decay)
             with watch.phase("train"):
                 crew.advance(inputs, step)
             if (step + 1) % batches.steps_per_epoch == 0:
@@ -88,10 +88,26 @@ def train(
         adopt_average(member)
 
 
-def _crew(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> Line | Lanes:
-    if inputs.images.device.type == "cuda":
-        return Lanes(cohort, inputs, execution, steps, decay)
-    return Line(cohort, decay)
+def _crew(
+    cohort: Sequence[Student], example: Inputs | None, execution: Execution, steps: int, study: Study
+) -> Line | Lanes:
+    if example is not None:
+        return Lanes(cohort, example, execution, steps, study.ema_decay)
+    return Line(cohort, study.ema_decay)
+
+
+def _example(
+    batches: Batches, dtype: torch.dtype, teacher: Teacher | None, taps: Collection[Tap], rate: float
+) -> Inputs | None:
+    """Inputs of zeros to capture a step on; None without a CUDA device. They let the capture come before the loader
+    starts: a call into CUDA from one of its threads can break a capture, and with torch 2.11 the process."""
+    if batches.device.type != "cuda":
+        return None
+    size = batches.resolution
+    images = torch.zeros(batches.batch_size, 3, size, size, dtype=dtype, device=batches.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batches.batch_size, dtype=torch.int64, device=batches.device)
+    return Inputs(images, labels, teacher.say(images, taps) if teacher is not None else None, rate)
 
 
 def _drop_diverged(cohort: Sequence[Student], step: int) -> None:

@@ -25,13 +25,14 @@ from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
 from engine.training.train import accuracies
-from engine.trial import Drained, Fidelity
+from engine.trial import Architecture, Drained, Fidelity
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
     """The study, its data, its device, and what has been learnt of its memory: how many students of a fidelity it
-    holds at once, where a cohort was too large. `orders` are its driver's."""
+    holds at once, where a cohort was too large. `orders` are its driver's, `costs` are MACs and parameters by
+    (architecture, width, resolution)."""
 
     study: Study
     data: Data
@@ -39,6 +40,7 @@ class Bench:
     run_dir: Path
     room: dict[Fidelity, int] = field(default_factory=dict)
     orders: Path | None = None
+    costs: dict[tuple[Architecture, float, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
