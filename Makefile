@@ -55,8 +55,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # ---- kernels -------------------------------------------------------------
 # make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
 # make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
-# make gpu-check       all GPU tests and benches, a JSON in OUT; PYTHON=python3 where the GPU is; 19 minutes at most,
-#                      ONLY=tests and ONLY=benches 10 minutes each
+# make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to carry to a machine with a GPU
+# make gpu-check       all that only a GPU can show, within 500 s, a JSON in OUT; PYTHON=python3 where the GPU is;
+#                      BUNDLE=build/gpu-bundle for the parts that need it
 # make gpu-image       the fake-device and reference tests with the oldest torch and triton that we support, those of
 #                      the usual GPU images, in an environment of its own (5 GB)
 OUT     ?= build/bench
@@ -65,7 +66,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 IMAGE    = build/gpu-image
 OLDEST   = 'torch==2.11.*' 'torchvision==0.26.*' 'triton==3.6.*' numpy pillow safetensors pyyaml psutil pytest hypothesis
 
-.PHONY: bench-kernels aot gpu-check gpu-image
+.PHONY: bench-kernels aot gpu-bundle gpu-check gpu-image
 bench-kernels: install
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_kernels.py -q --benchmark-only --benchmark-json=$(OUT)/raw.json
@@ -83,14 +84,22 @@ gpu-image: $(IMAGE)/.installed
 	$(IMAGE)/bin/python -m pytest -q tests/test_fake_cuda.py tests/test_kernels_reference.py
 
 gpu-check:
-	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(ONLY),--only $(ONLY))
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+gpu-bundle: build/cifar10_small.npz | install
+	$(BIN)/python -m bench.gpu_bundle build/gpu-bundle --images $<
+
+build/cifar10_small.npz: | install
+	mkdir -p build
+	$(BIN)/python $(SHARED)/unpack.py $(SHARED)/cifar10_small.npz $@
 
 # ---- evidence ------------------------------------------------------------
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make rivals          the search against its rivals on real training, resumable
 # make authors         what the paper's authors measured, read as such a study: seconds; TABLE=FILE
-# make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
+# make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz fits beside
+#                      the checkout where little can be carried)
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
@@ -144,11 +153,10 @@ $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 6 --out $@
 
 # Where the GPU is: PYTHON=python3. Ends within MINUTES; the same line goes on.
-MINUTES ?= 20
-gpu-evidence:
-	mkdir -p build
-	test -f build/cifar100.npz || $(call cifar100,$(GPU_PYTHON),build/cifar100.npz)
-	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES)
+MINUTES ?= 8
+IMAGES  ?= build/cifar10_small.npz
+gpu-evidence: $(IMAGES)
+	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 build/cifar100.npz: | install
 	mkdir -p build

@@ -1,4 +1,4 @@
-"""Self-tests of what a worker stands on: the kernels and the loader. `python -m engine.selftest NAME DEVICE`.
+"""Self-tests of what a worker stands on: kernels, CUDA graphs, loader. `python -m engine.selftest NAME DEVICE`.
 
 `doctor` runs each in a process of its own, since a library that is broken may end the process. The last line of stdout
 is what was found; a traceback on stderr and an exit code say that something is wrong.
@@ -20,12 +20,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from engine.data.batches import Batch
-from engine.data.loader import Backend, eval_batches, train_batches
+from engine.config import Execution, Study
+from engine.data.loader import Backend, Batches, eval_batches, train_batches
 from engine.data.parts import Data, Part, load
+from engine.space import load_space
+from engine.training.student import prepare
+from engine.training.train import Stopwatch, train
 from kernels import attention_transfer_loss, ce_kd_loss, nst_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES_APART = 0.05  # relative: bfloat16 rounds otherwise in another order, and the steps go on from there
 TOLERANCE = 1e-4  # relative, of float32 losses and of gradients against their largest entry
 
 
@@ -58,14 +62,42 @@ def kernels(device: str) -> str:
     return f"{', '.join(case[0] for case in cases)}: reference agrees with the textbook; Triton kernels {how}"
 
 
-def loader(device: str) -> str:
-    """DALI's batches of arrays against the resident backend's, and of JPEG files against their colours."""
+def graphs(device: str) -> str:
+    """A student's steps as one CUDA graph against the same steps launched one by one."""
+    data = load("glyphs:144")
+
+    def trained(execution: Execution) -> float:
+        torch.manual_seed(0)
+        network = load_space("mobilenetv2").build((0,) * 14, len(data.classes), 1.0)
+        example = torch.zeros(2, 3, data.resolution, data.resolution, device=device)
+        member = prepare(network, None, Study(batch_size=16, lr=0.01), "none", example)
+        train([member], None, _batches(data, device, "resident", 4), member.objective.study, Stopwatch(),
+              execution=execution)  # fmt: skip
+        if member.status != "ok" or not member.execution.startswith(execution):
+            raise RuntimeError(f"a student cannot train as {execution}: {member.error or member.execution}")
+        return member.loss_sum.item()
+
+    graph, eager = trained("graph"), trained("eager")
+    if not abs(graph - eager) <= LOSSES_APART * eager:
+        raise RuntimeError(f"the losses of a training sum up to {graph:.3f} as graphs and to {eager:.3f} eagerly")
+    return "a student trains as one CUDA graph a step, to the losses of eager steps"
+
+
+def arrays(device: str) -> str:
+    """DALI's batches of arrays against the resident backend's."""
     data = load("glyphs:144")
     backends: tuple[Backend, Backend] = ("dali", "resident")
-    ours, other = (_first_batch(data, device, backend).images.float() for backend in backends)
+    ours, other = (next(iter(_batches(data, device, backend))).images.float() for backend in backends)
     error = (ours - other).abs().max().item()
     if error > (1e-4 if device == "cpu" else 1e-2):
         raise RuntimeError(f"DALI's pixels differ from the resident backend's by {error:.1e}")
+    return "arrays come out right"
+
+
+def loader(device: str) -> str:
+    """As `arrays`, and JPEG files against their colours."""
+    arrays(device)
+    data = load("glyphs:144")
     with tempfile.TemporaryDirectory() as folder:
         files = tuple(str(Path(folder) / f"{level}.jpg") for level in (50, 200))
         for file, level in zip(files, (50, 200), strict=True):
@@ -87,22 +119,13 @@ def device(name: str) -> str:
     return f"{torch.cuda.get_device_name(name)}, {memory:.0f} GiB, compute capability {major}.{minor}"
 
 
-TESTS = {"device": device, "kernels": kernels, "loader": loader}
+TESTS = {"device": device, "kernels": kernels, "graphs": graphs, "loader": loader}
 
 
-def _first_batch(data: Data, device: str, backend: Backend) -> Batch:
-    batches = train_batches(
-        data.train,
-        np.arange(len(data.train)),
-        data=data,
-        batch_size=16,
-        epochs=1,
-        resolution=data.resolution,
-        seed=0,
-        device=device,
-        backend=backend,
-    )
-    return next(iter(batches))
+def _batches(data: Data, device: str, backend: Backend, epochs: int = 1) -> Batches:
+    rows = np.arange(len(data.train))
+    return train_batches(data.train, rows, data=data, batch_size=16, epochs=epochs, resolution=data.resolution, seed=0,
+                         device=device, backend=backend)  # fmt: skip
 
 
 def _textbook_attention(student: Tensor, teacher: Tensor) -> Tensor:
