@@ -337,14 +337,17 @@ def test_a_ninth_compiled_network_is_compiled_too(monkeypatch: pytest.MonkeyPatc
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    before = torch._dynamo.config.recompile_limit
 
     def ready(number: int) -> Student:
         return prepare(Net(0, width=4 + number), None, STUDY, "none", EXAMPLE, compiled=True)
 
-    for member in [ready(number) for number in range(9)]:
-        member.forward(EXAMPLE)
-    assert len(compiled) == 9
-    ready(9).forward(EXAMPLE)
+    # Not by monkeypatch, which deletes the setting at the end: it looks for the old value in the module's dictionary.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for member in [ready(number) for number in range(9)]:
+            member.forward(EXAMPLE)
+        assert len(compiled) == 9
+        ready(9).forward(EXAMPLE)
+    assert torch._dynamo.config.recompile_limit == before, "other tests of this process compile too"
     kept = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Net.forward.__code__)
     assert (len(compiled), len(kept)) == (10, 1), "what earlier cohorts compiled is kept"
