@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import count_kernels
+from engine import selftest
 from engine.config import Resources, Study
 from engine.data.batches import Batch
 from engine.data.loader import Batches, train_batches
@@ -259,6 +260,15 @@ def students_wait_for_their_inputs_alone() -> None:
         assert sum(waiting == default for waiting, _ in device.waits) == joins + slots
 
 
+def the_doctors_graph_test() -> None:
+    with fake_cuda() as device:
+        assert selftest.graphs("cuda") == "a student trains as one CUDA graph a step, to the losses of eager steps"
+        assert device.captures == 1
+        says = pytest.raises(RuntimeError, match="a student cannot train as graph: no graph: it waits")
+        with mock.patch.object(graphs, "waits_for_device", return_value="it waits"), says:
+            selftest.graphs("cuda")
+
+
 def kernels_of_a_step() -> None:
     """Their number bounds the speed of small steps."""
     for space, most in MOST_KERNELS.items():
@@ -268,7 +278,7 @@ def kernels_of_a_step() -> None:
 
 CASES = [mobilenetv2, shufflenetv2, nasbench201, eager_steps, falls_back, evaluates_with_our_teacher,
          evaluates_with_a_librarys_teacher, lessons_on_the_host, resumes, captures_come_before_the_loader,
-         students_wait_for_their_inputs_alone, kernels_of_a_step, mistakes_raise]  # fmt: skip
+         students_wait_for_their_inputs_alone, the_doctors_graph_test, kernels_of_a_step, mistakes_raise]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
