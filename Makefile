@@ -155,7 +155,8 @@ $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 # Where the GPU is: PYTHON=python3. Ends within MINUTES; the same line goes on.
 MINUTES ?= 8
 IMAGES  ?= build/cifar10_small.npz
-gpu-evidence: $(IMAGES)
+gpu-evidence:
+	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and bring it"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 build/cifar100.npz: | install
