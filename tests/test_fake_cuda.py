@@ -30,6 +30,7 @@ from engine.space import load_space
 from engine.training import evaluate as worker
 from engine.training import graphs
 from engine.training import teacher as teachers
+from engine.training.lean import LeanForward
 from engine.training.student import Inputs, Student, precision, prepare, take_step
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, train
@@ -166,6 +167,8 @@ def falls_back() -> None:
         assert asking.status == other.status == "ok", asking.error
         assert asking.execution.startswith("eager: it waits for the device in each step")
         assert (other.execution, device.captures) == ("graph", 1)
+        assert asking.forward is asking.network
+        assert isinstance(other.forward, LeanForward)
 
 
 def evaluate_with(folder: str, network: str, loss: KDLoss) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Execution
+from engine.training.lean import LeanForward
 from engine.training.student import (
     Inputs,
     ProcessLost,
@@ -225,6 +226,8 @@ class Lanes:
             self.lanes.append(lane)
             reason = eager or self._capture(lane)
             member.execution = f"eager: {reason}" if reason else "graph"
+            if reason and isinstance(member.forward, LeanForward):
+                member.forward = member.network  # the host takes longer to start a Triton kernel than one of PyTorch's
             if reason and execution == "graph" and member.status == "ok":
                 member.leave("error", f"no graph: {reason}")
             taken.append(free - _free_memory(device))
