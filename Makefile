@@ -55,12 +55,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # ---- kernels -------------------------------------------------------------
 # make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
 # make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
-# make gpu-check       all GPU tests and benches, a JSON in OUT; PYTHON=python3 where the GPU is; 19 minutes at most,
-#                      ONLY=tests and ONLY=benches 10 minutes each
+# make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to carry to a machine with a GPU
+# make gpu-check       all that only a GPU can show, within 500 s, a JSON in OUT; PYTHON=python3 where the GPU is;
+#                      BUNDLE=build/gpu-bundle for the parts that need it
+# make gpu-image       the fake-device and reference tests with the oldest torch and triton that we support, those of
+#                      the usual GPU images, in an environment of its own (5 GB)
 OUT     ?= build/bench
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: bench-kernels aot gpu-check
+IMAGE    = build/gpu-image
+OLDEST   = 'torch==2.11.*' 'torchvision==0.26.*' 'triton==3.6.*' numpy pillow safetensors pyyaml psutil pytest hypothesis
+
+.PHONY: bench-kernels aot gpu-bundle gpu-check gpu-image
 bench-kernels: install
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/bench_kernels.py -q --benchmark-only --benchmark-json=$(OUT)/raw.json
@@ -69,15 +75,31 @@ bench-kernels: install
 aot: install
 	$(BIN)/python -m kernels.aot --report
 
+$(IMAGE)/.installed:
+	$(PYTHON) -m venv $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet $(OLDEST)
+	touch $@
+
+gpu-image: $(IMAGE)/.installed
+	$(IMAGE)/bin/python -m pytest -q tests/test_fake_cuda.py tests/test_kernels_reference.py
+
 gpu-check:
-	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(ONLY),--only $(ONLY))
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(BUNDLE),--bundle $(BUNDLE))
+
+gpu-bundle: build/cifar10_small.npz | install
+	$(BIN)/python -m bench.gpu_bundle build/gpu-bundle --images $<
+
+build/cifar10_small.npz: | install
+	mkdir -p build
+	$(BIN)/python $(SHARED)/unpack.py $(SHARED)/cifar10_small.npz $@
 
 # ---- evidence ------------------------------------------------------------
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make baselines       the search against its baselines on real trainings, resumable
 # make authors         the measurements of the paper's authors, read as such a study: seconds; TABLE=FILE
-# make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
+# make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
+#                      enough to carry to a GPU beside the checkout)
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
@@ -131,11 +153,13 @@ $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 6 --out $@
 
 # On the machine with the GPU: PYTHON=python3. It ends within MINUTES; the same command resumes it.
-MINUTES ?= 20
+MINUTES ?= 8
+IMAGES  ?= build/cifar10_small.npz
+gpu-evidence: $(IMAGES)
+	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 gpu-evidence:
-	mkdir -p build
-	test -f build/cifar100.npz || $(call cifar100,$(GPU_PYTHON),build/cifar100.npz)
-	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES)
+	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and bring it"; exit 2; }
+	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 build/cifar100.npz: | install
 	mkdir -p build

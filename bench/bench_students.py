@@ -6,9 +6,8 @@
 `naive` trains one student at a time as RepDistiller does: a DataLoader with torchvision's transforms, the teacher's
 forward pass for each student, losses in plain PyTorch, NCHW, a host read of the loss per step. Both sides start from
 the same weights and train the same number of steps on the same number of images; set-up and the final evaluation are
-counted. On a CPU, seconds are CPU-seconds of the process (one thread), which other work on the machine affects little;
-on CUDA they are wall time until the device's last step. The naive loop runs in a process of its own, so that none of
-our settings speeds it up.
+counted. Seconds are CPU-seconds of the process (one thread), which other work on the machine affects little. The naive
+loop runs in a process of its own, so that none of our settings speeds it up. For a GPU see bench/gpu_parts.py.
 """
 
 from __future__ import annotations
@@ -22,27 +21,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from bench.naive import CUDA, BenchCase, cifar100, naive, naive_loss, noise, setup
+from bench.naive import BenchCase, naive, naive_loss, noise, setup
 from engine.config import Resources
 from engine.training import teacher as teachers
 from engine.training.distill import Objective, teacher_output
 from engine.training.evaluate import build_student, evaluate
 from engine.trial import Evaluation, Fidelity, KDLoss, Trial
 
-# A file to append the figures of each bench to immediately, in case a time limit ends the others.
-LINES = os.environ.get("BENCH_LINES")
 ROUNDS = 2
-NEEDS_CUDA = pytest.mark.skipif(not CUDA, reason="no CUDA device")
-CPU = pytest.mark.skipif(CUDA, reason="sizes for a CPU")
 
 
 def ours(at: BenchCase, trials: list[Trial], **resources: Any) -> list[Evaluation]:
@@ -71,19 +64,9 @@ def check(at: BenchCase, trial: Trial) -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    clock = time.perf_counter if CUDA else time.process_time
-    start = clock()
+    start = time.process_time()
     work()
-    if CUDA:
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def report(benchmark: Any, **figures: Any) -> None:
-    benchmark.extra_info.update(figures)
-    if LINES:
-        with open(LINES, "a") as out:
-            out.write(json.dumps({"name": benchmark.name, **figures}) + "\n")
+    return time.process_time() - start
 
 
 def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -> None:
@@ -108,8 +91,7 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
     with other:
         benchmark.pedantic(one_round, rounds=ROUNDS)
     whole = (median(first) + (cohorts - 1) * median(later)) / cohorts
-    report(
-        benchmark,
+    benchmark.extra_info.update(
         peer="naive loop",
         ratio=round(median(theirs) / whole, 2),
         ratio_first_cohort=round(median(theirs) / median(first), 2),
@@ -124,7 +106,6 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
     )
 
 
-@CPU
 @pytest.mark.benchmark(group="students: whole low-fidelity evaluations, ResNet-56 as teacher")
 @pytest.mark.parametrize(
     ("space", "kd_loss"),
@@ -138,7 +119,6 @@ def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss
     compared(benchmark, at, at.trials(4), cohorts=2)
 
 
-@CPU
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort")
 def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
     """Without the teacher cache, to show the effect of sharing within a cohort; predicted from K = 1."""
@@ -174,111 +154,7 @@ def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
         for size in sizes
     }
     ratio = round(alone / median(spent[8]), 2)
-    report(benchmark, peer="K = 1", ratio=ratio, shared_part=round(share, 3), by_size=table)
-
-
-# ---- on a device ---------------------------------------------------------------------------------------
-
-PAPER = Fidelity("low", Fraction(1850, 45_000), 100, kd_loss="kd")
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> BenchCase:
-    folder = tmp_path_factory.mktemp("cifar100")
-    return setup(folder, cifar100(folder), PAPER)
-
-
-@pytest.mark.gpu
-@NEEDS_CUDA
-@pytest.mark.benchmark(group="students: the paper's low fidelity on a device")
-def test_the_papers_low_fidelity(benchmark: Any, real: BenchCase) -> None:
-    """1,850 images of CIFAR-100, 100 epochs, batch 64, MobileNetV2 space, KD: two cohorts of 8, scaled to 100."""
-    trials = real.trials(16)
-    naive(real, trials[0], epochs=1)
-    theirs = seconds(lambda: naive(real, trials[0], epochs=4)) * PAPER.epochs / 4
-    answers: list[Evaluation] = []
-
-    def cohort(group: list[Trial]) -> float:
-        return seconds(lambda: answers.extend(ours(real, group, students_per_gpu="8")))
-
-    first = cohort(trials[:8])
-    later = benchmark.pedantic(cohort, args=(trials[8:],), rounds=1)
-    hundred = first + later * (100 - 8) / 8
-    captured = [answer.execution == "graph" for answer in answers]
-    report(
-        benchmark,
-        peer="naive loop",
-        ratio=round(theirs / (hundred / 100), 1),
-        minutes_for_100=round(hundred / 60, 2),
-        naive_minutes_for_100=round(theirs * 100 / 60, 1),
-        seconds_of_first_and_later_cohort=[round(first, 1), round(later, 1)],
-        captured=sum(captured) / len(captured),
-        why_not=sorted({answer.execution for answer in answers} - {"graph"}),
-        costs=answers[0].costs,
-        accuracies=[round(answer.accuracy, 4) for answer in answers],
-    )
-
-
-@pytest.mark.gpu
-@NEEDS_CUDA
-@pytest.mark.benchmark(group="students: graphs against eager steps on a device")
-def test_graph_and_eager_score_alike(benchmark: Any, real: BenchCase) -> None:
-    """20 architectures, 10 epochs: graph, eager, and eager with another seed, which gives the noise level."""
-    config = replace(real.context.config, low=replace(PAPER, epochs=10))
-    at = replace(real, context=replace(real.context, config=config))
-    trials = at.trials(20)
-    other = [replace(trial, seed=1) for trial in trials]
-    spent: dict[str, float] = {}
-    tables: dict[str, list[float]] = {}
-
-    def run(name: str, group: list[Trial], execution: str) -> None:
-        found: list[Evaluation] = []
-        for start in range(0, 20, 8):
-            cohort = group[start : start + 8]
-            spent[name] = spent.get(name, 0.0) + seconds(
-                lambda cohort=cohort: found.extend(ours(at, cohort, execution=execution))  # type: ignore[misc]
-            )
-        tables[name] = [round(one.accuracy, 4) for one in found]
-
-    benchmark.pedantic(run, args=("graph", trials, "auto"), rounds=1)
-    run("eager", trials, "eager")
-    run("eager, seed 1", other, "eager")
-    graph, eager, seeds = (np.array(tables[name]) for name in ("graph", "eager", "eager, seed 1"))
-    difference, noise_level = (float(((eager - other) ** 2).mean() ** 0.5) for other in (graph, seeds))
-    assert difference <= 2 * noise_level + 0.005, "graphs and eager steps score differently"
-    report(
-        benchmark,
-        peer="eager",
-        ratio=round(spent["eager"] / spent["graph"], 2),
-        accuracies=tables,
-        mean_difference=round(float((graph - eager).mean()), 4),
-        rms_difference=round(difference, 4),
-        rms_between_seeds=round(noise_level, 4),
-    )
-
-
-@pytest.mark.gpu
-@NEEDS_CUDA
-@pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort, on a device")
-def test_cohort_sizes_on_a_device(benchmark: Any, tmp_path: Path) -> None:
-    """Steady state on synthetic batches: 200 steps, 8 students, with and without graphs."""
-    at = setup(tmp_path, noise(64 * 50, 256), Fidelity("low", epochs=4, kd_loss="kd"))
-    at = replace(at, context=replace(at.context, config=replace(at.context.config, data_backend="synthetic")))
-    trials = at.trials(8)
-    table: dict[str, float] = {}
-
-    def one_round() -> None:
-        for execution in ("auto", "eager"):
-            for size in (1, 2, 4, 8):
-                groups = [trials[i : i + size] for i in range(0, 8, size)]
-                options = {"teacher_cache": "0", "execution": execution, "students_per_gpu": str(size)}
-                for _ in range(2):  # the first is the warm-up
-                    each = seconds(lambda groups=groups, options=options: [ours(at, g, **options) for g in groups]) / 8  # type: ignore[misc]
-                table[f"{'graph' if execution == 'auto' else execution}, K = {size}"] = round(3600 / each, 1)
-
-    benchmark.pedantic(one_round, rounds=1)
-    report(benchmark, peer="eager, K = 1", ratio=round(table["graph, K = 8"] / table["eager, K = 1"], 2),
-           evaluations_per_hour=table)  # fmt: skip
+    benchmark.extra_info.update(peer="K = 1", ratio=ratio, shared_part=round(share, 3), by_size=table)
 
 
 # ---- table and plot ------------------------------------------------------------------------------------

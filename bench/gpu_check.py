@@ -1,131 +1,135 @@
-"""All GPU tests and GPU benches of the project in one call, one JSON out: `make gpu-check OUT=folder`.
+"""All that only a GPU can show, in one command of at most 500 s: `make gpu-check OUT=folder`.
 
-Runs under any Python that has torch, torchvision, triton, numpy, pillow, safetensors, pyyaml, psutil, pytest and
-pytest-benchmark; installs nothing. Tests and benches take 10 minutes each at most: every part has a limit, and what a
-limit cut off is said in the JSON, with the failures up to there. The JSON is written after each part; `--only tests`
-and `--only benches`, for machines that end a command after 10 minutes, write one of their own. Exits with 1 if a test
-failed or was cut off, with 2 where there is no CUDA device.
+Runs under any Python that has torch, torchvision, triton, numpy, pillow, safetensors, pyyaml, psutil, pytest,
+pytest-xdist and hypothesis; installs nothing. Parts run in processes of their own, the most telling first, each with a
+time limit; gpu-check.json is written after each. A part that fails, skips a test, is cut off or finds no time left is
+a failure: the exit code is then 1. It is 2 where there is no CUDA device. `--bundle` is a folder of `make gpu-bundle`:
+without it the parts that need real images or DALI are not run, and the JSON says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Some 130 tests of kernels have two compilations or more each, and ten of them torch.compile's: minutes in all.
-TESTS_S = 560
-# The benches that run on a device, in this order, and at most so many seconds each.
-BENCHES_S = {"bench_kernels.py": 250, "bench_students.py": 180, "bench_step.py": 100}
-SUMMARY_S = 15  # for pytest to say what failed when a limit interrupts it
+TOTAL_S = 500.0
+END_S = 5.0  # for pytest to say what failed when its limit interrupts it
+KERNEL_TESTS = ("tests/test_kernels_gpu.py", "tests/test_kernels_triton.py", "tests/test_norm_act.py")
+PYTEST = ("-m", "pytest", "-rsfE", "--no-header", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 
 
-def run_pytest(arguments: list[str], limit_s: float) -> dict[str, Any]:
-    """Exit code, closing line and failures of one pytest process; exit code None where the limit ended it."""
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", *arguments]
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what is killed has said what it knew
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        code = end(process, limit_s)
-        out.seek(0)
-        lines = out.read().splitlines()
-    print("\n".join(lines[-40:]), flush=True)
-    failed, last = failures(lines), [line.strip() for line in lines if line.strip()][-3:]
-    if code and (code != 1 or not failed):  # a package or plugin that is missing, no tests: nothing may have run
-        failed.append(" | ".join(last))
-    return {
-        "arguments": arguments,
-        "exit_code": code,
-        "seconds": round(time.monotonic() - start, 1),
-        "closing_line": last[-1] if last else "",
-        "failures": failed,
-    }
+@dataclass(frozen=True)
+class Part:
+    """A child process: Python's arguments, its limit in seconds, and variables of its environment. One that runs
+    `beside` the next has a limit of its own that counts for nothing more."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False
 
 
-def end(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """Its exit code; None where the limit ended it, with an interrupt first."""
-    try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
-        process.wait(SUMMARY_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return None
+def figures(name: str, limit_s: float, *arguments: str, **environment: str) -> Part:
+    return Part(name, ("-m", "bench.gpu_parts", name, *arguments), limit_s, environment)
+
+
+def parts(bundle: Path | None) -> list[Part]:
+    """In the order in which they run; their limits add up to TOTAL_S."""
+    found = [
+        figures("machine", 15),
+        figures("selftest", 50),
+        Part("graph tests", (*PYTEST, "tests/test_graphs.py"), 115, beside=True),
+        # Some 190 tests of two or more kernels each; a kernel takes about a second to compile.
+        Part("kernel tests", (*PYTEST, "-n", "8", "-k", "not second_device", *KERNEL_TESTS), 115),
+        figures("step", 50),
+        figures("cohorts", 55),
+        figures("connections", 20, CUDA_DEVICE_MAX_CONNECTIONS="8"),
+        figures("naive", 75),
+        figures("shapes", 50),
+    ]
+    if bundle is not None:
+        found += [figures("dali", 30, str(bundle / "dali.tar.xz")), figures("accuracy", 40, str(bundle / "images.npz"))]
+    return found
+
+
+class Running:
+    """A part under way."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.start = part, time.monotonic()
+        self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the part has ended
+        environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", **os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
+        self.process = subprocess.Popen(
+            [sys.executable, *part.arguments], cwd=ROOT, env=environment, stdout=self.out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def result(self, limit_s: float) -> dict[str, Any]:
+        """What the part found: `failures` is empty where all went well."""
+        code = self._end(limit_s)
+        self.out.seek(0)
+        lines = self.out.read().splitlines()
+        found: dict[str, Any] = {"name": self.part.name, "seconds": round(time.monotonic() - self.start, 1)}
+        failed = failures(lines) if "pytest" in self.part.arguments else []
+        if code is None:
+            failed.append(f"cut off after {limit_s:.0f} s")
+        elif code:
+            failed.append(f"exit code {code}: {' | '.join(lines[-3:])}")
+        elif "pytest" not in self.part.arguments:
+            found["figures"] = json.loads(lines[-1])
+        return found | {"failures": failed, "last_lines": lines[-15:] if failed else lines[-1:]}
+
+    def _end(self, limit_s: float) -> int | None:
+        """Exit code; None where the limit ended it and all that it started."""
+        try:
+            return self.process.wait(max(0.0, limit_s - (time.monotonic() - self.start)))
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return None
 
 
 def failures(lines: list[str]) -> list[str]:
-    """What failed, each once: as pytest sums it up at the end, and what it only named as it came."""
-    summed = [line for line in lines if re.match(r"(FAILED|ERROR) ", line)]
-    named = (re.match(r"(\S+::.+?) (FAILED|ERROR)\b", line) for line in lines)
-    early = [f"{one[2]} {one[1]}" for one in named if one]
-    return summed + [one for one in early if not any(line.startswith(one) for line in summed)]
+    """The lines in which pytest's summary names a test that failed, could not run, or was skipped."""
+    return [line for line in lines if re.match(r"(FAILED|ERROR|SKIPPED) ", line)]
 
 
-def machine() -> dict[str, Any]:
-    """Card, driver and versions."""
-    import torch
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-    try:
-        smi = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        smi = "nvidia-smi did not answer"
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "card": properties.name,
-        "memory_bytes": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-        "driver_and_clocks": smi,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-    }
-
-
-def figures(raw: Path, lines: Path) -> list[dict[str, Any]]:
-    """A bench file's figures: the plugin's report, or the lines written before a limit ended the run."""
-    if raw.exists() and raw.stat().st_size:
-        benches = json.loads(raw.read_text())["benchmarks"]
-        return [{"name": one["name"], "median_s": one["stats"]["median"]} | one["extra_info"] for one in benches]
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-
-
-def run_tests() -> dict[str, Any]:
-    """Only files that hold GPU tests: the others may need packages that a borrowed machine does not have."""
-    files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
-    return run_pytest(["-m", "gpu", *files], TESTS_S)
-
-
-def run_bench(name: str) -> dict[str, Any]:
-    """As `run_pytest`, with the figures."""
-    with tempfile.TemporaryDirectory() as scratch:
-        raw, lines = Path(scratch, "figures.json"), Path(scratch, "lines.jsonl")
-        os.environ["BENCH_LINES"] = str(lines)
-        file = str(ROOT / "bench" / name)
-        bench = run_pytest([file, "--benchmark-only", f"--benchmark-json={raw}"], BENCHES_S[name])
-        return {"file": name, **bench, "figures": figures(raw, lines)}
+def run(todo: list[Part], report: dict[str, Any], path: Path, total_s: float = TOTAL_S) -> None:
+    """Runs the parts within `total_s` and writes the report after each."""
+    end = time.monotonic() + total_s
+    beside: list[Running] = []
+    for part in todo:
+        left = end - time.monotonic()
+        if left < 1:
+            report["parts"].append({"name": part.name, "seconds": 0, "failures": ["no time was left"]})
+        elif part.beside:
+            beside.append(Running(part))
+            continue
+        else:
+            report["parts"].append(Running(part).result(min(part.limit_s, left)))
+        while beside:
+            other = beside.pop()
+            report["parts"].append(other.result(min(other.part.limit_s, max(1.0, end - time.monotonic()))))
+        write(report, path)
+        for done in report["parts"][-2:]:
+            print(f"{done['name']}: {done['seconds']} s, {'; '.join(done['failures']) or 'ok'}", flush=True)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -136,9 +140,9 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="for gpu-check.json; gpu-check-tests.json with --only")
-    parser.add_argument("--only", choices=("tests", "benches"), help="one half")
-    chosen = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="for gpu-check.json")
+    parser.add_argument("--bundle", type=Path, help="a folder of make gpu-bundle: real images and DALI")
+    given = parser.parse_args()
     try:
         import torch
     except ImportError:
@@ -147,19 +151,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device and torch sees none: nothing was checked or measured", file=sys.stderr)
         return 2
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    path = chosen.folder / (f"gpu-check-{chosen.only}.json" if chosen.only else "gpu-check.json")
-    report: dict[str, Any] = {"machine": machine()}
-    if chosen.only != "benches":
-        report["tests"] = run_tests()
-        write(report, path)
-    report["benches"] = []
-    for name in BENCHES_S if chosen.only != "tests" else ():
-        report["benches"].append(run_bench(name))
-        write(report, path)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    path = given.folder / "gpu-check.json"
+    bundle = given.bundle.absolute() if given.bundle else None
+    report: dict[str, Any] = {"not_run": [] if bundle else ["dali", "accuracy"], "parts": []}
+    run(parts(bundle), report, path)
     print(f"wrote {path}")
-    parts = [report.get("tests", {"exit_code": 0}), *report["benches"]]
-    return 1 if any(part["exit_code"] != 0 for part in parts) else 0
+    return 1 if any(part["failures"] for part in report["parts"]) else 0
 
 
 if __name__ == "__main__":

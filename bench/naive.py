@@ -1,15 +1,12 @@
-"""The peer of bench_students.py: the loop that a training script has, and what both stand on."""
+"""The loop that a training script has, and what it has in common with ours; for bench_students.py and gpu_parts.py."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +16,7 @@ from torchvision.transforms import v2
 
 from bench.bench_kernels import repdistiller_nst
 from engine.config import SearchConfig
-from engine.data.dataset import Dataset, Split, fingerprint, load, subset
+from engine.data.dataset import Dataset, Split, fingerprint, subset
 from engine.run_folder import RunFolder
 from engine.spaces.load import load_space
 from engine.training import teacher as teachers
@@ -63,17 +60,6 @@ def noise(train: int, valid: int) -> Dataset:
         for n in (train, valid)
     ]
     return Dataset("noise", *parts, parts[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
-
-
-def cifar100(folder: Path) -> Dataset:
-    """CIFAR-100 with a tenth for validation, from the shared folder in or beside the checkout."""
-    homes = [home / "shared" / "data" for home in (ROOT, ROOT.parent)]
-    home = next((home for home in homes if (home / "cifar100.npz").exists()), None)
-    if home is None:
-        pytest.skip("no shared/data/cifar100.npz in or beside the checkout")
-    plain = folder / "cifar100.npz"
-    subprocess.run([sys.executable, home / "unpack.py", home / "cifar100.npz", plain], check=True)
-    return load(str(plain), valid_fraction=0.1, cache=folder / "cache")
 
 
 def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> BenchCase:

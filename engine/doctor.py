@@ -25,11 +25,17 @@ from engine.trial import install
 
 REQUIRED_EXTRAS = ("", "cli")
 SCHEDULERS = {"sbatch": "Slurm", "qsub": "PBS", "bsub": "LSF", "kubectl": "Kubernetes"}
-# The titles and remedies of the self-tests.
-TITLES = {"device": "torch", "kernels": "kernel self-test", "loader": "DALI self-test"}
+# The titles of the self-tests.
+TITLES = {
+    "device": "torch",
+    "kernels": "kernel self-test",
+    "graphs": "CUDA graph self-test",
+    "loader": "DALI self-test",
+}
 REMEDIES = {
     "device": "check the driver with nvidia-smi, or search with --device cpu",
     "kernels": "install torch and triton as in constraints.txt, or set KERNELS_BACKEND=reference",
+    "graphs": "search with --execution eager, which is slower",
     "loader": "install DALI as in constraints.txt, or search with --data-backend resident",
 }
 SELF_TEST_S = 300  # a first import from a network file system, or on a busy machine, takes a minute
@@ -56,7 +62,7 @@ def examine(run_dir: Path) -> list[Finding]:
     found = [*_machine(run_dir, devices), *_results(_self_tests(("device",), devices))]
     answers = found[-len(devices) :]
     usable = tuple(token for token, answer in zip(devices, answers, strict=True) if answer.status == "ok")
-    return [*found, *_results(_self_tests(("kernels", "loader"), usable))]
+    return [*found, *_results(_self_tests(("kernels", "graphs", "loader"), usable))]
 
 
 def _machine(run_dir: Path, devices: tuple[str, ...]) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""Self-tests of a worker's foundations, the kernels and the data loader: `python -m engine.selftest NAME DEVICE`.
+"""Self-tests of a worker's foundations: kernels, CUDA graphs, data loader. `python -m engine.selftest NAME DEVICE`.
 
 `doctor` runs each in its own process, since a broken library may crash it. The last line of stdout is the result; a
 failed test exits with a code other than 0 and a traceback on stderr.
@@ -20,12 +20,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from engine.data.batches import Batch
+from engine.config import Execution, SearchConfig
 from engine.data.dataset import Dataset, Split, load
-from engine.data.loader import Backend, eval_batches, train_batches
+from engine.data.loader import Backend, Batches, eval_batches, train_batches
+from engine.spaces.load import load_space
+from engine.training.student import prepare
+from engine.training.train import Stopwatch, train
 from kernels import attention_transfer_loss, ce_kd_loss, nst_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LOSS_TOLERANCE = 0.05  # relative: bfloat16 rounds differently in another order, and later steps build on that
 TOLERANCE = 1e-4  # relative, of float32 losses and of gradients against their largest entry
 
 
@@ -58,14 +62,42 @@ def kernels(device: str) -> str:
     return f"{', '.join(case[0] for case in cases)}: reference agrees with the textbook; Triton kernels {how}"
 
 
-def loader(device: str) -> str:
-    """Compares DALI's batches of arrays with those of the resident backend, and JPEG files with their grey levels."""
+def graphs(device: str) -> str:
+    """Trains a student with its steps as CUDA graphs, and again with the same steps launched one by one."""
+    data = load("glyphs:144")
+
+    def trained(execution: Execution) -> float:
+        torch.manual_seed(0)
+        network = load_space("mobilenetv2").build((0,) * 14, len(data.classes), 1.0)
+        example = torch.zeros(2, 3, data.resolution, data.resolution, device=device)
+        config = SearchConfig(batch_size=16, lr=0.01)
+        student = prepare(network, None, config, "none", example)
+        train([student], None, _batches(data, device, "resident", 4), config, Stopwatch(), execution=execution)
+        if student.status != "ok" or not student.execution.startswith(execution):
+            raise RuntimeError(f"a student cannot train as {execution}: {student.error or student.execution}")
+        return student.loss_sum.item()
+
+    graph, eager = trained("graph"), trained("eager")
+    if not abs(graph - eager) <= LOSS_TOLERANCE * eager:
+        raise RuntimeError(f"the losses of a training add up to {graph:.3f} as graphs and to {eager:.3f} eagerly")
+    return "a student trains as one CUDA graph per step, to the losses of eager steps"
+
+
+def arrays(device: str) -> str:
+    """Compares DALI's batches of arrays with those of the resident backend."""
     data = load("glyphs:144")
     backends: tuple[Backend, Backend] = ("dali", "resident")
-    ours, other = (_first_batch(data, device, backend).images.float() for backend in backends)
+    ours, other = (next(iter(_batches(data, device, backend))).images.float() for backend in backends)
     error = (ours - other).abs().max().item()
     if error > (1e-4 if device == "cpu" else 1e-2):
         raise RuntimeError(f"DALI's pixels differ from the resident backend's by {error:.1e}")
+    return "arrays are read correctly"
+
+
+def loader(device: str) -> str:
+    """Compares DALI's batches of arrays, see `arrays`, and of JPEG files with their grey levels."""
+    arrays(device)
+    data = load("glyphs:144")
     with tempfile.TemporaryDirectory() as folder:
         files = tuple(str(Path(folder) / f"{level}.jpg") for level in (50, 200))
         for file, level in zip(files, (50, 200), strict=True):
@@ -76,7 +108,7 @@ def loader(device: str) -> str:
         levels = [round(255 * image.float().mean().item()) for image in batch.images]
     if any(abs(level - true) > 2 for level, true in zip(levels, (50, 200), strict=True)):
         raise RuntimeError(f"JPEG files of the grey levels 50 and 200 were read as {levels}")
-    return "arrays and JPEG files come out right; the cache can be written"
+    return "arrays and JPEG files are read correctly; the cache can be written"
 
 
 def device(name: str) -> str:
@@ -87,22 +119,21 @@ def device(name: str) -> str:
     return f"{torch.cuda.get_device_name(name)}, {memory:.0f} GiB, compute capability {major}.{minor}"
 
 
-TESTS = {"device": device, "kernels": kernels, "loader": loader}
+TESTS = {"device": device, "kernels": kernels, "graphs": graphs, "loader": loader}
 
 
-def _first_batch(data: Dataset, device: str, backend: Backend) -> Batch:
-    batches = train_batches(
+def _batches(data: Dataset, device: str, backend: Backend, epochs: int = 1) -> Batches:
+    return train_batches(
         data.train,
         np.arange(len(data.train)),
         data=data,
         batch_size=16,
-        epochs=1,
+        epochs=epochs,
         resolution=data.resolution,
         seed=0,
         device=device,
         backend=backend,
     )
-    return next(iter(batches))
 
 
 def _textbook_attention(student: Tensor, teacher: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ Task = dict[str, Any]
 def report(task: Task) -> Task:
     """Who runs this task, after `seconds`."""
     time.sleep(task.get("seconds", 0))
-    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MFKD_WORKER", "SLURMD_NODENAME")
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MFKD_WORKER", "SLURMD_NODENAME",
+             "CUDA_DEVICE_MAX_CONNECTIONS")  # fmt: skip
     return {"pid": os.getpid(), "supervisor": os.getppid(), **{name: os.environ.get(name) for name in names}}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,32 @@ def test_a_missing_device_is_broken_with_a_remedy(
     assert "BROKEN" in out
     assert "torch on GPU GPU-missing" in err
     assert "--device cpu" in " ".join(out.split())
+
+
+def test_a_gpu_that_works_has_its_kernels_graphs_and_loader_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a line of its own, and a broken one says how to work without it."""
+    asked: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+
+    def start(names: tuple[str, ...], tokens: tuple[str, ...]) -> list[tuple[str, str, subprocess.Popen[str]]]:
+        asked.append((names, tokens))
+        broken = "raise SystemExit('no graph: the driver is too old')"
+        codes = {name: broken if name == "graphs" else "print('fine')" for name in names}
+        return [(name, token, python(code)) for token in tokens for name, code in codes.items()]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    monkeypatch.setattr(doctor, "_self_tests", start)
+    found = {finding.name: finding for finding in doctor.examine(tmp_path)}
+    assert asked == [(("device",), ("GPU-1",)), (("kernels", "graphs", "loader"), ("GPU-1",))]
+    assert found["kernel self-test on GPU GPU-1"].status == found["DALI self-test on GPU GPU-1"].status == "ok"
+    graphs = found["CUDA graph self-test on GPU GPU-1"]
+    assert (graphs.status, graphs.detail) == ("broken", "no graph: the driver is too old")
+    assert "--execution eager" in graphs.remedy
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_gpus_and_their_mig_slices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

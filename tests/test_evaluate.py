@@ -13,9 +13,11 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from engine import stop_files
 from engine.config import Resources, SearchConfig
+from engine.networks import count_cost
 from engine.run_folder import RunFolder
 from engine.tasks import (
     DataFacts,
@@ -89,6 +91,21 @@ def test_a_trial_gives_a_score_and_its_costs(tiny_run: TinyRun) -> None:
     assert {"setup", "data", "teacher", "train", "evaluate", "images_per_s", "peak_memory_bytes"} <= set(answer.costs)
     phases = sum(answer.costs[name] for name in ("setup", "data", "teacher", "train", "evaluate"))
     assert phases == pytest.approx(answer.seconds, rel=0.2)
+
+
+def test_the_cost_of_an_architecture_is_counted_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+
+    def count(network: nn.Module, resolution: int) -> tuple[int, int]:
+        counted.append(resolution)
+        return count_cost(network, resolution)
+
+    monkeypatch.setattr(evaluate, "count_cost", count)
+    architecture = Architecture((1, 1, 1, 1, 1, 2))
+    trials = [Trial(0, architecture, *how) for how in ((LOW, 0), (LOW, 1), (HIGH, 0))]
+    answers = [tiny_run.evaluate([trial])[0] for trial in trials]
+    assert len({(answer.macs, answer.params) for answer in answers}) == 1
+    assert len(counted) == 1
 
 
 def test_a_score_does_not_depend_on_the_other_trials_of_the_cohort(tiny_run: TinyRun) -> None:

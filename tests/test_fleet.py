@@ -118,6 +118,7 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fleet]:
 def test_results_and_errors_of_tasks_come_back_unchanged(fleet: Fleet) -> None:
     seen = fleet.submit("report", {}).result(60)
     assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["CUDA_DEVICE_MAX_CONNECTIONS"] == "32", "a hardware queue for every stream of a cohort"
     assert seen["MFKD_WORKER"].startswith(f"{socket.gethostname()}/0/")
     with pytest.raises(UsageError, match="^this cannot be done$"):
         fleet.submit("refuse", {}).result(60)

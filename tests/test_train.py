@@ -339,14 +339,17 @@ def test_more_than_eight_networks_can_be_compiled(monkeypatch: pytest.MonkeyPatc
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    before = torch._dynamo.config.recompile_limit
 
     def ready(number: int) -> Student:
         return prepare(Net(0, width=4 + number), None, CONFIG, "none", EXAMPLE, compiled=True)
 
-    for student in [ready(number) for number in range(9)]:
-        student.forward(EXAMPLE)
-    assert len(compiled) == 9
-    ready(9).forward(EXAMPLE)
+    # Not by monkeypatch, which deletes the setting at the end: it looks for the old value in the module's dictionary.
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for student in [ready(number) for number in range(9)]:
+            student.forward(EXAMPLE)
+        assert len(compiled) == 9
+        ready(9).forward(EXAMPLE)
+    assert torch._dynamo.config.recompile_limit == before, "other tests of this process compile too"
     cached = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Net.forward.__code__)
     assert (len(compiled), len(cached)) == (10, 1), "compilations of earlier cohorts are not discarded"

@@ -1,6 +1,6 @@
-"""The paper's own setting on a GPU: CIFAR-100, MobileNetV2, low fidelities at 1/27 and 1/9 with its losses.
+"""The paper's own setting on a GPU: CIFAR images, MobileNetV2, low fidelities at 1/27 and 1/9 with its losses.
 
-`python -m bench.evidence.gpu FOLDER [--minutes 20] [--data build/cifar100.npz]`
+`python -m bench.evidence.gpu FOLDER [--minutes 8] [--data build/cifar10_small.npz]`
 
 It needs only torch and triton, since the images stay on the device. Architectures come in blocks of 8, each trained in
 full and at every low fidelity before the next block, so that a deadline leaves a smaller study, not an incomplete one.
@@ -55,8 +55,8 @@ RESOURCES = Resources(device="cuda", students_per_gpu=str(BLOCK))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=20.0, help="start no block that would end after this time")
-    parser.add_argument("--data", default="build/cifar100.npz")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no block that would end after this time")
+    parser.add_argument("--data", default="build/cifar10_small.npz")
     parser.add_argument("--architectures", type=int, default=64)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)

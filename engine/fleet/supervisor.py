@@ -209,6 +209,8 @@ def worker_environment(spec: WorkerSpec, rank: int, name: str) -> dict[str, str]
     MFKD_CORES            CPU cores that the worker may use: an equal share of those of the machine
     MFKD_STOP_FILES       the folder of the stop files (engine/stop_files.py)
     CUDA_VISIBLE_DEVICES  the worker's only device, set before torch can be imported; unchanged for a CPU worker
+    CUDA_DEVICE_MAX_CONNECTIONS  32 unless set: eight students, the loader and the default stream each need a hardware
+                          queue, and CUDA makes 8 by default
     OMP_NUM_THREADS       1, since workers share the cores, unless the user has set it; so too MKL_NUM_THREADS
     PYTHONPATH            starts with the folder that holds `engine`, which need not be installed
     PYTHONSAFEPATH        1: a file in the current folder must not shadow a module
@@ -222,6 +224,7 @@ def worker_environment(spec: WorkerSpec, rank: int, name: str) -> dict[str, str]
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",
     }
+    made["CUDA_DEVICE_MAX_CONNECTIONS"] = given.get("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     token = spec.token(rank)
     if token is not None:
         made["CUDA_VISIBLE_DEVICES"] = token

@@ -27,9 +27,9 @@ def network(stem: int, stem_stride: int, stages: list[Stage], last: int, classes
         levels[-1].extend(InvertedResidual(c_out, c_out, expansion, 1) for _ in range(repeats - 1))
         c_in = c_out
     staged = Staged(
-        conv_bn(3, stem, 3, stem_stride, activation=nn.ReLU6(inplace=True)),
+        conv_bn(3, stem, 3, stem_stride, activation=nn.ReLU6()),
         [nn.Sequential(*level) for level in levels],
-        nn.Sequential(conv_bn(c_in, last, 1, activation=nn.ReLU6(inplace=True)), *pooled_classifier(last, classes)),
+        nn.Sequential(conv_bn(c_in, last, 1, activation=nn.ReLU6()), *pooled_classifier(last, classes)),
     )
     he_init(staged)
     return staged
@@ -41,8 +41,8 @@ class InvertedResidual(nn.Module):
     def __init__(self, c_in: int, c_out: int, expansion: int, stride: int) -> None:
         super().__init__()
         hidden = c_in * expansion
-        expand = [conv_bn(c_in, hidden, 1, activation=nn.ReLU6(inplace=True))] if expansion > 1 else []
-        depthwise = conv_bn(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6(inplace=True))
+        expand = [conv_bn(c_in, hidden, 1, activation=nn.ReLU6())] if expansion > 1 else []
+        depthwise = conv_bn(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6())
         self.body = nn.Sequential(*expand, depthwise, conv_bn(hidden, c_out, 1))
         self.shortcut = stride == 1 and c_in == c_out
 

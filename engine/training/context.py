@@ -25,19 +25,21 @@ from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
 from engine.training.train import accuracies
-from engine.trial import Drained, Fidelity
+from engine.trial import Architecture, Drained, Fidelity
 
 
 @dataclass(frozen=True, eq=False)
 class WorkerContext:
     """The configuration, its data and its device. `max_cohort` records how many students of a fidelity fit into memory
-    at once, for fidelities at which a full cohort did not fit."""
+    at once, for fidelities at which a full cohort did not fit; `costs` holds (MACs, parameters) by (architecture, width,
+    resolution)."""
 
     config: SearchConfig
     data: Dataset
     device: torch.device
     folder: RunFolder
     max_cohort: dict[Fidelity, int] = field(default_factory=dict)
+    costs: dict[tuple[Architecture, float, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:

@@ -187,7 +187,7 @@ def _answer(context: WorkerContext, trial: Trial, student: Student, score: float
     try:
         if isinstance(score, Exception):
             raise score
-        macs, params = count_cost(student.network, context.resolution(trial.fidelity))
+        macs, params = _cost(context, trial, student.network)
         if trial.fidelity == context.config.high:
             save_weights(context.folder.weights(trial), student.network)
             context.folder.training_state(trial).unlink(missing_ok=True)
@@ -197,6 +197,14 @@ def _answer(context: WorkerContext, trial: Trial, student: Student, score: float
         return _failed(trial, error)
     costs = {"latency_ms": student.latency_ms} if student.latency_ms else {}
     return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=student.execution)
+
+
+def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int, int]:
+    """(MACs, parameters), counted once per architecture: that takes a fifth of a second, a training may take a few."""
+    key = trial.architecture, trial.fidelity.width, context.resolution(trial.fidelity)
+    if key not in context.costs:
+        context.costs[key] = count_cost(network, key[2])
+    return context.costs[key]
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Execution
+from engine.training.lean import LeanForward
 from engine.training.student import (
     Inputs,
     ProcessLost,
@@ -34,6 +35,7 @@ MIN_STEPS = 20
 # cuDNN's benchmark mode costs some ms per shape of convolution, a second per network of the larger spaces, and saves
 # perhaps half a millisecond per step.
 BENCHMARK_STEPS = 2000
+SLOTS = 3  # steps whose inputs are held: how many steps a fast student may run ahead of a slow one
 HEADROOM = 1.1  # another student is admitted if this many times the largest student's memory is free
 # Before torch 2.12 the allocator believes that a failed capture is still under way, and then refuses to free memory
 # (pytorch/pytorch#180395).
@@ -102,6 +104,30 @@ def run_and_restore(student: Student, steps: Callable[[], None]) -> None:
             tensor.copy_(copy)
 
 
+class Slot:
+    """Inputs of one step, until every student has copied them: written on the current stream, read on the students'."""
+
+    def __init__(self, example: Inputs) -> None:
+        self.inputs = example.static_copy()
+        self.written = torch.cuda.Event()
+        self.reads: list[torch.cuda.Event] = []
+
+    def write(self, inputs: Inputs) -> None:
+        """Copies a step's inputs here once all students have read the last ones. The host does not wait."""
+        stream = torch.cuda.current_stream()
+        for read in self.reads:
+            stream.wait_event(read)
+        self.reads.clear()
+        self.inputs.copy_from(inputs)
+        self.written.record(stream)
+
+    def read_by(self, stream: torch.cuda.Stream) -> None:
+        """Notes that the student on this stream has its copy."""
+        event = torch.cuda.Event()
+        event.record(stream)
+        self.reads.append(event)
+
+
 @dataclass
 class GraphedStudent:
     """A student, its stream, and the graph of its step once captured. Each graph has its own memory pool, because
@@ -109,24 +135,28 @@ class GraphedStudent:
 
     student: Student
     stream: torch.cuda.Stream
+    inputs: Inputs
     graph: torch.cuda.CUDAGraph | None = None
 
-    def advance(self, inputs: Inputs, step: int, decay: float) -> None:
-        """One step, after everything that has been queued on the current stream."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+    def advance(self, slot: Slot, step: int, decay: float) -> None:
+        """One step on the inputs of a slot, which are first copied to where the graph reads them."""
+        self.stream.wait_event(slot.written)
         with torch.cuda.stream(self.stream):
+            self.inputs.copy_from(slot.inputs)
+            slot.read_by(self.stream)
             if self.graph is not None:
                 self.graph.replay()
             else:
                 reseed(self.student, step)
-                take_step(self.student, inputs)
+                take_step(self.student, self.inputs)
             update_ema(self.student, step, decay)
 
-    def capture(self, inputs: Inputs) -> str:
-        """Captures the student's step on `inputs`; returns the reason if that is impossible, else "".
+    def capture(self) -> str:
+        """Captures the student's step on its inputs; returns the reason if that is impossible, else "".
 
         Raises any error of the step itself, out of memory, and the loss of the device.
         """
+        inputs = self.inputs
         before = _random_state(self.stream.device)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -170,17 +200,21 @@ class GraphedStudent:
 
 
 class StreamRunner:
-    """Runs the students of a cohort side by side, each on its stream. They read one static copy of the inputs: each
-    step's values are copied into it when all students are done with the last step, while the loader and the teacher
-    already work on the next."""
+    """Runs the students of a cohort side by side, each on its stream.
+
+    The inputs of a step go to one of a few slots, and from there to each student, whose graph reads them at a fixed
+    address. So a fast student runs up to SLOTS steps ahead of a slow one, while the loader and the teacher already work
+    on the next step.
+    """
 
     def __init__(
-        self, cohort: Sequence[Student], first: Inputs, execution: Execution, steps: int, decay: float
+        self, cohort: Sequence[Student], example: Inputs, execution: Execution, steps: int, decay: float
     ) -> None:
         """Captures the students' steps one after another. A student that does not fit into memory is dropped as "oom",
-        and retried in another cohort."""
-        self.inputs, self.decay = first.static_copy(), decay
-        device = first.images.device
+        and retried in another cohort. `example` has the shapes, types and layouts of the inputs to come.
+        """
+        self.slots, self.decay = [Slot(example) for _ in range(SLOTS)], decay
+        device = example.images.device
         self._benchmark = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = steps >= BENCHMARK_STEPS
         eager = reason_for_eager(execution, device, steps)
@@ -191,10 +225,13 @@ class StreamRunner:
             if not has_room(free, taken):
                 student.drop("oom", f"{free:,} bytes free beside {len(taken)} students are not enough")
                 continue
-            graphed = GraphedStudent(student, torch.cuda.Stream(device))
+            graphed = GraphedStudent(student, torch.cuda.Stream(device), example.static_copy())
             self.admitted.append(graphed)
             reason = eager or self._capture(graphed)
             student.execution = f"eager: {reason}" if reason else "graph"
+            if reason and isinstance(student.forward, LeanForward):
+                # The host takes longer to launch a Triton kernel than one of PyTorch's.
+                student.forward = student.network
             if reason and execution == "graph" and student.status == "ok":
                 student.drop("error", f"no graph: {reason}")
             taken.append(free - _free_memory(device))
@@ -202,16 +239,16 @@ class StreamRunner:
     def _capture(self, graphed: GraphedStudent) -> str:
         reasons: list[str] = []
         student = graphed.student
-        guarded(student, partial(run_and_restore, student, lambda: reasons.append(graphed.capture(self.inputs))))
+        guarded(student, partial(run_and_restore, student, lambda: reasons.append(graphed.capture())))
         return reasons[0] if reasons else student.error
 
     def advance(self, inputs: Inputs, step: int) -> None:
         """One step of every student that is still in the cohort."""
-        self.join()
-        self.inputs.copy_from(inputs)
+        slot = self.slots[step % SLOTS]
+        slot.write(inputs)
         for graphed in self.admitted:
             if graphed.student.status == "ok":
-                guarded(graphed.student, partial(graphed.advance, self.inputs, step, self.decay))
+                guarded(graphed.student, partial(graphed.advance, slot, step, self.decay))
 
     def join(self) -> None:
         for graphed in self.admitted:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.config import SearchConfig
 from engine.training.distill import Objective, Output, TeacherOutput
+from engine.training.lean import LeanForward
 from engine.trial import KDLoss, Status
 
 
@@ -17,9 +18,9 @@ from engine.trial import KDLoss, Status
 class Student:
     """A network in training. It is in its cohort while `status` is "ok"; after that, `error` says why it was dropped.
 
-    `forward` is the network or its compiled form. Random numbers that its layers draw depend on `seed` and the step.
-    `average` is the running average of the tensors in `live`, if one is kept. `execution` says how its steps ran.
-    `latency_ms` is the time of its forward pass, measured if latency is limited.
+    `forward` is the network, its compiled form or its lean one (engine/training/lean.py). Random numbers that its
+    layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is kept.
+    `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is limited.
     """
 
     network: nn.Module
@@ -116,7 +117,7 @@ def prepare(
     live = [value.detach() for value in network.state_dict().values() if value.is_floating_point()] if average else []
     return Student(
         network,
-        compile_network(network) if compiled else network,
+        _forward(network, example.device, compiled),
         objective,
         _optimiser([*network.parameters(), *objective.parameters()], config),
         torch.zeros((), dtype=torch.float64, device=example.device),  # float32 loses digits over a million steps
@@ -124,6 +125,12 @@ def prepare(
         [value.clone() for value in live] if average else None,
         live,
     )
+
+
+def _forward(network: nn.Module, device: torch.device, compiled: bool) -> Callable[[Tensor], Output]:
+    if compiled:
+        return compile_network(network)
+    return LeanForward(network) if device.type == "cuda" else network
 
 
 def _optimiser(parameters: list[nn.Parameter], config: SearchConfig) -> torch.optim.Optimizer:

@@ -46,8 +46,7 @@ class CachedTeacher:
             cached = self.cache.get(key)
             if cached is not None:
                 return cached.map(lambda tensor: tensor.to(images.device, non_blocking=True))
-            with torch.no_grad(), autocast(images):
-                output = teacher_output(self.network(images), feature_keys)
+            output = self.ask(images, feature_keys)
             size = sum(tensor.nbytes for tensor in output.tensors)
             if self._make_room(size):
                 self.cache[key] = output.map(_pinned) if on_host else output
@@ -56,6 +55,11 @@ class CachedTeacher:
             return output
 
         return output_at
+
+    def ask(self, images: Tensor, feature_keys: Collection[FeatureKey]) -> TeacherOutput:
+        """The output for images (N, 3, R, R), which is not cached."""
+        with torch.no_grad(), autocast(images):
+            return teacher_output(self.network(images), feature_keys)
 
     def _make_room(self, size: int) -> bool:
         """Whether `size` bytes fit, if necessary after evicting one of the largest outputs (only if it is larger)."""

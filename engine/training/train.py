@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.config import Execution, SearchConfig
 from engine.data.batches import Batch, Batches
+from engine.training.distill import FeatureKey
 from engine.training.graphs import SequentialRunner, StreamRunner
 from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
@@ -63,6 +64,9 @@ def train(
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
     runner: Runner | None = None
     try:
+        with watch.phase("capture"):
+            example = _example(batches, dtype, teacher, feature_keys, config.lr)
+            runner = _make_runner(cohort, example, execution, steps - first, config.ema_decay)
         for step in range(first, steps):
             with watch.phase("data"):
                 batch = next(iterator)
@@ -70,9 +74,6 @@ def train(
             with watch.phase("teacher"):
                 output = outputs(step, images) if outputs is not None else None
             inputs = Inputs(images, batch.labels, output, learning_rate(config.lr, step, steps))
-            if runner is None:
-                with watch.phase("capture"):
-                    runner = _make_runner(cohort, inputs, execution, steps - first, config.ema_decay)
             with watch.phase("train"):
                 runner.advance(inputs, step)
             if (step + 1) % batches.steps_per_epoch == 0:
@@ -90,10 +91,29 @@ def train(
         apply_ema(student)
 
 
-def _make_runner(cohort: Sequence[Student], inputs: Inputs, execution: Execution, steps: int, decay: float) -> Runner:
-    if inputs.images.device.type == "cuda":
-        return StreamRunner(cohort, inputs, execution, steps, decay)
+def _make_runner(
+    cohort: Sequence[Student], example: Inputs | None, execution: Execution, steps: int, decay: float
+) -> Runner:
+    if example is not None:
+        return StreamRunner(cohort, example, execution, steps, decay)
     return SequentialRunner(cohort, decay)
+
+
+def _example(
+    batches: Batches, dtype: torch.dtype, teacher: CachedTeacher | None, keys: Collection[FeatureKey], rate: float
+) -> Inputs | None:
+    """Inputs of zeros to capture a step on; None without a CUDA device.
+
+    They allow the capture before the loader starts: a call into CUDA from one of its threads can break a capture, and
+    with torch 2.11 the process.
+    """
+    if batches.device.type != "cuda":
+        return None
+    size = batches.resolution
+    images = torch.zeros(batches.batch_size, 3, size, size, dtype=dtype, device=batches.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batches.batch_size, dtype=torch.int64, device=batches.device)
+    return Inputs(images, labels, teacher.ask(images, keys) if teacher is not None else None, rate)
 
 
 def _drop_diverged(cohort: Sequence[Student], step: int) -> None:

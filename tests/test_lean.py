@@ -1,0 +1,96 @@
+"""The lean forward pass of students on a GPU: the same outputs, gradients and state, from the same modules."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.networks import conv_bn
+from engine.training.lean import LeanForward, cast
+
+
+class Scaled(nn.Conv2d):
+    """Uses its weight otherwise than as it is: in float32, whatever autocast makes of the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight.dtype == torch.float32
+        return nn.functional.conv2d(x, self.weight / self.weight.norm(), self.bias, padding=1)
+
+
+class Net(nn.Module):
+    """A layer that is left out, a subclass, an activation that two places share, a norm without activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shared = nn.ReLU()
+        self.one = conv_bn(3, 8, 3, activation=nn.ReLU6())
+        self.two, self.three = (nn.Sequential(Scaled(8, 8, 3), nn.BatchNorm2d(8), shared) for _ in range(2))
+        self.last, self.unused = conv_bn(8, 8, 3), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        feature = self.last(self.three(self.two(self.one(images))))
+        return self.head(feature.mean((2, 3))), [feature]
+
+
+def trained(network: nn.Module, lean: bool, dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
+    """Output, gradients and state after one pass and its backward."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 12, 12, generator=generator).to(dtype).contiguous(memory_format=layout)
+    network = copy.deepcopy(network).to(memory_format=layout).train()
+    forward = LeanForward(network) if lean else network
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        logits, _ = forward(images)
+    logits.float().square().sum().backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert all(p.grad is None for p in network.unused.parameters())  # type: ignore[union-attr]
+    return [logits.detach(), *gradients, *network.state_dict().values()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lean_pass_is_the_networks_own_bit_for_bit(dtype: torch.dtype) -> None:
+    """In NCHW, where PyTorch's own BatchNorm runs: all the rest is exact."""
+    plain, lean = (trained(Net(), way, dtype, torch.contiguous_format) for way in (False, True))
+    assert len(plain) == len(lean)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, lean, strict=True))
+
+
+def test_a_lean_pass_with_the_fused_norm_agrees_to_rounding() -> None:
+    plain, lean = (trained(Net(), way, torch.float32, torch.channels_last) for way in (False, True))
+    for one, other in zip(lean, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_are_themselves_again_after_a_pass() -> None:
+    network = Net()
+    before = {name: id(value) for name, value in network.state_dict(keep_vars=True).items()}
+    own = set(vars(network.one[1]))
+    LeanForward(network)(torch.randn(4, 3, 12, 12).to(memory_format=torch.channels_last))
+    with pytest.raises(RuntimeError):
+        LeanForward(network)(torch.randn(4, 7, 12, 12))
+    assert {name: id(value) for name, value in network.state_dict(keep_vars=True).items()} == before
+    assert set(vars(network.one[1])) == own
+    assert network.one[1].num_batches_tracked == 1
+
+
+def test_somebody_who_hooks_an_activation_sees_what_it_was_given() -> None:
+    seen: list[Tensor] = []
+    network = Net()
+    network.one[2].register_forward_hook(lambda module, given, result: seen.extend((given[0], result)))
+    LeanForward(network)(torch.randn(4, 3, 12, 12).to(memory_format=torch.channels_last))
+    assert seen[0].min() < 0
+    assert torch.equal(nn.functional.relu6(seen[0]), seen[1])
+
+
+def test_casts_are_differentiable_and_leave_out_what_nobody_used() -> None:
+    one, other = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    low, unused = cast([one, other], torch.bfloat16)
+    assert torch.equal(low, one.bfloat16())
+    (low * 3).sum().backward()
+    assert torch.equal(one.grad, torch.full((3,), 3.0))  # type: ignore[arg-type]
+    assert other.grad is None
+    assert unused.dtype == torch.bfloat16
