@@ -15,8 +15,8 @@ import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Commands that only read, or write a text: they run here as they stand, in a folder that has what they name. For a search
-# only the configuration is resolved and checked. The other commands are run by the tests named after them.
+# Commands that only read, or write a text: they run here as they stand, in a folder that has what they name. For a
+# search only the configuration is resolved and checked. The other commands are run by the tests named after them.
 LOOKS = {"config", "status", "trials", "explain", "report", "space", "submit"}
 
 

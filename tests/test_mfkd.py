@@ -39,7 +39,8 @@ TINY: dict[str, Any] = {
     "workers": 1,
 }
 # Settings that a command line gives as text and Python as objects.
-RICHER = {"teacher", "low", "high", "only", "initial_weights", "fidelity_study", "gpus", "students_per_gpu", "time_limit"}
+RICHER = {"data", "teacher", "low", "high", "only", "initial_weights", "fidelity_study", "gpus", "students_per_gpu"}
+RICHER |= {"time_limit"}
 CLASSES = (SearchConfig, Budget, Resources)
 
 
@@ -50,7 +51,9 @@ def test_importing_it_does_not_import_torch() -> None:
 
 def test_settings_have_the_names_and_types_of_the_flags() -> None:
     typed = typing.get_type_hints(mfkd.Settings)
-    fields = {item.name: typing.get_type_hints(kind)[item.name] for kind in CLASSES for item in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {}
+    for kind in CLASSES:
+        fields |= typing.get_type_hints(kind)
     assert typed.keys() == fields.keys() | {"config"}
     assert {name: typed[name] for name in fields.keys() - RICHER} == {
         name: kind for name, kind in fields.items() if name not in RICHER
@@ -196,7 +199,7 @@ def test_an_interrupt_drains_and_the_same_call_resumes(tmp_path: Path) -> None:
 def test_a_study_recommends_a_fidelity_to_search_with(tmp_path: Path) -> None:
     shared = {name: value for name, value in TINY.items() if name not in ("low", "max_low", "max_high")}
     study = mfkd.fidelity_study(
-        lows=["none@1/2x1", mfkd.Fidelity.parse("none@1x1")], architectures=4, run_dir=tmp_path / "study", **shared
+        lows=["none@1/2x1", mfkd.Fidelity.parse("none@1/2x2")], architectures=4, run_dir=tmp_path / "study", **shared
     )
     assert study.complete
     assert study.recommended.name in {row["name"] for row in study.fidelities}
@@ -212,7 +215,7 @@ def test_a_study_recommends_a_fidelity_to_search_with(tmp_path: Path) -> None:
 def test_replay_gives_the_figures_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = ROOT / "tests" / "data" / "synthetic_table.csv"
     found = mfkd.replay(table, ["random", "macs"], seeds=2, gpu_hours=2, at=[1, 2], processes=1)
-    command = f"replay {table} --methods random macs --seeds 2 --gpu-hours 2 --at 1 2 --processes 1"
+    command = f"replay --table {table} --methods random,macs --seeds 2 --gpu-hours 2 --at 1,2 --processes 1"
     assert cli.main(command.split()) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert dataclasses.asdict(found) == printed
@@ -225,8 +228,8 @@ def test_the_page_describes_every_public_name() -> None:
     described = {name for name, _ in headings}
     assert described == set(mfkd.__all__) - {"__version__"}
     for name, arguments in headings:
-        known = inspect.signature(getattr(mfkd, name)).parameters
         for argument in re.findall(r"(\w+)=", arguments):
+            known = inspect.signature(getattr(mfkd, name)).parameters
             assert argument in known, f"{name} has no parameter {argument}"
     for name in described:
         section = page.split(f"### `mfkd.{name}")[1].split("\n### ")[0]

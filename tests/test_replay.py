@@ -67,7 +67,7 @@ def test_processes_do_not_change_the_result():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_stopped_replay_ends_its_processes_and_keeps_finished_runs(number, code, tmp_path, mark):
     command = [sys.executable, "cli.py", "replay", f"--table={SYNTHETIC}", "--processes=2", "--seeds=2000"]
-    process = subprocess.Popen([*command, f"--out={tmp_path}", "--method=random"], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, f"--out={tmp_path}", "--methods=random"], cwd=ROOT, stderr=subprocess.PIPE)
     kept = tmp_path / "runs.jsonl"
     try:
         until(lambda: kept.exists() and kept.read_text().count("\n") >= 2)

@@ -13,8 +13,8 @@ from engine.trial import UsageError
 
 HELP = {
     "table": "CSV of recorded results (format: docs/surrogate.md; two published tables are read as they are)",
-    "method": "comma-separated methods",
-    "low": "comma-separated low fidelities of the table that methods may use, the main one first; by default, all",
+    "methods": "comma-separated methods",
+    "lows": "comma-separated low fidelities of the table that methods may use, the main one first; by default, all",
     "workers": "simulated workers",
     "gpu_hours": "worker-hours per run",
     "at": "comma-separated worker-hours at which to print accuracies",
@@ -37,12 +37,12 @@ def parser() -> ArgumentParser:
     parser = command_parser("Run search methods on a table of recorded results, with a simulated clock.")
     defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Replay)}
     parser.add_argument("--table", type=str, required=True, help=HELP["table"])
-    parser.add_argument("--method", type=str, default=",".join(defaults["methods"]), help=HELP["method"])
-    parser.add_argument("--low", type=str, default="", help=HELP["low"])
+    parser.add_argument("--methods", type=str, default=",".join(defaults["methods"]), help=HELP["methods"])
+    parser.add_argument("--lows", type=str, default="", help=HELP["lows"])
     parser.add_argument("--at", type=str, default=",".join(f"{h:g}" for h in defaults["at"]), help=HELP["at"])
     parser.add_argument("--out", type=str | None, default=None, help=HELP["out"])
     for name in HELP:
-        if name not in defaults or name in ("table", "at", "out"):
+        if name not in defaults or name in ("table", "methods", "lows", "at", "out"):
             continue
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(defaults[name]), default=defaults[name], help=HELP[name])
@@ -61,5 +61,5 @@ def run(values: Namespace) -> dict[str, Any]:
     except ValueError:
         raise UsageError(f"--at {values.at}: write comma-separated hours, like 15,20,60") from None
     given = {name: values[name] for name in vars(values).keys() & {f.name for f in dataclasses.fields(Replay)}}
-    given |= {"table": Path(values.table), "methods": words(values.method), "lows": words(values.low), "at": at}
+    given |= {"table": Path(values.table), "methods": words(values.methods), "lows": words(values.lows), "at": at}
     return replay(Replay(**given | {"out": Path(values.out) if values.out else None}))

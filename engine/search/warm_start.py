@@ -72,9 +72,12 @@ def _may_propose(evaluation: Evaluation, config: SearchConfig, candidates: Candi
 
 
 def _same_fidelity(fidelity: Fidelity, theirs: SearchConfig, config: SearchConfig, plan: Plan) -> Fidelity | None:
-    """The fidelity of the plan that trains exactly as `fidelity` does in the study, under any name."""
+    """The fidelity of the plan that trains exactly as `fidelity` does in the study, under any name.
+
+    Only the full fidelity of the study can stand for the full one of the plan: no other keeps its weights.
+    """
     wanted = replace(fidelity, name="", weights=_weights(theirs, fidelity))
-    for own in (plan.high, *plan.lows):
+    for own in (*([plan.high] if fidelity == theirs.high else []), *plan.lows):
         if replace(own, name="", weights=_weights(config, own)) == wanted:
             return own
     return None

@@ -30,9 +30,11 @@ from engine.trial import Architecture, Drained, Fidelity
 
 @dataclass(frozen=True, eq=False)
 class WorkerContext:
-    """The configuration, its data and its device. `max_cohort` records how many students of a fidelity fit into memory
-    at once, for fidelities at which a full cohort did not fit; `costs` holds (MACs, parameters) by (architecture, width,
-    resolution)."""
+    """The configuration, its data and its device.
+
+    `max_cohort` records how many students of a fidelity fit into memory at once, for fidelities at which a full cohort
+    did not fit; `costs` holds (MACs, parameters) by (architecture, width, resolution).
+    """
 
     config: SearchConfig
     data: Dataset

@@ -19,8 +19,8 @@ class Student:
     """A network in training. It is in its cohort while `status` is "ok"; after that, `error` says why it was dropped.
 
     `forward` is the network, its compiled form or its lean one (engine/training/lean.py). Random numbers that its
-    layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is kept.
-    `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is limited.
+    layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is
+    kept. `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is limited.
     """
 
     network: nn.Module
