@@ -20,7 +20,8 @@ class Student:
 
     `forward` is the network, its compiled form or its lean one (engine/training/lean.py). Random numbers that its
     layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is
-    kept. `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is limited.
+    kept. `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is
+    limited.
     """
 
     network: nn.Module
