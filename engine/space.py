@@ -42,6 +42,8 @@ class SearchSpace:
     (logits (N, classes), [stage features (N, C_i, H_i, W_i)], coarse last).
     cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form; without it
     (None) both are counted on built networks, which is slow: a random pool then stands for the space.
+    activations, with the arguments of cost, returns how many values (n,) all convolutions put out; like cost it may be
+    None, and is then counted (engine.networks.activations).
     canonical(choices) maps every member of a class of identical networks to one of them.
     `resolution` is the input size, in pixels, at which MACs are quoted.
     """
@@ -51,6 +53,7 @@ class SearchSpace:
     build: Callable[[tuple[int, ...], int, float], nn.Module]
     cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
     canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+    activations: Callable[[IntMatrix, int, float, int], FloatArray] | None = None
 
     @cached_property
     def radices(self) -> tuple[int, ...]:
