@@ -77,6 +77,8 @@ gpu-check:
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make rivals          the search against its rivals on real training, resumable
 # make authors         what the paper's authors measured, read as such a study: seconds; TABLE=FILE
+# make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies: hours, resumable
+# make learned-weights the trends of the surrogate in NAS-Bench-201's windows of equal MACs: minutes
 # make gpu-evidence    the paper's own setting, on a GPU: 20 minutes of an H200
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
@@ -136,6 +138,16 @@ gpu-evidence:
 	mkdir -p build
 	test -f build/cifar100.npz || $(call cifar100,$(GPU_PYTHON),build/cifar100.npz)
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES)
+
+.PHONY: real-size learned-weights
+real-size: | install
+	seq 0 $$(($(WORKERS) - 1)) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I{} nice -n 19 \
+	$(BIN)/python -m bench.real_size.study build/real-size --shared $(SHARED) --part {}/$(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.untrained build/real-size --shared $(SHARED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.conclude build/real-size --shared $(SHARED)
+
+learned-weights: | install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.learned_weights $(SHARED)
 
 build/cifar100.npz: | install
 	mkdir -p build

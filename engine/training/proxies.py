@@ -26,8 +26,8 @@ from engine.training.student import fatal, place
 from engine.trial import Architecture
 
 PROXIES = ("naswot", "jacobian_covariance", "diswot", "expressivity")
-# On NAS-Bench-201 24 images raise tau by 0.00 to 0.06, for half as many seconds again (docs/evidence/real-size.md).
-IMAGES, NOISE_IMAGES = 16, 8
+# Of the sizes in docs/evidence/real-size.md the largest that takes a tenth of a second a cell of NAS-Bench-201.
+IMAGES, NOISE_IMAGES = 16, 4
 RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 JACOBIAN_FLOOR = 1e-5  # added to eigenvalues of the correlation matrix, as the paper does
 NO_GRADIENT = "the output does not depend on the images"
@@ -76,24 +76,29 @@ def make_batch(
     teacher: nn.Module | None = None,
     resolution: int = 0,
     backend: Backend = "dali",
+    images: int = IMAGES,
+    noise: int = NOISE_IMAGES,
 ) -> ProxyBatch:
-    """A batch of IMAGES training images, drawn with `seed`, at a resolution in pixels (0: the data's own).
+    """A batch of training images, drawn with `seed`, at a resolution in pixels (0: the data's own).
 
     The teacher, a frozen network on the device that returns (logits, [stage features]), is asked here and only here.
     """
-    side, part = resolution or data.resolution, _drawn(data.train, seed)
+    side, part = resolution or data.resolution, _drawn(data.train, images, seed)
     views = eval_batches(part, data=data, batch_size=len(part), resolution=side, device=str(device), backend=backend)
     seen = next(iter(views))
     generator = torch.Generator().manual_seed(seed)  # of the CPU, so that the noise is the same on every device
-    noise = torch.randn(NOISE_IMAGES, 3, side, side, generator=generator).to(device)
-    images, noise = (tensor.float().contiguous(memory_format=torch.channels_last) for tensor in (seen.images, noise))
+    gaussian = torch.randn(noise, 3, side, side, generator=generator).to(device)
     # Copies: the backends may use the memory of a batch again.
-    batch = ProxyBatch(images.clone(), seen.labels.clone(), noise)
+    batch = ProxyBatch(_laid_out(seen.images).clone(), seen.labels.clone(), _laid_out(gaussian))
     return replace(batch, teacher=ask_teacher(teacher, batch)) if teacher is not None else batch
 
 
-def _drawn(part: Part, seed: int) -> Part:
-    rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(part))[:IMAGES])
+def _laid_out(images: Tensor) -> Tensor:
+    return images.float().contiguous(memory_format=torch.channels_last)
+
+
+def _drawn(part: Part, count: int, seed: int) -> Part:
+    rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(part))[:count])
     images = part.images[rows] if part.images is not None else None
     files = tuple(part.files[row] for row in rows) if part.files is not None else None
     return Part(part.labels[rows], images, files)
