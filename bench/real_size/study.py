@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from engine.config import Study, for_fidelity, to_dict
 from engine.data.loader import eval_batches
-from engine.data.parts import Part
+from engine.data.parts import IMAGENET_MEAN, IMAGENET_STD, Data, Part
 from engine.training import teacher as teachers
-from engine.training.evaluate import build_student, run_teacher
+from engine.training.evaluate import build_student
 from engine.training.student import prepare
 from engine.training.taught import Teacher
 from engine.training.train import Stopwatch, train
@@ -48,7 +48,6 @@ LOSSES = {
     "KD + attention, weight 10": "kd+at@37/50x10:at_weight=10",
     "KD + attention, weight 1000": "kd+at@37/50x10",
 }
-TEACHER_MEAN, TEACHER_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SCORED = 1000  # images of each part that a student is read out on
 # The teacher was trained on the images of "seen", which are of CIFAR-10's training part, and not on those of "unseen".
 PARTS = {"seen": "valid", "unseen": "test"}
@@ -111,14 +110,19 @@ def append(folder: Path, found: dict[str, Any], name: str = TRAININGS) -> None:
 
 
 def setup(folder: Path, shared: Path) -> Lab:
+    bench, teacher = open_study(folder, shared)
+    return Lab(bench, teacher, {part: answers(teacher.network, bench, part)[0] for part in PARTS})
+
+
+def open_study(folder: Path, shared: Path) -> tuple[Bench, Teacher]:
     """Data and the ResNet-56 teacher, unpacked into `folder` on the first call."""
     folder.mkdir(parents=True, exist_ok=True)
     unpack_images(folder / "cifar10.npz", shared)
     data = str(folder / "cifar10.npz")
     study = Study(space="nasbench201", data=data, data_backend="resident", valid_fraction=0.5, batch_size=64, seed=SEED)
     task = {"study": to_dict(study), "run_dir": str(folder), "device": "cpu"}
-    bench, teacher = open_bench(task), open_teacher(folder / "resnet56.safetensors", task, shared)
-    return Lab(bench, teacher, {part: answers(teacher.network, bench, part)[0] for part in PARTS})
+    bench = open_bench(task)
+    return bench, open_teacher(folder / "resnet56.weights.safetensors", bench.data, shared)
 
 
 def unpack_images(path: Path, shared: Path) -> None:
@@ -135,20 +139,17 @@ def unpack_images(path: Path, shared: Path) -> None:
     aside.replace(path)
 
 
-def open_teacher(path: Path, task: dict[str, Any], shared: Path) -> Teacher:
+def open_teacher(path: Path, data: Data, shared: Path) -> Teacher:
     """The published ResNet-56 (93.4 % on CIFAR-10), with room to keep all that it says of this study's batches."""
     if not path.exists():
-        weights = path.with_suffix(f".{os.getpid()}.weights.safetensors")
         stored = np.load(shared / "teacher_c10_resnet56.npz", allow_pickle=False)
-        save_file({name: stored[name] for name in stored.files}, weights)
-        network = f"{ROOT / 'examples' / 'my_teacher.py'}:resnet56"
-        asked = {"path": str(path), "network": network, "pretrained": False, "weights": str(weights)}
-        run_teacher({**task, **asked, "mean": TEACHER_MEAN, "std": TEACHER_STD})
-        weights.unlink()
-    bench, card = open_bench(task), teachers.read_card(path)
-    here = (bench.data.mean, bench.data.std)
-    built = teachers.renormalised(teachers.load(path), here, (card.mean, card.std))
-    return Teacher(teachers.freeze(built, bench.device), budget=2**31)
+        aside = path.with_suffix(f".{os.getpid()}.safetensors")
+        save_file({name: stored[name] for name in stored.files}, aside)
+        aside.replace(path)
+    network = f"{ROOT / 'examples' / 'my_teacher.py'}:resnet56"
+    built = teachers.build(network, len(data.classes), data.resolution, weights=path)
+    adapted = teachers.renormalised(built, (data.mean, data.std), (IMAGENET_MEAN, IMAGENET_STD))
+    return Teacher(teachers.freeze(adapted, torch.device("cpu")), budget=2**31)
 
 
 def trained(lab: Lab, cell: str, fidelity: Fidelity) -> dict[str, Any]:
