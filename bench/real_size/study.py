@@ -153,7 +153,8 @@ def open_teacher(path: Path, data: Data, shared: Path) -> Teacher:
 
 
 def trained(lab: Lab, cell: str, fidelity: Fidelity) -> dict[str, Any]:
-    """Trains a cell at a fidelity with the engine's own loop: its status, seconds by phase, and readouts by part."""
+    """Trains a cell at a fidelity with the engine's own loop: its status, wall seconds by phase, CPU seconds, and
+    readouts by part."""
     bench, start = lab.bench, time.perf_counter()
     trial = Trial(0, Architecture(tuple(map(int, cell))), fidelity, SEED)
     teacher = lab.teacher if fidelity.kd_loss != "none" else None
@@ -162,9 +163,10 @@ def trained(lab: Lab, cell: str, fidelity: Fidelity) -> dict[str, Any]:
     example = torch.zeros(2, 3, side, side).contiguous(memory_format=torch.channels_last)
     settings = for_fidelity(bench.study, fidelity)
     student = prepare(network, teacher.network if teacher else None, settings, fidelity.kd_loss, example)
-    watch = Stopwatch()
+    watch, spent = Stopwatch(), time.process_time()
     train([student], teacher, bench.lessons(fidelity, SEED), settings, watch)
     found: dict[str, Any] = {"status": student.status, "error": student.error, "phases": watch.seconds}
+    found["cpu_seconds"] = time.process_time() - spent
     if student.status == "ok":
         found |= {name: readout(lab, student.network, name) for name in PARTS}
     return {**found, "seconds": time.perf_counter() - start, "finished": time.time()}
