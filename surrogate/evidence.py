@@ -52,17 +52,19 @@ class Learned:
         return mean, variance
 
 
-def fit(trend: Matrix, x: Matrix, y: Array, noise: Array | None = None) -> Learned:
+def fit(trend: Matrix, x: Matrix, y: Array, noise: Array | None = None, believed: Array | None = None) -> Learned:
     """Fits y (m,), of about unit variance, on trend (m, k) and features x (m, d), all columns of unit variance over the
     candidates; m may be 0.
 
     The features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,)
-    multiplies the noise variance point by point: 1 / r for a mean of r repeats.
+    multiplies the noise variance point by point: 1 / r for a mean of r repeats. `believed` (k,) are the means of the
+    slabs: what a coefficient is thought to be if the trend matters; 0 where not even its sign is known.
     """
     t = np.asarray(trend, dtype=np.float64)
     rest = np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64)
     loud = np.ones(len(y)) if noise is None else noise
-    return _averaged([_given_scales(t, rest, y, loud, s, v) for s in SIGNALS for v in NOISES], t.shape[1])
+    centre = np.zeros(t.shape[1]) if believed is None else believed
+    return _averaged([_given_scales(t, rest, y, loud, centre, s, v) for s in SIGNALS for v in NOISES], t.shape[1])
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,14 @@ class _Subsets:
     covariance: Array  # (S, size, size)
 
 
-def _given_scales(t: Array, rest: Array, y: Array, loud: Array, signal: float, level: float) -> _Given:
+def _given_scales(t: Array, rest: Array, y: Array, loud: Array, centre: Array, signal: float, level: float) -> _Given:
     """With the weights of the rest integrated out, y = t @ coefficients + e, e ~ N(0, A)."""
     k, p = t.shape[1], rest.shape[1]
     variance = np.concatenate([[INTERCEPT_VARIANCE], np.full(p - 1, signal / max(p - 1, 1))])
     factor = np.linalg.inv(np.linalg.cholesky((rest * variance) @ rest.T + np.diag(level * loud)))
     inverse = factor.T @ factor
     whitened, alpha, root = inverse @ t, inverse @ y, variance[:, None] * rest.T
-    groups = _all_subsets(t.T @ whitened, whitened.T @ y)
+    groups = _all_subsets(t.T @ whitened, whitened.T @ y, centre)
     top = max(group.log_weight.max() for group in groups)
     weights = [np.exp(group.log_weight - top) for group in groups]
     total = float(sum(weight.sum() for weight in weights))
@@ -116,17 +118,22 @@ def _given_scales(t: Array, rest: Array, y: Array, loud: Array, signal: float, l
     )
 
 
-def _all_subsets(gram: Array, projected: Array) -> list[_Subsets]:
-    """Every subset of k trends, by size. gram (k, k) is t' A^-1 t, projected (k,) is t' A^-1 y."""
+def _all_subsets(gram: Array, projected: Array, centre: Array) -> list[_Subsets]:
+    """Every subset of k trends, by size. gram (k, k) is t' A^-1 t, projected (k,) t' A^-1 y, centre (k,) the slabs'."""
     k, groups = len(projected), []
     for index in _indices(k):
         size = index.shape[1]
-        precision = gram[index[:, :, None], index[:, None, :]] + np.eye(size) / SLAB
+        within = gram[index[:, :, None], index[:, None, :]]
+        precision = within + np.eye(size) / SLAB
         covariance = np.asarray(np.linalg.inv(precision), dtype=np.float64)
-        mean = (covariance @ projected[index][:, :, None])[:, :, 0]
-        evidence = (mean * projected[index]).sum(axis=1) - np.linalg.slogdet(precision).logabsdet
+        start = centre[index]
+        explained = np.einsum("sij,sj->si", within, start)
+        left = projected[index] - explained
+        change = np.einsum("sij,sj->si", covariance, left)
+        evidence = (change * left + start * (2 * projected[index] - explained)).sum(axis=1)
+        evidence -= np.linalg.slogdet(precision).logabsdet
         prior = size * (math.log(INCLUDED) - 0.5 * math.log(SLAB)) + (k - size) * math.log1p(-INCLUDED)
-        groups.append(_Subsets(index, 0.5 * evidence + prior, mean, covariance))
+        groups.append(_Subsets(index, 0.5 * evidence + prior, start + change, covariance))
     return groups
 
 
