@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench.real_size.config import drawn, open_study, read_window
+from bench.real_size.study import drawn, open_study, read_window
 from torch import Tensor, nn
 
 from engine.data.dataset import load

@@ -26,7 +26,7 @@ def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, no
 
 
 def linear_cost(c_in: int, c_out: int) -> Cost:
-    """Cost (3,) of a linear layer with bias. Adding the bias does not count as a MAC, its outputs not as activations."""
+    """Cost (3,) of a linear layer with bias. Its bias does not count as MACs, nor its outputs as activations."""
     return np.array([c_in * c_out, c_in * c_out + c_out, 0], dtype=np.float64)
 
 
