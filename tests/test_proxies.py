@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from engine.data.dataset import load
 from engine.networks import Staged, conv_bn, pooled_classifier
-from engine.space import Choice, SearchSpace, load_space
+from engine.space import Choice, SearchSpace
+from engine.spaces.load import load_space
 from engine.training import proxies
 from engine.training.proxies import PROXIES, Codes, ProxyBatch, Relations, make_batch, relations, score_architectures
 from engine.trial import Architecture
