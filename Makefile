@@ -98,6 +98,8 @@ build/cifar10_small.npz: | install
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make baselines       the search against its baselines on real trainings, resumable
 # make authors         the measurements of the paper's authors, read as such a study: seconds; TABLE=FILE
+# make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies: hours, resumable
+# make learned-weights the trends of the surrogate in NAS-Bench-201's windows of equal MACs: minutes
 # make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
 #                      enough to carry to a GPU beside the checkout)
 WORKERS  ?= 2
@@ -160,6 +162,16 @@ gpu-evidence: $(IMAGES)
 gpu-evidence:
 	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and bring it"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
+
+.PHONY: real-size learned-weights
+real-size: | install
+	seq 0 $$(($(WORKERS) - 1)) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I{} nice -n 19 \
+	$(BIN)/python -m bench.real_size.study build/real-size --shared $(SHARED) --part {}/$(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.untrained build/real-size --shared $(SHARED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.conclude build/real-size --shared $(SHARED)
+
+learned-weights: | install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.learned_weights $(SHARED)
 
 build/cifar100.npz: | install
 	mkdir -p build

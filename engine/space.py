@@ -39,6 +39,8 @@ class SearchSpace:
     (logits (N, classes), [stage features (N, C_i, H_i, W_i)], coarsest last).
     cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form. Without it (None)
     both are counted on built networks, which is slow, so a random pool represents the space.
+    activations, with the arguments of cost, returns the number of outputs (n,) of all convolutions. It may be None too,
+    and is then counted (engine.networks.activations).
     canonical(choices) maps all members of a class of identical networks to one of them.
     `resolution` is the input size, in pixels, at which MACs are quoted.
     """
@@ -48,6 +50,7 @@ class SearchSpace:
     build: Callable[[tuple[int, ...], int, float], nn.Module]
     cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
     canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+    activations: Callable[[IntMatrix, int, float, int], FloatArray] | None = None
 
     @cached_property
     def radices(self) -> tuple[int, ...]:

@@ -6,26 +6,28 @@ additions are not counted. `engine.networks.count_cost` has the same convention,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-# (MACs, parameters) in float64, exact up to 2**53.
+# (MACs, parameters, activations) in float64, exact up to 2**53. Activations are the outputs of convolutions.
 Cost = npt.NDArray[np.float64]
+# (choices (n, d), classes, width, resolution) -> costs (3, n)
+Counts = Callable[[npt.NDArray[np.int8], int, float, int], Cost]
 
 MIN_CHANNELS = 8
 
 
 def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, norm: bool = True) -> Cost:
-    """Cost (2,) of a convolution without bias whose output is size x size pixels, with its BatchNorm if `norm`."""
+    """Cost (3,) of a convolution without bias whose output is size x size pixels, with its BatchNorm if `norm`."""
     weights = c_in // groups * c_out * kernel**2
-    return np.array([weights * size**2, weights + 2 * c_out * norm], dtype=np.float64)
+    return np.array([weights * size**2, weights + 2 * c_out * norm, c_out * size**2], dtype=np.float64)
 
 
 def linear_cost(c_in: int, c_out: int) -> Cost:
-    """Cost (2,) of a linear layer with bias; adding the bias is not counted as a MAC."""
-    return np.array([c_in * c_out, c_in * c_out + c_out], dtype=np.float64)
+    """Cost (3,) of a linear layer with bias. Its bias does not count as MACs, nor its outputs as activations."""
+    return np.array([c_in * c_out, c_in * c_out + c_out, 0], dtype=np.float64)
 
 
 def strided(size: int, stride: int = 2) -> int:
@@ -53,16 +55,32 @@ def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ..
 
 
 def chain_cost(choices: npt.NDArray[np.integer], tables: Sequence[npt.NDArray[np.float64]]) -> Cost:
-    """Costs (2, n) of architectures (n, 2 * stages) that are sequences of stages.
+    """Costs (3, n) of architectures (n, 2 * stages) that are sequences of stages.
 
     Columns 2i and 2i + 1 hold the depth and the width option of stage i; its cost is tables[i][:, previous width,
     depth, width], since it depends on the others only through the width of its input (tables[0] has a single one).
     """
-    total = np.zeros((2, len(choices)))
+    total = np.zeros((3, len(choices)))
     previous = np.zeros(len(choices), dtype=np.intp)
     for stage, table in enumerate(tables):
         _, _, depths, options = table.shape
         row = (previous * depths + choices[:, 2 * stage]) * options + choices[:, 2 * stage + 1]
-        total += table.reshape(2, -1)[:, row]
+        total += table.reshape(3, -1)[:, row]
         previous = choices[:, 2 * stage + 1].astype(np.intp)
     return total
+
+
+def macs_and_params(
+    counts: Counts, choices: npt.NDArray[np.int8], classes: int, width: float, resolution: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What `SearchSpace.cost` returns: MACs (n,) and parameters (n,)."""
+    macs, params, _ = counts(choices, classes, width, resolution)
+    return macs, params
+
+
+def activations(
+    counts: Counts, choices: npt.NDArray[np.int8], classes: int, width: float, resolution: int
+) -> npt.NDArray[np.float64]:
+    """What `SearchSpace.activations` returns: activations (n,)."""
+    found: npt.NDArray[np.float64] = counts(choices, classes, width, resolution)[2]
+    return found

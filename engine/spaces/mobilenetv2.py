@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.space import Choice, FloatArray, IntMatrix, SearchSpace, space_name
-from engine.spaces.arithmetic import chain_cost, conv_cost, linear_cost, rounded, strided, widths
+from engine.space import Choice, IntMatrix, SearchSpace, space_name
+from engine.spaces.arithmetic import (
+    Cost,
+    activations,
+    chain_cost,
+    conv_cost,
+    linear_cost,
+    macs_and_params,
+    rounded,
+    strided,
+    widths,
+)
 from engine.trial import UsageError
 
 if TYPE_CHECKING:
@@ -44,11 +54,13 @@ def mobilenetv2(width: float = 1.0, stem_stride: int = 1) -> SearchSpace:
     for number, channels in enumerate(stage_channels(width), start=1):
         choices += [Choice(f"stage{number}.repeats", REPEATS, ordinal=True)]
         choices += [Choice(f"stage{number}.channels", channels, ordinal=True)]
+    counts = partial(_counts, width, stem_stride)
     return SearchSpace(
         name=space_name(mobilenetv2, width=width, stem_stride=stem_stride),
         choices=tuple(choices),
         build=partial(_build, width, stem_stride),
-        cost=partial(_cost, width, stem_stride),
+        cost=partial(macs_and_params, counts),
+        activations=partial(activations, counts),
     )
 
 
@@ -71,10 +83,10 @@ def last_channels(width: float) -> int:
     return rounded(LAST_CHANNELS * width, MULTIPLE)
 
 
-def _cost(
+def _counts(
     own_width: float, stem_stride: int, choices: IntMatrix, classes: int, width: float, resolution: int
-) -> tuple[FloatArray, FloatArray]:
-    """Costs (n,) of architectures (n, 14)."""
+) -> Cost:
+    """Costs (3, n) of architectures (n, 14)."""
     scale = own_width * width
     stem = rounded(STEM_CHANNELS * scale, MULTIPLE)
     channels = ((stem,), *stage_channels(scale))
@@ -82,7 +94,7 @@ def _cost(
     total = conv_cost(3, stem, 3, size)
     tables = []
     for (expansion, _, stride), (before, after) in zip(STAGES, pairwise(channels), strict=True):
-        table = np.empty((2, len(before), len(REPEATS), len(after)))
+        table = np.empty((3, len(before), len(REPEATS), len(after)))
         for (i, c_in), (r, repeats), (o, c_out) in product(enumerate(before), enumerate(REPEATS), enumerate(after)):
             first = block_cost(c_in, c_out, expansion, stride, size)
             rest = block_cost(c_out, c_out, expansion, 1, strided(size, stride))
@@ -92,12 +104,11 @@ def _cost(
     last = last_channels(scale)
     total = total + linear_cost(last, classes)
     tables[-1] += np.stack([conv_cost(c, last, 1, size) for c in channels[-1]], axis=1)[:, None, None, :]
-    macs, params = chain_cost(choices, tables) + total[:, None]
-    return macs, params
+    return chain_cost(choices, tables) + total[:, None]
 
 
-def block_cost(c_in: int, c_out: int, expansion: int, stride: int, size: int) -> FloatArray:
-    """Cost (2,) of an inverted residual block whose input is size x size pixels."""
+def block_cost(c_in: int, c_out: int, expansion: int, stride: int, size: int) -> Cost:
+    """Cost (3,) of an inverted residual block whose input is size x size pixels."""
     hidden, smaller = c_in * expansion, strided(size, stride)
     cost = conv_cost(hidden, hidden, 3, smaller, groups=hidden) + conv_cost(hidden, c_out, 1, smaller)
     return cost + conv_cost(c_in, hidden, 1, size) if expansion > 1 else cost

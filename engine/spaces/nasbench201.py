@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.space import Choice, FloatArray, IntMatrix, SearchSpace, space_name
-from engine.spaces.arithmetic import MIN_CHANNELS, conv_cost, linear_cost, strided
+from engine.space import Choice, IntMatrix, SearchSpace, space_name
+from engine.spaces.arithmetic import MIN_CHANNELS, Cost, activations, conv_cost, linear_cost, macs_and_params, strided
 from engine.trial import Architecture, UsageError
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def nasbench201(channels: int = 16, cells: int = 5) -> SearchSpace:
     """
     if channels < 1 or cells < 1:
         raise UsageError(f"nasbench201: channels={channels}, cells={cells}; both must be at least 1")
+    counts = partial(_counts, channels, cells)
     return SearchSpace(
         name=space_name(nasbench201, channels=channels, cells=cells),
         choices=tuple(Choice(f"{target}<-{source}", OPERATIONS) for target, source in EDGES),
         build=partial(_build, channels, cells),
-        cost=partial(_cost, channels, cells),
+        cost=partial(macs_and_params, counts),
+        activations=partial(activations, counts),
         canonical=canonical,
     )
 
@@ -59,16 +61,14 @@ def _build(channels: int, cells: int, choices: tuple[int, ...], classes: int, wi
     return network(operations, EDGES, stage_channels(channels, width), cells, classes)
 
 
-def _cost(
-    channels: int, cells: int, choices: IntMatrix, classes: int, width: float, resolution: int
-) -> tuple[FloatArray, FloatArray]:
-    """Costs (n,) of cells (n, 6): those of the skeleton, and of every convolution of a cell, used or not.
+def _counts(channels: int, cells: int, choices: IntMatrix, classes: int, width: float, resolution: int) -> Cost:
+    """Costs (3, n) of cells (n, 6): those of the skeleton, and of every convolution of a cell, used or not.
 
     The benchmark counts the same, plus the additions of the classifier's bias: `classes` more MACs.
     """
     counts = {kernel: np.count_nonzero(choices == op, axis=1) for kernel, op in ((1, CONV_1X1), (3, CONV_3X3))}
     size, previous = resolution, 3
-    total = np.zeros((2, len(choices)))
+    total = np.zeros((3, len(choices)))
     for stage, c in enumerate(stage_channels(channels, width)):
         if stage == 0:
             total += conv_cost(previous, c, 3, size)[:, None]
@@ -81,7 +81,7 @@ def _cost(
         previous = c
     total += linear_cost(previous, classes)[:, None]
     total[1] += 2 * previous  # the last BatchNorm
-    return total[0], total[1]
+    return total
 
 
 def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,8 +13,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.space import Choice, FloatArray, IntMatrix, SearchSpace, space_name
-from engine.spaces.arithmetic import chain_cost, conv_cost, linear_cost, rounded, strided, widths
+from engine.space import Choice, IntMatrix, SearchSpace, space_name
+from engine.spaces.arithmetic import (
+    Cost,
+    activations,
+    chain_cost,
+    conv_cost,
+    linear_cost,
+    macs_and_params,
+    rounded,
+    strided,
+    widths,
+)
 from engine.trial import UsageError
 
 if TYPE_CHECKING:
@@ -41,11 +51,13 @@ def shufflenetv2(width: float = 1.0) -> SearchSpace:
     for number, channels in enumerate(stage_channels(width), start=1):
         choices += [Choice(f"stage{number}.units", UNITS, ordinal=True)]
         choices += [Choice(f"stage{number}.channels", channels, ordinal=True)]
+    counts = partial(_counts, width)
     return SearchSpace(
         name=space_name(shufflenetv2, width=width),
         choices=tuple(choices),
         build=partial(_build, width),
-        cost=partial(_cost, width),
+        cost=partial(macs_and_params, counts),
+        activations=partial(activations, counts),
     )
 
 
@@ -63,10 +75,8 @@ def _build(own_width: float, choices: tuple[int, ...], classes: int, width: floa
     return network(rounded(STEM_CHANNELS * scale, MULTIPLE), stages, rounded(LAST_CHANNELS * scale, MULTIPLE), classes)
 
 
-def _cost(
-    own_width: float, choices: IntMatrix, classes: int, width: float, resolution: int
-) -> tuple[FloatArray, FloatArray]:
-    """Costs (n,) of architectures (n, 6)."""
+def _counts(own_width: float, choices: IntMatrix, classes: int, width: float, resolution: int) -> Cost:
+    """Costs (3, n) of architectures (n, 6)."""
     scale = own_width * width
     stem, last = rounded(STEM_CHANNELS * scale, MULTIPLE), rounded(LAST_CHANNELS * scale, MULTIPLE)
     channels = ((stem,), *stage_channels(scale))
@@ -74,24 +84,23 @@ def _cost(
     total = conv_cost(3, stem, 3, size) + linear_cost(last, classes)
     tables = []
     for before, after in pairwise(channels):
-        table = np.empty((2, len(before), len(UNITS), len(after)))
+        table = np.empty((3, len(before), len(UNITS), len(after)))
         for (i, c_in), (u, units), (o, c_out) in product(enumerate(before), enumerate(UNITS), enumerate(after)):
             table[:, i, u, o] = down_cost(c_in, c_out, size) + (units - 1) * unit_cost(c_out, strided(size))
         tables.append(table)
         size = strided(size)
     tables[-1] += np.stack([conv_cost(c, last, 1, size) for c in channels[-1]], axis=1)[:, None, None, :]
-    macs, params = chain_cost(choices, tables) + total[:, None]
-    return macs, params
+    return chain_cost(choices, tables) + total[:, None]
 
 
-def unit_cost(channels: int, size: int) -> FloatArray:
-    """Cost (2,) of a unit of stride 1, which passes one half of its channels through unchanged."""
+def unit_cost(channels: int, size: int) -> Cost:
+    """Cost (3,) of a unit of stride 1, which passes one half of its channels through unchanged."""
     half = channels // 2
     return 2 * conv_cost(half, half, 1, size) + conv_cost(half, half, 3, size, groups=half)
 
 
-def down_cost(c_in: int, c_out: int, size: int) -> FloatArray:
-    """Cost (2,) of a unit of stride 2 whose input is size x size pixels."""
+def down_cost(c_in: int, c_out: int, size: int) -> Cost:
+    """Cost (3,) of a unit of stride 2 whose input is size x size pixels."""
     half, smaller = c_out // 2, strided(size)
     left = conv_cost(c_in, c_in, 3, smaller, groups=c_in) + conv_cost(c_in, half, 1, smaller)
     right = conv_cost(half, half, 3, smaller, groups=half) + conv_cost(half, half, 1, smaller)
