@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench.real_size.study import drawn, open_study, read_window
 from torch import Tensor, nn
 
+from bench.real_size.study import drawn, open_study, read_window
 from engine.data.dataset import load
 from engine.networks import Staged, conv_bn, pooled_classifier
 from engine.space import Choice, SearchSpace
