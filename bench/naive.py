@@ -129,8 +129,8 @@ def naive(at: BenchCase, trial: Trial, epochs: int | None = None) -> float:
             images, labels = images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True)
             optimiser.param_groups[0]["lr"] = learning_rate(config.lr, step, steps)
             with torch.no_grad():
-                taught = teacher(images)
-            loss = naive_loss(config, fidelity.kd_loss, network(images), taught, labels)
+                teacher_output = teacher(images)
+            loss = naive_loss(config, fidelity.kd_loss, network(images), teacher_output, labels)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -60,7 +60,7 @@ class Lab:
 
     context: WorkerContext
     teacher: CachedTeacher
-    taught: dict[str, Tensor]
+    teacher_logits: dict[str, Tensor]
 
 
 def main() -> None:
@@ -179,7 +179,7 @@ def readout(lab: Lab, network: nn.Module, part: str) -> dict[str, float]:
     return {
         "accuracy": (logits.argmax(1) == labels).float().mean().item(),
         "cross_entropy": nn.functional.cross_entropy(logits, labels).item(),
-        "agreement": (logits.argmax(1) == lab.taught[part].argmax(1)).float().mean().item(),
+        "agreement": (logits.argmax(1) == lab.teacher_logits[part].argmax(1)).float().mean().item(),
     }
 
 

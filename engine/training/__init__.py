@@ -1,1 +1,1 @@
-"""The muscle: teachers, students, their losses, the one training loop, and the tasks of a worker."""
+"""The worker's side: teachers, students, their losses, the training loop, and the functions that run tasks."""

@@ -100,7 +100,7 @@ def _plain(norm: nn.BatchNorm2d) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at what the module returns."""
+    """Whether a hook reads what the module returns."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
