@@ -50,14 +50,14 @@ def parts(bundle: Path | None) -> list[Part]:
     """In the order in which they run; their limits add up to TOTAL_S."""
     found = [
         figures("machine", 15),
-        figures("selftest", 50),
-        Part("graph tests", (*PYTEST, "tests/test_graphs.py"), 115, beside=True),
+        figures("selftest", 65),
+        Part("graph tests", (*PYTEST, "tests/test_graphs.py"), 110, beside=True),
         # Some 190 tests of two or more kernels each; a kernel takes about a second to compile.
-        Part("kernel tests", (*PYTEST, "-n", "8", "-k", "not second_device", *KERNEL_TESTS), 115),
-        figures("step", 50),
-        figures("cohorts", 55),
+        Part("kernel tests", (*PYTEST, "-n", "8", "-k", "not second_device", *KERNEL_TESTS), 110),
+        figures("step", 55),
+        figures("cohorts", 50),
         figures("connections", 20, CUDA_DEVICE_MAX_CONNECTIONS="8"),
-        figures("naive", 75),
+        figures("naive", 65),
         figures("shapes", 50),
     ]
     if bundle is not None:

@@ -95,8 +95,9 @@ def lean_against_plain() -> Figures:
 
 def step_profile() -> Figures:
     """Device time of a training step by kernel: precisions, layouts, cuDNN's search, and without the lean forward."""
-    cases = [(p, layout, search, True) for p in PRECISIONS for layout in LAYOUTS for search in (False, True)]
-    cases += [(p, "NHWC", False, False) for p in PRECISIONS]
+    cases = [(precision, layout, False, True) for precision in PRECISIONS for layout in LAYOUTS]
+    cases += [(precision, "NHWC", False, False) for precision in PRECISIONS]
+    cases += [(precision, "NHWC", True, True) for precision in ("bf16", "fp16")]  # a second each
     return {
         f"{precision} {layout}{' cudnn.benchmark' if search else ''}{'' if lean else ' plain'}": profiled(
             PRECISIONS[precision], LAYOUTS[layout], search, lean

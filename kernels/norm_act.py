@@ -45,9 +45,7 @@ def batch_norm_act(
         raise ValueError(f"x is {tuple(x.shape)}; it must be (N, C, H, W), statistics and parameters (C,)")
     if training and x.numel() <= x.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}: in training each channel needs more than one value")
-    chosen = _dispatch.resolve(backend, x.device)
-    if not has_kernel(x):
-        chosen = "reference"
+    chosen = "triton" if has_kernel(x, backend) else "reference"
     options = (training, momentum, eps, activation, chosen)
     if not torch.compiler.is_compiling():
         y: Tensor = _NormAct.apply(x, weight, bias, running_mean, running_var, *options)[0]
@@ -59,9 +57,10 @@ def batch_norm_act(
     return y
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the Triton kernels take such an input."""
-    return x.element_size() < 8 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
+def has_kernel(x: Tensor, backend: str = "auto") -> bool:
+    """Whether such an input runs the Triton kernels."""
+    chosen = _dispatch.resolve(backend, x.device) == "triton"
+    return chosen and x.element_size() < 8 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- reference -----------------------------------------------------------------------------------------

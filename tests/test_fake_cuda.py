@@ -82,8 +82,8 @@ def watch_layouts(students: list[Student], wrong: list[str]) -> None:
     for one in students:
         for name, weight in one.network.named_parameters():
 
-            def look(gradient: Tensor, name: str = name, wanted: tuple[int, ...] = layout(weight)) -> None:
-                if layout(gradient) != wanted:
+            def look(gradient: Tensor | None, name: str = name, wanted: tuple[int, ...] = layout(weight)) -> None:
+                if gradient is not None and layout(gradient) != wanted:  # None where nothing depends on the layer
                     wrong.append(name)
 
             weight.register_hook(look)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.networks import conv_bn
+from engine.training import lean as lean_module
 from engine.training.lean import LeanForward, cast
+from kernels.norm_act import batch_norm_act
 
 
 class Scaled(nn.Conv2d):
@@ -52,17 +55,28 @@ def trained(network: nn.Module, lean: bool, dtype: torch.dtype, layout: torch.me
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_lean_pass_is_the_networks_own_bit_for_bit(dtype: torch.dtype) -> None:
-    """In NCHW, where PyTorch's own BatchNorm runs: all the rest is exact."""
-    plain, lean = (trained(Net(), way, dtype, torch.contiguous_format) for way in (False, True))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_lean_pass_is_the_networks_own_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """On a CPU, where PyTorch's own BatchNorm runs: all the rest is exact."""
+    plain, lean = (trained(Net(), way, dtype, layout) for way in (False, True))
     assert len(plain) == len(lean)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, lean, strict=True))
 
 
-def test_a_lean_pass_with_the_fused_norm_agrees_to_rounding() -> None:
+def test_a_lean_pass_with_the_fused_norm_agrees_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own operation in place of the modules', by its reference."""
+    calls: list[str] = []
+
+    def watched(*given: Any, activation: str, **options: Any) -> Tensor:
+        calls.append(activation)
+        return batch_norm_act(*given, activation=activation, **options)
+
+    monkeypatch.setattr(lean_module, "has_kernel", lambda x: True)
+    monkeypatch.setattr(lean_module, "batch_norm_act", watched)
     plain, lean = (trained(Net(), way, torch.float32, torch.channels_last) for way in (False, True))
     for one, other in zip(lean, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert calls == ["relu6", "none", "none", "none"], "the ReLU in two places stays a module"
 
 
 def test_modules_are_themselves_again_after_a_pass() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from bench.real_size.study import LOSSES, PARTS, ROOT, drawn, read, read_window
 
+from bench.real_size.study import LOSSES, PARTS, ROOT, drawn, read, read_window
 from bench.real_size.untrained import SCORES, SEEDS, SIZES, read_cifar100, sample
 from engine.spaces.load import load_space
 from engine.training.proxies import IMAGES, NOISE_IMAGES, PROXIES

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.real_size.study import ROOT, Lab, append, drawn, read, read_window, setup
 
+from bench.real_size.study import ROOT, Lab, append, drawn, read, read_window, setup
 from engine.spaces.load import load_space
 from engine.training.proxies import IMAGES, NOISE_IMAGES, make_batch, score_architectures
 from engine.trial import Architecture
