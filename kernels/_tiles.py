@@ -10,7 +10,8 @@ from torch import Tensor
 # Contraction into fused multiply-adds, today's default, stops being Triton's in 3.10: ask for it.
 FUSION = {"enable_fp_fusion": True}
 SCALE_BLOCK = 1024  # elements a program of an elementwise launch
-TILE_CLASSES = 8192  # rows up to this stay in registers; longer ones are walked twice
+LOOP_CLASSES = 4096  # CE + plain KD: rows up to this stay in registers, longer ones are walked twice
+TILE_CLASSES = 8192  # DKD and standardised logits: the longest rows in registers; half for both at once
 FUSED_POSITIONS = 256  # one program does a sample's attention map up to this many positions
 MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
 SPATIAL_POSITIONS = 64  # NST: H * W of one tile of the Gram difference
@@ -23,13 +24,17 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
+def plain_kd(variant: str, standardize: bool) -> bool:
+    """Whether KD is the plain KL divergence, which needs a row's maxima and sums alone."""
+    return variant == "kd" and not standardize
+
+
 def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
     """float64 is left to the reference, and rows too long for a variant's registers."""
     if logits.element_size() == 8:
         return False
-    if variant == "dkd" and standardize:
-        return logits.shape[1] <= TILE_CLASSES // 2
-    return logits.shape[1] <= TILE_CLASSES or (variant == "kd" and not standardize)
+    both = variant == "dkd" and standardize
+    return plain_kd(variant, standardize) or logits.shape[1] <= (TILE_CLASSES // 2 if both else TILE_CLASSES)
 
 
 def has_attention(student: Tensor, teacher: Tensor) -> bool:
@@ -58,10 +63,13 @@ def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
     return student.shape[1] <= most_s and teacher.shape[1] <= most_t
 
 
-def ce_kd_tile(rows: int, classes: int) -> dict[str, int]:
-    """Constants of the CE+KD kernel that takes `classes`; PARTIALS bounds the last program's loop."""
-    if classes > TILE_CLASSES:
-        return {"BLOCK": 4096, "PARTIALS": power_of_two(rows), "num_warps": 16, **FUSION}
+def ce_kd_tile(rows: int, classes: int, item_size: int, plain: bool) -> dict[str, int]:
+    """Constants of the CE+KD kernel for rows of `classes`: with LANES for `loop_kernel`, else for `tile_kernel`.
+
+    A loop has two 16-byte vectors of each matrix in flight a thread. PARTIALS bounds the last program's sum.
+    """
+    if plain and classes > LOOP_CLASSES:
+        return {"LANES": 512, "VEC": 16 // item_size, "PARTIALS": power_of_two(rows), "num_warps": 8, **FUSION}
     block = power_of_two(classes)
     per_program = max(1, min(1024 // block, power_of_two(rows)))
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16

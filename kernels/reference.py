@@ -374,7 +374,8 @@ def nst_method(method: str, student: Tensor, teacher: Tensor, teacher_term: bool
     if method != "auto":
         return method
     s, t, positions = student.shape[1], teacher.shape[1], student[0, 0].numel()
-    return "spatial" if positions * (s + t) <= s * s + s * t + t * t * teacher_term else "channel"
+    constant = t * t if teacher_term else 0  # torch 2.11 cannot multiply a symbolic size by a bool
+    return "spatial" if positions * (s + t) <= s * s + s * t + constant else "channel"
 
 
 def nst_forward(

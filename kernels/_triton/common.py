@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels import _dispatch
 
-INTERPRETING = _dispatch.interpreting()
+INTERPRETING = tl.constexpr(_dispatch.interpreting())
+LARGE = tl.constexpr(1e30)  # finite, so that 0 times it is 0
 _TICKETS: dict[tuple[int, int], Tensor] = {}
 
 
@@ -66,6 +67,25 @@ def ordered_sum(partial_ptr, count, PARTIALS: tl.constexpr):
 
 
 @triton.jit
+def exp2(x):
+    """2^x; a result below 2^-126 is 0. Keeping those takes three more instructions."""
+    if INTERPRETING:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded as IEEE does but for rare ties: Triton's `/` may be 2 ulp off, even where a = b.
+
+    `tl.div_rn` is as good but has a subroutine for denormals, around which ptxas spills registers.
+    """
+    inverse = 1.0 / b
+    q = a * inverse
+    return tl.fma(tl.fma(-q, b, a), inverse, q)
+
+
+@triton.jit
 def divergence(v, p_s, p_t):
     """p_t (exp(v) - 1 - v) and p_t (exp(v) - 1) for v = log p_s - log p_t, both without cancellation.
 
@@ -76,6 +96,5 @@ def divergence(v, p_s, p_t):
     f = 1.0 / 120.0 + v * (1.0 / 720.0 + v * f)
     f = v * v * (0.5 + v * (1.0 / 6.0 + v * (1.0 / 24.0 + v * f)))
     small = tl.abs(v) < 0.25
-    difference = p_s - p_t
-    addend = tl.where(small, p_t * f, difference - tl.where(p_t == 0.0, 0.0, p_t * v))
-    return addend, tl.where(small, p_t * (v + f), difference)
+    difference, first, rest = p_s - p_t, p_t * tl.minimum(v, LARGE), p_t * f
+    return tl.where(small, rest, difference - first), tl.where(small, first + rest, difference)
