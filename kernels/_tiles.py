@@ -7,12 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Contraction into fused multiply-adds, today's default, stops being Triton's in 3.10: ask for it.
+# Contraction into fused multiply-adds, the default until Triton 3.10, so ask for it.
 FUSION = {"enable_fp_fusion": True}
+# For x / y - z / w, which must be exactly 0 for equal operands: a fused multiply-add rounds only one of the two.
+NO_FUSION = {"enable_fp_fusion": False}
 SCALE_BLOCK = 1024  # elements a program of an elementwise launch
 LOOP_CLASSES = 4096  # CE + plain KD: rows up to this stay in registers, longer ones are walked twice
 TILE_CLASSES = 8192  # DKD and standardised logits: the longest rows in registers; half for both at once
-FUSED_POSITIONS = 256  # one program does a sample's attention map up to this many positions
+FUSED_POSITIONS, FUSED_BYTES = 256, 65536  # attention: one program takes a sample up to this size
 MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
 SPATIAL_POSITIONS = 64  # NST: H * W of one tile of the Gram difference
 # NST: (student's, teacher's) channels of one tile of the channel Grams, by bytes an element.
@@ -38,9 +40,9 @@ def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
 
 
 def has_attention(student: Tensor, teacher: Tensor) -> bool:
-    """float64 and maps over MAP_POSITIONS are left to the reference."""
+    """Whether a kernel takes the pair; the reference takes float64 and maps over MAP_POSITIONS."""
     positions = min(student.shape[2] * student.shape[3], teacher.shape[2] * teacher.shape[3])
-    return student.element_size() < 8 and positions <= MAP_POSITIONS
+    return student.element_size() < 8 and positions <= MAP_POSITIONS and student.shape[0] * positions < 2**31
 
 
 def pooling_ratio(student: Tensor, teacher: Tensor) -> int:
@@ -86,18 +88,35 @@ def gradient_buffer(logits: Tensor) -> Tensor:
     return torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
 
 
-def attention_tile(positions: int, channels: int, fused: bool) -> dict[str, int]:
-    """Positions x channels of a program: all positions when fused, else 2048 elements with long rows."""
-    if fused:
-        block = power_of_two(positions)
-        return {"BLOCK_P": block, "BLOCK_C": max(8, min(64, 4096 // block)), "num_warps": 8, **FUSION}
-    block_c = max(8, min(128, power_of_two(channels)))
-    return {"BLOCK_P": min(2048 // block_c, power_of_two(positions)), "BLOCK_C": block_c, "num_warps": 4, **FUSION}
+def one_launch(student: Tensor, teacher: Tensor, positions: int) -> bool:
+    """Whether one program does an attention sample: a larger one would keep too few programs busy for too long."""
+    size = sum(f[0].numel() * f.element_size() for f in (student, teacher))
+    return positions <= FUSED_POSITIONS and size <= FUSED_BYTES
+
+
+def fused_tile(positions: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
+    """All positions and 32 elements a thread, so that four 16-byte loads of 2-byte elements are in flight."""
+    block = power_of_two(positions)
+    s_block, t_block = (min(8192 // block, power_of_two(f.shape[1])) for f in (student, teacher))
+    return {"BLOCK_P": block, "S_BLOCK_C": s_block, "T_BLOCK_C": t_block, "num_warps": 8, **NO_FUSION}
+
+
+def attention_tile(rows: int, feature: Tensor) -> dict[str, int]:
+    """Positions x channels of a program, 4096 elements: 512 along the axis that is contiguous in memory.
+
+    rows: positions of all samples. feature: (N, C, P) as it lies in memory.
+    """
+    channels = power_of_two(feature.shape[1])
+    if feature.stride(2) == 1 and feature.stride(1) != 1:
+        block_p = min(512, power_of_two(rows))
+        return {"BLOCK_P": block_p, "BLOCK_C": min(4096 // block_p, channels)}
+    block_c = min(512, channels)
+    return {"BLOCK_P": min(4096 // block_c, power_of_two(rows)), "BLOCK_C": block_c}
 
 
 def finish_warps(block: int) -> int:
     """Warps of the program that finishes a map of `block` positions in registers."""
-    return 4 if block <= 1024 else 8 if block <= 4096 else 16
+    return 1 if block <= 256 else 4 if block <= 1024 else 8 if block <= 4096 else 16
 
 
 def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> dict[str, int]:
