@@ -17,6 +17,7 @@ TILE_CLASSES = 8192  # DKD and standardised logits: the longest rows in register
 FUSED_POSITIONS, FUSED_BYTES = 256, 65536  # attention: one program takes a sample up to this size
 MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
 SPATIAL_POSITIONS = 64  # NST: H * W of one tile of the Gram difference
+NST_PROGRAMS = 512  # NST: programs that fill a device; fewer samples are split
 # NST: (student's, teacher's) channels of one tile of the channel Grams, by bytes an element.
 CHANNEL_CHANNELS = {2: (64, 128), 4: (64, 64)}
 
@@ -120,15 +121,30 @@ def finish_warps(block: int) -> int:
 
 
 def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> dict[str, int]:
-    """Tiles of the NST kernels for features (N, C, P); a tensor core multiplies 16 x 16 at least.
+    """Tiles of the NST kernels for features (N, C, P); a tensor core multiplies at least 16 x 16.
 
-    float32 operands are split in two halves each, which takes registers: half the positions.
+    float32 operands are split in two halves each, which takes registers: smaller tiles.
     """
-    positions, wide = student.shape[2], student.element_size() == 4
+    samples, positions, wide = student.shape[0], student.shape[2], student.element_size() == 4
     if method == "spatial":
-        return {"BLOCK_P": max(16, power_of_two(positions)), "BLOCK_C": 32, "num_warps": 4, **FUSION}
+        channels = student.shape[1] if backward else max(student.shape[1], teacher.shape[1])
+        block_p = max(16, power_of_two(positions))
+        block_c = min((2048 if wide or backward else 4096) // block_p, max(16, power_of_two(channels)))
+        if backward:
+            return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, **FUSION}
+        splits = _splits(samples, channels, block_c)
+        return {"BLOCK_P": block_p, "BLOCK_C": block_c, "SPLITS": splits, "num_warps": 8, **NO_FUSION}
     block_s, block_t = (max(16, power_of_two(f.shape[1])) for f in (student, teacher))
-    most = (32 if wide else 64) if backward else (16 if wide else 32)
-    warps = 8 if wide or block_s * block_t > 64 * 64 else 4
+    warps = 8 if wide or block_s * block_t >= 64 * 64 else 4
+    most = (32 if wide else 64) if backward else 16 if wide else 32 if block_t > 64 else 64
     block_p = min(max(16, power_of_two(positions)), most)
-    return {"BLOCK_S": block_s, "BLOCK_T": block_t, "BLOCK_P": block_p, "num_warps": warps, **FUSION}
+    tile = {"BLOCK_S": block_s, "BLOCK_T": block_t, "BLOCK_P": block_p, "num_warps": warps, **FUSION}
+    if backward:
+        return tile
+    twice = block_t > 64 or (wide and block_s * block_t >= 64 * 64)
+    return {**tile, "TWICE": twice, "SPLITS": _splits(samples, positions, block_p)}
+
+
+def _splits(samples: int, length: int, block: int) -> int:
+    """Programs that share a sample: 8 at most, with about a block each of the axis that they split."""
+    return max(1, min(power_of_two(NST_PROGRAMS // samples), power_of_two(-(-length // block)), 8))

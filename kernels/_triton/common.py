@@ -15,18 +15,18 @@ LARGE = tl.constexpr(1e30)  # finite, so that 0 times it is 0
 _TICKETS: dict[tuple[int, int], Tensor] = {}
 
 
-def ticket(device: torch.device) -> Tensor:
-    """A zeroed int32 counter for `is_last`, left at zero by every launch.
+def ticket(device: torch.device, count: int = 1) -> Tensor:
+    """`count` or more zeroed int32 counters for `is_last`, which every launch leaves at zero.
 
-    One a stream, since the kernels of a stream follow each other. A CUDA graph gets its own, zeroed by a
-    node of the graph: its replays may run beside the stream that captured it. So does each call of compiled code.
+    One set per stream, whose kernels follow each other. A CUDA graph gets its own, zeroed by a node of the
+    graph, since its replays may run beside the stream that captured it. So does each call of compiled code.
     """
     if device.type != "cuda" or _dispatch.COMPILED.get() or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
     key = index, torch.cuda.current_stream(device).cuda_stream
-    if key not in _TICKETS:
-        _TICKETS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    if key not in _TICKETS or len(_TICKETS[key]) < count:
+        _TICKETS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return _TICKETS[key]
 
 
