@@ -129,9 +129,9 @@ def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> d
     if method == "spatial":
         channels = student.shape[1] if backward else max(student.shape[1], teacher.shape[1])
         block_p = max(16, power_of_two(positions))
-        block_c = min((2048 if wide or backward else 4096) // block_p, max(16, power_of_two(channels)))
+        block_c = min((2048 if wide else 4096) // block_p, max(16, power_of_two(channels)))
         if backward:
-            return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, **FUSION}
+            return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4 if wide else 8, **FUSION}
         splits = _splits(samples, channels, block_c)
         return {"BLOCK_P": block_p, "BLOCK_C": block_c, "SPLITS": splits, "num_warps": 8, **NO_FUSION}
     block_s, block_t = (max(16, power_of_two(f.shape[1])) for f in (student, teacher))

@@ -60,7 +60,7 @@ def _rounded_to_bf16(x: Any) -> Any:
 
 
 def gpu_arithmetic() -> None:
-    """Gives the interpreter the errors of ex2.approx, div.full and sqrt.approx, and round-to-nearest bfloat16."""
+    """Gives the interpreter the errors of ex2, div.full, sqrt and rsqrt.approx, and round-to-nearest bfloat16."""
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     from triton.runtime.interpreter import TensorHandle
@@ -78,6 +78,7 @@ def gpu_arithmetic() -> None:
 
     Builder.create_exp2 = lambda self, x: self.unary_op(x, exp2)
     Builder.create_exp = lambda self, x: self.unary_op(x, exp)
+    Builder.create_rsqrt = lambda self, x: self.unary_op(x, lambda y: _off_by(1, (1 / np.sqrt(y)).astype(y.dtype)))
     Builder.create_sqrt = lambda self, x: self.unary_op(x, lambda y: _off_by(1, np.sqrt(y)))
     Builder.create_fdiv = lambda self, x, y: self.binary_op(x, y, lambda a, b: _off_by(2, np.divide(a, b)))
     Builder.create_fp_trunc = truncate

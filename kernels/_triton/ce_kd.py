@@ -467,8 +467,12 @@ def scale_kernel(
         scale = tl.load(upstream_ptr).to(tl.float32)
     if MEAN:
         scale = scale / tl.maximum(tl.load(count_ptr), 1.0)
-    out = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * scale
-    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel:  # a mask would split the vectors, unless 16 divides numel
+        out = tl.load(grad_ptr + index).to(tl.float32) * scale
+        tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))
+    else:
+        out = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * scale
+        tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def ce_kd_forward(

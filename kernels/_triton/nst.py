@@ -27,7 +27,7 @@ def _unit_rows(f_ptr, i_channel, i_position, eps, C: tl.constexpr, P: tl.constex
     mask = (i_channel < C)[:, None] & (i_position < P)[None, :]
     pointer = f_ptr + i_channel[:, None] * C_STRIDE + i_position[None, :] * P_STRIDE
     f = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    r = 1.0 / tl.maximum(tl.sqrt(tl.sum(f * f, 1)), eps)
+    r = tl.rsqrt(tl.maximum(tl.sum(f * f, 1), tl.maximum(eps * eps, 1e-37)))
     return f * r[:, None], r
 
 
