@@ -135,7 +135,8 @@ def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> d
         splits = _splits(samples, channels, block_c)
         return {"BLOCK_P": block_p, "BLOCK_C": block_c, "SPLITS": splits, "num_warps": 8, **NO_FUSION}
     block_s, block_t = (max(16, power_of_two(f.shape[1])) for f in (student, teacher))
-    warps = 8 if wide or block_s * block_t >= 64 * 64 else 4
+    large = block_s * block_t > 64 * 64 or (block_s * block_t == 64 * 64 and not backward)
+    warps = 8 if wide or large else 4
     most = (32 if wide else 64) if backward else 16 if wide else 32 if block_t > 64 else 64
     block_p = min(max(16, power_of_two(positions)), most)
     tile = {"BLOCK_S": block_s, "BLOCK_T": block_t, "BLOCK_P": block_p, "num_warps": warps, **FUSION}
