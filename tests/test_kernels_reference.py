@@ -42,7 +42,7 @@ def assert_same(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Ten
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
-# ---- the field's formulas, written anew ------------------------------------------------------------------
+# ---- the field's formulas, rewritten ------------------------------------------------------------------
 
 
 def repdistiller_kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
@@ -610,6 +610,15 @@ def test_compiled_whole_without_a_graph_break(name: str) -> None:
         with_gradient(compiled, student, 1.7), with_gradient(lambda x: 2 * loss(x, teacher), student, 1.7), strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("teacher_term", [True, False])
+def test_nst_chooses_its_gram_from_symbolic_sizes(teacher_term: bool) -> None:
+    """In code compiled for any size, where PyTorch 2.11 cannot multiply a size by a bool."""
+    f, g = (draw(2, c, 4, 4, dtype=torch.float32) for c in (3, 5))
+    loss = lambda s, t: kernels.nst_loss(s, t, teacher_term=teacher_term)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(f, g), loss(f, g))
 
 
 def test_operators_keep_pytorchs_contract() -> None:
