@@ -1,6 +1,6 @@
-"""What the Triton kernels cover, and their tile sizes: tables, not autotuning, so a search never stalls.
+"""What the Triton kernels cover, and their tile sizes, in tables: a search never waits for autotuning.
 
-Sizes are powers of two. Each shape listed by `aot.py` is compiled offline and must not spill registers.
+Sizes are powers of two. `aot.py` compiles the shapes it lists offline, and none may spill registers.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain_kd(variant: str, standardize: bool) -> bool:
 
 
 def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
-    """float64 is left to the reference, and rows too long for a variant's registers."""
+    """Whether a kernel takes the logits; the reference takes float64 and rows too long for a variant."""
     if logits.element_size() == 8:
         return False
     both = variant == "dkd" and standardize
@@ -47,7 +47,7 @@ def has_attention(student: Tensor, teacher: Tensor) -> bool:
 
 
 def pooling_ratio(student: Tensor, teacher: Tensor) -> int:
-    """The integer r by which both sides of one map exceed the other's, else 0."""
+    """The integer r by which both sides of one map exceed those of the other, or 0."""
     (h_s, w_s), (h_t, w_t) = student.shape[2:], teacher.shape[2:]
     for big, small in (((h_s, w_s), (h_t, w_t)), ((h_t, w_t), (h_s, w_s))):
         ratio = big[0] // small[0]
@@ -57,7 +57,7 @@ def pooling_ratio(student: Tensor, teacher: Tensor) -> int:
 
 
 def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
-    """Whether one tile holds the Gram; float64 and the rest run the reference's batched products."""
+    """Whether one tile holds the Gram; the reference's batched products take the rest, and float64."""
     if student.element_size() == 8:
         return False
     if method == "spatial":
@@ -81,7 +81,7 @@ def ce_kd_tile(rows: int, classes: int, item_size: int, plain: bool) -> dict[str
 
 
 def gradient_buffer(logits: Tensor) -> Tensor:
-    """Memory for the gradient, with padded rows where the logits have them: both then move as vectors."""
+    """Memory for the gradient, with rows padded as the logits' are, so that both move as vectors."""
     rows, classes = logits.shape
     stride = logits.stride(0)
     if rows > 1 and logits.stride(1) == 1 and stride > classes and stride * logits.element_size() % 16 == 0:

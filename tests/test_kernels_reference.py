@@ -486,7 +486,7 @@ def test_attention_is_blind_to_scale_and_channel_order(n: int, c: int, size: int
         (lambda s, t, y: kernels.ce_kd_loss(s, t, y + 4), IndexError, "out of range for 4 classes; use 0..3"),
         (lambda s, t, y: kernels.ce_kd_loss(s, t, y, target_b=y - 9, lam=0.5), IndexError, "is -.*out of range"),
         (lambda s, t, y: kernels.ce_kd_loss(s, t, y, target_b=y), ValueError, "give all three"),
-        (lambda s, t, y: kernels.ce_kd_loss(s, t, y, target_b=y, lam=torch.rand(2)), ValueError, "one share a row"),
+        (lambda s, t, y: kernels.ce_kd_loss(s, t, y, target_b=y, lam=torch.rand(2)), ValueError, "one share per row"),
         (lambda s, t, y: kernels.ce_kd_loss(s, t, s.softmax(1), target_b=y, lam=0.5), ValueError, "mix probabilities"),
         (lambda s, t, y: kernels.ce_kd_loss(s, t, y > 1), TypeError, "give class indices"),
         (lambda s, t, y: kernels.ce_kd_loss(s, t, variant="dkd"), ValueError, "needs class indices"),

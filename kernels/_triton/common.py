@@ -1,4 +1,4 @@
-"""What the kernels share: precision, one-launch reductions, and the accurate addend of a divergence."""
+"""Shared by the kernels: precision, reductions within a launch, and the accurate terms of a divergence."""
 # mypy: allow-untyped-defs
 # (a kernel's pointers have no Python type)
 from __future__ import annotations
@@ -33,9 +33,9 @@ def ticket(device: torch.device, count: int = 1) -> Tensor:
 def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]:
     """(operand type, input_precision) of a matrix product; accumulation is float32 always.
 
-    float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for
-    operands beyond float16's range: float16 then multiplies as tf32, of the same 11 bits. The interpreter
-    computes with bfloat16's raw bits (triton-lang/triton#11584), so it gets float32.
+    float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for operands
+    beyond float16's range: float16 then multiplies as tf32, which has the same 11 bits. The interpreter
+    computes with the raw bits of bfloat16 (triton-lang/triton#11584), so it gets float32.
     """
     if INTERPRETING or dtype == torch.float32:
         return tl.float32, "tf32x3"
@@ -46,7 +46,7 @@ def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]
 
 @triton.jit
 def is_last(ticket_ptr, programs):
-    """Whether this program is the launch's last, to which every other's stores are visible; resets."""
+    """Whether this is the last of `programs` to call, which sees all the others' stores; resets the ticket."""
     tl.debug_barrier()  # all threads have stored their partials before the ticket is drawn
     drawn = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     last = drawn == programs - 1
@@ -76,7 +76,7 @@ def exp2(x):
 
 @triton.jit
 def quotient(a, b):
-    """a / b, rounded as IEEE does but for rare ties: Triton's `/` may be 2 ulp off, even where a = b.
+    """a / b, rounded correctly but for rare ties; Triton's `/` may be 2 ulp off, even where a = b.
 
     `tl.div_rn` is as good but has a subroutine for denormals, around which ptxas spills registers.
     """
@@ -89,8 +89,8 @@ def quotient(a, b):
 def divergence(v, p_s, p_t):
     """p_t (exp(v) - 1 - v) and p_t (exp(v) - 1) for v = log p_s - log p_t, both without cancellation.
 
-    A series for |v| < 1/4 (its first term left out is 2e-8 of it); otherwise p_s - p_t - p_t v and
-    p_s - p_t, whose last factor counts for nothing where p_t = 0, as in a masked class.
+    A series for |v| < 1/4, whose first omitted term is below 2e-8 of it; otherwise p_s - p_t - p_t v and
+    p_s - p_t. In a masked class p_t = 0 and v is clamped, so that their product is 0.
     """
     f = 1.0 / 5040.0 + v * (1.0 / 40320.0)
     f = 1.0 / 120.0 + v * (1.0 / 720.0 + v * f)

@@ -83,8 +83,8 @@ def spatial_kernel(
 ):  # fmt: skip
     """Grid (samples, SPLITS): a part of a sample's channels per program."""
     sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    S_PART: tl.constexpr = tl.cdiv(tl.cdiv(S, SPLITS), BLOCK_C) * BLOCK_C
-    T_PART: tl.constexpr = tl.cdiv(tl.cdiv(T, SPLITS), BLOCK_C) * BLOCK_C
+    S_PART: tl.constexpr = (S + SPLITS * BLOCK_C - 1) // (SPLITS * BLOCK_C) * BLOCK_C
+    T_PART: tl.constexpr = (T + SPLITS * BLOCK_C - 1) // (SPLITS * BLOCK_C) * BLOCK_C
     i_position = tl.arange(0, BLOCK_P)
     gram_s = _spatial_gram(s_ptr + sample * S_STRIDE, r_ptr + sample * S, split, i_position, eps,
                            P, S, S_C_STRIDE, S_P_STRIDE, S_PART, True, BLOCK_C, DOT, PRECISION)  # fmt: skip
@@ -179,7 +179,7 @@ def channel_kernel(
 ):  # fmt: skip
     """Grid (samples, SPLITS): a part of a sample's positions per program."""
     sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    PART: tl.constexpr = tl.cdiv(tl.cdiv(P, SPLITS), BLOCK_P) * BLOCK_P
+    PART: tl.constexpr = (P + SPLITS * BLOCK_P - 1) // (SPLITS * BLOCK_P) * BLOCK_P
     i_s, i_t = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_T)
     s_ptr += sample * S_STRIDE
     t_ptr += sample * T_STRIDE
