@@ -72,7 +72,8 @@ def ce_kd_tile(rows: int, classes: int, item_size: int, plain: bool) -> dict[str
     A loop has two 16-byte vectors of each matrix in flight a thread. PARTIALS bounds the last program's sum.
     """
     if plain and classes > LOOP_CLASSES:
-        return {"LANES": 512, "VEC": 16 // item_size, "PARTIALS": power_of_two(rows), "num_warps": 8, **FUSION}
+        tile = {"LANES": 512, "VEC": 16 // item_size, "PARTIALS": power_of_two(rows), "num_warps": 8, **FUSION}
+        return {**tile, "maxnreg": 128}  # two blocks an SM; left alone, ptxas may aim at 64 registers and spill
     block = power_of_two(classes)
     per_program = max(1, min(1024 // block, power_of_two(rows)))
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
