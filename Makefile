@@ -54,7 +54,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # ---- kernels -------------------------------------------------------------
 # make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
-# make aot             every kernel variant compiled for sm_80 and sm_90, without a GPU
+# make aot             every kernel variant compiled for sm_80, sm_90, sm_100 and sm_120, without a GPU
 # make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to carry to a machine with a GPU
 # make gpu-check       all that only a GPU can show, within 500 s, a JSON in OUT; PYTHON=python3 where the GPU is;
 #                      BUNDLE=build/gpu-bundle for the parts that need it

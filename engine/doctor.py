@@ -34,7 +34,7 @@ TITLES = {
 }
 REMEDIES = {
     "device": "check the driver with nvidia-smi, or search with --device cpu",
-    "kernels": "install torch and triton as in constraints.txt, or set KERNELS_BACKEND=reference",
+    "kernels": "install torch and triton as in constraints.txt; without triton the losses use PyTorch",
     "graphs": "search with --execution eager, which is slower",
     "loader": "install DALI as in constraints.txt, or search with --data-backend resident",
 }

@@ -2,6 +2,7 @@
 from kernels.functional import (
     attention_transfer_loss,
     ce_kd_loss,
+    ce_kd_loss_and_parts,
     hint_loss,
     nst_loss,
     similarity_loss,
@@ -22,6 +23,7 @@ __all__ = [
     "SimilarityLoss",
     "attention_transfer_loss",
     "ce_kd_loss",
+    "ce_kd_loss_and_parts",
     "hint_loss",
     "nst_loss",
     "similarity_loss",

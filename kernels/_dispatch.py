@@ -1,4 +1,4 @@
-"""Which implementation a call takes: Triton on CUDA, the closed-form reference elsewhere."""
+"""Chooses the implementation of a call: Triton on CUDA, the closed-form reference elsewhere."""
 from __future__ import annotations
 
 import functools
@@ -10,23 +10,20 @@ from contextvars import ContextVar
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-ENVIRONMENT = "KERNELS_BACKEND"  # replaces "auto" for a whole process
-# Asked at import: torch.compile of torch 2.11 cannot trace the question.
+# Looked up at import: torch.compile cannot trace the lookup in torch 2.11.
 TRITON = importlib.util.find_spec("triton") is not None
-# Whether the call comes from compiled code, where nothing that a call allocates may outlive it: with
-# mode="reduce-overhead" its memory is a CUDA graph's.
+# Whether the call comes from compiled code. Nothing that such a call allocates may outlive it: with
+# mode="reduce-overhead" its memory belongs to a CUDA graph.
 COMPILED: ContextVar[bool] = ContextVar("compiled", default=False)
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its kernels in the interpreter, on CPU tensors; read before Triton's import."""
+    """Whether Triton interprets its kernels, on CPU tensors; Triton decides this when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def resolve(backend: str, device: torch.device) -> str:
     """ "triton" or "reference" for tensors on this device."""
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT, "auto")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
     if backend == "triton":
@@ -44,7 +41,7 @@ def resolve(backend: str, device: torch.device) -> str:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed; says once that it is not."""
+    """Whether Triton is installed; warns once if it is not."""
     if not TRITON and not torch.compiler.is_compiling():
         _warn()
     return TRITON

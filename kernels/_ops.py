@@ -1,8 +1,8 @@
-"""The losses as differentiable operations: forward, what is saved, backward - for eager and compiled code.
+"""The losses as differentiable operations (forward, what is saved, backward) for eager and compiled code.
 
 Each loss has one plain forward, one plain backward and one `setup_context`, used twice: by an
-`autograd.Function` (eager calls, a third of the custom op's overhead) and by a registered operator with a
-fake kernel, which `torch.compile(fullgraph=True)` can trace. `backend` is "triton" or "reference" by now.
+`autograd.Function` (eager calls, at a third of a custom operator's overhead) and by a registered operator with
+a fake kernel, which `torch.compile(fullgraph=True)` can trace. `backend` is already "triton" or "reference".
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Parts = tuple[float, float, float]
 def _implementation(loss: str, backend: str) -> Any:
     if backend == "reference":
         return reference
-    return importlib.import_module(f"kernels._triton.{loss}")  # not before Triton is wanted
+    return importlib.import_module(f"kernels._triton.{loss}")  # imports Triton only if it is used
 
 
 def _eager_or_compiled(function: Callable[..., Any], operator: Any) -> Any:
@@ -33,7 +33,7 @@ def _eager_or_compiled(function: Callable[..., Any], operator: Any) -> Any:
 
 
 def _function(forward: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]) -> Any:
-    """The `autograd.Function` of a loss. Not with its `setup_context`: binding defaults costs 80 us a call."""
+    """The `autograd.Function` of a loss, without `setup_context`, whose binding of defaults costs 80 us per call."""
 
     def run(ctx: Any, *inputs: Any) -> Any:
         output = forward(*inputs)
@@ -66,7 +66,7 @@ def _register(
     save: Callable[..., None],
     differentiate: Callable[..., Any],
 ) -> tuple[Any, Any]:
-    """The operators of a loss and of its gradient, which looks like the student, as `torch.compile` traces them."""
+    """The operators that `torch.compile` traces: a loss, and its gradient, which looks like the student."""
     operator = _operator(name, forward)
     operator.register_fake(fake)
     operator.register_autograd(differentiate, setup_context=save)
@@ -97,7 +97,7 @@ def ce_kd_forward(
     with_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.ce_kd_forward`; its spec spelled out, as an operator's schema wants it."""
+    """See `reference.ce_kd_forward`; the spec is spelled out, as an operator's schema requires."""
     spec = CEKDSpec(
         temperature, ce_weight, kd_weight, label_smoothing, ignore_index,
         variant, dkd_alpha, dkd_beta, standardize, reduction,
@@ -145,7 +145,7 @@ ce_kd_backward_op.register_fake(
 
 
 class _CEKD(torch.autograd.Function):
-    """Unlike `_function`'s it has a short cut, `reference.ce_kd_plain`, whose backward pass is one product."""
+    """Not from `_function`: it has a short cut, `reference.ce_kd_plain`, whose backward is one product."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | Parts]:
@@ -165,7 +165,7 @@ class _CEKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        # The guard against a second derivative costs 5 us, and is for graphs of the gradient.
+        # The guard against a second derivative costs 5 us, and only a graph of the gradient needs it.
         return (_ce_kd_once if torch.is_grad_enabled() else _ce_kd_first)(ctx, upstream)
 
 
@@ -182,7 +182,7 @@ _ce_kd_once = once_differentiable(_ce_kd_first)
 
 
 def ce_kd(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | Parts]:
-    """(loss, parts), differentiable by the student's logits; parts are numbers where the host has them."""
+    """(loss, parts), differentiable with respect to the student's logits; parts are numbers if the host has them."""
     if torch.compiler.is_compiling():
         loss, parts, _, _ = ce_kd_op(student, *arguments)
         return loss, parts
@@ -231,7 +231,7 @@ _Attention = _function(attention_forward, _attention_save, _attention_differenti
 
 
 def attention(student: Tensor, *arguments: Any) -> Tensor:
-    """The loss of one pair of features, differentiable by the student's."""
+    """The loss of one pair of features, differentiable with respect to the student's."""
     return _eager_or_compiled(_Attention.apply, attention_op)(student, *arguments)[0]
 
 
@@ -291,5 +291,5 @@ _NST = _function(nst_forward, _nst_save, _nst_differentiate)
 
 
 def nst(student: Tensor, *arguments: Any) -> Tensor:
-    """The loss of one pair of features, differentiable by the student's."""
+    """The loss of one pair of features, differentiable with respect to the student's."""
     return _eager_or_compiled(_NST.apply, nst_op)(student, *arguments)[0]

@@ -1,10 +1,9 @@
 """Compiles every shipped kernel variant without a GPU and reports what it costs the hardware.
 
-`python -m kernels.aot --report` runs the launch code of `kernels/_triton` on tensors without memory,
-records each launch instead of starting it, and compiles exactly that - argument types, constants,
-alignment, warps - for sm_80 and sm_90. It exits with 1 if a variant spills registers (a stack above 0) or
-asks for more shared memory than a program of that architecture can have. What it compiles lands in
-Triton's cache.
+`python -m kernels.aot --report` runs the launch code of `kernels/_triton` on tensors without memory, records
+each launch instead of starting it, and compiles exactly that: argument types, constants, alignment, warps. It
+does so for sm_80, sm_90, sm_100 and sm_120, and exits with 1 if a variant spills registers (a stack above 0)
+or asks for more shared memory than a block of that architecture can have. The results stay in Triton's cache.
 """
 from __future__ import annotations
 
@@ -23,7 +22,9 @@ from torch import Tensor
 
 from kernels import reference
 
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}  # bytes; 99 KB also fits consumer cards of the generation
+# Bytes a block may have, by architecture; sm_80's 163 KB are cut to what consumer cards of its generation have.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+ARCHES = tuple(SHARED_LIMIT)
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32",
@@ -31,7 +32,7 @@ POINTERS = {
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel and its arguments by name."""
+    """A recorded launch: the kernel and its arguments by name."""
 
     title: str
     kernel: Any
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What one compiled variant takes: registers a thread, bytes of stack and of shared memory."""
+    """What a compiled variant takes: registers per thread, bytes of stack and of shared memory."""
 
     title: str
     kernel: str
@@ -57,16 +58,21 @@ class Usage(NamedTuple):
 
 
 def shipped_launches() -> list[Launch]:
-    """Launches of the shapes that stand for every tile of `_tiles` and every branch of the kernels."""
+    """Launches that cover every tile of `_tiles` and every branch of the kernels."""
     launches: list[Launch] = []
     for title, run in _calls():
-        with _recording(title, launches):
+        with recording(title, launches):
             run()
     return launches
 
 
 def compile_launch(launch: Launch, arch: int) -> Usage:
-    """Compiles one launch for sm_80 or sm_90 and reads registers, stack and shared memory."""
+    """Compiles one launch for sm_`arch` and reads registers, stack and shared memory."""
+    return compile_cubin(launch, arch)[0]
+
+
+def compile_cubin(launch: Launch, arch: int) -> tuple[Usage, bytes]:
+    """`compile_launch`, and the binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -91,58 +97,86 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     seconds = time.perf_counter() - start
     registers, stack = _resources(compiled.asm["cubin"])
-    return Usage(launch.title, launch.kernel.fn.__name__, arch, launch.options["num_warps"], registers, stack,
-                 compiled.metadata.shared, seconds)  # fmt: skip
+    usage = Usage(launch.title, launch.kernel.fn.__name__, arch, launch.options["num_warps"], registers, stack,
+                  compiled.metadata.shared, seconds)  # fmt: skip
+    return usage, compiled.asm["cubin"]
+
+
+def ce_kd_call(
+    classes: int, dtype: torch.dtype, kind: str = "index", pad: int = 0, rows: int = 1024, **changes: Any
+) -> Any:
+    """A forward and backward of CE + KD; `kind` of target: index, mixed (mixup), soft or none."""
+    spec = reference.CEKDSpec(4.0, 0.1, 0.9, 0.0, -100, "kd", 1.0, 8.0, False, "mean")._replace(**changes)
+    logits = _meta((rows, classes + pad), dtype)[:, :classes]
+    target = _meta((rows, classes), torch.float32) if kind == "soft" else _meta((rows,), torch.int64)
+    target_b, lam = (target, _meta((rows,), torch.float32)) if kind == "mixed" else (None, None)
+
+    def run() -> None:
+        from kernels._triton import ce_kd as kernels
+
+        loss, _, grad, count = kernels.ce_kd_forward(
+            logits, logits, None if kind == "none" else target, target_b, lam, spec, True
+        )
+        kernels.ce_kd_backward(grad, loss, count, spec.reduction)
+
+    return run
+
+
+def attention_call(
+    shape_s: tuple[int, ...], shape_t: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, p: float = 2.0,
+    mode: str = "mean", layout: torch.memory_format = torch.channels_last,
+) -> Any:  # fmt: skip
+    """A forward and backward of attention transfer."""
+    s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
+
+    def run() -> None:
+        from kernels._triton import attention as kernels
+
+        loss, coef = kernels.attention_forward(s, t, p, mode, 1e-12)
+        kernels.attention_backward(s, coef, loss, p)
+
+    return run
+
+
+def nst_call(
+    shape_s: tuple[int, ...], shape_t: tuple[int, ...], method: str, dtype: torch.dtype = torch.bfloat16,
+    term: bool = True, layout: torch.memory_format = torch.channels_last,
+) -> Any:  # fmt: skip
+    """A forward and backward of NST."""
+    s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
+
+    def run() -> None:
+        from kernels._triton import nst as kernels
+
+        loss, one, two = kernels.nst_forward(s, t, method, term, 1e-12)
+        kernels.nst_backward(s, t, one, two, loss, method, 1e-12)
+
+    return run
+
+
+def norm_act_call(channels: int, size: int, dtype: torch.dtype, training: bool, activation: str) -> Any:
+    """A forward and backward of BatchNorm with an activation."""
+    x, one = _meta((64, channels, size, size), dtype, torch.channels_last), _meta((channels,), torch.float32)
+
+    def run() -> None:
+        from kernels._triton import norm_act as kernels
+
+        y, saved = kernels.norm_act_forward(x, one, one, one, one, training, 0.1, 1e-5, activation)
+        kernels.norm_act_backward(x, y, one, one, saved, training, activation)
+
+    return run
 
 
 def _calls() -> Iterator[tuple[str, Any]]:
     """(title, call) of forward and backward on tensors without memory."""
+    yield from _ce_kd_calls()
+    for channels, size in ((24, 32), (144, 16), (576, 4)):  # both sets of constants, masked channels
+        for dtype, training, activation in (
+            (torch.bfloat16, True, "relu6"), (torch.float32, True, "none"), (torch.float16, False, "relu"),
+        ):  # fmt: skip
+            title = f"norm_act {channels} {size}x{size} {_name(dtype)} {'training' if training else 'evaluation'}"
+            yield title, norm_act_call(channels, size, dtype, training, activation)
     bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
-
-    def ce_kd(classes: int, dtype: torch.dtype, kind: str = "index", pad: int = 0, **changes: Any) -> Any:
-        rows = 1024
-        spec = reference.CEKDSpec(4.0, 0.1, 0.9, 0.0, -100, "kd", 1.0, 8.0, False, "mean")._replace(**changes)
-        logits = _meta((rows, classes + pad), dtype)[:, :classes]
-        target = _meta((rows, classes), fp32) if kind == "soft" else _meta((rows,), torch.int64)
-        target_b, lam = (target, _meta((rows,), fp32)) if kind == "mixed" else (None, None)
-
-        def run() -> None:
-            from kernels._triton import ce_kd as kernels
-
-            loss, _, grad, count = kernels.ce_kd_forward(
-                logits, logits, None if kind == "none" else target, target_b, lam, spec, True
-            )
-            kernels.ce_kd_backward(grad, loss, count, spec.reduction)
-
-        return run
-
-    for classes, dtype in ((10, bf16), (100, bf16), (100, fp32), (100, fp16), (1000, bf16), (4096, bf16),
-                           (8192, bf16), (8192, fp32), (21841, bf16), (21841, fp32)):  # fmt: skip
-        yield f"ce_kd C={classes} {_name(dtype)}", ce_kd(classes, dtype)
-    yield "ce_kd C=21841 stride 21848 bf16", ce_kd(21841, bf16, pad=7)
-    for classes in (100, 8192, 21841):
-        yield f"ce_kd C={classes} soft", ce_kd(classes, bf16, "soft", label_smoothing=0.1)
-        yield f"ce_kd C={classes} mixed", ce_kd(classes, bf16, "mixed", label_smoothing=0.1)
-    yield "ce_kd C=100 no target, by row", ce_kd(100, bf16, "none", reduction="none")
-    yield "ce_kd C=21841 no target, by row", ce_kd(21841, bf16, "none", reduction="none")
-    for classes in (100, 8192):
-        yield f"dkd C={classes}", ce_kd(classes, bf16, variant="dkd")
-        yield f"standardized C={classes}", ce_kd(classes, bf16, standardize=True)
-    for classes in (100, 4096):
-        yield f"dkd standardized C={classes}", ce_kd(classes, bf16, variant="dkd", standardize=True)
-
-    def attention(shape_s: tuple[int, ...], shape_t: tuple[int, ...], dtype: torch.dtype, p: float, mode: str,
-                  layout: torch.memory_format) -> Any:  # fmt: skip
-        s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
-
-        def run() -> None:
-            from kernels._triton import attention as kernels
-
-            loss, coef = kernels.attention_forward(s, t, p, mode, 1e-12)
-            kernels.attention_backward(s, coef, loss, p)
-
-        return run
-
     last, first = torch.channels_last, torch.contiguous_format
     for s, t, size, dtype, p, mode, layout in (
         (24, 24, 32, bf16, 2.0, "mean", last), (24, 24, 32, fp32, 2.0, "mean", first),
@@ -153,21 +187,9 @@ def _calls() -> Iterator[tuple[str, Any]]:
         (1280, 2048, 7, bf16, 2.0, "mean", last), (16, 16, 128, fp32, 2.0, "paper", last),
     ):  # fmt: skip
         title = f"at {s}/{t} {size}x{size} {_name(dtype)} p={p:g} {mode} {'NHWC' if layout == last else 'NCHW'}"
-        yield title, attention((128, s, size, size), (128, t, size, size), dtype, p, mode, layout)
-    yield "at 160 14x14 / 1024 7x7 bf16", attention((128, 160, 14, 14), (128, 1024, 7, 7), bf16, 2.0, "mean", last)
-    yield "at 24 32x32 / 64 64x64 bf16", attention((128, 24, 32, 32), (128, 64, 64, 64), bf16, 2.0, "mean", last)
-
-    def nst(s: int, t: int, size: int, dtype: torch.dtype, method: str, term: bool, layout: torch.memory_format) -> Any:
-        f_s, f_t = _meta((128, s, size, size), dtype, layout), _meta((128, t, size, size), dtype, layout)
-
-        def run() -> None:
-            from kernels._triton import nst as kernels
-
-            loss, one, two = kernels.nst_forward(f_s, f_t, method, term, 1e-12)
-            kernels.nst_backward(f_s, f_t, one, two, loss, method, 1e-12)
-
-        return run
-
+        yield title, attention_call((128, s, size, size), (128, t, size, size), dtype, p, mode, layout)
+    yield "at 160 14x14 / 1024 7x7 bf16", attention_call((128, 160, 14, 14), (128, 1024, 7, 7))
+    yield "at 24 32x32 / 64 64x64 bf16", attention_call((128, 24, 32, 32), (128, 64, 64, 64))
     for s, t, size, dtype, method, term, layout in (
         (24, 24, 32, bf16, "channel", True, last), (24, 24, 32, fp32, "channel", True, first),
         (64, 64, 16, bf16, "channel", True, last), (64, 64, 16, fp32, "channel", True, last),
@@ -177,7 +199,28 @@ def _calls() -> Iterator[tuple[str, Any]]:
         (1280, 2048, 7, bf16, "spatial", True, last), (1280, 2048, 7, fp32, "spatial", True, last),
     ):  # fmt: skip
         title = f"nst {method} {s}/{t} {size}x{size} {_name(dtype)} {'NHWC' if layout == last else 'NCHW'}"
-        yield title, nst(s, t, size, dtype, method, term, layout)
+        yield title, nst_call((128, s, size, size), (128, t, size, size), method, dtype, term, layout)
+    for n, s, t, method, size in ((1024, 64, 64, "channel", 16), (1024, 160, 160, "spatial", 8)):
+        yield f"nst {method} {n}x{s}/{t} bf16", nst_call((n, s, size, size), (n, t, size, size), method)
+
+
+def _ce_kd_calls() -> Iterator[tuple[str, Any]]:
+    bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
+    for classes, dtype in ((10, bf16), (100, bf16), (100, fp32), (100, fp16), (1000, bf16), (4096, bf16),
+                           (8192, bf16), (8192, fp32), (21841, bf16), (21841, fp32)):  # fmt: skip
+        yield f"ce_kd C={classes} {_name(dtype)}", ce_kd_call(classes, dtype)
+    yield "ce_kd C=21841 T=3 bf16", ce_kd_call(21841, bf16, temperature=3.0)
+    yield "ce_kd C=21841 stride 21848 bf16", ce_kd_call(21841, bf16, pad=7)
+    for classes in (100, 8192, 21841):
+        yield f"ce_kd C={classes} soft", ce_kd_call(classes, bf16, "soft", label_smoothing=0.1)
+        yield f"ce_kd C={classes} mixed", ce_kd_call(classes, bf16, "mixed", label_smoothing=0.1)
+    yield "ce_kd C=100 no target, by row", ce_kd_call(100, bf16, "none", reduction="none")
+    yield "ce_kd C=21841 no target, by row", ce_kd_call(21841, bf16, "none", reduction="none")
+    for classes, dtype in ((100, bf16), (8192, bf16), (8192, fp32)):
+        yield f"dkd C={classes} {_name(dtype)}", ce_kd_call(classes, dtype, variant="dkd")
+        yield f"standardized C={classes} {_name(dtype)}", ce_kd_call(classes, dtype, standardize=True)
+    for classes in (100, 4096):
+        yield f"dkd standardized C={classes}", ce_kd_call(classes, bf16, variant="dkd", standardize=True)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype, layout: Any = torch.contiguous_format) -> Tensor:
@@ -189,8 +232,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
-def _recording(title: str, launches: list[Launch]) -> Iterator[None]:
-    """Inside, `kernel[grid](...)` appends to `launches` what it would have started."""
+def recording(title: str, launches: list[Launch]) -> Iterator[None]:
+    """Inside, `kernel[grid](...)` starts nothing and appends the launch to `launches`."""
     from triton.runtime.jit import JITFunction
 
     start = JITFunction.run
@@ -233,12 +276,12 @@ def exit_code(usages: list[Usage]) -> int:
     return 0 if all(usage.fits for usage in usages) else 1
 
 
-def report(loss: str = "", arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
-    """Every distinct shipped variant (of one loss), compiled; equal arguments of one kernel count once."""
+def report(module: str = "", arches: tuple[int, ...] = ARCHES) -> list[Usage]:
+    """Compiles every distinct shipped variant, or those of one module of kernels/_triton."""
     seen: set[str] = set()
     usages = []
     for launch in shipped_launches():
-        if not launch.kernel.fn.__module__.endswith(loss):
+        if not launch.kernel.fn.__module__.endswith(module):
             continue
         shape = {k: (v.dtype if isinstance(v, Tensor) else v) for k, v in launch.arguments.items()}
         key = f"{launch.kernel.fn.__name__} {launch.options} {sorted(shape.items(), key=str)}"
@@ -250,8 +293,8 @@ def report(loss: str = "", arches: tuple[int, ...] = (80, 90)) -> list[Usage]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n")[0])
-    parser.add_argument("--report", action="store_true", help="print the table (else only what does not fit)")
-    parser.add_argument("--only", default="", choices=("ce_kd", "attention", "nst"), help="one loss's kernels")
+    parser.add_argument("--report", action="store_true", help="print every variant, not only those that do not fit")
+    parser.add_argument("--only", default="", choices=("ce_kd", "attention", "nst", "norm_act"), help="one module")
     options = parser.parse_args()
     import triton
 

@@ -1,14 +1,15 @@
 """The public losses: what they compute, what they accept, and what they refuse.
 
-Every loss returns a float32 scalar (float64 for float64 inputs), is differentiable by the student once,
-and expects a teacher that does not require grad. float32, bfloat16 and float16 inputs accumulate in
-float32. CUDA tensors run Triton kernels, others the closed-form reference; `backend="triton"` or
-`"reference"` forces one, the environment variable KERNELS_BACKEND replaces `"auto"`.
+Every loss returns a float32 scalar (float64 for float64 inputs), is once differentiable with respect to the
+student, and expects a teacher that does not require grad. float32, bfloat16 and float16 inputs accumulate in
+float32. CUDA tensors run Triton kernels, all others the closed-form reference. `backend="triton"` or
+`"reference"` forces one.
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,71 +23,6 @@ REDUCTIONS = ("mean", "sum", "none")
 VARIANTS = ("kd", "dkd")
 MODES = ("mean", "paper", "batchmean")
 METHODS = ("auto", "spatial", "channel")
-
-
-@overload
-def ce_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = ...,
-    *,
-    temperature: float = ...,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    target_b: Tensor | None = ...,
-    lam: Tensor | float | None = ...,
-    variant: str = ...,
-    dkd_alpha: float = ...,
-    dkd_beta: float = ...,
-    standardize: bool = ...,
-    reduction: str = ...,
-    return_parts: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
-@overload
-def ce_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = ...,
-    *,
-    temperature: float = ...,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    target_b: Tensor | None = ...,
-    lam: Tensor | float | None = ...,
-    variant: str = ...,
-    dkd_alpha: float = ...,
-    dkd_beta: float = ...,
-    standardize: bool = ...,
-    reduction: str = ...,
-    return_parts: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def ce_kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None = ...,
-    *,
-    temperature: float = ...,
-    ce_weight: float = ...,
-    kd_weight: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    target_b: Tensor | None = ...,
-    lam: Tensor | float | None = ...,
-    variant: str = ...,
-    dkd_alpha: float = ...,
-    dkd_beta: float = ...,
-    standardize: bool = ...,
-    reduction: str = ...,
-    return_parts: bool,
-    backend: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def ce_kd_loss(
@@ -106,29 +42,27 @@ def ce_kd_loss(
     dkd_beta: float = 8.0,
     standardize: bool = False,
     reduction: str = "mean",
-    return_parts: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Cross entropy plus knowledge distillation, loss and gradient in one pass over the logits.
 
         loss = ce_weight * CE(s, y) + kd_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
-    in nats, each a mean over the rows that are not ignored (`reduction="mean"`), a sum, or by row (N,).
-    KL keeps a relative error below 1e-6 at T = 32, where the usual float32 form keeps no digit, and is exactly 0
-    for equal logits: the kernels sum p_t (d + exp(-d) - 1), d = log p_t - log p_s, every addend >= 0; the
+    in nats: each a mean over the rows that are not ignored (`reduction="mean"`), a sum, or one value per row (N,).
+    KL keeps a relative error below 1e-6 at T = 32, where the usual float32 form has no correct digit, and is
+    exactly 0 for equal logits: the kernels sum p_t (d + exp(-d) - 1), d = log p_t - log p_s, every addend >= 0; the
     reference takes the difference of the logits in float64.
 
     Args:
-        student_logits, teacher_logits: (N, C), floating point; the teacher's without grad.
+        student_logits, teacher_logits: (N, C), floating point; the teacher's must not require grad.
         target: class indices (N,), probabilities (N, C), or None for KD alone.
         temperature: T > 0, for both sides.
-        ce_weight, kd_weight: weights of the terms; a term of weight 0 is skipped, its part reads 0.
+        ce_weight, kd_weight: weights of the terms; a term of weight 0 is skipped and its part reads 0.
         label_smoothing: in [0, 1): CE against (1 - e) y + e / C.
         ignore_index: rows with this target count in neither term (an ignored row needs no valid logits).
         target_b, lam: mixup: CE is lam * CE(target) + (1 - lam) * CE(target_b); lam a float or (N,).
         variant: "dkd" replaces KL by dkd_alpha * TCKD + dkd_beta * NCKD (needs class indices).
         standardize: KD on (x - mean) / (1e-7 + std) of each row's logits; CE on the logits as they are.
-        return_parts: also return a detached tensor (3,) = (loss, ce, kd), unweighted parts.
 
     Sources: KD: Hinton et al., 2015 (arXiv 1503.02531), section 2. DKD: Zhao et al., 2022 (arXiv
     2203.08679), equation 7. Standardization: Sun et al., 2024 (arXiv 2403.01427), algorithm 1.
@@ -136,17 +70,55 @@ def ce_kd_loss(
     torchdistill's KDLoss(T, alpha) with ce_weight = alpha, kd_weight = 1 - alpha. Liger's distillation
     losses have no T^2: kd_weight = w / T^2. attention-transfer's alpha is kd_weight.
 
-    Labels out of range raise IndexError on the CPU and give a NaN loss on CUDA, which is never asked.
-    If every row is ignored the mean is NaN, as in PyTorch, and the gradient 0.
+    A label out of range raises IndexError on the CPU and gives a NaN loss on CUDA, where checking it would wait for
+    the device. If every row is ignored, the mean is NaN, as in PyTorch, and the gradient is 0.
+
+    `ce_kd_loss_and_parts` also returns the unweighted parts.
 
     Raises:
-        ValueError: shapes that differ, a temperature, weight, reduction or variant that cannot be.
-        TypeError: logits that are not floating point; targets of a type that is neither.
-        RuntimeError: a teacher that requires grad.
-        IndexError: a label out of range, on the CPU.
+        ValueError: shapes differ, or a temperature, smoothing, reduction or variant is invalid.
+        TypeError: logits are not floating point, or targets are neither integers nor floating point.
+        RuntimeError: the teacher requires grad.
+        IndexError: a label is out of range, on the CPU.
 
     >>> loss = ce_kd_loss(student(x), teacher(x).detach(), y, temperature=4.0)  # doctest: +SKIP
     """
+    return _ce_kd(
+        student_logits, teacher_logits, target, target_b, lam,
+        temperature, ce_weight, kd_weight, label_smoothing, ignore_index,
+        variant, dkd_alpha, dkd_beta, standardize, reduction, backend,
+    )[0]  # fmt: skip
+
+
+def ce_kd_loss_and_parts(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ce_kd_loss` with the same `options`, and a detached tensor (3,) = (loss, ce, kd) with its unweighted parts."""
+    given = inspect.signature(ce_kd_loss).bind(student_logits, teacher_logits, target, **options)
+    given.apply_defaults()
+    loss, parts = _ce_kd(**given.arguments)
+    return loss, parts.detach() if isinstance(parts, Tensor) else torch.tensor(parts, dtype=torch.float32, device="cpu")
+
+
+def _ce_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    target_b: Tensor | None,
+    lam: Tensor | float | None,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    variant: str,
+    dkd_alpha: float,
+    dkd_beta: float,
+    standardize: bool,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Any]:
+    """See `ce_kd_loss`: the loss, and its parts as a tensor (3,) or three numbers."""
     _check_logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
@@ -159,19 +131,16 @@ def ce_kd_loss(
         raise ValueError("variant='dkd' and standardize=True need 2 classes or more, these logits have 1")
     if variant == "dkd" and (target is None or target.is_floating_point() or target_b is not None):
         raise ValueError("variant='dkd' needs class indices as target and no target_b: the target class is "
-                         "what it takes apart; use variant='kd' with soft or mixed targets")  # fmt: skip
+                         "what it separates; use variant='kd' with soft or mixed targets")  # fmt: skip
     backend = _dispatch.resolve(backend, student_logits.device)
     if backend == "triton" and not _tiles.has_ce_kd(student_logits, variant, standardize):
         backend = "reference"
     with_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    loss, parts = _ops.ce_kd(
+    return _ops.ce_kd(
         student_logits, teacher_logits, target, target_b, share,
         float(temperature), float(ce_weight), float(kd_weight), float(label_smoothing), ignore_index,
         variant, float(dkd_alpha), float(dkd_beta), standardize, reduction, with_grad, backend,
     )  # fmt: skip
-    if not return_parts:
-        return loss
-    return loss, parts.detach() if isinstance(parts, Tensor) else torch.tensor(parts, dtype=torch.float32, device="cpu")
 
 
 def attention_transfer_loss(
@@ -190,21 +159,21 @@ def attention_transfer_loss(
         mode="mean": sum u^2 / (N H W)   "batchmean": sum u^2 / N   "paper": sum_n ||u_n||_2 / N
 
     Args:
-        student, teacher: (N, C, H, W), or sequences of as many; channel counts may differ. Of different
+        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. Of different
             sizes, the larger is average-pooled to the smaller before the power (an integer ratio of equal
             sides inside the kernel, without a copy).
         p: the power, >= 1.
-        weights: one a pair, 1 by default; the result is the weighted sum over pairs.
+        weights: one per pair, 1 by default; the result is the weighted sum over pairs.
 
     Source: Zagoruyko and Komodakis, 2017 (arXiv 1612.03928), equation 2, whose loss is "paper" with
-    weight beta / 2; their code, RepDistiller and mdistiller compute "mean" with beta = 1000 a stage.
-    A map whose norm is below eps is divided by eps and gets the matching finite gradient.
+    weight beta / 2; their code, RepDistiller and mdistiller compute "mean" with beta = 1000 per stage.
+    A map whose norm is below eps is divided by eps, and its gradient is that of this division.
     Memory traffic, forward and backward: N H W (3 C_s + C_t) elements.
 
     Raises:
-        ValueError: batch sizes that differ, p < 1, a mode that does not exist.
-        TypeError: features that are not floating point.
-        RuntimeError: a teacher that requires grad.
+        ValueError: batch sizes differ, p < 1, or the mode is unknown.
+        TypeError: features are not floating point.
+        RuntimeError: the teacher requires grad.
     """
     if not p >= 1:
         raise ValueError(f"p is {p}; it must be 1 or above for the map to have a gradient")
@@ -237,24 +206,24 @@ def nst_loss(
 
     with a_i, b_j the student's and the teacher's channels over H W, each of length 1. It equals
     1/N sum_n || A^T A / C_s - B^T B / C_t ||_F^2, so it is computed through H W x H W Grams
-    (`method="spatial"`) or C x C Grams ("channel"), whichever multiplies less ("auto"); the
-    N x C_s x C_t x H W product of the usual code never exists.
+    (`method="spatial"`) or C x C Grams ("channel"), whichever takes fewer products ("auto"). The
+    N x C_s x C_t x H W product of the usual code is never formed.
 
     Args:
-        student, teacher: (N, C, H, W), or sequences of as many; channel counts may differ. Of different
-            sizes, the larger is average-pooled to the smaller first, which copies it.
-        teacher_term: False leaves the teacher's constant (second) term out: same gradient, less work;
-            the loss is then not >= 0.
-        eps: the least norm a channel is divided by; a channel below it gets the matching gradient.
-        weights: one a pair, 1 by default; the result is the weighted sum over pairs.
+        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. Of different
+            sizes, the larger is first average-pooled to the smaller, which makes a copy.
+        teacher_term: False leaves out the teacher's constant (second) term: the gradient is the same, there is
+            less work, and the loss may be negative.
+        eps: the smallest norm a channel is divided by.
+        weights: one per pair, 1 by default; the result is the weighted sum over pairs.
 
     Source: Huang and Wang, 2017 (arXiv 1707.01219), equation 8 with the polynomial kernel d = 2, c = 0.
     RepDistiller's and mdistiller's NSTLoss with beta = 50 is ours with weight 50, summed over stages.
 
     Raises:
-        ValueError: batch sizes that differ, a method that does not exist.
-        TypeError: features that are not floating point.
-        RuntimeError: a teacher that requires grad.
+        ValueError: batch sizes differ, or the method is unknown.
+        TypeError: features are not floating point.
+        RuntimeError: the teacher requires grad.
     """
     _check_choice("method", method, METHODS)
 
@@ -273,11 +242,11 @@ def nst_loss(
 def hint_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None) -> Tensor:
     """mean (s - t)^2 over all elements: FitNets' hint after the regressor (`HintLoss` has one).
 
-    Args: student, teacher: of one shape, or sequences of as many; weights: one a pair, 1 by default.
+    Args: student, teacher: of one shape, or sequences of the same length; weights: one per pair, 1 by default.
     Source: Romero et al., 2015 (arXiv 1412.6550), equation 3, whose sum over elements is a mean here and
     in RepDistiller (beta = 100).
 
-    Raises: ValueError for shapes that differ; TypeError, RuntimeError as the other losses.
+    Raises: ValueError if shapes differ; TypeError and RuntimeError as the other losses.
     """
 
     def one(s: Tensor, t: Tensor) -> Tensor:
@@ -295,11 +264,11 @@ def similarity_loss(
 ) -> Tensor:
     """Similarity-preserving distillation: sum (G_s - G_t)^2 / N^2, G the row-normalised N x N Gram.
 
-    Args: student, teacher: (N, ...), one sample a row, other sizes may differ; or sequences of as many.
+    Args: student, teacher: (N, ...), one sample per row, other sizes may differ; or sequences of the same length.
     Source: Tung and Mori, 2019 (arXiv 1907.09682), equations 1 to 4; RepDistiller's Similarity with
     beta = 3000 on the last stage, torchdistill's SPKDLoss with reduction="batchmean".
 
-    Raises: ValueError for batch sizes that differ; TypeError, RuntimeError as the other losses.
+    Raises: ValueError if batch sizes differ; TypeError and RuntimeError as the other losses.
     """
 
     def gram(feature: Tensor) -> Tensor:
@@ -323,7 +292,8 @@ def _over_pairs(
     students = [student] if isinstance(student, Tensor) else list(student)
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if not students or len(students) != len(teachers):
-        raise ValueError(f"student has {len(students)} features, teacher {len(teachers)}: give as many, 1 or more")
+        raise ValueError(f"student has {len(students)} features, teacher {len(teachers)}: "
+                         "give the same number of each, 1 or more")  # fmt: skip
     if weights is not None and len(weights) != len(students):
         raise ValueError(f"weights has {len(weights)} numbers for {len(students)} pairs of features")
     terms = []
@@ -356,7 +326,7 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_teacher(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        raise RuntimeError(f"{name} requires grad, which no distillation loss gives it: detach it, or run "
+        raise RuntimeError(f"{name} requires grad, but no distillation loss trains it: detach it, or run "
                            "the teacher under torch.no_grad()")  # fmt: skip
 
 
@@ -376,7 +346,7 @@ def _check_features(student: Tensor, teacher: Tensor, spatial: bool) -> None:
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     alike = student.shape == teacher.shape and student.dtype == teacher.dtype and student.device == teacher.device
     if alike and student.dim() == 2 and student.shape[1] and student.is_floating_point() and not teacher.requires_grad:
-        return  # the usual case, in half the time
+        return  # the usual case, checked in half the time
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         _check_floating(name, logits)
         if logits.dim() != 2 or logits.shape[1] == 0:
@@ -419,5 +389,5 @@ def _check_target(
     if lam.dim() == 0:
         lam = lam.expand(rows)
     if lam.shape != rows:
-        raise ValueError(f"lam has shape {tuple(lam.shape)}; give a float or one share a row {tuple(rows)}")
+        raise ValueError(f"lam has shape {tuple(lam.shape)}; give a float or one share per row {tuple(rows)}")
     return target, target_b.long(), lam.to(logits.device, torch.float32)

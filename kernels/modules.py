@@ -1,4 +1,4 @@
-"""The losses as `nn.Module`s, for code that builds its criterion once; the numbers show in `repr`."""
+"""The losses as `nn.Module`s, for code that builds its criterion once. `repr` shows every option."""
 from __future__ import annotations
 
 from typing import Any
@@ -9,7 +9,7 @@ from kernels import functional
 
 
 class _Configured(nn.Module):
-    """Keeps keyword arguments and checks their names when built, not at the first batch."""
+    """Keeps keyword arguments, and checks their names when it is built, not at the first batch."""
 
     def __init__(self, loss: Any, options: dict[str, Any]) -> None:
         super().__init__()
@@ -25,13 +25,13 @@ class _Configured(nn.Module):
 
 
 class CEKDLoss(_Configured):
-    """`ce_kd_loss` with its keyword options fixed; target_b and lam are given by batch."""
+    """`ce_kd_loss` with fixed keyword options; target_b and lam come with each batch."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(functional.ce_kd_loss, options)
         for by_batch in ("target_b", "lam"):
             if self.options.pop(by_batch) is not None:
-                raise TypeError(f"{by_batch} changes with the batch: give it to the call")
+                raise TypeError(f"{by_batch} changes with the batch: pass it to the call")
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class CEKDLoss(_Configured):
 
 
 class AttentionTransferLoss(_Configured):
-    """`attention_transfer_loss` with its keyword options fixed."""
+    """`attention_transfer_loss` with fixed keyword options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(functional.attention_transfer_loss, options)
@@ -57,7 +57,7 @@ class AttentionTransferLoss(_Configured):
 
 
 class NSTLoss(_Configured):
-    """`nst_loss` with its keyword options fixed."""
+    """`nst_loss` with fixed keyword options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(functional.nst_loss, options)
@@ -76,8 +76,8 @@ class SimilarityLoss(nn.Module):
 class HintLoss(nn.Module):
     """`hint_loss` after a learnt 1x1 convolution from the student's channels to the teacher's.
 
-    Give its parameters to the optimizer. A student map of another size is average-pooled or, where
-    smaller, the teacher's map is (Romero et al., 2015, arXiv 1412.6550, section 2.2).
+    Pass its parameters to the optimizer. If the maps differ in size, the larger is average-pooled to the
+    smaller (Romero et al., 2015, arXiv 1412.6550, section 2.2).
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:

@@ -2,8 +2,8 @@
 
 Every loss is a pair of functions. `*_forward` returns the loss and what the gradient needs;
 `*_backward` turns that and an upstream gradient into the student's gradient. The Triton kernels in
-`kernels/_triton` have the same pairs with the same arguments. Nothing here asks the host for a value on a
-CUDA device, mutates an input or needs autograd.
+`kernels/_triton` have the same pairs with the same arguments. Nothing here waits for a value from a CUDA
+device, mutates an input or needs autograd.
 
 Shape suffixes: N batch, C classes, F channels (S the student's, T the teacher's), P positions (H * W).
 """
@@ -26,7 +26,7 @@ LEAST_SHORT = 1e-30  # a float32 probability below may have lost digits to under
 
 
 class CEKDSpec(NamedTuple):
-    """The numbers of one `ce_kd_loss` call; a term of weight 0 is skipped and its part reads 0."""
+    """The options of a `ce_kd_loss` call; a term of weight 0 is skipped and its part reads 0."""
 
     temperature: float
     ce_weight: float
@@ -41,7 +41,7 @@ class CEKDSpec(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything shorter accumulates in float32."""
+    """float64 for float64; everything shorter accumulates in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -78,7 +78,7 @@ def ce_kd_forward(
     ce, kd = (grad.new_zeros(rows) if x is None else x for x in (ce, kd))
     grad = grad.to(student_NC.dtype)
     if kept is not None and bad is not None:
-        # A row out of range is NaN on a device that must not be asked; the CPU raised.
+        # On a device, where checking would wait, a row out of range is NaN; the CPU raised an error.
         ce, kd = (x.masked_fill(bad, torch.nan).masked_fill(~kept, 0) for x in (ce, kd))
         grad = grad.masked_fill(bad[:, None], torch.nan).masked_fill(~kept[:, None], 0)
     grad = grad if with_grad else grad.new_empty(0)
@@ -131,7 +131,7 @@ def ce_kd_plain(
 def _plain_rows(
     s_NC: Tensor, t_NC: Tensor, index_N1: Tensor, grad_NC: Tensor, spec: CEKDSpec
 ) -> tuple[float, float] | None:
-    """Sums over rows of CE and of KL; writes the gradient over T kd_weight. None where this way is not exact.
+    """Sums over rows of CE and of KL; writes the gradient over T kd_weight. None where this is not accurate.
 
     With d = (t - s) / T, p_t = p_s exp(d) / Z and KL = sum_c p_t d - log Z. A float32 p_s is a distribution as
     good as the true one, 1e-7 away; only d and exp(d) must be exact, as most digits of the sum cancel.
@@ -173,7 +173,7 @@ def _pair(first: float, second: float) -> Tensor:
 def _check_labels(
     a: Tensor, b: Tensor | None, classes: int, ignore: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Rows that count and rows out of range; (None, None) where the CPU sees that all are in range."""
+    """Rows that count and rows out of range; (None, None) if the CPU finds all in range."""
     if a.device.type == "cpu":
         extremes = [x for labels in (a, b) if labels is not None and labels.numel() for x in labels.aminmax()]
         if all(0 <= int(x) < classes for x in extremes) and not 0 <= ignore < classes:
@@ -187,13 +187,13 @@ def _check_labels(
         label = int(a[row]) if b is None or not 0 <= int(a[row]) < classes else int(b[row])
         raise IndexError(
             f"target[{row}] is {label}, out of range for {classes} classes; use 0..{classes - 1}, "
-            f"or ignore_index ({ignore}) for a row to leave out"
+            f"or ignore_index ({ignore}) to leave a row out"
         )
     return kept, bad
 
 
 def _chunk_rows(matrix: Tensor) -> int:
-    """Rows that stay in a CPU's cache while a dozen operations pass over them; all of them elsewhere."""
+    """Rows that stay in a CPU's cache while a dozen operations pass over them; all rows on other devices."""
     rows, columns = matrix.shape
     return max(1, CHUNK_ELEMENTS // columns) if matrix.device.type == "cpu" else max(rows, 1)
 
@@ -237,15 +237,15 @@ def _ce(
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
-    """By row, from chunks of rows; an empty batch is one chunk."""
+    """Joins chunks of rows; an empty batch is one chunk."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _kd(student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKDSpec, grad_NC: Tensor) -> Tensor:
     """T^2 KL(p_t || p_s) or DKD by row; writes kd_weight times its gradient to `grad_NC`.
 
-    In float64 whatever comes in: at T = 32 the two sides' log-probabilities agree in most digits, and their
-    float32 difference keeps few (up to 68 % off).
+    In float64 for any input: at T = 32 the two sides' log-probabilities agree in most digits, and their
+    float32 difference keeps few (it is up to 68 % off).
     """
     step, rows = _chunk_rows(student_NC), []
     labels = itertools.repeat(None) if label is None else label.split(step)
@@ -284,8 +284,8 @@ def _kl(s_NC: Tensor, t_NC: Tensor) -> tuple[Tensor, Tensor]:
     """KL(softmax t || softmax s) by row of float64 logits, and its gradient softmax s - softmax t.
 
     sum_c p_t (t - s) - (log sum exp t - log sum exp s), whose parts cancel at high T: in float64 1e-9 of it
-    is left at T = 32, in float32 nothing is. Rounding is all that can be below 0, so it is cut off there; the
-    kernels, which have float32 alone, sum addends that are >= 0 and a series.
+    is left at T = 32, in float32 nothing is. Only rounding can make it negative, so it is clamped at 0. The
+    kernels, which compute in float32, sum a series instead, whose terms are all >= 0.
     """
     p_s, p_t = torch.softmax(s_NC, 1), torch.softmax(t_NC, 1)
     # A softmax peaks at 1 / (the sum of exponentials less its largest), which saves the second walk.
@@ -302,7 +302,7 @@ def _kl(s_NC: Tensor, t_NC: Tensor) -> tuple[Tensor, Tensor]:
 def _dkd(s_NC: Tensor, t_NC: Tensor, label: Tensor, spec: CEKDSpec) -> tuple[Tensor, Tensor]:
     """alpha KL of (target, rest) + beta KL among the others (Zhao et al., 2022, eq. 7), over T^2.
 
-    The rest's share is exp(lse_rest - lse), never 1 - p_y, so a certain student costs a finite loss.
+    The rest's share is exp(lse_rest - lse), never 1 - p_y, so the loss of a confident student is finite.
     """
     y = label[:, None]
     log_y, log_rest, others = [], [], []
@@ -370,17 +370,18 @@ def _power_map(feature_NFHW: Tensor, p: float) -> Tensor:
 
 
 def nst_method(method: str, student: Tensor, teacher: Tensor, teacher_term: bool) -> str:
-    """ "spatial" (P x P Grams) or "channel" (three F x F Grams): the one that multiplies less."""
+    """ "spatial" (P x P Grams) or "channel" (three F x F Grams): the one with fewer products."""
     if method != "auto":
         return method
     s, t, positions = student.shape[1], teacher.shape[1], student[0, 0].numel()
-    return "spatial" if positions * (s + t) <= s * s + s * t + t * t * teacher_term else "channel"
+    constant = t * t if teacher_term else 0  # torch 2.11 cannot multiply a symbolic size by a bool
+    return "spatial" if positions * (s + t) <= s * s + s * t + constant else "channel"
 
 
 def nst_forward(
     student: Tensor, teacher: Tensor, method: str, teacher_term: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and two matrices a sample that the gradient needs.
+    """Loss, and two matrices per sample that the gradient needs.
 
     spatial: the Gram difference (N, P, P) and the reciprocal norms (N, S, 1);
     channel: W_ss (N, S, S) and W_st (N, S, T) with d loss / d F_s = W_ss F_s + W_st F_t.

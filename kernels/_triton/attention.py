@@ -1,8 +1,8 @@
-"""Attention transfer: maps, norms, loss and the gradient's coefficient in one launch (three for large maps).
+"""Attention transfer: maps, norms, loss and the gradient's coefficient in one launch, or two for large samples.
 
 With q = mean_c |f|^p, a = q / ||q||, u = a_s - a_t the gradient is coef * (p / C) |f|^(p-1) sign f, where
-coef = k / ||q_s|| (u - a_s <a_s, u>) is a map: the forward stores it, the backward is one elementwise pass.
-A feature R times as large as the other is average-pooled while it is loaded.
+coef = k / ||q_s|| (u - a_s <a_s, u>) is a map. The forward stores it, and the backward is one elementwise pass.
+A feature R times as large as the other is average-pooled as it is loaded.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -20,21 +20,22 @@ MODES = {"mean": 0, "paper": 1, "batchmean": 2}
 
 
 @triton.jit
-def _pooled(f_ptr, i_position, i_channel, mask, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
+def _offsets(i_position, P_STRIDE: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """Where a position of the map of width W is in memory, or the first of its R x R positions."""
+    if R > 1:
+        i_position = i_position // W * (R * R * W) + i_position % W * R
+    return i_position * P_STRIDE
+
+
+@triton.jit
+def _pooled(f_ptr, o_position, i_channel, mask, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
             W: tl.constexpr, R: tl.constexpr):  # fmt: skip
     """[positions, channels] of the map of width W, each the mean of R x R positions in memory."""
-    if R == 1:
-        o_position = i_position * P_STRIDE
-        f = tl.load(f_ptr + o_position[:, None] + i_channel[None, :] * C_STRIDE, mask=mask, other=0.0).to(tl.float32)
-    else:
-        corner = i_position // W * (R * R * W) + i_position % W * R
-        f = tl.zeros((i_position.shape[0], i_channel.shape[0]), tl.float32)
-        for k in tl.static_range(R * R):
-            o_position = (corner + (k // R) * (R * W) + k % R) * P_STRIDE
-            pointer = f_ptr + o_position[:, None] + i_channel[None, :] * C_STRIDE
-            f += tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-        f = f / (R * R)
-    return f
+    pointer = f_ptr + o_position[:, None] + i_channel[None, :] * C_STRIDE
+    f = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    for k in tl.static_range(1, R * R):
+        f += tl.load(pointer + (k // R * R * W + k % R) * P_STRIDE, mask=mask, other=0.0).to(tl.float32)
+    return f * (1.0 / (R * R))
 
 
 @triton.jit
@@ -53,15 +54,15 @@ def _power(f, POWER: tl.constexpr):
 
 
 @triton.jit
-def _map(f_ptr, i_position, P: tl.constexpr, C: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
+def _map(f_ptr, o_position, m_position, C: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
          W: tl.constexpr, R: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """mean_c |f|^POWER at these positions, 0 past the last."""
-    q = tl.zeros((i_position.shape[0],), tl.float32)
+    """mean_c |f|^POWER at these positions, 0 where masked; summed over the channels of a block at the end."""
+    total = tl.zeros((o_position.shape[0], BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         i_channel = start + tl.arange(0, BLOCK_C)
-        mask = (i_position < P)[:, None] & (i_channel < C)[None, :]
-        q += tl.sum(_power(_pooled(f_ptr, i_position, i_channel, mask, C_STRIDE, P_STRIDE, W, R), POWER), 1)
-    return q / C
+        mask = m_position[:, None] & (i_channel < C)[None, :]
+        total += _power(_pooled(f_ptr, o_position, i_channel, mask, C_STRIDE, P_STRIDE, W, R), POWER)
+    return tl.sum(total, 1) * (1.0 / C)
 
 
 @triton.jit
@@ -101,35 +102,57 @@ def fused_kernel(
     partial_ptr,  # [samples] scratch
     loss_ptr,  # [] out
     ticket_ptr,  # [1] zero before and after
-    s_sample_stride, t_sample_stride, eps,
+    eps,
     P: tl.constexpr, W: tl.constexpr,
-    S_C: tl.constexpr, S_C_STRIDE: tl.constexpr, S_P_STRIDE: tl.constexpr, S_R: tl.constexpr,
-    T_C: tl.constexpr, T_C_STRIDE: tl.constexpr, T_P_STRIDE: tl.constexpr, T_R: tl.constexpr,
+    S_STRIDE: tl.constexpr, S_C: tl.constexpr, S_C_STRIDE: tl.constexpr, S_P_STRIDE: tl.constexpr, S_R: tl.constexpr,
+    T_STRIDE: tl.constexpr, T_C: tl.constexpr, T_C_STRIDE: tl.constexpr, T_P_STRIDE: tl.constexpr, T_R: tl.constexpr,
     POWER: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, S_BLOCK_C: tl.constexpr, T_BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A sample a program: both maps stay in registers."""
+    """One sample per program; both maps stay in registers."""
     sample, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i_position = tl.arange(0, BLOCK_P)
-    q_s = _map(s_ptr + sample * s_sample_stride, i_position, P, S_C, S_C_STRIDE, S_P_STRIDE, W, S_R, POWER, BLOCK_C)
-    q_t = _map(t_ptr + sample * t_sample_stride, i_position, P, T_C, T_C_STRIDE, T_P_STRIDE, W, T_R, POWER, BLOCK_C)
+    m_position = i_position < P
+    o_s, o_t = _offsets(i_position, S_P_STRIDE, W, S_R), _offsets(i_position, T_P_STRIDE, W, T_R)
+    q_s = _map(s_ptr + sample * S_STRIDE, o_s, m_position, S_C, S_C_STRIDE, S_P_STRIDE, W, S_R, POWER, S_BLOCK_C)
+    q_t = _map(t_ptr + sample * T_STRIDE, o_t, m_position, T_C, T_C_STRIDE, T_P_STRIDE, W, T_R, POWER, T_BLOCK_C)
     _finish(q_s, q_t, i_position, sample, samples, eps, coef_ptr, partial_ptr, loss_ptr, ticket_ptr,
             P, MODE, PARTIALS)  # fmt: skip
 
 
 @triton.jit
-def map_kernel(
-    f_ptr,  # [samples, C, P * R^2]
-    q_ptr,  # [samples, P] out
-    sample_stride,
-    P: tl.constexpr, W: tl.constexpr, C: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
-    R: tl.constexpr, POWER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _map_of_rows(
+    f_ptr, q_ptr, block, rows, P: tl.constexpr, W: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr,
+    C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr, R: tl.constexpr, POWER: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One feature's map; grid (position blocks, samples)."""
-    sample = tl.program_id(1).to(tl.int64)
-    i_position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    q = _map(f_ptr + sample * sample_stride, i_position, P, C, C_STRIDE, P_STRIDE, W, R, POWER, BLOCK_C)
-    tl.store(q_ptr + sample * P + i_position, q, mask=i_position < P)
+    i_row = block * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_row = (i_row // P).to(tl.int64) * STRIDE + _offsets(i_row % P, P_STRIDE, W, R)
+    q = _map(f_ptr, o_row, i_row < rows, C, C_STRIDE, P_STRIDE, W, R, POWER, BLOCK_C)
+    tl.store(q_ptr + i_row, q, mask=i_row < rows)
+
+
+@triton.jit
+def map_kernel(
+    s_ptr,  # [samples, S_C, P * S_R^2] student
+    t_ptr,  # [samples, T_C, P * T_R^2] teacher
+    q_s_ptr,  # [samples, P] out
+    q_t_ptr,  # [samples, P] out
+    rows,  # samples * P
+    P: tl.constexpr, W: tl.constexpr,
+    S_STRIDE: tl.constexpr, S_C: tl.constexpr, S_C_STRIDE: tl.constexpr, S_P_STRIDE: tl.constexpr, S_R: tl.constexpr,
+    T_STRIDE: tl.constexpr, T_C: tl.constexpr, T_C_STRIDE: tl.constexpr, T_P_STRIDE: tl.constexpr, T_R: tl.constexpr,
+    POWER: tl.constexpr,
+    S_BLOCK_P: tl.constexpr, S_BLOCK_C: tl.constexpr, T_BLOCK_P: tl.constexpr, T_BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Both maps: the first programs take the student's rows (positions of all samples), the others the teacher's."""
+    block, s_blocks = tl.program_id(0), tl.cdiv(rows, S_BLOCK_P)
+    if block < s_blocks:
+        _map_of_rows(s_ptr, q_s_ptr, block, rows, P, W, S_STRIDE, S_C, S_C_STRIDE, S_P_STRIDE, S_R, POWER,
+                     S_BLOCK_P, S_BLOCK_C)  # fmt: skip
+    else:
+        _map_of_rows(t_ptr, q_t_ptr, block - s_blocks, rows, P, W, T_STRIDE, T_C, T_C_STRIDE, T_P_STRIDE, T_R, POWER,
+                     T_BLOCK_P, T_BLOCK_C)  # fmt: skip
 
 
 @triton.jit
@@ -143,7 +166,7 @@ def finish_kernel(
     eps,
     P: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """`_finish` for maps that `map_kernel` left in memory; a sample a program."""
+    """`_finish` for maps that `map_kernel` left in memory; one sample per program."""
     sample, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i_position = tl.arange(0, BLOCK_P)
     q_s = tl.load(q_s_ptr + sample * P + i_position, mask=i_position < P, other=0.0)
@@ -158,26 +181,27 @@ def backward_kernel(
     coef_ptr,  # [samples, P]
     upstream_ptr,  # []
     grad_ptr,  # [samples, C, P * R^2] out
-    sample_stride, grad_sample_stride,
-    P: tl.constexpr, W: tl.constexpr, C: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
-    G_C_STRIDE: tl.constexpr, G_P_STRIDE: tl.constexpr, R: tl.constexpr, POWER: tl.constexpr,
+    rows,  # samples * P
+    P: tl.constexpr, W: tl.constexpr, C: tl.constexpr, R: tl.constexpr, POWER: tl.constexpr,
+    STRIDE: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
+    G_STRIDE: tl.constexpr, G_C_STRIDE: tl.constexpr, G_P_STRIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """coef * POWER / C |f|^(POWER - 1) sign f; grid (position blocks, channel blocks, samples)."""
-    sample = tl.program_id(2).to(tl.int64)
-    i_position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """coef * POWER / C |f|^(POWER - 1) sign f; grid (blocks of positions of all samples, channel blocks)."""
+    i_row = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (i_position < P)[:, None] & (i_channel < C)[None, :]
-    f = _pooled(s_ptr + sample * sample_stride, i_position, i_channel, mask, C_STRIDE, P_STRIDE, W, R)
-    coef = tl.load(coef_ptr + sample * P + i_position, mask=i_position < P, other=0.0)
+    mask = (i_row < rows)[:, None] & (i_channel < C)[None, :]
+    sample, i_position = (i_row // P).to(tl.int64), i_row % P
+    f = _pooled(s_ptr, sample * STRIDE + _offsets(i_position, P_STRIDE, W, R), i_channel, mask,
+                C_STRIDE, P_STRIDE, W, R)  # fmt: skip
+    coef = tl.load(coef_ptr + i_row, mask=i_row < rows, other=0.0)
     coef = coef * (tl.load(upstream_ptr).to(tl.float32) * (POWER / (C * R * R)))
     slope = f if POWER == 2.0 else tl.where(f < 0.0, -1.0, 1.0) * _power(f, POWER - 1.0)
     out = (slope * coef[:, None]).to(grad_ptr.dtype.element_ty)
-    grad_ptr += sample * grad_sample_stride
-    corner = i_position // W * (R * R * W) + i_position % W * R
+    o_row = sample * G_STRIDE + _offsets(i_position, G_P_STRIDE, W, R)
+    pointer = grad_ptr + o_row[:, None] + i_channel[None, :] * G_C_STRIDE
     for k in tl.static_range(R * R):
-        o_position = (corner + (k // R) * (R * W) + k % R) * G_P_STRIDE
-        tl.store(grad_ptr + o_position[:, None] + i_channel[None, :] * G_C_STRIDE, out, mask=mask)
+        tl.store(pointer + (k // R * R * W + k % R) * G_P_STRIDE, out, mask=mask)
 
 
 def attention_forward(
@@ -191,30 +215,29 @@ def attention_forward(
     loss = coef.new_empty(())
     if samples == 0:
         return loss.fill_(torch.nan), coef
-    s, t = student.flatten(2), teacher.flatten(2)  # views where rows of a map follow each other, else copies
-    ratios = student.shape[3] // width, teacher.shape[3] // width
+    s, t = student.flatten(2), teacher.flatten(2)  # copies only where a map's rows are not adjacent in memory
     tail = (coef, coef.new_empty(samples), loss, ticket(student.device))
-    common = {"P": positions, "MODE": MODES[mode], "PARTIALS": _tiles.power_of_two(samples)}
+    features = {
+        "P": positions, "W": width, "POWER": p,
+        "S_STRIDE": s.stride(0), "S_C": s.shape[1], "S_C_STRIDE": s.stride(1), "S_P_STRIDE": s.stride(2),
+        "S_R": student.shape[3] // width,
+        "T_STRIDE": t.stride(0), "T_C": t.shape[1], "T_C_STRIDE": t.stride(1), "T_P_STRIDE": t.stride(2),
+        "T_R": teacher.shape[3] // width,
+    }  # fmt: skip
+    finish = {"MODE": MODES[mode], "PARTIALS": _tiles.power_of_two(samples)}
     with torch.cuda.device_of(student):
-        if positions <= _tiles.FUSED_POSITIONS:
-            fused_kernel[(samples,)](
-                s, t, *tail, s.stride(0), t.stride(0), eps, W=width, POWER=p,
-                S_C=s.shape[1], S_C_STRIDE=s.stride(1), S_P_STRIDE=s.stride(2), S_R=ratios[0],
-                T_C=t.shape[1], T_C_STRIDE=t.stride(1), T_P_STRIDE=t.stride(2), T_R=ratios[1],
-                **common, **_tiles.attention_tile(positions, s.shape[1], fused=True),
-            )  # fmt: skip
+        if _tiles.one_launch(s, t, positions):
+            fused_kernel[(samples,)](s, t, *tail, eps, **features, **finish, **_tiles.fused_tile(positions, s, t))
             return loss, coef
-        maps = []
-        for f, ratio in zip((s, t), ratios, strict=True):
-            maps.append(torch.empty_like(coef))
-            tile = _tiles.attention_tile(positions, f.shape[1], fused=False)
-            map_kernel[(triton.cdiv(positions, tile["BLOCK_P"]), samples)](
-                f, maps[-1], f.stride(0), P=positions, W=width, C=f.shape[1], C_STRIDE=f.stride(1),
-                P_STRIDE=f.stride(2), R=ratio, POWER=p, **tile,
-            )  # fmt: skip
+        rows, maps = samples * positions, (torch.empty_like(coef), torch.empty_like(coef))
+        tile_s, tile_t = (_tiles.attention_tile(rows, f) for f in (s, t))
+        map_kernel[(sum(triton.cdiv(rows, tile["BLOCK_P"]) for tile in (tile_s, tile_t)),)](
+            s, t, *maps, rows, **features, S_BLOCK_P=tile_s["BLOCK_P"], S_BLOCK_C=tile_s["BLOCK_C"],
+            T_BLOCK_P=tile_t["BLOCK_P"], T_BLOCK_C=tile_t["BLOCK_C"], num_warps=4, **_tiles.FUSION,
+        )  # fmt: skip
         block = _tiles.power_of_two(positions)
-        finish_kernel[(samples,)](*maps, *tail, eps, **common, BLOCK_P=block,
-                                  num_warps=_tiles.finish_warps(block), **_tiles.FUSION)  # fmt: skip
+        finish_kernel[(samples,)](*maps, *tail, eps, P=positions, **finish, BLOCK_P=block,
+                                  num_warps=_tiles.finish_warps(block), **_tiles.NO_FUSION)  # fmt: skip
     return loss, coef
 
 
@@ -224,14 +247,16 @@ def attention_backward(student: Tensor, coef: Tensor, upstream: Tensor, p: float
     if student.numel() == 0:
         return out
     s, grad = student.flatten(2), out.flatten(2)
-    samples, channels, positions = s.shape[0], s.shape[1], coef.shape[1] * coef.shape[2]
-    tile = _tiles.attention_tile(positions, channels, fused=False)
-    grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]), samples)
+    channels, rows = s.shape[1], coef.numel()
+    tile = _tiles.attention_tile(rows, s)
+    grid = (triton.cdiv(rows, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
     with torch.cuda.device_of(student):
         backward_kernel[grid](
-            s, coef, upstream, grad, s.stride(0), grad.stride(0), P=positions, W=coef.shape[2], C=channels,
-            C_STRIDE=s.stride(1), P_STRIDE=s.stride(2), G_C_STRIDE=grad.stride(1), G_P_STRIDE=grad.stride(2),
-            R=student.shape[3] // coef.shape[2], POWER=p, **tile,
+            s, coef, upstream, grad, rows, P=coef.shape[1] * coef.shape[2], W=coef.shape[2], C=channels,
+            R=student.shape[3] // coef.shape[2], POWER=p,
+            STRIDE=s.stride(0), C_STRIDE=s.stride(1), P_STRIDE=s.stride(2),
+            G_STRIDE=grad.stride(0), G_C_STRIDE=grad.stride(1), G_P_STRIDE=grad.stride(2),
+            num_warps=4, **tile, **_tiles.FUSION,
         )  # fmt: skip
-    # Where rows of a map do not follow each other (x.transpose(2, 3)), flatten made a copy, which is what was filled.
+    # Where a map's rows are not adjacent (x.transpose(2, 3)), flatten made a copy, and the kernel filled that.
     return out if grad.data_ptr() == out.data_ptr() else out.copy_(grad.view(out.shape))

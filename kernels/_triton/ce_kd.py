@@ -1,11 +1,14 @@
-"""Cross entropy + knowledge distillation: loss and gradient in one launch, one scaling launch backward.
+"""Cross entropy + knowledge distillation: loss and gradient in one launch, one scaling launch in the backward.
 
-`tile_kernel` keeps rows of up to 8192 classes in registers; `loop_kernel` walks longer rows twice, the second
-time out of the L2 cache. The gradient is stored before 1/count and the upstream gradient, which the
-backward multiplies on the device: no host synchronisation, and float16 entries do not flush to zero.
+`tile_kernel` keeps a row in registers. `loop_kernel` reads a longer row twice, the second time from L1 or L2:
+first each thread's own maxima and sums, reduced once at the end of the row, then the gradient. The stored
+gradient still lacks the factors 1/count and upstream gradient. The backward multiplies by both on the device,
+so nothing waits for the host and float16 entries do not flush to zero.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -13,29 +16,37 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _tiles
-from kernels._triton.common import divergence, is_last, ordered_sum, ticket
+from kernels._triton.common import divergence, exp2, is_last, ordered_sum, quotient, ticket
 from kernels.reference import CEKDSpec
 
 NO_TARGET, INDEX, MIXED, SOFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 STANDARDIZE_EPS = tl.constexpr(1e-7)
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 
 
 @triton.jit
 def log_quotient(a, b):
-    """log(a / b), exactly 0 where they are equal: Triton's `/` may be 2 ulp off there too."""
-    return tl.log(tl.where(a == b, 1.0, a / b))
+    """log(a / b), exactly 0 where they are equal."""
+    return tl.log(quotient(a, b))
 
 
 @triton.jit
 def _kl(s, t, inverse):
-    """Rows of KL(t || s), gradient, softmax and (max, sum of exp) of both sides; -inf leaves a class out."""
+    """Rows of KL(t || s), gradient, p_s, the shift of log p_s - log p_t, log sum exp t; -inf leaves a class out."""
+    unit = inverse * LOG2_E
     m_s, m_t = tl.max(s, 1), tl.max(t, 1)
-    e_s, e_t = tl.exp((s - m_s[:, None]) * inverse), tl.exp((t - m_t[:, None]) * inverse)
+    e_s, e_t = exp2((s - m_s[:, None]) * unit), exp2((t - m_t[:, None]) * unit)
     z_s, z_t = tl.sum(e_s, 1), tl.sum(e_t, 1)
-    p_s, p_t = e_s / z_s[:, None], e_t / z_t[:, None]
+    p_s, p_t = e_s * quotient(1.0, z_s)[:, None], e_t * quotient(1.0, z_t)[:, None]
     shift = (m_t - m_s) * inverse + log_quotient(z_t, z_s)
     addend, grad = divergence((s - t) * inverse + shift[:, None], p_s, p_t)
-    return tl.sum(addend, 1), grad, p_s, shift
+    return tl.sum(addend, 1), grad, p_s, shift, m_t * inverse + tl.log(z_t)
+
+
+@triton.jit
+def _ce_of(s_y, c_1, z):
+    """-log p_y, from z = sum exp(s - c_1 ln 2): nothing large is added up where the loss is small."""
+    return tl.log(z) - tl.fma(s_y, LOG2_E, -c_1) * LN_2
 
 
 @triton.jit
@@ -46,11 +57,9 @@ def _log_sigmoid(x):
 @triton.jit
 def _dkd(s, t, is_y, inverse, alpha, beta):
     """alpha KL(target, rest) + beta KL(others), and the gradient, before T^2 and T."""
-    nckd, grad, p_others, shift = _kl(tl.where(is_y, -float("inf"), s), tl.where(is_y, -float("inf"), t), inverse)
+    others_s, others_t = tl.where(is_y, -float("inf"), s), tl.where(is_y, -float("inf"), t)
+    nckd, grad, p_others, shift, log_rest = _kl(others_s, others_t, inverse)
     s_y, t_y = tl.sum(tl.where(is_y, s, 0.0), 1), tl.sum(tl.where(is_y, t, 0.0), 1)
-    rest = tl.where(is_y, -float("inf"), t)
-    m_t = tl.max(rest, 1)
-    log_rest = m_t * inverse + tl.log(tl.sum(tl.exp((rest - m_t[:, None]) * inverse), 1))
     # Margins target - rest; their difference is exact where the logits are close, so is then the KL.
     margin_t = t_y * inverse - log_rest
     gap = (s_y - t_y) * inverse + shift
@@ -66,10 +75,10 @@ def _dkd(s, t, is_y, inverse, alpha, beta):
 
 @triton.jit
 def _standardized(x, m_class, C: tl.constexpr):
-    mean = tl.sum(tl.where(m_class, x, 0.0), 1) / C
+    mean = tl.sum(tl.where(m_class, x, 0.0), 1) * (1.0 / C)
     centred = tl.where(m_class, x - mean[:, None], 0.0)
-    sigma = tl.sqrt(tl.sum(centred * centred, 1) / (C - 1))
-    return centred / (sigma + STANDARDIZE_EPS)[:, None], sigma
+    sigma = tl.sqrt_rn(tl.sum(centred * centred, 1) * (1.0 / (C - 1)))
+    return centred * quotient(1.0, sigma + STANDARDIZE_EPS)[:, None], sigma
 
 
 @triton.jit
@@ -148,32 +157,33 @@ def tile_kernel(
         is_y = i_class[None, :] == y[:, None]
     if CE:
         top = tl.max(s, 1)
-        e = tl.exp(s - top[:, None])
+        e = exp2((s - top[:, None]) * LOG2_E)
         z = tl.sum(e, 1)
         lse = top + tl.log(z)
+        share = quotient(1.0, z)
         if TARGET == SOFT:
             q = tl.load(y_ptr + o_class * C + i_class[None, :], mask=m_class, other=0.0).to(tl.float32)
             if SMOOTH:
-                q = tl.where(m_class, q * (1.0 - smoothing) + smoothing / C, 0.0)
+                q = tl.where(m_class, q * (1.0 - smoothing) + smoothing * (1.0 / C), 0.0)
             ce = tl.sum(tl.where(q == 0.0, 0.0, q * (lse[:, None] - s)), 1)
-            grad = e * (tl.sum(q, 1) / z)[:, None] - q
+            grad = e * (tl.sum(q, 1) * share)[:, None] - q
         else:
             q = tl.where(is_y, 1.0, 0.0)
-            ce = lse - tl.sum(tl.where(is_y, s, 0.0), 1)
+            ce = tl.log(z) + (top - tl.sum(tl.where(is_y, s, 0.0), 1))
             if TARGET == MIXED:
                 lam = tl.load(lam_ptr + i_row)
                 is_b = i_class[None, :] == y_b[:, None]
                 q = q * lam[:, None] + tl.where(is_b, 1.0 - lam[:, None], 0.0)
-                ce = lam * ce + (1.0 - lam) * (lse - tl.sum(tl.where(is_b, s, 0.0), 1))
+                ce = lam * ce + (1.0 - lam) * (tl.log(z) + (top - tl.sum(tl.where(is_b, s, 0.0), 1)))
             if SMOOTH:
-                mean = tl.sum(tl.where(m_class, s, 0.0), 1) / C
+                mean = tl.sum(tl.where(m_class, s, 0.0), 1) * (1.0 / C)
                 ce = (1.0 - smoothing) * ce + smoothing * (lse - mean)
-                q = q * (1.0 - smoothing) + smoothing / C
-            grad = e / z[:, None] - q
+                q = q * (1.0 - smoothing) + smoothing * (1.0 / C)
+            grad = e * share[:, None] - q
         grad = grad * ce_weight
     if KD:
         t = tl.load(t_ptr + o_class * T_STRIDE + i_class[None, :], mask=m_class, other=-float("inf")).to(tl.float32)
-        inverse = 1.0 / temperature
+        inverse = quotient(1.0, temperature)
         sigma = tl.zeros((ROWS,), tl.float32)
         if STANDARDIZE:
             s, sigma = _standardized(s, m_class, C)
@@ -182,13 +192,14 @@ def tile_kernel(
         if DKD:
             kd, grad_kd = _dkd(s, t, is_y, inverse, alpha, beta)
         else:
-            kd, grad_kd, _, _ = _kl(s, t, inverse)
+            kd, grad_kd, _, _, _ = _kl(s, t, inverse)
         kd, grad_kd = kd * (temperature * temperature), grad_kd * (temperature * kd_weight)
         if STANDARDIZE:
             s = tl.where(m_class, s, 0.0)
             grad_kd = tl.where(m_class, grad_kd, 0.0)
             along = tl.sum(grad_kd * s, 1) / ((C - 1) * tl.maximum(sigma, 1e-30))
-            grad_kd = (grad_kd - (tl.sum(grad_kd, 1) / C)[:, None]) / (sigma + STANDARDIZE_EPS)[:, None]
+            grad_kd = grad_kd - (tl.sum(grad_kd, 1) * (1.0 / C))[:, None]
+            grad_kd = grad_kd * quotient(1.0, sigma + STANDARDIZE_EPS)[:, None]
             grad_kd = grad_kd - s * along[:, None]
         grad += grad_kd
     if (TARGET == INDEX) | (TARGET == MIXED):
@@ -208,73 +219,102 @@ def tile_kernel(
 
 
 @triton.jit
+def _values(ptr, index, mask, other, MASKED: tl.constexpr):
+    """A block of a row in float32; unmasked loads need no registers preset to `other`."""
+    if MASKED:
+        return tl.load(ptr + index, mask=mask, other=other).to(tl.float32)
+    return tl.load(ptr + index).to(tl.float32)
+
+
+@triton.jit
 def _scan(
-    s_ptr, t_ptr, q_ptr, start, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
+    s_ptr, t_ptr, q_ptr, index, mask, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, unit, smoothing,
     C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    FOURTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of the first walk: running maxima and sums of exponentials."""
-    i_class = start + tl.arange(0, BLOCK)
-    mask = (i_class < C) if TAIL else None
-    other = -float("inf") if TAIL else None
-    s = tl.load(s_ptr + i_class, mask=mask, other=other).to(tl.float32)
-    new = tl.maximum(m_s, tl.max(s, 0))
+    """One block [LANES, VEC] of the first walk: each lane's running maxima and sums of exponentials."""
+    s = _values(s_ptr, index, mask, -float("inf"), MASKED)
+    new = tl.maximum(m_s, tl.max(s, 1))
     base = tl.where(new == -float("inf"), 0.0, new)
-    if CE:
-        z_1 = z_1 * tl.exp(m_s - base) + tl.sum(tl.exp(s - base), 0)
-        if SMOOTH:
-            sum_s += tl.sum(tl.where(i_class < C, s, 0.0), 0)
-        if TARGET == SOFT:
-            q = tl.load(q_ptr + i_class, mask=mask, other=0.0 if TAIL else None).to(tl.float32)
-            if SMOOTH:
-                q = tl.where(i_class < C, q * (1.0 - smoothing) + smoothing / C, 0.0)
-            sum_q += tl.sum(q, 0)
-            sum_qs += tl.sum(tl.where(q == 0.0, 0.0, q * s), 0)
     if KD:
-        t = tl.load(t_ptr + i_class, mask=mask, other=other).to(tl.float32)
-        z_s = z_s * tl.exp((m_s - base) * inverse) + tl.sum(tl.exp((s - base) * inverse), 0)
-        new_t = tl.maximum(m_t, tl.max(t, 0))
+        e, decay = exp2(tl.fma(s, unit, -(base * unit)[:, None])), exp2(m_s * unit - base * unit)
+        z_s = z_s * decay + tl.sum(e, 1)
+        t = _values(t_ptr, index, mask, -float("inf"), MASKED)
+        new_t = tl.maximum(m_t, tl.max(t, 1))
         base_t = tl.where(new_t == -float("inf"), 0.0, new_t)
-        z_t = z_t * tl.exp((m_t - base_t) * inverse) + tl.sum(tl.exp((t - base_t) * inverse), 0)
+        e_t = exp2(tl.fma(t, unit, -(base_t * unit)[:, None]))
+        z_t = z_t * exp2(m_t * unit - base_t * unit) + tl.sum(e_t, 1)
         m_t = new_t
+    if CE:
+        if FOURTH:
+            e, decay = e * e, decay * decay
+            e, decay = e * e, decay * decay
+        else:
+            e = exp2(tl.fma(s, LOG2_E, -(base * LOG2_E)[:, None]))
+            decay = exp2(m_s * LOG2_E - base * LOG2_E)
+        z_1 = z_1 * decay + tl.sum(e, 1)
+        if SMOOTH:
+            sum_s += tl.sum(tl.where(mask, s, 0.0) if MASKED else s, 1)
+        if TARGET == SOFT:
+            q = _values(q_ptr, index, mask, 0.0, MASKED)
+            if SMOOTH:
+                q = q * (1.0 - smoothing) + smoothing * (1.0 / C)
+                q = tl.where(mask, q, 0.0) if MASKED else q
+            sum_q += tl.sum(q, 1)
+            sum_qs += tl.sum(tl.where(q == 0.0, 0.0, q * s), 1)
     return new, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs
 
 
 @triton.jit
 def _emit(
-    s_ptr, t_ptr, q_ptr, grad_ptr, start, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, counts,
-    temperature, inverse, smoothing, ce_weight, kd_weight,
+    s_ptr, t_ptr, q_ptr, grad_ptr, index, mask, y, y_b, lam, c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd,
+    inverse, unit, smoothing, ce_weight,
     C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
-    GRAD: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    FOURTH: tl.constexpr, GRAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of the second walk: stores its gradient, returns its part of the KL."""
-    i_class = start + tl.arange(0, BLOCK)
-    mask = (i_class < C) if TAIL else None
-    other = -float("inf") if TAIL else None
-    s = tl.load(s_ptr + i_class, mask=mask, other=other).to(tl.float32)
-    grad = tl.zeros((BLOCK,), tl.float32)
-    kd = 0.0
-    if CE:
-        if TARGET == SOFT:
-            q = tl.load(q_ptr + i_class, mask=mask, other=0.0 if TAIL else None).to(tl.float32)
-        elif TARGET == MIXED:
-            q = tl.where(i_class == y, lam, 0.0) + tl.where(i_class == y_b, 1.0 - lam, 0.0)
-        else:
-            q = tl.where(i_class == y, 1.0, 0.0)
-        if SMOOTH:
-            q = q * (1.0 - smoothing) + smoothing / C
-        grad = (tl.exp(s - m_s) * (sum_q / z_1) - q) * ce_weight
+    """One block of the second walk: stores its gradient and adds to each lane's KL.
+
+    y and y_b are relative to each lane's first class; kd_weight has the factor T.
+    """
+    s = _values(s_ptr, index, mask, -float("inf"), MASKED)
+    grad = tl.zeros(index.shape, tl.float32)
     if KD:
-        t = tl.load(t_ptr + i_class, mask=mask, other=other).to(tl.float32)
-        p_s, p_t = tl.exp((s - m_s) * inverse) / z_s, tl.exp((t - m_t) * inverse) / z_t
-        v = (s - t) * inverse + ((m_t - m_s) * inverse + log_quotient(z_t, z_s))
-        addend, grad_kd = divergence(v, p_s, p_t)
-        kd = tl.sum(addend, 0)
-        grad += grad_kd * (temperature * kd_weight)
+        t = _values(t_ptr, index, mask, -float("inf"), MASKED)
+        e = exp2(tl.fma(s, unit, -c_s))
+        addend, grad = divergence((s - t) * inverse + shift, e * r_s, exp2(tl.fma(t, unit, -c_t)) * r_t)
+        kd += tl.sum(addend, 1)
+    if CE:
+        if FOURTH:
+            e = e * e
+            e = e * e
+        else:
+            e = exp2(tl.fma(s, LOG2_E, -c_1))
+        i_vec = tl.arange(0, index.shape[1])[None, :]
+        if TARGET == SOFT:
+            q = _values(q_ptr, index, mask, 0.0, MASKED)
+        elif TARGET == MIXED:
+            q = tl.where(i_vec == y[:, None], lam, 0.0) + tl.where(i_vec == y_b[:, None], 1.0 - lam, 0.0)
+        else:
+            q = tl.where(i_vec == y[:, None], 1.0, 0.0)
+        if SMOOTH:
+            q = q * (1.0 - smoothing) + smoothing * (1.0 / C)
+        grad += e * share_1 - q * ce_weight
     if GRAD:
-        grad = tl.where(counts, grad, 0.0)
-        tl.store(grad_ptr + i_class, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+        grad = tl.where(kept, grad, 0.0).to(grad_ptr.dtype.element_ty)
+        if MASKED:
+            tl.store(grad_ptr + index, grad, mask=mask)
+        else:
+            tl.store(grad_ptr + index, grad)
     return kd
+
+
+@triton.jit
+def _row(ptr, i_row, head, STRIDE: tl.constexpr, S_STRIDE: tl.constexpr, VEC: tl.constexpr):
+    """Where the row's vectors start, written so that the compiler sees 16-byte alignment if there is any."""
+    offset = i_row * STRIDE + head
+    if STRIDE % VEC == S_STRIDE % VEC:
+        offset = offset // VEC * VEC
+    return ptr + offset
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -292,68 +332,118 @@ def loop_kernel(
     ticket_ptr,  # [1] zero before and after
     rows, ignore_index, temperature, ce_weight, kd_weight, smoothing,
     C: tl.constexpr, S_STRIDE: tl.constexpr, T_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr,
-    TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
+    TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr, FOURTH: tl.constexpr,
     GRAD: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
-    BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """A row a program, in unmasked blocks and one masked tail, so that padded rows load as vectors."""
+    """A row a program: vectors from the first aligned class on, then the classes before and after them.
+
+    A row of odd length starts anywhere in a vector. `head` classes come before the first whole vector, so
+    that the vectors of all three matrices are aligned if their strides agree; at most VEC - 1 follow the last.
+    """
     i_row = tl.program_id(0).to(tl.int64)
-    s_row, t_row, g_row = s_ptr + i_row * S_STRIDE, t_ptr + i_row * T_STRIDE, grad_ptr + i_row * G_STRIDE
-    q_row = y_ptr + i_row * C if TARGET == SOFT else y_ptr
-    FULL: tl.constexpr = C // BLOCK * BLOCK
-    inverse = 1.0 / temperature
-    m_s, m_t = -float("inf"), -float("inf")
-    z_1, z_s, z_t, sum_s, sum_q, sum_qs = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    ALIGNED: tl.constexpr = S_STRIDE % VEC == 0
+    head = 0 if ALIGNED else (VEC - i_row * S_STRIDE % VEC) % VEC
+    s_row, t_row = _row(s_ptr, i_row, head, S_STRIDE, S_STRIDE, VEC), _row(t_ptr, i_row, head, T_STRIDE, S_STRIDE, VEC)
+    g_row = _row(grad_ptr, i_row, head, G_STRIDE, S_STRIDE, VEC)
+    q_row = _row(y_ptr, i_row, head, C, S_STRIDE, VEC) if TARGET == SOFT else y_ptr
+    BLOCK: tl.constexpr = LANES * VEC
+    FULL: tl.constexpr = (C if ALIGNED else C - VEC + 1) // BLOCK * BLOCK
+    lane = tl.arange(0, LANES)
+    index = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    left = C - head - FULL  # classes past the unmasked blocks, at most BLOCK + VEC - 1
+    whole = tl.minimum(left // VEC, LANES)
+    m_tail = (lane < whole)[:, None]
+    edge = tl.where(lane < head, lane - head, FULL + whole * VEC + lane - VEC)[:, None]
+    m_edge = ((lane < head) | ((lane >= VEC) & (lane < VEC + left - whole * VEC)))[:, None]
+    EDGE: tl.constexpr = not ALIGNED or C % VEC != 0
+
+    inverse = quotient(1.0, temperature)
+    unit = inverse * LOG2_E
+    m_s, m_t = tl.full((LANES,), -float("inf"), tl.float32), tl.full((LANES,), -float("inf"), tl.float32)
+    zero = tl.zeros((LANES,), tl.float32)
+    z_1, z_s, z_t, sum_s, sum_q, sum_qs = zero, zero, zero, zero, zero, zero
     for start in range(0, FULL, BLOCK):
         m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
-            s_row, t_row, q_row, start, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
-            C, TARGET, CE, KD, SMOOTH, BLOCK, False,
+            s_row, t_row, q_row, start + index, None, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, unit, smoothing,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, False,
         )  # fmt: skip
     if FULL < C:
         m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
-            s_row, t_row, q_row, FULL, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, inverse, smoothing,
-            C, TARGET, CE, KD, SMOOTH, BLOCK, True,
+            s_row, t_row, q_row, FULL + index, m_tail, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, unit, smoothing,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, True,
         )  # fmt: skip
+    if EDGE:
+        m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
+            s_row, t_row, q_row, edge, m_edge, m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs, unit, smoothing,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, True,
+        )  # fmt: skip
+    top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
+    top_s, top_t = tl.where(top_s == -float("inf"), 0.0, top_s), tl.where(top_t == -float("inf"), 0.0, top_t)
+    c_1, c_s, c_t = top_s * LOG2_E, top_s * unit, top_t * unit
+
     y, y_b, lam, ce = i_row * 0 - 1, i_row * 0 - 1, 1.0, 0.0
     kept, bad = i_row >= 0, i_row < 0
     if (TARGET == INDEX) | (TARGET == MIXED):
         y, y_b, kept, bad = _labels(y_ptr, y_b_ptr, i_row, i_row < rows, ignore_index, C, TARGET)
         if TARGET == MIXED:
             lam = tl.load(lam_ptr + i_row)
+    # A label out of range makes its row's gradient nan, as its loss.
+    w_ce, w_kd = tl.where(bad, float("nan"), ce_weight), tl.where(bad, float("nan"), kd_weight * temperature)
+    share_1, r_s, r_t, shift = 0.0, 0.0, 0.0, 0.0
     if CE:
-        lse = m_s + tl.log(z_1)
+        if FOURTH:
+            c_1 = 4.0 * c_s
+        z = tl.sum(z_1 * exp2(m_s * LOG2_E - top_s * LOG2_E), 0)
+        lse = c_1 * LN_2 + tl.log(z)
+        share_1 = quotient(1.0, z)
         if TARGET == SOFT:
-            ce = sum_q * lse - sum_qs
+            total = tl.sum(sum_q, 0)
+            ce = total * lse - tl.sum(sum_qs, 0)
+            share_1 = share_1 * total
         else:
             inside = kept & (bad == 0)
-            ce = lse - tl.load(s_row + y, mask=inside, other=0.0).to(tl.float32)
+            s_y = tl.load(s_row + (y - head), mask=inside, other=0.0).to(tl.float32)
+            ce = _ce_of(s_y, c_1, z)
             if TARGET == MIXED:
-                ce = lam * ce + (1.0 - lam) * (lse - tl.load(s_row + y_b, mask=inside, other=0.0).to(tl.float32))
+                s_y = tl.load(s_row + (y_b - head), mask=inside, other=0.0).to(tl.float32)
+                ce = lam * ce + (1.0 - lam) * _ce_of(s_y, c_1, z)
             if SMOOTH:
-                ce = (1.0 - smoothing) * ce + smoothing * (lse - sum_s / C)
-            sum_q = 1.0
-    # A label out of range makes its row's gradient nan, as its loss.
-    w_ce, w_kd = tl.where(bad, float("nan"), ce_weight), tl.where(bad, float("nan"), kd_weight)
-    kd = 0.0
+                ce = (1.0 - smoothing) * ce + smoothing * (lse - tl.sum(sum_s, 0) * (1.0 / C))
+        share_1 = share_1 * w_ce
+    if KD:
+        z_s, z_t = tl.sum(z_s * exp2(m_s * unit - c_s), 0), tl.sum(z_t * exp2(m_t * unit - c_t), 0)
+        r_s, r_t = quotient(w_kd, z_s), quotient(w_kd, z_t)
+        shift = (c_t - c_s) * LN_2 + log_quotient(z_t, z_s)
+
+    y, y_b = (y - head).to(tl.int32), (y_b - head).to(tl.int32)
+    kd = zero
     for start in range(0, FULL, BLOCK):
-        kd += _emit(
-            s_row, t_row, q_row, g_row, start, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, kept,
-            temperature, inverse, smoothing, w_ce, w_kd,
-            C, TARGET, CE, KD, SMOOTH, GRAD, BLOCK, False,
+        kd = _emit(
+            s_row, t_row, q_row, g_row, start + index, None, y - start - lane * VEC, y_b - start - lane * VEC, lam,
+            c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, GRAD, False,
         )  # fmt: skip
     if FULL < C:
-        kd += _emit(
-            s_row, t_row, q_row, g_row, FULL, y, y_b, lam, m_s, m_t, z_1, z_s, z_t, sum_q, kept,
-            temperature, inverse, smoothing, w_ce, w_kd,
-            C, TARGET, CE, KD, SMOOTH, GRAD, BLOCK, True,
+        kd = _emit(
+            s_row, t_row, q_row, g_row, FULL + index, m_tail, y - FULL - lane * VEC, y_b - FULL - lane * VEC, lam,
+            c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, GRAD, True,
         )  # fmt: skip
-    kd = kd * (temperature * temperature)
-    ce, kd = tl.where(bad, float("nan"), ce), tl.where(bad, float("nan"), kd)
-    ce, kd = tl.where(kept, ce, 0.0), tl.where(kept, kd, 0.0)
+    if EDGE:
+        i_edge = tl.reshape(edge, (LANES,))
+        kd = _emit(
+            s_row, t_row, q_row, g_row, edge, m_edge, y - i_edge, y_b - i_edge, lam,
+            c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
+            C, TARGET, CE, KD, SMOOTH, FOURTH, GRAD, True,
+        )  # fmt: skip
+    kd_row = tl.sum(kd, 0) * (temperature / kd_weight)
+    ce, kd_row = tl.where(bad, float("nan"), ce), tl.where(bad, float("nan"), kd_row)
+    ce, kd_row = tl.where(kept, ce, 0.0), tl.where(kept, kd_row, 0.0)
     if BY_ROW:
-        tl.store(loss_ptr + i_row, ce_weight * ce + kd_weight * kd)
+        tl.store(loss_ptr + i_row, ce_weight * ce + kd_weight * kd_row)
     _reduce(
-        ce, kd, kept.to(tl.float32),
+        ce, kd_row, kept.to(tl.float32),
         partial_ptr, loss_ptr, parts_ptr, count_ptr, ticket_ptr, ce_weight, kd_weight,
         PARTIALS, MEAN, BY_ROW,
     )  # fmt: skip
@@ -377,8 +467,12 @@ def scale_kernel(
         scale = tl.load(upstream_ptr).to(tl.float32)
     if MEAN:
         scale = scale / tl.maximum(tl.load(count_ptr), 1.0)
-    out = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * scale
-    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= numel:  # a mask would split the vectors, unless 16 divides numel
+        out = tl.load(grad_ptr + index).to(tl.float32) * scale
+        tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))
+    else:
+        out = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32) * scale
+        tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def ce_kd_forward(
@@ -400,7 +494,7 @@ def ce_kd_forward(
         nothing = 0.0 if spec.reduction == "sum" else torch.nan
         return loss.fill_(nothing), parts.fill_(nothing), grad, count.zero_()
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
-    tile = _tiles.ce_kd_tile(rows, classes)
+    tile = _tiles.ce_kd_tile(rows, classes, student.element_size(), _tiles.plain_kd(spec.variant, spec.standardize))
     soft = target is not None and target.is_floating_point()
     if target is not None:
         target = target.contiguous()  # an expanded or strided target is small: copy it
@@ -418,7 +512,8 @@ def ce_kd_forward(
         "SMOOTH": spec.label_smoothing != 0, "GRAD": with_grad, "MEAN": spec.reduction != "sum", "BY_ROW": by_row,
     }  # fmt: skip
     with torch.cuda.device_of(student):
-        if classes > _tiles.TILE_CLASSES:
+        if "LANES" in tile:
+            constants["FOURTH"] = spec.temperature == 4.0 and constants["CE"] and constants["KD"]
             loop_kernel[(rows,)](*pointers, *numbers, **constants, **tile)
         else:
             variant = {"DKD": spec.variant == "dkd", "STANDARDIZE": spec.standardize}

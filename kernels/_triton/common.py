@@ -1,4 +1,4 @@
-"""What the kernels share: precision, one-launch reductions, and the accurate addend of a divergence."""
+"""Shared by the kernels: precision, reductions within a launch, and the accurate terms of a divergence."""
 # mypy: allow-untyped-defs
 # (a kernel's pointers have no Python type)
 from __future__ import annotations
@@ -10,31 +10,32 @@ from torch import Tensor
 
 from kernels import _dispatch
 
-INTERPRETING = _dispatch.interpreting()
+INTERPRETING = tl.constexpr(_dispatch.interpreting())
+LARGE = tl.constexpr(1e30)  # finite, so that 0 times it is 0
 _TICKETS: dict[tuple[int, int], Tensor] = {}
 
 
-def ticket(device: torch.device) -> Tensor:
-    """A zeroed int32 counter for `is_last`, left at zero by every launch.
+def ticket(device: torch.device, count: int = 1) -> Tensor:
+    """`count` or more zeroed int32 counters for `is_last`, which every launch leaves at zero.
 
-    One a stream, since the kernels of a stream follow each other. A CUDA graph gets its own, zeroed by a
-    node of the graph: its replays may run beside the stream that captured it. So does each call of compiled code.
+    One set per stream, whose kernels follow each other. A CUDA graph gets its own, zeroed by a node of the
+    graph, since its replays may run beside the stream that captured it. So does each call of compiled code.
     """
     if device.type != "cuda" or _dispatch.COMPILED.get() or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     index = torch.cuda.current_device() if device.index is None else device.index
     key = index, torch.cuda.current_stream(device).cuda_stream
-    if key not in _TICKETS:
-        _TICKETS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    if key not in _TICKETS or len(_TICKETS[key]) < count:
+        _TICKETS[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
     return _TICKETS[key]
 
 
 def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]:
     """(operand type, input_precision) of a matrix product; accumulation is float32 always.
 
-    float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for
-    operands beyond float16's range: float16 then multiplies as tf32, of the same 11 bits. The interpreter
-    computes with bfloat16's raw bits (triton-lang/triton#11584), so it gets float32.
+    float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for operands
+    beyond float16's range: float16 then multiplies as tf32, which has the same 11 bits. The interpreter
+    computes with the raw bits of bfloat16 (triton-lang/triton#11584), so it gets float32.
     """
     if INTERPRETING or dtype == torch.float32:
         return tl.float32, "tf32x3"
@@ -45,7 +46,7 @@ def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]
 
 @triton.jit
 def is_last(ticket_ptr, programs):
-    """Whether this program is the launch's last, to which every other's stores are visible; resets."""
+    """Whether this is the last of `programs` to call, which sees all the others' stores; resets the ticket."""
     tl.debug_barrier()  # all threads have stored their partials before the ticket is drawn
     drawn = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     last = drawn == programs - 1
@@ -66,16 +67,34 @@ def ordered_sum(partial_ptr, count, PARTIALS: tl.constexpr):
 
 
 @triton.jit
+def exp2(x):
+    """2^x; a result below 2^-126 is 0. Keeping those takes three more instructions."""
+    if INTERPRETING:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded correctly but for rare ties; Triton's `/` may be 2 ulp off, even where a = b.
+
+    `tl.div_rn` is as good but has a subroutine for denormals, around which ptxas spills registers.
+    """
+    inverse = 1.0 / b
+    q = a * inverse
+    return tl.fma(tl.fma(-q, b, a), inverse, q)
+
+
+@triton.jit
 def divergence(v, p_s, p_t):
     """p_t (exp(v) - 1 - v) and p_t (exp(v) - 1) for v = log p_s - log p_t, both without cancellation.
 
-    A series for |v| < 1/4 (its first term left out is 2e-8 of it); otherwise p_s - p_t - p_t v and
-    p_s - p_t, whose last factor counts for nothing where p_t = 0, as in a masked class.
+    A series for |v| < 1/4, whose first omitted term is below 2e-8 of it; otherwise p_s - p_t - p_t v and
+    p_s - p_t. In a masked class p_t = 0 and v is clamped, so that their product is 0.
     """
     f = 1.0 / 5040.0 + v * (1.0 / 40320.0)
     f = 1.0 / 120.0 + v * (1.0 / 720.0 + v * f)
     f = v * v * (0.5 + v * (1.0 / 6.0 + v * (1.0 / 24.0 + v * f)))
     small = tl.abs(v) < 0.25
-    difference = p_s - p_t
-    addend = tl.where(small, p_t * f, difference - tl.where(p_t == 0.0, 0.0, p_t * v))
-    return addend, tl.where(small, p_t * (v + f), difference)
+    difference, first, rest = p_s - p_t, p_t * tl.minimum(v, LARGE), p_t * f
+    return tl.where(small, rest, difference - first), tl.where(small, first + rest, difference)
