@@ -111,6 +111,13 @@ def test_the_batch_depends_on_the_seed_and_asks_the_teacher_once(tiny_npz: Path)
     assert teacher.asked == 3
 
 
+def test_every_loader_gives_the_same_batch(tiny_npz: Path) -> None:
+    data = load(str(tiny_npz))
+    one, other = (make_batch(data, 0, CPU, backend=backend) for backend in ("dali", "resident"))
+    assert torch.equal(one.labels, other.labels)
+    torch.testing.assert_close(one.images, other.images, atol=1e-3, rtol=1e-3)
+
+
 def test_another_resolution(tiny_npz: Path) -> None:
     made = make_batch(load(str(tiny_npz)), 0, CPU, resolution=8, backend="resident")
     assert made.images.shape[2:] == made.noise.shape[2:] == (8, 8)

@@ -35,7 +35,7 @@ def cost(choices, classes, width, resolution):
     for row in choices:
         c, r = int(CHANNELS[row[0]] * width), resolution // 2
         rows.append(conv_cost(3, c, 3, r) + conv_cost(c, 2 * c, 3, r // 2) + linear_cost(2 * c, classes))
-    macs, params, _ = np.array(rows).T  # the third is the activations
+    macs, params = np.array(rows).T[:2]
     return macs, params
 
 

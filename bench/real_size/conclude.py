@@ -182,7 +182,7 @@ def page(result: dict[str, Any]) -> list[str]:
         "Made by `make real-size`. Truth: the benchmark's test accuracy after 200 epochs. ± is a bootstrap standard",
         "error over cells. Figures of every cell: [csv](real-size.csv), [json](real-size.json).",
         "",
-        f"## Short trainings, {result['trained cells']} cells of 43 to 47 million MACs on CIFAR-10",
+        f"## Short trainings, {result['trained cells']} of 64 cells of 43 to 47 million MACs on CIFAR-10",
         "",
         "16 channels, 5 cells a stage, 32 pixels, 1,850 images, 10 epochs; the teacher is a ResNet-56 (93.4 %). Scores",
         "are of 1,000 images that the teacher has not seen. Seconds are CPU seconds of a training without the teacher,",

@@ -31,7 +31,7 @@ class ConvolutionOutputs(TorchDispatchMode):
 def count_activations(network: nn.Module, resolution: int) -> int:
     """How many values all convolutions of `network` put out for one image (1, 3, resolution, resolution).
 
-    The sum of C x H x W over convolutions (Radosavovic et al. 2020, arXiv 2003.13678, section 3.1). The network is left
+    The sum of C x H x W over convolutions (Radosavovic et al. 2020, arXiv 2003.13678). The network is left
     as it is: only a skeleton of it runs.
     """
     skeleton = meta_copy(network).eval()

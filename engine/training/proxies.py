@@ -205,7 +205,7 @@ def _relu_codes(network: nn.Module) -> Iterator[Codes]:
 
 def naswot(codes: Codes) -> float:
     """log det K of the images' binary codes c (N, units), K = c c' + (1 - c) (1 - c)': how many units two images have
-    in common (Mellor et al. 2021, arXiv 2006.04647, eqs. 1 and 2; K summed over layers). -inf for a singular K."""
+    in common (Mellor et al. 2021, arXiv 2006.04647; K summed over layers). -inf for a singular K."""
     if codes.active is None:
         raise Missing("no ReLU module was called: ReLUs that are functions (torch.relu, F.relu) cannot be seen")
     both = codes.active.cpu().double()
@@ -216,7 +216,7 @@ def naswot(codes: Codes) -> float:
 
 def jacobian_covariance(jacobian: Tensor) -> float:
     """-sum(log(l + e) + 1 / (l + e)) of the eigenvalues l of the correlation matrix of the rows of `jacobian` (N, P),
-    the gradient of each image's summed logits (Mellor et al., first version of arXiv 2006.04647, eq. 3). nan where an
+    the gradient of each image's summed logits (Mellor et al., the first version of arXiv 2006.04647). nan where an
     image has a constant gradient."""
     correlation = torch.corrcoef(jacobian).cpu().double()
     if not correlation.isfinite().all():
@@ -234,7 +234,7 @@ def _jacobian_covariance(logits: Tensor, images: Tensor) -> float:
 
 def diswot(student: Relations, teacher: Relations) -> float:
     """-||F_s - F_t|| - ||M_s - M_t||, F and M the relations by features and by activation maps of the same images
-    (Dong et al. 2023, arXiv 2303.15678, eqs. 3 to 6)."""
+    (Dong et al. 2023, arXiv 2303.15678). In the paper both networks are untrained; here the teacher is the run's."""
     distances = torch.linalg.norm(student.features - teacher.features) + torch.linalg.norm(student.maps - teacher.maps)
     return -distances.item()
 
@@ -270,7 +270,7 @@ def _diswot(logits: Tensor, features: Tensor, batch: ProxyBatch) -> float:
 
 def expressivity(features: Sequence[Tensor]) -> float:
     """Sum over stage features (N, C, H, W) of the entropy of the normalised eigenvalues of the channels' covariance
-    over images and pixels (AZ-NAS, Lee and Ham 2024, arXiv 2403.19232, eqs. 1 and 2), each log C at most. nan where a
+    over images and pixels (AZ-NAS, Lee and Ham 2024, arXiv 2403.19232), each log C at most. nan where a
     stage is constant."""
     channels = [feature.shape[1] for feature in features]
     rows = [feature.float().transpose(0, 1).flatten(1) for feature in features]
