@@ -157,7 +157,7 @@ class RunFolder:
         if changed:
             raise UsageError(
                 f"{self} holds a search with other settings ({'; '.join(changed)}); repeat its settings to resume it, "
-                "or choose another folder (--run-dir or --out)"
+                "or choose another folder (--name, --run-dir or --out)"
             )
 
     def read_config(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --space=magic", 2, "no space named 'magic'; choose from"),
         ("search --space=nasbench201:depth=3", 2, "no option 'depth'; it has"),
         ("search --space=nowhere.py:SPACE", 2, "no file nowhere.py"),
-        ("search --gpus=8", 2, "--gpus 8: only 0 visible"),
+        ("search --gpus=8", 2, "--gpus 8: no GPU is visible"),
         ("search --gpus=-1", 2, "cannot be negative"),
         ("search --gpus=0,1", 2, "no GPU is visible"),
         ("search --gpus=two", 2, "write auto, a count"),
@@ -120,6 +120,11 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("report nowhere", 2, "no run named 'nowhere'"),
         ("export nowhere", 2, "no run named 'nowhere'"),
         ("explain nowhere 1-2-3", 2, "no run named 'nowhere'"),
+        ("report", 2, "report: the following arguments are required: RUN"),
+        ("trials photos --status=bad", 2, "--status: Expected a value from 'all', 'failed'"),
+        ("submit sge", 2, "submit: SCHEDULER: Expected a value from 'slurm'"),
+        ("space nasbench201", 2, "space: ACTION: Expected a value from 'list'"),
+        ("teacher --arch=resnet50", 2, "or give torchvision:NAME"),
     ],
 )
 def test_flags(ends: Ends, arguments: str, code: int, message: str) -> None:
@@ -127,6 +132,17 @@ def test_flags(ends: Ends, arguments: str, code: int, message: str) -> None:
     if words[:1] == ["search"] and "--data" not in arguments:
         words.append("--data=glyphs:144")
     ends(words, code, message)
+
+
+@pytest.mark.parametrize("arguments", ["search --datta=photos", "config --max-hihg=3", "submit sge"])
+def test_a_misspelt_setting_does_not_announce_the_demo(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments.split()) == 2
+    assert "demo" not in capsys.readouterr().err
+
+
+def test_a_wrong_architecture_is_refused_before_a_run_folder_exists(ends: Ends, tmp_path: Path) -> None:
+    ends(["train", "--data=glyphs:144", "--arch=1-2"], 2, "architecture 1-2 has 2 choices")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +193,7 @@ def test_an_empty_class_folder(ends: Ends, photos: Path) -> None:
 
 
 def test_a_folder_of_images_without_classes(ends: Ends, photos: Path) -> None:
-    ends(["search", *SMALL, f"--data={photos / 'train' / 'cat'}"], 3, "arrange the images as train/<class>")
+    ends(["search", *SMALL, f"--data={photos / 'train' / 'cat'}"], 3, "<class>/*.jpg alone\n")
 
 
 def test_one_class_only(ends: Ends, photos: Path) -> None:

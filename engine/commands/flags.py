@@ -87,7 +87,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises a WrongFlags that says what is wrong and what to write instead."""
-        text = reworded(message) + self._suggestion(message)
+        text = self._with_positionals(reworded(message)) + self._suggestion(message)
         raise WrongFlags(f"{self.reading}: {text}" if self.reading else text)
 
     def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
@@ -103,6 +103,14 @@ class Parser(ArgumentParser):
             if key.value in texts and isinstance(value, yaml.ScalarNode) and not value.tag.endswith(":null"):
                 value.tag, value.style = "tag:yaml.org,2002:str", '"'
         return yaml.serialize(root, Dumper=yaml.SafeDumper) if root else content
+
+    def _with_positionals(self, text: str) -> str:
+        """The text with positional arguments written as in the usage line, RUN instead of --run or run."""
+        for action in self._actions:
+            if not action.option_strings:
+                name = action.dest.upper()
+                text = re.sub(rf"--{action.dest}(?=:)|(?<=required: ){action.dest}$", name, text)
+        return text
 
     def _suggestion(self, message: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]

@@ -96,5 +96,6 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     given = {word.split("=")[0].split(".")[0] for word in arguments if word.startswith("-")}
     if given & settings:
         return arguments
+    parser.parse_args(arguments)  # a misspelt setting is an error, not a call for the demo
     print(f"no settings given: running the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
     return ["-c", str(DEMO), *arguments]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_run_argument, command_parser
+from engine.trial import Status, failed
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
@@ -22,7 +23,10 @@ def parser() -> ArgumentParser:
     add_run_argument(parser)
     parser.add_argument("--fidelity", type=Literal["all", "low", "high"], default="all", help="only this fidelity")
     parser.add_argument(
-        "--status", type=str, default="all", help="only this status: ok, failed, pending, or one like oom"
+        "--status",
+        type=Literal["all", "failed", "pending", Status],
+        default="all",
+        help="only this status; failed means every one from diverged to timeout",
     )
     parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
     keys = Literal["number", "accuracy", "seconds", "macs", "params"]
@@ -75,8 +79,6 @@ def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
 
 def _has_status(status: str, wanted: str) -> bool:
-    from engine.trial import failed
-
     return wanted in ("all", status) or (wanted == "failed" and failed(status))
 
 

@@ -98,7 +98,8 @@ def _listed(split: Path) -> Listed:
     empty = [name for name, files in classes.items() if not files]
     if empty or not classes:
         found = f"no JPEG or PNG file in {', '.join(empty)}" if empty else "no class folder"
-        raise EnvironmentUnusable(f"--data: {split} has {found}; {_LAYOUT}, or remove the empty folders")
+        remedy = f"{_LAYOUT}, or remove the empty folders" if empty else _LAYOUT
+        raise EnvironmentUnusable(f"--data: {split} has {found}; {remedy}")
     return classes
 
 

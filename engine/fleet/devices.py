@@ -67,18 +67,15 @@ def choose_devices(asked: str, visible: tuple[str, ...]) -> tuple[str, ...]:
         numbers = [int(part) for part in asked.split(",")]
     except ValueError:
         raise UsageError(f"--gpus {asked}: write auto, a count (8), or positions among the visible (0,2)") from None
+    if "," not in asked and numbers[0] < 0:
+        raise UsageError(f"--gpus {asked}: a count cannot be negative")
+    if not visible and numbers != [0]:
+        raise UsageError(f"--gpus {asked}: no GPU is visible; check nvidia-smi, or use --device cpu")
     if "," not in asked:
         count = numbers[0]
-        if count < 0:
-            raise UsageError(f"--gpus {asked}: a count cannot be negative")
         if count > len(visible):
-            raise UsageError(
-                f"--gpus {asked}: only {len(visible)} visible; ask for at most {len(visible)}"
-                + ("" if visible else ", or use --device cpu")
-            )
+            raise UsageError(f"--gpus {asked}: only {len(visible)} visible; ask for at most {len(visible)}")
         return visible[:count]
-    if not visible:
-        raise UsageError(f"--gpus {asked}: no GPU is visible; check nvidia-smi, or use --device cpu")
     if len(set(numbers)) != len(numbers) or any(not 0 <= number < len(visible) for number in numbers):
         raise UsageError(
             f"--gpus {asked}: choose different positions from 0 to {len(visible) - 1} ({len(visible)} visible)"

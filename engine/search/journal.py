@@ -64,7 +64,7 @@ class Journal:
             self._file.close()
             raise UsageError(
                 f"another search is running in {self.path.parent}; wait for it, "
-                "or choose another folder (--run-dir or --out)"
+                "or choose another folder (--name, --run-dir or --out)"
             ) from None
         self._drop_torn_tail()
         if self._file.seek(0, os.SEEK_END) == 0:

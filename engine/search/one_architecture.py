@@ -36,6 +36,7 @@ def train(settings: RunSettings, architecture: str, out: Path, display: Display)
     This is a search with a single candidate: `out` is a run folder like any other, for `eval`, `export` and `report`.
     """
     config = settings.config
+    load_space(config.space).check(Architecture.parse(architecture))  # before workers start and data are read
     low = replace(config.high, name="low")  # never asked for; a distilled low fidelity makes the run obtain a teacher
     config = replace(config, low=low, only=architecture, method="random", objectives="accuracy", fidelity_study="")
     budget = Budget(max_low=0, max_high=1, max_failures=1)
@@ -140,9 +141,7 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
     """The full training of the named architecture, or of the winner if none is named; UsageError if there is none."""
     if architecture is None:
         if run.kind == "fidelity-study":
-            raise UsageError(
-                f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch"
-            )
+            raise UsageError(f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch")
         if run.result is None or run.best is None:
             raise UsageError(
                 f"{run.folder} has no winner yet; let its search finish, or name an architecture with --arch"

@@ -91,7 +91,7 @@ class Display(AbstractContextManager["Display"]):
             result = f"{evaluation.accuracy:.4f}" if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
             self.say(
                 f"{phase} {self._counts[phase]:>3}  {evaluation.trial.architecture}  {result}  "
-                f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}"
+                f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}".rstrip()
             )
         elif not evaluation.ok:
             self.say(f"{phase} {evaluation.trial.architecture} {evaluation.status}: {evaluation.error}")

@@ -173,6 +173,7 @@ def make_teacher(settings: RunSettings, request: TeacherRequest, display: Displa
     Raises UsageError if the file exists and holds another network, or one trained for another number of epochs.
     """
     config, path = settings.config, request.path.absolute()
+    _check_network(config, request.network)
     folder = RunFolder(path.parent)
     with open_context(settings, folder, one_worker(layout(settings.resources)), display) as context:
         existed = path.exists()
@@ -189,9 +190,23 @@ def make_teacher(settings: RunSettings, request: TeacherRequest, display: Displa
     return made
 
 
+def _check_network(config: SearchConfig, network: str) -> None:
+    """Raises UsageError, before workers start and data are read, for a name that is not one of a network."""
+    if network == "auto" or _is_outside_space(network):
+        return
+    try:
+        load_space(config.space).check(Architecture.parse(network))
+    except UsageError as error:
+        raise UsageError(f"--arch: {error}; or give torchvision:NAME, timm:NAME or FILE.py:NAME") from None
+
+
+def _is_outside_space(network: str) -> bool:
+    return is_library_model(network) or ".py:" in network
+
+
 def _network_name(context: RunContext, facts: DataFacts, network: str) -> str:
     """The network that the `teacher` command's --arch means, as recorded in a weights file."""
-    if is_library_model(network) or ".py:" in network:
+    if _is_outside_space(network):
         return network
     if network == "auto":
         architecture = largest_member(space_members(context.space, context.config, facts))
