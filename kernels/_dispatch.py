@@ -18,7 +18,7 @@ COMPILED: ContextVar[bool] = ContextVar("compiled", default=False)
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors; Triton decides this when it is imported."""
+    """Whether Triton interprets its kernels, on CPU tensors; Triton decides this at import."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -66,7 +66,7 @@ def _register(
     save: Callable[..., None],
     differentiate: Callable[..., Any],
 ) -> tuple[Any, Any]:
-    """The operators that `torch.compile` traces: a loss, and its gradient, which looks like the student."""
+    """The operators that `torch.compile` traces: a loss, and its gradient, which has the student's shape and layout."""
     operator = _operator(name, forward)
     operator.register_fake(fake)
     operator.register_autograd(differentiate, setup_context=save)
@@ -145,7 +145,7 @@ ce_kd_backward_op.register_fake(
 
 
 class _CEKD(torch.autograd.Function):
-    """Not from `_function`: it has a short cut, `reference.ce_kd_plain`, whose backward is one product."""
+    """Not made by `_function`, because of its fast path, `reference.ce_kd_plain`, whose backward is one product."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | Parts]:
@@ -165,7 +165,7 @@ class _CEKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        # The guard against a second derivative costs 5 us, and only a graph of the gradient needs it.
+        # The guard against a second derivative costs 5 us and is needed only if the gradient itself has a graph.
         return (_ce_kd_once if torch.is_grad_enabled() else _ce_kd_first)(ctx, upstream)
 
 
@@ -182,7 +182,7 @@ _ce_kd_once = once_differentiable(_ce_kd_first)
 
 
 def ce_kd(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | Parts]:
-    """(loss, parts), differentiable with respect to the student's logits; parts are numbers if the host has them."""
+    """(loss, parts), differentiable with respect to the student's logits; parts are numbers if they are on the host."""
     if torch.compiler.is_compiling():
         loss, parts, _, _ = ce_kd_op(student, *arguments)
         return loss, parts

@@ -7,18 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Contraction into fused multiply-adds, the default until Triton 3.10, so ask for it.
+# Contraction into fused multiply-adds is the default only until Triton 3.10, so ask for it.
 FUSION = {"enable_fp_fusion": True}
 # For x / y - z / w, which must be exactly 0 for equal operands: a fused multiply-add rounds only one of the two.
 NO_FUSION = {"enable_fp_fusion": False}
-SCALE_BLOCK = 1024  # elements a program of an elementwise launch
-LOOP_CLASSES = 4096  # CE + plain KD: rows up to this stay in registers, longer ones are walked twice
+SCALE_BLOCK = 1024  # elements per program of an elementwise launch
+LOOP_CLASSES = 4096  # CE + plain KD: rows up to this stay in registers, longer ones are read twice
 TILE_CLASSES = 8192  # DKD and standardised logits: the longest rows in registers; half for both at once
-FUSED_POSITIONS, FUSED_BYTES = 256, 65536  # attention: one program takes a sample up to this size
-MAP_POSITIONS = 16384  # a sample's attention map is finished by one program up to this many
+FUSED_POSITIONS, FUSED_BYTES = 256, 65536  # attention: one program handles a sample up to this size
+MAP_POSITIONS = 16384  # up to this many, one program finishes a sample's attention map
 SPATIAL_POSITIONS = 64  # NST: H * W of one tile of the Gram difference
 NST_PROGRAMS = 512  # NST: programs that fill a device; fewer samples are split
-# NST: (student's, teacher's) channels of one tile of the channel Grams, by bytes an element.
+# NST: (student's, teacher's) channels of one tile of the channel Grams, by bytes per element.
 CHANNEL_CHANNELS = {2: (64, 128), 4: (64, 64)}
 
 
@@ -28,12 +28,12 @@ def power_of_two(n: int) -> int:
 
 
 def plain_kd(variant: str, standardize: bool) -> bool:
-    """Whether KD is the plain KL divergence, which needs a row's maxima and sums alone."""
+    """Whether KD is the plain KL divergence, which needs only a row's maxima and sums."""
     return variant == "kd" and not standardize
 
 
 def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
-    """Whether a kernel takes the logits; the reference takes float64 and rows too long for a variant."""
+    """Whether a kernel handles the logits; the reference handles float64 and rows too long for a variant."""
     if logits.element_size() == 8:
         return False
     both = variant == "dkd" and standardize
@@ -41,7 +41,7 @@ def has_ce_kd(logits: Tensor, variant: str, standardize: bool) -> bool:
 
 
 def has_attention(student: Tensor, teacher: Tensor) -> bool:
-    """Whether a kernel takes the pair; the reference takes float64 and maps over MAP_POSITIONS."""
+    """Whether a kernel handles the pair; the reference handles float64 and maps over MAP_POSITIONS."""
     positions = min(student.shape[2] * student.shape[3], teacher.shape[2] * teacher.shape[3])
     return student.element_size() < 8 and positions <= MAP_POSITIONS and student.shape[0] * positions < 2**31
 
@@ -57,7 +57,7 @@ def pooling_ratio(student: Tensor, teacher: Tensor) -> int:
 
 
 def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
-    """Whether one tile holds the Gram; the reference's batched products take the rest, and float64."""
+    """Whether one tile holds the Gram; the reference's batched products handle the rest, and float64."""
     if student.element_size() == 8:
         return False
     if method == "spatial":
@@ -67,13 +67,13 @@ def has_nst(student: Tensor, teacher: Tensor, method: str) -> bool:
 
 
 def ce_kd_tile(rows: int, classes: int, item_size: int, plain: bool) -> dict[str, int]:
-    """Constants of the CE+KD kernel for rows of `classes`: with LANES for `loop_kernel`, else for `tile_kernel`.
+    """Constants of the CE+KD kernel for rows of `classes`: with VECTORS for `loop_kernel`, else for `tile_kernel`.
 
-    A loop has two 16-byte vectors of each matrix in flight a thread. PARTIALS bounds the last program's sum.
+    A loop has two 16-byte vectors of each matrix in flight per thread. PARTIALS bounds the last program's sum.
     """
     if plain and classes > LOOP_CLASSES:
-        tile = {"LANES": 512, "VEC": 16 // item_size, "PARTIALS": power_of_two(rows), "num_warps": 8, **FUSION}
-        return {**tile, "maxnreg": 128}  # two blocks an SM; left alone, ptxas may aim at 64 registers and spill
+        tile = {"VECTORS": 512, "VEC": 16 // item_size, "PARTIALS": power_of_two(rows), "num_warps": 8, **FUSION}
+        return {**tile, "maxnreg": 128}  # two blocks per SM; left alone, ptxas may aim for 64 registers and spill
     block = power_of_two(classes)
     per_program = max(1, min(1024 // block, power_of_two(rows)))
     warps = 4 if block <= 1024 else 8 if block <= 4096 else 16
@@ -82,7 +82,7 @@ def ce_kd_tile(rows: int, classes: int, item_size: int, plain: bool) -> dict[str
 
 
 def gradient_buffer(logits: Tensor) -> Tensor:
-    """Memory for the gradient, with rows padded as the logits' are, so that both move as vectors."""
+    """Memory for the gradient, with rows padded like those of the logits, so that both move as vectors."""
     rows, classes = logits.shape
     stride = logits.stride(0)
     if rows > 1 and logits.stride(1) == 1 and stride > classes and stride * logits.element_size() % 16 == 0:
@@ -91,22 +91,22 @@ def gradient_buffer(logits: Tensor) -> Tensor:
 
 
 def one_launch(student: Tensor, teacher: Tensor, positions: int) -> bool:
-    """Whether one program does an attention sample: a larger one would keep too few programs busy for too long."""
+    """Whether one program handles an attention sample: larger ones would keep too few programs busy for too long."""
     size = sum(f[0].numel() * f.element_size() for f in (student, teacher))
     return positions <= FUSED_POSITIONS and size <= FUSED_BYTES
 
 
 def fused_tile(positions: int, student: Tensor, teacher: Tensor) -> dict[str, int]:
-    """All positions and 32 elements a thread, so that four 16-byte loads of 2-byte elements are in flight."""
+    """All positions, and 32 elements per thread, so that four 16-byte loads of 2-byte elements are in flight."""
     block = power_of_two(positions)
     s_block, t_block = (min(8192 // block, power_of_two(f.shape[1])) for f in (student, teacher))
     return {"BLOCK_P": block, "S_BLOCK_C": s_block, "T_BLOCK_C": t_block, "num_warps": 8, **NO_FUSION}
 
 
 def attention_tile(rows: int, feature: Tensor) -> dict[str, int]:
-    """Positions x channels of a program, 4096 elements: 512 along the axis that is contiguous in memory.
+    """Positions x channels per program, 4096 elements: 512 along the axis that is contiguous in memory.
 
-    rows: positions of all samples. feature: (N, C, P) as it lies in memory.
+    rows: positions of all samples. feature: (N, C, P), in any memory layout.
     """
     channels = power_of_two(feature.shape[1])
     if feature.stride(2) == 1 and feature.stride(1) != 1:
@@ -124,7 +124,7 @@ def finish_warps(block: int) -> int:
 def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> dict[str, int]:
     """Tiles of the NST kernels for features (N, C, P); a tensor core multiplies at least 16 x 16.
 
-    float32 operands are split in two halves each, which takes registers: smaller tiles.
+    float32 operands are split into two halves, which takes registers, so their tiles are smaller.
     """
     samples, positions, wide = student.shape[0], student.shape[2], student.element_size() == 4
     if method == "spatial":
@@ -148,5 +148,5 @@ def nst_tile(method: str, student: Tensor, teacher: Tensor, backward: bool) -> d
 
 
 def _splits(samples: int, length: int, block: int) -> int:
-    """Programs that share a sample: 8 at most, with about a block each of the axis that they split."""
+    """How many programs share a sample: at most 8, each with about one block of the axis that is split."""
     return max(1, min(power_of_two(NST_PROGRAMS // samples), power_of_two(-(-length // block)), 8))

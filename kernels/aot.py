@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel variant without a GPU and reports what it costs the hardware.
+"""Compiles every shipped kernel variant without a GPU and reports its registers, stack and shared memory.
 
 `python -m kernels.aot --report` runs the launch code of `kernels/_triton` on tensors without memory, records
 each launch instead of starting it, and compiles exactly that: argument types, constants, alignment, warps. It
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import reference
 
-# Bytes a block may have, by architecture; sm_80's 163 KB are cut to what consumer cards of its generation have.
+# Bytes that a block may use, by architecture; sm_80's 163 KB are reduced to what consumer cards of its generation have.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 ARCHES = tuple(SHARED_LIMIT)
 POINTERS = {
@@ -41,7 +41,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled variant takes: registers per thread, bytes of stack and of shared memory."""
+    """Resources of a compiled variant: registers per thread, bytes of stack and of shared memory."""
 
     title: str
     kernel: str
@@ -72,7 +72,7 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
 
 
 def compile_cubin(launch: Launch, arch: int) -> tuple[Usage, bytes]:
-    """`compile_launch`, and the binary."""
+    """Like `compile_launch`, and also returns the binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -105,7 +105,7 @@ def compile_cubin(launch: Launch, arch: int) -> tuple[Usage, bytes]:
 def ce_kd_call(
     classes: int, dtype: torch.dtype, kind: str = "index", pad: int = 0, rows: int = 1024, **changes: Any
 ) -> Any:
-    """A forward and backward of CE + KD; `kind` of target: index, mixed (mixup), soft or none."""
+    """A forward and backward call of CE + KD; `kind` of target: index, mixed (mixup), soft or none."""
     spec = reference.CEKDSpec(4.0, 0.1, 0.9, 0.0, -100, "kd", 1.0, 8.0, False, "mean")._replace(**changes)
     logits = _meta((rows, classes + pad), dtype)[:, :classes]
     target = _meta((rows, classes), torch.float32) if kind == "soft" else _meta((rows,), torch.int64)
@@ -126,7 +126,7 @@ def attention_call(
     shape_s: tuple[int, ...], shape_t: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, p: float = 2.0,
     mode: str = "mean", layout: torch.memory_format = torch.channels_last,
 ) -> Any:  # fmt: skip
-    """A forward and backward of attention transfer."""
+    """A forward and backward call of attention transfer."""
     s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
 
     def run() -> None:
@@ -142,7 +142,7 @@ def nst_call(
     shape_s: tuple[int, ...], shape_t: tuple[int, ...], method: str, dtype: torch.dtype = torch.bfloat16,
     term: bool = True, layout: torch.memory_format = torch.channels_last,
 ) -> Any:  # fmt: skip
-    """A forward and backward of NST."""
+    """A forward and backward call of NST."""
     s, t = _meta(shape_s, dtype, layout), _meta(shape_t, dtype, layout)
 
     def run() -> None:
@@ -155,7 +155,7 @@ def nst_call(
 
 
 def norm_act_call(channels: int, size: int, dtype: torch.dtype, training: bool, activation: str) -> Any:
-    """A forward and backward of BatchNorm with an activation."""
+    """A forward and backward call of BatchNorm with an activation."""
     x, one = _meta((64, channels, size, size), dtype, torch.channels_last), _meta((channels,), torch.float32)
 
     def run() -> None:
@@ -168,7 +168,7 @@ def norm_act_call(channels: int, size: int, dtype: torch.dtype, training: bool, 
 
 
 def _calls() -> Iterator[tuple[str, Any]]:
-    """(title, call) of forward and backward on tensors without memory."""
+    """(title, call) for forward and backward on tensors without memory."""
     yield from _ce_kd_calls()
     for channels, size in ((24, 32), (144, 16), (576, 4)):  # both sets of constants, masked channels
         for dtype, training, activation in (
@@ -233,7 +233,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def recording(title: str, launches: list[Launch]) -> Iterator[None]:
-    """Inside, `kernel[grid](...)` starts nothing and appends the launch to `launches`."""
+    """Within the block, `kernel[grid](...)` launches nothing and appends the launch to `launches`."""
     from triton.runtime.jit import JITFunction
 
     start = JITFunction.run
@@ -259,7 +259,7 @@ def _type_of(value: Any) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, from Triton's own cuobjdump."""
+    """Registers per thread and bytes of stack, from Triton's own cuobjdump."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -277,7 +277,7 @@ def exit_code(usages: list[Usage]) -> int:
 
 
 def report(module: str = "", arches: tuple[int, ...] = ARCHES) -> list[Usage]:
-    """Compiles every distinct shipped variant, or those of one module of kernels/_triton."""
+    """Compiles every distinct shipped variant, or only those of one module of kernels/_triton."""
     seen: set[str] = set()
     usages = []
     for launch in shipped_launches():

@@ -1,4 +1,4 @@
-"""The public losses: what they compute, what they accept, and what they refuse.
+"""The public losses: what they compute, what they accept, and what they reject.
 
 Every loss returns a float32 scalar (float64 for float64 inputs), is once differentiable with respect to the
 student, and expects a teacher that does not require grad. float32, bfloat16 and float16 inputs accumulate in
@@ -48,30 +48,30 @@ def ce_kd_loss(
 
         loss = ce_weight * CE(s, y) + kd_weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
-    in nats: each a mean over the rows that are not ignored (`reduction="mean"`), a sum, or one value per row (N,).
-    KL keeps a relative error below 1e-6 at T = 32, where the usual float32 form has no correct digit, and is
-    exactly 0 for equal logits: the kernels sum p_t (d + exp(-d) - 1), d = log p_t - log p_s, every addend >= 0; the
-    reference takes the difference of the logits in float64.
+    in nats. Each term is a mean over the rows that are not ignored (`reduction="mean"`), a sum, or one value per row
+    (N,). KL keeps a relative error below 1e-6 at T = 32, where the usual float32 form has no correct digit, and is
+    exactly 0 for equal logits. The kernels sum p_t (d + exp(-d) - 1) with d = log p_t - log p_s, where every addend is
+    >= 0; the reference takes the difference of the logits in float64.
 
     Args:
         student_logits, teacher_logits: (N, C), floating point; the teacher's must not require grad.
-        target: class indices (N,), probabilities (N, C), or None for KD alone.
+        target: class indices (N,), probabilities (N, C), or None for KD only.
         temperature: T > 0, for both sides.
         ce_weight, kd_weight: weights of the terms; a term of weight 0 is skipped and its part reads 0.
         label_smoothing: in [0, 1): CE against (1 - e) y + e / C.
         ignore_index: rows with this target count in neither term (an ignored row needs no valid logits).
         target_b, lam: mixup: CE is lam * CE(target) + (1 - lam) * CE(target_b); lam a float or (N,).
         variant: "dkd" replaces KL by dkd_alpha * TCKD + dkd_beta * NCKD (needs class indices).
-        standardize: KD on (x - mean) / (1e-7 + std) of each row's logits; CE on the logits as they are.
+        standardize: KD on (x - mean) / (1e-7 + std) of each row's logits; CE still uses the raw logits.
 
     Sources: KD: Hinton et al., 2015 (arXiv 1503.02531), section 2. DKD: Zhao et al., 2022 (arXiv
     2203.08679), equation 7. Standardization: Sun et al., 2024 (arXiv 2403.01427), algorithm 1.
-    Same as RepDistiller's gamma * CE + alpha * KD with ce_weight = gamma, kd_weight = alpha; as
+    Equals RepDistiller's gamma * CE + alpha * KD with ce_weight = gamma, kd_weight = alpha, and
     torchdistill's KDLoss(T, alpha) with ce_weight = alpha, kd_weight = 1 - alpha. Liger's distillation
     losses have no T^2: kd_weight = w / T^2. attention-transfer's alpha is kd_weight.
 
-    A label out of range raises IndexError on the CPU and gives a NaN loss on CUDA, where checking it would wait for
-    the device. If every row is ignored, the mean is NaN, as in PyTorch, and the gradient is 0.
+    A label out of range raises IndexError on the CPU. On CUDA it gives a NaN loss, because checking it would make the
+    host wait for the device. If every row is ignored, the mean is NaN, as in PyTorch, and the gradient is 0.
 
     `ce_kd_loss_and_parts` also returns the unweighted parts.
 
@@ -130,8 +130,8 @@ def _ce_kd(
     if (variant == "dkd" or standardize) and student_logits.shape[1] < 2:
         raise ValueError("variant='dkd' and standardize=True need 2 classes or more, these logits have 1")
     if variant == "dkd" and (target is None or target.is_floating_point() or target_b is not None):
-        raise ValueError("variant='dkd' needs class indices as target and no target_b: the target class is "
-                         "what it separates; use variant='kd' with soft or mixed targets")  # fmt: skip
+        raise ValueError("variant='dkd' needs class indices as target and no target_b, because it treats the target "
+                         "class separately; use variant='kd' with soft or mixed targets")  # fmt: skip
     backend = _dispatch.resolve(backend, student_logits.device)
     if backend == "triton" and not _tiles.has_ce_kd(student_logits, variant, standardize):
         backend = "reference"
@@ -153,15 +153,15 @@ def attention_transfer_loss(
     weights: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Distance between the student's and the teacher's attention maps, no unit.
+    """Distance between the student's and the teacher's attention maps, dimensionless.
 
         q = mean_c |F|^p,  a = q / max(||q||_2, eps) over positions,  u = a_s - a_t
         mode="mean": sum u^2 / (N H W)   "batchmean": sum u^2 / N   "paper": sum_n ||u_n||_2 / N
 
     Args:
-        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. Of different
-            sizes, the larger is average-pooled to the smaller before the power (an integer ratio of equal
-            sides inside the kernel, without a copy).
+        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. If the sizes
+            differ, the larger map is average-pooled to the smaller before the power. The kernel does this without a
+            copy if height and width have the same integer ratio.
         p: the power, >= 1.
         weights: one per pair, 1 by default; the result is the weighted sum over pairs.
 
@@ -200,7 +200,7 @@ def nst_loss(
     weights: Sequence[float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Neuron selectivity transfer: the squared MMD with k(x, y) = (x . y)^2 between channels, no unit.
+    """Neuron selectivity transfer: the squared MMD with k(x, y) = (x . y)^2 between channels, dimensionless.
 
         mean_ij (a_i . a_j)^2 + mean_ij (b_i . b_j)^2 - 2 mean_ij (a_i . b_j)^2,  averaged over samples,
 
@@ -210,10 +210,10 @@ def nst_loss(
     N x C_s x C_t x H W product of the usual code is never formed.
 
     Args:
-        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. Of different
-            sizes, the larger is first average-pooled to the smaller, which makes a copy.
-        teacher_term: False leaves out the teacher's constant (second) term: the gradient is the same, there is
-            less work, and the loss may be negative.
+        student, teacher: (N, C, H, W), or sequences of the same length; channel counts may differ. If the sizes
+            differ, the larger map is first average-pooled to the smaller, which makes a copy.
+        teacher_term: False omits the teacher's constant (second) term. The gradient is the same, there is less
+            work, and the loss may be negative.
         eps: the smallest norm a channel is divided by.
         weights: one per pair, 1 by default; the result is the weighted sum over pairs.
 
@@ -242,7 +242,7 @@ def nst_loss(
 def hint_loss(student: Features, teacher: Features, *, weights: Sequence[float] | None = None) -> Tensor:
     """mean (s - t)^2 over all elements: FitNets' hint after the regressor (`HintLoss` has one).
 
-    Args: student, teacher: of one shape, or sequences of the same length; weights: one per pair, 1 by default.
+    Args: student, teacher: of the same shape, or sequences of the same length; weights: one per pair, 1 by default.
     Source: Romero et al., 2015 (arXiv 1412.6550), equation 3, whose sum over elements is a mean here and
     in RepDistiller (beta = 100).
 
@@ -346,7 +346,7 @@ def _check_features(student: Tensor, teacher: Tensor, spatial: bool) -> None:
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     alike = student.shape == teacher.shape and student.dtype == teacher.dtype and student.device == teacher.device
     if alike and student.dim() == 2 and student.shape[1] and student.is_floating_point() and not teacher.requires_grad:
-        return  # the usual case, checked in half the time
+        return  # a shortcut for the usual case, in half the time
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         _check_floating(name, logits)
         if logits.dim() != 2 or logits.shape[1] == 0:
@@ -364,14 +364,14 @@ def _check_target(
     logits: Tensor, target: Tensor | None, target_b: Tensor | None, lam: Tensor | float | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if (target_b is None) != (lam is None) or (target_b is not None and target is None):
-        raise ValueError("mixup needs target, target_b and lam: give all three, or target alone")
+        raise ValueError("mixup needs target, target_b and lam: give all three, or only target")
     rows = logits.shape[:1]
     for name, labels in (("target", target), ("target_b", target_b)):
         if labels is None:
             continue
         soft = labels.is_floating_point()
         if soft and target_b is not None:
-            raise ValueError("mixup mixes class indices; mix probabilities before the call and give target alone")
+            raise ValueError("mixup mixes class indices; mix probabilities before the call and give only target")
         if labels.dtype == torch.bool or labels.is_complex():
             raise TypeError(f"{name} is {labels.dtype}; give class indices (int64) or probabilities (float)")
         wanted = logits.shape if soft else rows

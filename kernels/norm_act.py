@@ -1,7 +1,7 @@
 """BatchNorm (Ioffe and Szegedy 2015, arXiv 1502.03167) with the activation that follows it, as one operation.
 
-The reference is closed form in plain PyTorch and the oracle of the tests; on CUDA Triton kernels do the same in two
-launches a pass instead of up to five, and keep the input alone for the backward pass.
+The reference is closed-form, plain PyTorch, and serves as the test oracle. On CUDA, Triton kernels compute the same in
+two launches per pass instead of up to five, and save only the input for the backward pass.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def batch_norm_act(
 ) -> Tensor:
     """activation(BatchNorm(x)) for x (N, C, H, W), in x's type; `activation` is "none", "relu" or "relu6".
 
-    Statistics, weight and bias are (C,) in float32, or in float64 for such an x. In training the batch's statistics
-    are used and the running ones move towards them by `momentum`, the variance unbiased, as torch.nn.BatchNorm2d has
-    it; otherwise the running ones are used. Triton takes channels_last; other layouts, and float64, take the
-    reference. Differentiable once, by x, weight and bias. Raises ValueError for other activations or shapes, and in
-    training for a single value per channel.
+    Statistics, weight and bias are (C,), in float32, or in float64 if x is. Training uses the batch's statistics and
+    moves the running ones towards them by `momentum`, with the unbiased variance, like torch.nn.BatchNorm2d.
+    Evaluation uses the running statistics. The Triton kernels need channels_last; other layouts and float64 run the
+    reference. Once differentiable with respect to x, weight and bias. Raises ValueError for other activations or
+    shapes, and in training if a channel has a single value.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; use one of {', '.join(ACTIVATIONS)}")
@@ -58,7 +58,7 @@ def batch_norm_act(
 
 
 def has_kernel(x: Tensor, backend: str = "auto") -> bool:
-    """Whether such an input runs the Triton kernels."""
+    """Whether the Triton kernels handle this input."""
     chosen = _dispatch.resolve(backend, x.device) == "triton"
     return chosen and x.element_size() < 8 and x.numel() > 0 and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -89,16 +89,16 @@ def reference_backward(
     x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, saved: Tensor, training: bool, activation: str
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradients (2, C) of weight and bias)."""
-    normal, grad = _normalised(x.to(weight.dtype), saved), grad.to(weight.dtype)
-    u = normal * _by_channel(weight) + _by_channel(bias)
+    x_hat, grad = _normalised(x.to(weight.dtype), saved), grad.to(weight.dtype)
+    u = x_hat * _by_channel(weight) + _by_channel(bias)
     if activation != "none":
-        flat = u <= 0 if activation == "relu" else (u <= 0) | (u >= 6)
-        grad = grad.masked_fill(flat, 0)
-    by_weight, by_bias = (grad * normal).sum((0, 2, 3)), grad.sum((0, 2, 3))
+        clamped = u <= 0 if activation == "relu" else (u <= 0) | (u >= 6)
+        grad = grad.masked_fill(clamped, 0)
+    grad_weight, grad_bias = (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3))
     if training:
         count = x.numel() // x.shape[1]
-        grad = grad - (_by_channel(by_bias) + normal * _by_channel(by_weight)) / count
-    return (grad * _by_channel(weight * saved[1])).to(x.dtype), torch.stack([by_weight, by_bias])
+        grad = grad - (_by_channel(grad_bias) + x_hat * _by_channel(grad_weight)) / count
+    return (grad * _by_channel(weight * saved[1])).to(x.dtype), torch.stack([grad_weight, grad_bias])
 
 
 def _normalised(x: Tensor, saved: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def forward(
     statistics = (running_mean, running_var, training, momentum, eps, activation)
     if backend == "reference":
         return reference_forward(x, weight, bias, *statistics)
-    from kernels._triton import norm_act  # not before Triton is wanted
+    from kernels._triton import norm_act  # imports Triton only when it is used
 
     return norm_act.norm_act_forward(x, weight, bias, *statistics)
 
@@ -140,7 +140,7 @@ def _functional(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
     training: bool, momentum: float, eps: float, activation: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`forward` with new running statistics: an operator that is differentiable must not change its inputs."""
+    """`forward` that returns new running statistics: a differentiable operator must not mutate its inputs."""
     running_mean, running_var = running_mean.clone(), running_var.clone()
     y, saved = forward(x, weight, bias, running_mean, running_var, training, momentum, eps, activation, backend)
     return y, saved, running_mean, running_var
@@ -172,8 +172,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
         return (None,) * 10
     x, weight, bias, saved = ctx.saved_tensors
     run = norm_act_backward_op if torch.compiler.is_compiling() else backward
-    by_x, by_parameters = run(x, grad, weight, bias, saved, *ctx.options)
-    return (by_x, *by_parameters.unbind(), *(None,) * 7)
+    grad_x, grad_parameters = run(x, grad, weight, bias, saved, *ctx.options)
+    return (grad_x, *grad_parameters.unbind(), *(None,) * 7)
 
 
 norm_act_op.register_autograd(_differentiate, setup_context=_save)

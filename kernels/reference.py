@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 STANDARDIZE_EPS = 1e-7  # added to the standard deviation of logits (Sun et al., 2024)
-PLAIN_ELEMENTS = 1 << 16  # as below, where fewer operations are in float64
-CHUNK_ELEMENTS = 1 << 15  # logits handled at once on the CPU: some buffers of 256 KB in an L2 cache
-LEAST_SUM = 1e-6  # of exponentials of a row
+PLAIN_ELEMENTS = 1 << 16  # the same for `ce_kd_plain`, which has fewer operations in float64
+CHUNK_ELEMENTS = 1 << 15  # logits processed at once on the CPU: a few buffers of 256 KB in an L2 cache
+LEAST_SUM = 1e-6  # of the exponentials of a row
 LOG2_E = math.log2(math.e)
-LEAST_SHORT = 1e-30  # a float32 probability below may have lost digits to underflow
+LEAST_SHORT = 1e-30  # a smaller float32 probability may have lost digits to underflow
 
 
 class CEKDSpec(NamedTuple):
@@ -41,7 +41,7 @@ class CEKDSpec(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64; everything shorter accumulates in float32."""
+    """float64 for float64; all shorter types accumulate in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,7 +66,7 @@ def ce_kd_forward(
         if kept is not None and bad is not None:
             target = target.masked_fill(~kept | bad, 0)
             target_b = None if target_b is None else target_b.masked_fill(~kept | bad, 0)
-    # Terms by row, and the gradient in the accumulation type: KD writes it, CE adds to it.
+    # Terms per row, and the gradient in the accumulation type: KD writes it, CE adds to it.
     grad = student_NC.new_empty(student_NC.shape, dtype=dtype)
     ce = kd = None
     if spec.kd_weight:
@@ -78,7 +78,7 @@ def ce_kd_forward(
     ce, kd = (grad.new_zeros(rows) if x is None else x for x in (ce, kd))
     grad = grad.to(student_NC.dtype)
     if kept is not None and bad is not None:
-        # On a device, where checking would wait, a row out of range is NaN; the CPU raised an error.
+        # On a device, where checking would make the host wait, a row out of range is NaN; the CPU has raised an error.
         ce, kd = (x.masked_fill(bad, torch.nan).masked_fill(~kept, 0) for x in (ce, kd))
         grad = grad.masked_fill(bad[:, None], torch.nan).masked_fill(~kept[:, None], 0)
     grad = grad if with_grad else grad.new_empty(0)
@@ -99,9 +99,9 @@ def ce_kd_backward(grad_NC: Tensor, upstream: Tensor, count: Tensor, reduction: 
 def ce_kd_plain(
     student_NC: Tensor, teacher_NC: Tensor, target: Tensor | None, spec: CEKDSpec
 ) -> tuple[Tensor, tuple[float, float, float], Tensor, float] | None:
-    """Loss, parts and gradient (and what to multiply it by) on a CPU, or None where `ce_kd_forward` is needed.
+    """Loss, parts, gradient and the gradient's scale, on a CPU; None if the call needs `ce_kd_forward`.
 
-    For the usual call: class indices, float32 or shorter, both terms, plain KL, a mean or a sum.
+    The fast path for the usual call: class indices, float32 or shorter, both terms, plain KL, a mean or a sum.
     """
     rows, classes = student_NC.shape
     if spec.variant != "kd" or spec.standardize or spec.label_smoothing or spec.reduction == "none" or not rows:
@@ -131,31 +131,31 @@ def ce_kd_plain(
 def _plain_rows(
     s_NC: Tensor, t_NC: Tensor, index_N1: Tensor, grad_NC: Tensor, spec: CEKDSpec
 ) -> tuple[float, float] | None:
-    """Sums over rows of CE and of KL; writes the gradient over T kd_weight. None where this is not accurate.
+    """Sums over rows of CE and of KL; writes the gradient over T kd_weight. None if this is not accurate.
 
-    With d = (t - s) / T, p_t = p_s exp(d) / Z and KL = sum_c p_t d - log Z. A float32 p_s is a distribution as
-    good as the true one, 1e-7 away; only d and exp(d) must be exact, as most digits of the sum cancel.
-    Powers of 2, as PyTorch computes them in half the time of an exponential.
+    With d = (t - s) / T, p_t = p_s exp(d) / Z and KL = sum_c p_t d - log Z. A float32 p_s is good enough: it is a
+    distribution, 1e-7 from the true one. Only d and exp(d) must be exact, because most digits of the sum cancel.
+    Uses powers of 2, which PyTorch computes in half the time of an exponential.
     """
     s = s_NC.float()
     unit = LOG2_E / spec.temperature
     p = torch.mul(s, _pair(LOG2_E, unit)).exp2_()
     z = p.sum(2, keepdim=True)
     p.div_(z)
-    # Underflow, overflow, a masked class or nan; where both hold no exponential is below 1e-36.
+    # Fails on underflow, overflow, a masked class or NaN. If both hold, no exponential is below 1e-36.
     if not (float(p.amin()) > LEAST_SHORT and float(z.amin()) > LEAST_SUM):
         return None
     p_ce, p_kd = p.unbind()
     try:
         ce = p_ce.gather(1, index_N1).log_().sum()
-    except RuntimeError:  # a label out of range or to be ignored
+    except RuntimeError:  # a label that is out of range or ignored
         return None
     p_s = p_kd.double()
     d = t_NC.to(torch.float64, copy=True).sub_(s).mul_(unit)
     p_t = torch.exp2(d).mul_(p_s)
     z_t = p_t.sum(1, keepdim=True)
     ratio = p_s.sum(1, keepdim=True).div_(z_t)
-    # The gradient is this over the sum of p_s, which is 1 to float32's last digit.
+    # Strictly, the gradient is this over the sum of p_s, which is 1 to float32's last digit.
     grad_NC.copy_(p_s.addcmul_(p_t, ratio, value=-1))
     kl = float(d.mul_(p_t).sum(1, keepdim=True).div_(z_t).add_(ratio.log2_()).sum()) / LOG2_E
     if not math.isfinite(kl):  # exp(d) overflows, or a class of the teacher is masked
@@ -173,7 +173,7 @@ def _pair(first: float, second: float) -> Tensor:
 def _check_labels(
     a: Tensor, b: Tensor | None, classes: int, ignore: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Rows that count and rows out of range; (None, None) if the CPU finds all in range."""
+    """Rows that are not ignored and rows out of range; (None, None) if the CPU finds all in range."""
     if a.device.type == "cpu":
         extremes = [x for labels in (a, b) if labels is not None and labels.numel() for x in labels.aminmax()]
         if all(0 <= int(x) < classes for x in extremes) and not 0 <= ignore < classes:
@@ -193,7 +193,7 @@ def _check_labels(
 
 
 def _chunk_rows(matrix: Tensor) -> int:
-    """Rows that stay in a CPU's cache while a dozen operations pass over them; all rows on other devices."""
+    """How many rows stay in a CPU's cache during a dozen operations; all rows on other devices."""
     rows, columns = matrix.shape
     return max(1, CHUNK_ELEMENTS // columns) if matrix.device.type == "cpu" else max(rows, 1)
 
@@ -201,7 +201,7 @@ def _chunk_rows(matrix: Tensor) -> int:
 def _ce(
     student_NC: Tensor, a: Tensor, b: Tensor | None, lam: Tensor | None, spec: CEKDSpec, grad_NC: Tensor
 ) -> Tensor:
-    """Cross entropy by row; adds ce_weight times its gradient softmax(s) - q to `grad_NC`."""
+    """Cross entropy per row; adds ce_weight times its gradient softmax(s) - q to `grad_NC`."""
     q = a.to(grad_NC.dtype) if a.is_floating_point() else None
     smoothing, classes = spec.label_smoothing, student_NC.shape[1]
     if q is not None and smoothing:
@@ -210,7 +210,7 @@ def _ce(
     total = itertools.repeat(None) if q is None else q.sum(1, keepdim=True).split(step)
     for s, grad, share in zip(student_NC.split(step), grad_NC.split(step), total, strict=False):
         p = torch.softmax(s, 1, dtype=grad.dtype)
-        # -log p_c = top - s_c with top = log sum exp; a softmax peaks at 1 / its sum: no second exponential.
+        # -log p_c = top - s_c with top = log sum exp. A softmax peaks at 1 / its sum, which saves a second exponential.
         tops.append(s.amax(1).to(grad.dtype).sub_(p.amax(1).log_()))
         if share is not None:
             p.mul_(share)  # for targets that do not sum to one
@@ -237,14 +237,14 @@ def _ce(
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
-    """Joins chunks of rows; an empty batch is one chunk."""
+    """Concatenates chunks of rows; an empty batch is one chunk."""
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _kd(student_NC: Tensor, teacher_NC: Tensor, label: Tensor | None, spec: CEKDSpec, grad_NC: Tensor) -> Tensor:
-    """T^2 KL(p_t || p_s) or DKD by row; writes kd_weight times its gradient to `grad_NC`.
+    """T^2 KL(p_t || p_s) or DKD per row; writes kd_weight times its gradient to `grad_NC`.
 
-    In float64 for any input: at T = 32 the two sides' log-probabilities agree in most digits, and their
+    Computed in float64 for any input: at T = 32 the log-probabilities of both sides agree in most digits, and their
     float32 difference keeps few (it is up to 68 % off).
     """
     step, rows = _chunk_rows(student_NC), []
@@ -281,20 +281,20 @@ def _standardized(x_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kl(s_NC: Tensor, t_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(softmax t || softmax s) by row of float64 logits, and its gradient softmax s - softmax t.
+    """KL(softmax t || softmax s) per row of float64 logits, and its gradient softmax s - softmax t.
 
     sum_c p_t (t - s) - (log sum exp t - log sum exp s), whose parts cancel at high T: in float64 1e-9 of it
     is left at T = 32, in float32 nothing is. Only rounding can make it negative, so it is clamped at 0. The
     kernels, which compute in float32, sum a series instead, whose terms are all >= 0.
     """
     p_s, p_t = torch.softmax(s_NC, 1), torch.softmax(t_NC, 1)
-    # A softmax peaks at 1 / (the sum of exponentials less its largest), which saves the second walk.
+    # A softmax peaks at 1 / sum exp(x - max x), which saves a second pass.
     ratio = p_s.amax(1).div_(p_t.amax(1)).log_()
     shift = t_NC.amax(1).sub_(s_NC.amax(1)).add_(ratio)
     d = torch.sub(t_NC, s_NC)
     kl = torch.mul(p_t, d).sum(1).sub_(shift)
     if kl.device.type != "cpu" or not math.isfinite(kl.sum()):
-        # A masked class: p_t = 0 and costs nothing, whatever d is. Or a true infinity or nan, which stays.
+        # Either a masked class, where p_t = 0 and the term is 0 for any d, or a true infinity or NaN, which stays.
         kl = (p_t * d.masked_fill(p_t == 0, 0)).sum(1).sub_(shift)
     return kl.clamp_min_(0), p_s.sub_(p_t)
 
@@ -339,7 +339,7 @@ def attention_forward(
     else:
         weight = 1 / (samples * positions) if mode == "mean" else 1 / samples
         loss, scale = u.square().sum() * weight, 2 * weight
-    # Where the norm is clamped the map is linear in q: nothing to project out.
+    # If the norm is clamped, the map is linear in q, and there is nothing to project out.
     along = (a_s * u).sum(1, keepdim=True) * (norm_s > eps)
     coef = (u - a_s * along) * (scale / norm_s.clamp_min(eps))
     return loss, coef.view(samples, *student.shape[2:])

@@ -1,7 +1,7 @@
-"""What the machine code of the kernels says about their speed, for the shapes of `bench/bench_kernels.py`.
+"""What the kernels' machine code says about their speed, for the shapes of `bench/bench_kernels.py`.
 
 `python -m kernels.sass` compiles each launch for sm_90 without a GPU and prints a Markdown table: registers per
-thread, blocks that fit on an SM, the width of the loads that bring in most bytes, and, inside the loops over
+thread, blocks that fit on an SM, the width of the loads that move the most bytes, and, inside the loops over
 features or classes, barriers, shuffles and instructions per element. A kernel without a loop is counted whole.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernels import aot
 
 ARCH = 90
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32  # of an SM of this architecture
-# Values a kernel reads for each class, student and teacher; a long row twice. Elsewhere an element is a value.
+# Values that a kernel reads per class: student and teacher, twice in a long row. Elsewhere an element is one value.
 READS = {"tile_kernel": 2, "loop_kernel": 4}
 
 
@@ -32,10 +32,10 @@ class Code(NamedTuple):
     warps: int
     registers: int
     blocks: int  # on an SM at a time
-    load_bits: int  # of the loads that bring in most bytes
+    load_bits: int  # of the loads that move the most bytes
     barriers: int  # in the loops
     shuffles: int  # in the loops
-    instructions: float  # an element
+    instructions: float  # per element
 
 
 def bench_launches() -> list[aot.Launch]:
@@ -81,7 +81,7 @@ def instructions(cubin: bytes) -> list[tuple[int, str]]:
 
 
 def _innermost(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
-    """Bodies of the loops, which end in a jump backwards, that contain no other loop."""
+    """Bodies of the innermost loops; a loop ends in a backward jump."""
     spans = []
     for address, text in code:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
@@ -96,7 +96,7 @@ def _loaded(body: list[tuple[int, str]]) -> int:
 
 
 def _load_bits(text: str) -> int:
-    """Bits that an instruction loads from global memory; loads past L1 are the last program's sums."""
+    """Bits that an instruction loads from global memory, without the last program's sums, whose loads bypass L1."""
     load = re.search(r"\b(?:LDG|LDGSTS)((?:\.\w+)+)", text)
     if not load or "STRONG" in load[1]:
         return 0
@@ -127,7 +127,7 @@ def _bench_calls() -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    print("| case | kernel | warps | registers | blocks an SM | load bits | barriers | shuffles | instructions |")
+    print("| case | kernel | warps | registers | blocks per SM | load bits | barriers | shuffles | instructions |")
     print("|---|---|---|---|---|---|---|---|---|")
     for launch in bench_launches():
         row = read(launch)

@@ -1,6 +1,6 @@
-"""The kernels' machine code, compiled without a GPU: nothing spills, and equal features cannot differ.
+"""The kernels' machine code, compiled without a GPU: nothing spills, and equal features give exactly 0.
 
-A sample of the variants for each architecture; `make aot` compiles them all.
+Compiles a sample of the variants for each architecture; `make aot` compiles them all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def test_the_largest_variants_fit(title: str, kernel: str, arch: int) -> None:
         assert usage.fits, usage
 
 
-def test_every_kernel_is_among_the_variants() -> None:
+def test_every_kernel_has_a_shipped_variant() -> None:
     from kernels._triton import attention, ce_kd, norm_act, nst
 
     modules = (attention, ce_kd, norm_act, nst)
@@ -51,7 +51,7 @@ def test_every_kernel_is_among_the_variants() -> None:
 
 
 def test_a_tile_too_large_is_found() -> None:
-    """One spatial NST tile of 14 x 14 positions: the report must say so."""
+    """One spatial NST tile of 14 x 14 positions does not fit, and the report must say so."""
     (sound,) = launches("nst spatial 160/160 8x8 bf16 NHWC", "spatial_kernel")
     assert sound.arguments["BLOCK_P"] <= _tiles.SPATIAL_POSITIONS
     too_large = sound._replace(arguments={**sound.arguments, "P": 196, "BLOCK_P": 256})
@@ -78,14 +78,14 @@ def test_the_exit_code_says_whether_everything_fits() -> None:
     ],
 )
 def test_equal_features_cannot_differ_by_a_fused_rounding(title: str, kernel: str) -> None:
-    """In x / a - y / b as one fused multiply-add only one quotient is rounded: not 0 for x = y and a = b."""
+    """A fused multiply-add in x / a - y / b rounds only one quotient, so x = y and a = b would not give 0."""
     (launch,) = launches(title, kernel)
     _, cubin = aot.compile_cubin(launch, 90)
     assert not [text for _, text in sass.instructions(cubin) if "FFMA" in text]
 
 
 def test_long_rows_move_as_vectors_without_a_reduction_in_the_loop() -> None:
-    """Rows of 21841 bfloat16 numbers, which start anywhere in a 16-byte vector."""
+    """Rows of 21841 bfloat16 numbers, which may start anywhere in a 16-byte vector."""
     (launch,) = launches("ce_kd C=21841 bf16", "loop")
     code = sass.read(launch)
     assert code.load_bits == 128

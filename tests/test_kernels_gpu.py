@@ -1,6 +1,6 @@
-"""What only a device can show: graph capture, no host synchronisation, streams, determinism, autocast.
+"""What only a GPU can show: graph capture, no host synchronisation, streams, determinism, autocast.
 
-The numerics on CUDA are `test_kernels_triton.py`, whose tests run on a GPU if there is one.
+`test_kernels_triton.py` tests the numerics, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import kernels
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing of this file was checked"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing in this file was checked"),
 ]
 LOSSES = ("ce_kd", "ce_kd long", "attention", "attention large", "nst spatial", "nst channel", "nst batched")
 
@@ -113,7 +113,7 @@ def test_compiled_whole_is_the_eager_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ce_kd", "attention", "nst channel"])
 def test_compiled_into_cuda_graphs_is_the_eager_step(name: str) -> None:
-    """They own the memory of what they call, and refuse a kernel that keeps some of it."""
+    """CUDA graphs own the memory that their kernels allocate, and reject a kernel that keeps some of it."""
     loss, student = case(name)
     compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):  # compiled, warmed up, recorded, replayed
@@ -123,7 +123,7 @@ def test_compiled_into_cuda_graphs_is_the_eager_step(name: str) -> None:
 
 
 def test_autocast_and_a_gradient_scaler_reach_the_reference() -> None:
-    """float16 logits of a big batch, scaled as GradScaler does: nothing flushed to zero before its time."""
+    """float16 logits of a large batch, scaled by GradScaler: no gradient is flushed to zero early."""
     generator = torch.Generator("cuda").manual_seed(0)
     linear = torch.nn.Linear(64, 1000, device="cuda")
     x = torch.randn(1024, 64, generator=generator, device="cuda")

@@ -1,4 +1,4 @@
-"""The closed-form losses: against the formulas the field's code uses, gradcheck, edges, errors."""
+"""The closed-form losses: against the formulas of published code, gradcheck, edge cases, errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_same(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Ten
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
-# ---- the field's formulas, rewritten ------------------------------------------------------------------
+# ---- the formulas of published code, rewritten ---------------------------------------------------------
 
 
 def repdistiller_kd(s: Tensor, t: Tensor, temperature: float) -> Tensor:
@@ -100,7 +100,7 @@ def test_ce_kd_is_repdistillers_sum(classes: int, temperature: float) -> None:
     )
 
 
-def test_torchdistills_alpha_weighs_the_cross_entropy() -> None:
+def test_torchdistills_alpha_weights_the_cross_entropy() -> None:
     s, t, y = draw(7, 10), draw(7, 10, seed=1), labels(7, 10)
     assert_same(
         lambda x: kernels.ce_kd_loss(x, t, y, temperature=4.0, ce_weight=0.2, kd_weight=0.8),
@@ -122,7 +122,7 @@ def test_cross_entropy_is_pytorchs(reduction: str, smoothing: float) -> None:
     assert_same(lambda x: kernels.ce_kd_loss(x, x.detach(), q, **options), lambda x: F.cross_entropy(x, q, **theirs), s)
 
 
-def test_a_share_that_was_drawn_on_the_host_goes_where_the_logits_are() -> None:
+def test_a_mixup_share_on_the_host_moves_to_the_logits_device() -> None:
     logits, y = torch.zeros(7, 3, device="meta"), torch.zeros(7, dtype=torch.long, device="meta")
     for lam in (torch.tensor(0.3), torch.full((7,), 0.3, dtype=torch.float64)):
         _, _, share = functional._check_target(logits, y, y, lam)
@@ -177,7 +177,7 @@ def test_attention_transfer_is_repdistillers(p: float, sizes: Any) -> None:
     assert_same(lambda f: kernels.attention_transfer_loss(f, t, p=p), lambda f: repdistiller_at(f, t, p), s)
 
 
-def test_attention_modes_are_one_distance() -> None:
+def test_attention_modes_share_one_distance() -> None:
     s, t = draw(3, 4, 5, 6), draw(3, 5, 5, 6, seed=1)
     a_s, a_t = (F.normalize(f.square().mean(1).flatten(1)) for f in (s, t))
     by_sample = (a_s - a_t).norm(dim=1)  # torchdistill's mode "paper" averages it over the batch
@@ -246,7 +246,7 @@ def test_gradcheck_nst(method: str, eps: float) -> None:
     assert torch.autograd.gradcheck(lambda s: kernels.nst_loss(s, t, method=method, eps=eps), student)
 
 
-def test_gradient_may_be_taken_twice_and_scaled() -> None:
+def test_backward_may_run_twice_and_be_scaled() -> None:
     s, t = draw(4, 6).requires_grad_(), draw(4, 6, seed=1)
     loss = kernels.ce_kd_loss(s, t)
     once, twice = (torch.autograd.grad(loss, s, torch.tensor(k, dtype=F64), retain_graph=True)[0] for k in (1.0, -3.0))
@@ -257,7 +257,7 @@ def test_gradient_may_be_taken_twice_and_scaled() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_a_second_derivative_is_refused(dtype: torch.dtype) -> None:
+def test_a_second_derivative_is_rejected(dtype: torch.dtype) -> None:
     s, t = draw(4, 6, dtype=dtype).requires_grad_(), draw(4, 6, seed=1, dtype=dtype)
     loss = kernels.ce_kd_loss(s, t, labels(4, 6))
     (gradient,) = torch.autograd.grad(loss, s, create_graph=True)
@@ -284,13 +284,13 @@ def test_kl_stays_accurate_in_float32(apart: float, temperature: float) -> None:
     ours = kernels.ce_kd_loss(s, t, temperature=temperature, kd_weight=1.0, backend="reference")
     assert abs(ours.item() / truth - 1) <= 1e-6
     if temperature == 32 and apart == 0.01:
-        assert abs(repdistiller_kd(s, t, 32.0).item() / truth - 1) > 1e-3  # what the usual form keeps
+        assert abs(repdistiller_kd(s, t, 32.0).item() / truth - 1) > 1e-3  # the usual form is this far off
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
-    ("change", "short"),
+    ("change", "fast"),
     [
         (lambda s, t, y: None, True),
         (lambda s, t, y: s.add_(6) + t.sub_(8), True),
@@ -306,12 +306,12 @@ def test_kl_stays_accurate_in_float32(apart: float, temperature: float) -> None:
     ids=["plain", "shifted", "certain teacher", "underflow", "overflow", "small", "masked", "teacher masks", "far",
          "ignored"],
 )  # fmt: skip
-def test_the_short_way_is_the_long_way(change: Any, short: bool, dtype: torch.dtype, reduction: str) -> None:
+def test_the_fast_path_agrees_with_float64(change: Any, fast: bool, dtype: torch.dtype, reduction: str) -> None:
     y = labels(40, 20) % 3
     s, t = (draw(40, 20, seed=i, dtype=dtype, scale=2) for i in (0, 1))
     change(s, t, y)
     spec = kernels.reference.CEKDSpec(3.0, 0.2, 0.8, 0.0, -100, "kd", 1.0, 8.0, False, reduction)
-    assert (kernels.reference.ce_kd_plain(s, t, y, spec) is not None) == short
+    assert (kernels.reference.ce_kd_plain(s, t, y, spec) is not None) == fast
 
     def loss(x: Tensor) -> Tensor:
         options: dict[str, Any] = {"temperature": 3.0, "ce_weight": 0.2, "kd_weight": 0.8, "reduction": reduction}
@@ -354,7 +354,7 @@ def test_short_types_accumulate_in_float32(dtype: torch.dtype, name: str) -> Non
     assert (gradient - wanted_gradient).abs().max() <= TOLERANCE[dtype] * wanted_gradient.abs().max()
 
 
-def test_long_batches_are_the_same_by_chunks() -> None:
+def test_long_batches_give_the_same_result_in_chunks() -> None:
     s, t, y = draw(100, 700), draw(100, 700, seed=1), labels(100, 700)
     assert s.numel() > 2 * _ops.reference.CHUNK_ELEMENTS
     assert_same(
@@ -367,7 +367,7 @@ def test_long_batches_are_the_same_by_chunks() -> None:
 # ---- edges -----------------------------------------------------------------------------------------------
 
 
-def test_a_class_masked_on_both_sides_counts_for_nothing() -> None:
+def test_a_class_masked_on_both_sides_has_no_effect() -> None:
     s, t, y = draw(5, 8), draw(5, 8, seed=1), labels(5, 7)
     wide_s, wide_t = (torch.cat((x, torch.full((5, 1), -torch.inf, dtype=F64)), 1) for x in (s, t))
     value, gradient = with_gradient(lambda x: kernels.ce_kd_loss(x, wide_t, y), wide_s)
@@ -395,7 +395,7 @@ def test_far_logits_are_finite() -> None:
     assert gradient.tolist() == [[1.0, -1.0]]
 
 
-def test_ignored_rows_need_no_valid_logits_and_leave_the_mean() -> None:
+def test_ignored_rows_need_no_valid_logits_and_do_not_change_the_mean() -> None:
     s, t, y = draw(5, 4), draw(5, 4, seed=1), labels(5, 4)
     kept = torch.tensor([0, 2, 4])
     wanted, wanted_gradient = with_gradient(lambda x: kernels.ce_kd_loss(x, t[kept], y[kept]), s[kept])
@@ -437,7 +437,7 @@ def test_empty_batches_follow_pytorch() -> None:
 
 @given(st.integers(1, 5), st.integers(1, 30), st.floats(0.5, 40), st.integers(0, 2**31), st.floats(1e-3, 30))
 @settings(max_examples=40, deadline=None)
-def test_kd_is_never_negative_and_blind_to_shifts(n: int, c: int, temperature: float, seed: int, scale: float) -> None:
+def test_kd_is_nonnegative_and_invariant_to_shifts(n: int, c: int, temperature: float, seed: int, scale: float) -> None:
     s, t = draw(n, c, seed=seed, scale=scale), draw(n, c, seed=seed + 1, scale=scale)
     rows = kernels.ce_kd_loss(s, t, temperature=temperature, reduction="none")
     assert (rows >= 0).all()
@@ -447,7 +447,7 @@ def test_kd_is_never_negative_and_blind_to_shifts(n: int, c: int, temperature: f
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_nst_has_one_value_by_both_grams(n: int, s: int, t: int, size: int, seed: int) -> None:
+def test_nst_has_the_same_value_by_either_gram(n: int, s: int, t: int, size: int, seed: int) -> None:
     f, g = draw(n, s, size, size, seed=seed), draw(n, t, size, size, seed=seed + 1)
     spatial, channel = (kernels.nst_loss(f, g, method=m) for m in ("spatial", "channel"))
     torch.testing.assert_close(spatial, channel, rtol=1e-8, atol=1e-12)
@@ -459,7 +459,7 @@ def test_nst_has_one_value_by_both_grams(n: int, s: int, t: int, size: int, seed
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_attention_is_blind_to_scale_and_channel_order(n: int, c: int, size: int, scale: float, seed: int) -> None:
+def test_attention_is_invariant_to_scale_and_channel_order(n: int, c: int, size: int, scale: float, seed: int) -> None:
     f, g = draw(n, c, size, size, seed=seed), draw(n, 3, size, size, seed=seed + 1)
     order = torch.randperm(c, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(
@@ -535,14 +535,14 @@ def test_wrong_options_say_what_to_do() -> None:
 # ---- backends, modules, compiled code --------------------------------------------------------------------
 
 
-def test_triton_on_the_cpu_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_the_cpu_is_rejected_with_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="needs CUDA tensors, these are on cpu.*TRITON_INTERPRET=1"):
         kernels.ce_kd_loss(draw(2, 3), draw(2, 3), backend="triton")
     assert kernels.ce_kd_loss(draw(2, 3), draw(2, 3), backend="reference") == 0
 
 
-def test_missing_triton_is_said_once_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "TRITON", False)
     _dispatch._warn.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
@@ -581,7 +581,7 @@ def test_hint_module_learns_its_regressor() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in hint.parameters())
 
 
-def test_autocast_does_not_shorten_the_products() -> None:
+def test_autocast_does_not_lower_the_precision_of_the_products() -> None:
     f, g = draw(3, 6, 4, 4, dtype=torch.float32), draw(3, 6, 4, 4, seed=1, dtype=torch.float32)
     for loss in (kernels.attention_transfer_loss, kernels.nst_loss, kernels.similarity_loss):
         def mixed(x: Tensor, loss: Any = loss) -> Tensor:
@@ -611,7 +611,7 @@ def test_compiled_whole_without_a_graph_break(name: str) -> None:
 
 @pytest.mark.parametrize("teacher_term", [True, False])
 def test_nst_chooses_its_gram_from_symbolic_sizes(teacher_term: bool) -> None:
-    """In code compiled for any size, where PyTorch 2.11 cannot multiply a size by a bool."""
+    """Code compiled for any size: PyTorch 2.11 cannot multiply a symbolic size by a bool."""
     f, g = (draw(2, c, 4, 4, dtype=torch.float32) for c in (3, 5))
     loss = lambda s, t: kernels.nst_loss(s, t, teacher_term=teacher_term)  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -631,8 +631,8 @@ def test_operators_keep_pytorchs_contract() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_operators_give_the_strides_they_promise(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Compiled code reads what an operator gives by what its fake promised."""
+def test_operators_return_the_strides_that_their_fakes_promise(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Compiled code reads an operator's output with the strides of its fake."""
     f, g = (draw(2, 3, 4, 5, seed=i, dtype=dtype).to(memory_format=layout) for i in (0, 1))
     upstream, eps, tests = torch.tensor(1.7), 1e-12, ("test_schema", "test_faketensor")
     torch.library.opcheck(_ops.attention_op, (f, g, 2.0, "mean", eps, "reference"), test_utils=tests)

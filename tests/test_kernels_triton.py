@@ -1,9 +1,9 @@
-"""Every kernel against the float64 reference: in Triton's interpreter on a CPU, compiled where there is CUDA.
+"""Every kernel against the float64 reference: in Triton's interpreter on a CPU, compiled on CUDA.
 
 A process either interprets or compiles, which is decided before Triton is imported. Without TRITON_INTERPRET=1
 this file runs itself in a child process that sets it, once per loss. On a machine with CUDA the same tests also
 run in this process, on the device, marked `gpu`. Fresh memory is NaN throughout, so an element that no kernel
-wrote shows up. The interpreter computes exp, division and square root as inexactly as a GPU does (`gpu_arithmetic`).
+wrote shows up. The interpreter computes exp, division and square root as inexactly as a GPU (`gpu_arithmetic`).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ LOSSES = ("ce_kd", "attention", "nst")
 
 # Relative error of the loss, and of the gradient against its largest entry.
 TOLERANCE = {FP32: (2e-6, 5e-6), FP16: (1e-5, 2e-3), BF16: (1e-5, 8e-3)}
-# A row by itself: a few exponentials, each 2 ulp off, times T^2 = 16, and no other rows to average with.
+# A single row: a few exponentials, each 2 ulp off, times T^2 = 16, and no other rows to average with.
 ROW_TOLERANCE = {FP32: (8e-6, 5e-6)}
 # NST on tensor cores: operands of the Grams are rounded to the features' type.
 NST_TOLERANCE = {FP32: (5e-6, 1e-5), FP16: (1e-3, 5e-3), BF16: (1e-3, 2e-2)}
-FLOOR = 1e-7  # of a gradient that is 0 in exact arithmetic
+FLOOR = 1e-7  # for a gradient that is 0 in exact arithmetic
 
 
 def kernel_test(function: Any) -> Any:
-    """Collected where kernels can run: in the interpreting child, or on a CUDA device."""
+    """Collects the test only where kernels can run: in the interpreting child, or on a CUDA device."""
     function.__test__ = HERE
     return pytest.mark.gpu(function) if DEVICE == "cuda" else function
 
 
 def _off_by(ulps: float, result: Any) -> Any:
-    """The float32 numbers moved by up to `ulps`, each always by the same amount."""
+    """The float32 numbers shifted by up to `ulps`; equal numbers are always shifted by the same amount."""
     if result.dtype != np.float32:
         return result
     mixed = np.ascontiguousarray(result).view(np.uint32).astype(np.uint64) * np.uint64(2654435761) >> np.uint64(13)
@@ -106,7 +106,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 @pytest.fixture(autouse=HERE)
 def _poisoned() -> Iterator[None]:
-    """Memory from torch.empty and its kin is NaN."""
+    """Memory from torch.empty and similar functions is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
@@ -123,7 +123,7 @@ def labels(rows: int, classes: int) -> Tensor:
 
 
 def gradient(loss: Callable[..., Any], student: Tensor, teacher: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Loss and student's gradient for an upstream gradient of 1.7, or its alternation by row."""
+    """Loss and student's gradient for an upstream gradient of 1.7, alternating by row for a loss per row."""
     leaf = student.detach().requires_grad_()
     value = loss(leaf, teacher, backend)
     upstream = torch.full_like(value, 1.7)
@@ -172,7 +172,7 @@ def test_ce_kd_by_size_and_target(classes: int, rows: int, kind: str) -> None:
 @kernel_test
 @pytest.mark.parametrize(("classes", "dtype", "temperature"), [(4097, FP32, 3.0), (8198, BF16, 4.0), (8199, BF16, 4.0)])
 def test_ce_kd_long_rows_of_every_alignment(classes: int, dtype: torch.dtype, temperature: float) -> None:
-    """Rows of odd length start anywhere in a 16-byte vector; the matrices may also disagree about where."""
+    """Rows of odd length start anywhere in a 16-byte vector, possibly at different offsets in each matrix."""
     y = labels(9, classes)
     y[:4] = torch.tensor([0, 1, classes - 1, classes - 2])  # the classes outside the whole vectors
     s, t = draw(9, classes, dtype=dtype, scale=2), draw(9, classes + 3, seed=1, dtype=dtype, scale=2)
@@ -229,11 +229,11 @@ def test_ce_kd_of_masked_and_nan_logits(classes: int) -> None:
     s, t, y = draw(4, classes), draw(4, classes, seed=1), labels(4, classes - 1)
     s[:, -1] = t[:, -1] = -torch.inf
     check(lambda a, b, k: kernels.ce_kd_loss(a, b, y, backend=k), s, t, TOLERANCE)
-    t[1, 3] = -torch.inf  # the teacher alone excludes a class: finite
+    t[1, 3] = -torch.inf  # only the teacher excludes a class: finite
     check(lambda a, b, k: kernels.ce_kd_loss(a, b, y, backend=k), s, t, TOLERANCE)
     s[2, 0] = torch.nan
     check(lambda a, b, k: kernels.ce_kd_loss(a, b, y, backend=k, reduction="none"), s, t, TOLERANCE)
-    y[2] = -100  # an ignored row's NaN is nobody's
+    y[2] = -100  # NaN in an ignored row has no effect
     check(lambda a, b, k: kernels.ce_kd_loss(a, b, y, backend=k), s, t, TOLERANCE)
     y[:] = -100
     value, grad = gradient(lambda a, b, k: kernels.ce_kd_loss(a, b, y, backend=k), s, t, "triton")
@@ -414,7 +414,7 @@ def test_nst_of_transposed_maps(method: str) -> None:
 
 @kernel_test
 def test_nst_of_equal_features_is_exactly_0() -> None:
-    """Through the Gram of positions, whether one program or several take a sample."""
+    """With the Gram of positions, whether one program or several share a sample."""
     for channels in (6, 200):
         f = draw(2, channels, 5, 5)
         loss = lambda a, b, k: kernels.nst_loss(a, b, method="spatial", backend=k)  # noqa: E731
@@ -425,7 +425,7 @@ def test_nst_of_equal_features_is_exactly_0() -> None:
 
 @kernel_test
 @pytest.mark.parametrize(("method", "shape"), [("spatial", (2, 700, 4, 4)), ("channel", (2, 24, 20, 20))], ids=str)
-def test_nst_of_a_sample_shared_by_programs_is_the_same_in_every_bit(method: str, shape: Any) -> None:
+def test_nst_of_a_sample_shared_by_programs_is_deterministic(method: str, shape: Any) -> None:
     s, t = draw(*shape, seed=1), draw(*shape, seed=2)
     check(lambda a, b, k: kernels.nst_loss(a, b, method=method, backend=k), s, t, NST_TOLERANCE)
     again = [gradient(lambda a, b, k: kernels.nst_loss(a, b, method=method, backend=k), s, t, "triton") for _ in "ab"]
@@ -433,7 +433,7 @@ def test_nst_of_a_sample_shared_by_programs_is_the_same_in_every_bit(method: str
 
 
 @kernel_test
-def test_nst_beyond_one_tile_takes_batched_products() -> None:
+def test_nst_beyond_one_tile_uses_batched_products() -> None:
     s, t = draw(1, 70, 14, 14), draw(1, 90, 14, 14, seed=1)
     for method in ("spatial", "channel"):
         check(lambda a, b, k, m=method: kernels.nst_loss(a, b, method=m, backend=k), s, t, NST_TOLERANCE)

@@ -1,7 +1,7 @@
 """BatchNorm with its activation: the reference against PyTorch's modules, the kernels against the reference.
 
-The kernels run in Triton's interpreter, in a child of this file that has TRITON_INTERPRET=1, and compiled where CUDA
-is. Fresh memory is NaN, so that an element no kernel wrote shows.
+The kernels run in Triton's interpreter, in a child process with TRITON_INTERPRET=1, and compiled on CUDA. Fresh memory
+is NaN, so that an element that no kernel wrote shows up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernels.norm_act import ACTIVATIONS, batch_norm_act
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 FP32, BF16 = torch.float32, torch.bfloat16
-# Of results, running statistics, and gradients against their largest entry.
+# For results, running statistics and gradients, relative to their largest entry.
 TOLERANCE = {FP32: 2e-5, BF16: 1.6e-2}
 
 
@@ -65,7 +65,7 @@ def assert_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_reference_is_pytorchs_modules(activation: str, training: bool) -> None:
+def test_the_reference_matches_pytorchs_modules(activation: str, training: bool) -> None:
     given = wide(inputs((8, 40, 6, 5), FP32))
     x, mean, var, weight, bias, grad = (t.clone() for t in given)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -75,7 +75,7 @@ def test_the_reference_is_pytorchs_modules(activation: str, training: bool) -> N
     assert_close(run(given, training, activation, "reference"), wanted, 1e-12)
 
 
-def test_what_cannot_be_normalised_is_refused() -> None:
+def test_invalid_inputs_are_rejected() -> None:
     x, mean, var, weight, bias, _ = inputs((1, 3, 1, 1), FP32)
     with pytest.raises(ValueError, match="more than one value"):
         batch_norm_act(x, mean, var, weight, bias, training=True)
@@ -85,9 +85,9 @@ def test_what_cannot_be_normalised_is_refused() -> None:
         batch_norm_act(x[0], mean, var, weight, bias, training=False)
 
 
-@pytest.mark.skipif(INTERPRETING, reason="the child runs the kernels alone")
+@pytest.mark.skipif(INTERPRETING, reason="the child runs only the kernels")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_compiled_code_takes_the_operator(training: bool) -> None:
+def test_compiled_code_calls_the_operator(training: bool) -> None:
     given = inputs((4, 8, 5, 5), FP32)
     mean, var, weight, bias = given[1:5]
 
@@ -128,7 +128,7 @@ if INTERPRETING or DEVICE == "cuda":
 
     @pytest.mark.gpu
     def test_kernel_with_a_large_mean() -> None:
-        """1,000 times the deviation: a sum of squares in float32 would lose the variance."""
+        """At 1,000 times the deviation, a sum of squares in float32 would lose the variance."""
         given = inputs((5, 40, 5, 3), FP32, offset=3000.0)
         assert_close(run(given, True, "relu", "triton"), run(wide(given), True, "relu", "reference"), 2e-3)
 

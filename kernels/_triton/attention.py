@@ -2,7 +2,7 @@
 
 With q = mean_c |f|^p, a = q / ||q||, u = a_s - a_t the gradient is coef * (p / C) |f|^(p-1) sign f, where
 coef = k / ||q_s|| (u - a_s <a_s, u>) is a map. The forward stores it, and the backward is one elementwise pass.
-A feature R times as large as the other is average-pooled as it is loaded.
+If one feature map is R times as large as the other, it is average-pooled on load.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -21,7 +21,7 @@ MODES = {"mean": 0, "paper": 1, "batchmean": 2}
 
 @triton.jit
 def _offsets(i_position, P_STRIDE: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """Where a position of the map of width W is in memory, or the first of its R x R positions."""
+    """Memory offset of a position of the map of width W, or of the first of its R x R positions."""
     if R > 1:
         i_position = i_position // W * (R * R * W) + i_position % W * R
     return i_position * P_STRIDE
@@ -30,7 +30,7 @@ def _offsets(i_position, P_STRIDE: tl.constexpr, W: tl.constexpr, R: tl.constexp
 @triton.jit
 def _pooled(f_ptr, o_position, i_channel, mask, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
             W: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """[positions, channels] of the map of width W, each the mean of R x R positions in memory."""
+    """[positions, channels] of the map of width W; each value is the mean of R x R positions in memory."""
     pointer = f_ptr + o_position[:, None] + i_channel[None, :] * C_STRIDE
     f = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(1, R * R):
@@ -43,7 +43,7 @@ def _power(f, POWER: tl.constexpr):
     """|f|^POWER; 0 for 0."""
     size = tl.abs(f)
     if POWER == 0.0:
-        out = tl.where(size > 0.0, 1.0, size)  # keeps nan
+        out = tl.where(size > 0.0, 1.0, size)  # NaN stays NaN
     elif POWER == 1.0:
         out = size
     elif POWER == 2.0:
@@ -56,7 +56,7 @@ def _power(f, POWER: tl.constexpr):
 @triton.jit
 def _map(f_ptr, o_position, m_position, C: tl.constexpr, C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr,
          W: tl.constexpr, R: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    """mean_c |f|^POWER at these positions, 0 where masked; summed over the channels of a block at the end."""
+    """mean_c |f|^POWER at these positions, 0 where masked; the channels of a block are summed once, at the end."""
     total = tl.zeros((o_position.shape[0], BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         i_channel = start + tl.arange(0, BLOCK_C)
@@ -74,7 +74,7 @@ def _finish(
     norm = tl.sqrt(tl.sum(q_s * q_s, 0))
     norm_s = tl.maximum(norm, eps)
     norm_t = tl.maximum(tl.sqrt(tl.sum(q_t * q_t, 0)), eps)
-    norm_s = tl.where(norm == norm, norm_s, norm)  # a maximum may lose nan; a nan sample stays nan
+    norm_s = tl.where(norm == norm, norm_s, norm)  # maximum may drop NaN; a NaN sample stays NaN
     a = q_s / norm_s
     u = a - q_t / norm_t
     square = tl.sum(u * u, 0)
@@ -145,7 +145,7 @@ def map_kernel(
     POWER: tl.constexpr,
     S_BLOCK_P: tl.constexpr, S_BLOCK_C: tl.constexpr, T_BLOCK_P: tl.constexpr, T_BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Both maps: the first programs take the student's rows (positions of all samples), the others the teacher's."""
+    """Both maps: the first programs process the student's rows (positions of all samples), the others the teacher's."""
     block, s_blocks = tl.program_id(0), tl.cdiv(rows, S_BLOCK_P)
     if block < s_blocks:
         _map_of_rows(s_ptr, q_s_ptr, block, rows, P, W, S_STRIDE, S_C, S_C_STRIDE, S_P_STRIDE, S_R, POWER,
@@ -166,7 +166,7 @@ def finish_kernel(
     eps,
     P: tl.constexpr, MODE: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """`_finish` for maps that `map_kernel` left in memory; one sample per program."""
+    """`_finish` for the maps that `map_kernel` wrote to memory; one sample per program."""
     sample, samples = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i_position = tl.arange(0, BLOCK_P)
     q_s = tl.load(q_s_ptr + sample * P + i_position, mask=i_position < P, other=0.0)
@@ -207,7 +207,7 @@ def backward_kernel(
 def attention_forward(
     student: Tensor, teacher: Tensor, p: float, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attention_forward`; one side may be R times the other's height and width."""
+    """`reference.attention_forward`; one map may be R times the other's height and width."""
     samples = student.shape[0]
     height, width = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
     positions = height * width
@@ -215,7 +215,7 @@ def attention_forward(
     loss = coef.new_empty(())
     if samples == 0:
         return loss.fill_(torch.nan), coef
-    s, t = student.flatten(2), teacher.flatten(2)  # copies only where a map's rows are not adjacent in memory
+    s, t = student.flatten(2), teacher.flatten(2)  # copies only if a map's rows are not adjacent in memory
     tail = (coef, coef.new_empty(samples), loss, ticket(student.device))
     features = {
         "P": positions, "W": width, "POWER": p,
@@ -258,5 +258,5 @@ def attention_backward(student: Tensor, coef: Tensor, upstream: Tensor, p: float
             G_STRIDE=grad.stride(0), G_C_STRIDE=grad.stride(1), G_P_STRIDE=grad.stride(2),
             num_warps=4, **tile, **_tiles.FUSION,
         )  # fmt: skip
-    # Where a map's rows are not adjacent (x.transpose(2, 3)), flatten made a copy, and the kernel filled that.
+    # If a map's rows are not adjacent (x.transpose(2, 3)), flatten made a copy and the kernel filled the copy.
     return out if grad.data_ptr() == out.data_ptr() else out.copy_(grad.view(out.shape))

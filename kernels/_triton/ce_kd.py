@@ -1,9 +1,9 @@
-"""Cross entropy + knowledge distillation: loss and gradient in one launch, one scaling launch in the backward.
+"""Cross entropy + knowledge distillation: loss and gradient in one launch, and one scaling launch in the backward.
 
-`tile_kernel` keeps a row in registers. `loop_kernel` reads a longer row twice, the second time from L1 or L2:
-first each thread's own maxima and sums, reduced once at the end of the row, then the gradient. The stored
-gradient still lacks the factors 1/count and upstream gradient. The backward multiplies by both on the device,
-so nothing waits for the host and float16 entries do not flush to zero.
+`tile_kernel` keeps a row in registers. `loop_kernel` reads a longer row twice, the second time from L1 or L2. The
+first pass keeps running maxima and sums per thread and reduces them once, at the end of the row; the second writes the
+gradient. The stored gradient still lacks the factors 1/count and upstream gradient. The backward multiplies by both on
+the device, so nothing waits for the host and float16 entries do not flush to zero.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -32,7 +32,7 @@ def log_quotient(a, b):
 
 @triton.jit
 def _kl(s, t, inverse):
-    """Rows of KL(t || s), gradient, p_s, the shift of log p_s - log p_t, log sum exp t; -inf leaves a class out."""
+    """Rows of KL(t || s), gradient, p_s, the shift of log p_s - log p_t, log sum exp t; -inf masks a class."""
     unit = inverse * LOG2_E
     m_s, m_t = tl.max(s, 1), tl.max(t, 1)
     e_s, e_t = exp2((s - m_s[:, None]) * unit), exp2((t - m_t[:, None]) * unit)
@@ -45,7 +45,7 @@ def _kl(s, t, inverse):
 
 @triton.jit
 def _ce_of(s_y, c_1, z):
-    """-log p_y, from z = sum exp(s - c_1 ln 2): nothing large is added up where the loss is small."""
+    """-log p_y, from z = sum exp(s - c_1 ln 2): a small loss is not the sum of large terms."""
     return tl.log(z) - tl.fma(s_y, LOG2_E, -c_1) * LN_2
 
 
@@ -60,7 +60,7 @@ def _dkd(s, t, is_y, inverse, alpha, beta):
     others_s, others_t = tl.where(is_y, -float("inf"), s), tl.where(is_y, -float("inf"), t)
     nckd, grad, p_others, shift, log_rest = _kl(others_s, others_t, inverse)
     s_y, t_y = tl.sum(tl.where(is_y, s, 0.0), 1), tl.sum(tl.where(is_y, t, 0.0), 1)
-    # Margins target - rest; their difference is exact where the logits are close, so is then the KL.
+    # Margins target - rest. If the logits are close, their difference is exact, and so is the KL.
     margin_t = t_y * inverse - log_rest
     gap = (s_y - t_y) * inverse + shift
     margin_s = margin_t + gap
@@ -83,7 +83,7 @@ def _standardized(x, m_class, C: tl.constexpr):
 
 @triton.jit
 def _labels(y_ptr, y_b_ptr, i_row, m_row, ignore_index, C: tl.constexpr, TARGET: tl.constexpr):
-    """Class indices a and b, rows that count, rows out of range."""
+    """Class indices a and b, rows that are not ignored, rows whose label is out of range."""
     y = tl.load(y_ptr + i_row)
     y_b = y
     kept = m_row & (y != ignore_index)
@@ -101,7 +101,7 @@ def _reduce(
     partial_ptr, loss_ptr, parts_ptr, count_ptr, ticket_ptr, ce_weight, kd_weight,
     PARTIALS: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Adds up all programs in the last of them: loss, parts (3,), count."""
+    """The last program adds up the sums of all: loss, parts (3,), count."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     tl.store(partial_ptr + program, ce)
     tl.store(partial_ptr + PARTIALS + program, kd)
@@ -140,10 +140,10 @@ def tile_kernel(
     STANDARDIZE: tl.constexpr, GRAD: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, whole rows in registers; C and the strides are constants for vector loads."""
+    """ROWS whole rows per program, in registers; C and the strides are constants, for vector loads."""
     i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = i_row < rows
-    i_row = tl.minimum(i_row, rows - 1)  # rows past the end repeat the last one and count for nothing
+    i_row = tl.minimum(i_row, rows - 1)  # rows past the end repeat the last one and are not counted
     i_class = tl.arange(0, BLOCK)
     m_class = (i_class < C)[None, :]
     o_class = i_row[:, None]
@@ -232,7 +232,7 @@ def _scan(
     C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
     FOURTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block [LANES, VEC] of the first walk: each lane's running maxima and sums of exponentials."""
+    """One block [VECTORS, VEC] of the first pass: running maxima and sums of exponentials per vector."""
     s = _values(s_ptr, index, mask, -float("inf"), MASKED)
     new = tl.maximum(m_s, tl.max(s, 1))
     base = tl.where(new == -float("inf"), 0.0, new)
@@ -272,9 +272,9 @@ def _emit(
     C: tl.constexpr, TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr,
     FOURTH: tl.constexpr, GRAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of the second walk: stores its gradient and adds to each lane's KL.
+    """One block of the second pass: stores its gradient and adds to the KL of each vector.
 
-    y and y_b are relative to each lane's first class; kd_weight has the factor T.
+    y and y_b are relative to the first class of each vector; r_s and r_t hold the factor T kd_weight.
     """
     s = _values(s_ptr, index, mask, -float("inf"), MASKED)
     grad = tl.zeros(index.shape, tl.float32)
@@ -310,7 +310,7 @@ def _emit(
 
 @triton.jit
 def _row(ptr, i_row, head, STRIDE: tl.constexpr, S_STRIDE: tl.constexpr, VEC: tl.constexpr):
-    """Where the row's vectors start, written so that the compiler sees 16-byte alignment if there is any."""
+    """Start of the row's vectors, written so that the compiler sees any 16-byte alignment."""
     offset = i_row * STRIDE + head
     if STRIDE % VEC == S_STRIDE % VEC:
         offset = offset // VEC * VEC
@@ -334,11 +334,11 @@ def loop_kernel(
     C: tl.constexpr, S_STRIDE: tl.constexpr, T_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr,
     TARGET: tl.constexpr, CE: tl.constexpr, KD: tl.constexpr, SMOOTH: tl.constexpr, FOURTH: tl.constexpr,
     GRAD: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, PARTIALS: tl.constexpr,
+    VECTORS: tl.constexpr, VEC: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: vectors from the first aligned class on, then the classes before and after them.
+    """One row per program: vectors from the first aligned class on, then the classes before and after them.
 
-    A row of odd length starts anywhere in a vector. `head` classes come before the first whole vector, so
+    A row of odd length may start anywhere in a vector. `head` classes come before the first whole vector, so
     that the vectors of all three matrices are aligned if their strides agree; at most VEC - 1 follow the last.
     """
     i_row = tl.program_id(0).to(tl.int64)
@@ -347,21 +347,21 @@ def loop_kernel(
     s_row, t_row = _row(s_ptr, i_row, head, S_STRIDE, S_STRIDE, VEC), _row(t_ptr, i_row, head, T_STRIDE, S_STRIDE, VEC)
     g_row = _row(grad_ptr, i_row, head, G_STRIDE, S_STRIDE, VEC)
     q_row = _row(y_ptr, i_row, head, C, S_STRIDE, VEC) if TARGET == SOFT else y_ptr
-    BLOCK: tl.constexpr = LANES * VEC
+    BLOCK: tl.constexpr = VECTORS * VEC
     FULL: tl.constexpr = (C if ALIGNED else C - VEC + 1) // BLOCK * BLOCK
-    lane = tl.arange(0, LANES)
-    index = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    i_vector = tl.arange(0, VECTORS)
+    index = i_vector[:, None] * VEC + tl.arange(0, VEC)[None, :]
     left = C - head - FULL  # classes past the unmasked blocks, at most BLOCK + VEC - 1
-    whole = tl.minimum(left // VEC, LANES)
-    m_tail = (lane < whole)[:, None]
-    edge = tl.where(lane < head, lane - head, FULL + whole * VEC + lane - VEC)[:, None]
-    m_edge = ((lane < head) | ((lane >= VEC) & (lane < VEC + left - whole * VEC)))[:, None]
+    whole = tl.minimum(left // VEC, VECTORS)
+    m_tail = (i_vector < whole)[:, None]
+    edge = tl.where(i_vector < head, i_vector - head, FULL + whole * VEC + i_vector - VEC)[:, None]
+    m_edge = ((i_vector < head) | ((i_vector >= VEC) & (i_vector < VEC + left - whole * VEC)))[:, None]
     EDGE: tl.constexpr = not ALIGNED or C % VEC != 0
 
     inverse = quotient(1.0, temperature)
     unit = inverse * LOG2_E
-    m_s, m_t = tl.full((LANES,), -float("inf"), tl.float32), tl.full((LANES,), -float("inf"), tl.float32)
-    zero = tl.zeros((LANES,), tl.float32)
+    m_s, m_t = tl.full((VECTORS,), -float("inf"), tl.float32), tl.full((VECTORS,), -float("inf"), tl.float32)
+    zero = tl.zeros((VECTORS,), tl.float32)
     z_1, z_s, z_t, sum_s, sum_q, sum_qs = zero, zero, zero, zero, zero, zero
     for start in range(0, FULL, BLOCK):
         m_s, m_t, z_1, z_s, z_t, sum_s, sum_q, sum_qs = _scan(
@@ -388,7 +388,7 @@ def loop_kernel(
         y, y_b, kept, bad = _labels(y_ptr, y_b_ptr, i_row, i_row < rows, ignore_index, C, TARGET)
         if TARGET == MIXED:
             lam = tl.load(lam_ptr + i_row)
-    # A label out of range makes its row's gradient nan, as its loss.
+    # A label out of range makes its row's gradient NaN, like its loss.
     w_ce, w_kd = tl.where(bad, float("nan"), ce_weight), tl.where(bad, float("nan"), kd_weight * temperature)
     share_1, r_s, r_t, shift = 0.0, 0.0, 0.0, 0.0
     if CE:
@@ -420,18 +420,18 @@ def loop_kernel(
     kd = zero
     for start in range(0, FULL, BLOCK):
         kd = _emit(
-            s_row, t_row, q_row, g_row, start + index, None, y - start - lane * VEC, y_b - start - lane * VEC, lam,
-            c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
+            s_row, t_row, q_row, g_row, start + index, None, y - start - i_vector * VEC, y_b - start - i_vector * VEC,
+            lam, c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
             C, TARGET, CE, KD, SMOOTH, FOURTH, GRAD, False,
         )  # fmt: skip
     if FULL < C:
         kd = _emit(
-            s_row, t_row, q_row, g_row, FULL + index, m_tail, y - FULL - lane * VEC, y_b - FULL - lane * VEC, lam,
-            c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
+            s_row, t_row, q_row, g_row, FULL + index, m_tail, y - FULL - i_vector * VEC, y_b - FULL - i_vector * VEC,
+            lam, c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
             C, TARGET, CE, KD, SMOOTH, FOURTH, GRAD, True,
         )  # fmt: skip
     if EDGE:
-        i_edge = tl.reshape(edge, (LANES,))
+        i_edge = tl.reshape(edge, (VECTORS,))
         kd = _emit(
             s_row, t_row, q_row, g_row, edge, m_edge, y - i_edge, y_b - i_edge, lam,
             c_1, c_s, c_t, share_1, r_s, r_t, shift, kept, kd, inverse, unit, smoothing, w_ce,
@@ -512,7 +512,7 @@ def ce_kd_forward(
         "SMOOTH": spec.label_smoothing != 0, "GRAD": with_grad, "MEAN": spec.reduction != "sum", "BY_ROW": by_row,
     }  # fmt: skip
     with torch.cuda.device_of(student):
-        if "LANES" in tile:
+        if "VECTORS" in tile:
             constants["FOURTH"] = spec.temperature == 4.0 and constants["CE"] and constants["KD"]
             loop_kernel[(rows,)](*pointers, *numbers, **constants, **tile)
         else:

@@ -18,8 +18,9 @@ _TICKETS: dict[tuple[int, int], Tensor] = {}
 def ticket(device: torch.device, count: int = 1) -> Tensor:
     """`count` or more zeroed int32 counters for `is_last`, which every launch leaves at zero.
 
-    One set per stream, whose kernels follow each other. A CUDA graph gets its own, zeroed by a node of the
-    graph, since its replays may run beside the stream that captured it. So does each call of compiled code.
+    There is one set per stream, because a stream runs its kernels in order. A CUDA graph gets its own set, zeroed by
+    a node of the graph, since its replays may run beside the stream that captured it. So does each call from compiled
+    code.
     """
     if device.type != "cuda" or _dispatch.COMPILED.get() or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -31,7 +32,7 @@ def ticket(device: torch.device, count: int = 1) -> Tensor:
 
 
 def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]:
-    """(operand type, input_precision) of a matrix product; accumulation is float32 always.
+    """(operand type, input_precision) of a matrix product; accumulation is always in float32.
 
     float32 features multiply as three tf32 products, which keeps float32's accuracy. `wide` is for operands
     beyond float16's range: float16 then multiplies as tf32, which has the same 11 bits. The interpreter
@@ -46,7 +47,7 @@ def dot_operands(dtype: torch.dtype, wide: bool = False) -> tuple[tl.dtype, str]
 
 @triton.jit
 def is_last(ticket_ptr, programs):
-    """Whether this is the last of `programs` to call, which sees all the others' stores; resets the ticket."""
+    """Whether this is the last of `programs` to call; the last one sees all stores, and resets the ticket."""
     tl.debug_barrier()  # all threads have stored their partials before the ticket is drawn
     drawn = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     last = drawn == programs - 1
@@ -57,7 +58,7 @@ def is_last(ticket_ptr, programs):
 
 @triton.jit
 def ordered_sum(partial_ptr, count, PARTIALS: tl.constexpr):
-    """Sum of `count` <= PARTIALS numbers in one fixed order, past the L1 cache, which may be stale."""
+    """Sum of `count` <= PARTIALS numbers in a fixed order; bypasses the L1 cache, which may be stale."""
     BLOCK: tl.constexpr = PARTIALS if PARTIALS < 1024 else 1024
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, PARTIALS, BLOCK):
@@ -68,7 +69,7 @@ def ordered_sum(partial_ptr, count, PARTIALS: tl.constexpr):
 
 @triton.jit
 def exp2(x):
-    """2^x; a result below 2^-126 is 0. Keeping those takes three more instructions."""
+    """2^x, with results below 2^-126 flushed to 0. Keeping them would take three more instructions."""
     if INTERPRETING:
         return tl.exp2(x)
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -76,9 +77,9 @@ def exp2(x):
 
 @triton.jit
 def quotient(a, b):
-    """a / b, rounded correctly but for rare ties; Triton's `/` may be 2 ulp off, even where a = b.
+    """a / b, correctly rounded except for rare ties; Triton's `/` may be 2 ulp off, even if a = b.
 
-    `tl.div_rn` is as good but has a subroutine for denormals, around which ptxas spills registers.
+    `tl.div_rn` is as accurate, but calls a subroutine for denormals, around which ptxas spills registers.
     """
     inverse = 1.0 / b
     q = a * inverse
@@ -89,8 +90,8 @@ def quotient(a, b):
 def divergence(v, p_s, p_t):
     """p_t (exp(v) - 1 - v) and p_t (exp(v) - 1) for v = log p_s - log p_t, both without cancellation.
 
-    A series for |v| < 1/4, whose first omitted term is below 2e-8 of it; otherwise p_s - p_t - p_t v and
-    p_s - p_t. In a masked class p_t = 0 and v is clamped, so that their product is 0.
+    For |v| < 1/4 this is a series whose first omitted term is below 2e-8 of it; otherwise p_s - p_t - p_t v and
+    p_s - p_t. In a masked class p_t = 0, and v is clamped so that their product is 0.
     """
     f = 1.0 / 5040.0 + v * (1.0 / 40320.0)
     f = 1.0 / 120.0 + v * (1.0 / 720.0 + v * f)

@@ -1,8 +1,9 @@
-"""BatchNorm and the activation after it over channels_last maps, seen as a matrix (rows N * H * W, channels).
+"""BatchNorm and the activation after it on channels_last maps, viewed as a matrix (rows N * H * W, channels).
 
-Two launches forward (sums by channel, then the result), two backward. The first of each pair leaves partial sums of
-SPLITS runs of rows; every program of the second adds them up in one fixed order, so no program waits for another and
-results do not vary. What autograd keeps is the input alone: the backward pass works out the activation's slope again.
+There are two launches forward (sums per channel, then the result) and two backward. The first of each pair writes the
+partial sums of SPLITS ranges of rows. Every program of the second adds them in the same fixed order, so no program
+waits for another and results are deterministic. Autograd saves only the input: the backward pass recomputes the
+activation's slope.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -16,27 +17,27 @@ from torch import Tensor
 
 from kernels import _tiles
 
-# The range that an activation clamps to; numbers at run time, so that all share one compiled kernel.
+# The range that an activation clamps to. It is a run-time argument, so that all activations share one compiled kernel.
 RANGES = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
-ROWS = 32  # of a tile
+PROGRAMS = 264  # two per multiprocessor of an H100 or H200
+ROWS = 32  # per tile
 
 
 @triton.jit
 def _activate(u, low, high):
-    """u clamped; keeps nan."""
+    """u clamped to [low, high]; NaN stays NaN."""
     return tl.where(u < low, low, tl.where(u > high, high, u))
 
 
 @triton.jit
 def _sloped(grad, u, low, high):
-    """The gradient before the activation, whose input is u."""
+    """The gradient with respect to u, the activation's input."""
     return tl.where((u <= low) | (u >= high), 0.0, grad)
 
 
 @triton.jit
 def _rows(program, programs, rows, BLOCK_R: tl.constexpr):
-    """First row and number of tiles of a program: whole tiles, evenly."""
+    """First row and number of tiles of a program; whole tiles are divided evenly."""
     tiles = tl.cdiv(rows, BLOCK_R)
     each = tl.cdiv(tiles, programs)
     return program * each * BLOCK_R, tl.minimum(each, tl.maximum(tiles - program * each, 0))
@@ -44,7 +45,7 @@ def _rows(program, programs, rows, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _sums(partial_ptr, i_channel, channels, SPLITS: tl.constexpr):
-    """Both sums by channel over all splits: partial_ptr [2, SPLITS, channels]."""
+    """Both sums per channel over all splits: partial_ptr [2, SPLITS, channels]."""
     i_split = tl.arange(0, SPLITS)
     offset = i_split[:, None] * channels + i_channel[None, :]
     mask = (i_channel < channels)[None, :]
@@ -60,7 +61,7 @@ def statistics_kernel(
     rows, channels,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel blocks, SPLITS). Less the first row, so that a large mean does not swallow the variance."""
+    """Grid (channel blocks, SPLITS). Subtracts the first row, so that a large mean does not swamp the variance."""
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     m_channel = i_channel < channels
@@ -84,7 +85,7 @@ def statistics_kernel(
 def apply_kernel(
     x_ptr,  # [rows, channels]
     weight_ptr, bias_ptr,  # [channels]
-    running_mean_ptr, running_var_ptr,  # [channels] updated in training, else used
+    running_mean_ptr, running_var_ptr,  # [channels] updated in training, otherwise read
     partial_ptr,  # [2, SPLITS, channels] of statistics_kernel; unused in evaluation
     y_ptr,  # [rows, channels] out
     saved_ptr,  # [2, channels] out: mean and 1 / standard deviation
@@ -92,25 +93,25 @@ def apply_kernel(
     TRAINING: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel blocks, runs of rows)."""
+    """Grid (channel blocks, ranges of rows)."""
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    run = tl.program_id(1)
+    i_range = tl.program_id(1)
     m_channel = i_channel < channels
     if TRAINING:
         first, second = _sums(partial_ptr, i_channel, channels, SPLITS)
         first = first / rows
         var = tl.maximum(second / rows - first * first, 0.0)
-        var = tl.where(second == second, var, second)  # a maximum may lose nan
+        var = tl.where(second == second, var, second)  # maximum may drop NaN
         mean = tl.load(x_ptr + i_channel, mask=m_channel, other=0.0).to(tl.float32) + first
     else:
         mean = tl.load(running_mean_ptr + i_channel, mask=m_channel, other=0.0)
         var = tl.load(running_var_ptr + i_channel, mask=m_channel, other=0.0)
     inverse = 1.0 / tl.sqrt(var + eps)
-    if run == 0:
+    if i_range == 0:
         tl.store(saved_ptr + i_channel, mean, mask=m_channel)
         tl.store(saved_ptr + channels + i_channel, inverse, mask=m_channel)
         if TRAINING:
-            # The running variance is the unbiased one, as PyTorch has it.
+            # As in PyTorch, the running variance is unbiased.
             old_mean = tl.load(running_mean_ptr + i_channel, mask=m_channel, other=0.0)
             old_var = tl.load(running_var_ptr + i_channel, mask=m_channel, other=0.0)
             unbiased = var * (rows / (rows - 1.0))
@@ -118,7 +119,7 @@ def apply_kernel(
             tl.store(running_var_ptr + i_channel, old_var + momentum * (unbiased - old_var), mask=m_channel)
     scale = tl.load(weight_ptr + i_channel, mask=m_channel, other=0.0) * inverse
     bias = tl.load(bias_ptr + i_channel, mask=m_channel, other=0.0)
-    start, tiles = _rows(run, tl.num_programs(1), rows, BLOCK_R)
+    start, tiles = _rows(i_range, tl.num_programs(1), rows, BLOCK_R)
     for tile in range(0, tiles):
         i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (i_row < rows)[:, None] & m_channel[None, :]
@@ -137,7 +138,7 @@ def reduce_kernel(
     rows, channels, low, high,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (channel blocks, SPLITS); g is the gradient before the activation."""
+    """Grid (channel blocks, SPLITS); g is the gradient with respect to the activation's input."""
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     m_channel = i_channel < channels
@@ -175,21 +176,24 @@ def gradient_kernel(
     TRAINING: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """weight / deviation (g - mean g - normalised x * mean(g * normalised x)); grid (channel blocks, runs of rows)."""
+    """weight / deviation (g - mean g - x_hat mean(g x_hat)) with x_hat the normalised x.
+
+    Grid (channel blocks, ranges of rows).
+    """
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    run = tl.program_id(1)
+    i_range = tl.program_id(1)
     m_channel = i_channel < channels
     mean = tl.load(saved_ptr + i_channel, mask=m_channel, other=0.0)
     inverse = tl.load(saved_ptr + channels + i_channel, mask=m_channel, other=0.0)
     weight = tl.load(weight_ptr + i_channel, mask=m_channel, other=0.0)
     bias = tl.load(bias_ptr + i_channel, mask=m_channel, other=0.0)
     first, second = _sums(partial_ptr, i_channel, channels, SPLITS)
-    if run == 0:
+    if i_range == 0:
         tl.store(parameters_ptr + i_channel, second, mask=m_channel)
         tl.store(parameters_ptr + channels + i_channel, first, mask=m_channel)
     if not TRAINING:  # the statistics do not depend on x
         first, second = first * 0.0, second * 0.0
-    start, tiles = _rows(run, tl.num_programs(1), rows, BLOCK_R)
+    start, tiles = _rows(i_range, tl.num_programs(1), rows, BLOCK_R)
     for tile in range(0, tiles):
         i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         mask = (i_row < rows)[:, None] & m_channel[None, :]
@@ -204,9 +208,9 @@ def gradient_kernel(
 
 
 def tile(rows: int, channels: int) -> tuple[dict[str, int], int, int]:
-    """(constants, channel blocks, runs of rows): about PROGRAMS programs, and partial sums that stay in the cache.
+    """(constants, channel blocks, row ranges): about PROGRAMS programs, and partial sums that stay in the cache.
 
-    Two sets of constants only: each is compiled anew.
+    There are only two sets of constants, because each needs its own compilation.
     """
     block_c, splits = (32, 64) if channels <= 256 else (64, 16)
     blocks = triton.cdiv(channels, block_c)

@@ -4,7 +4,7 @@ spatial (P = H W <= 64): a tile holds all positions of some channels, so a chann
 tile, and D = A^T A / S - B^T B / T accumulates in one read of both features; dA = 4 / (N S) A D.
 channel (C_s <= 64, C_t <= 128, float32 64): three Grams of the raw features accumulate in one read. The norms
 are their diagonals, and the projection of the normalisation folds into dF = W_ss F_s + W_st F_t.
-If there are few samples, SPLITS programs share one: the last of them adds up their Grams in a fixed order.
+If there are few samples, SPLITS programs share each of them, and the last one adds up their Grams in a fixed order.
 """
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAME = 1.0 - 1e-6  # norm <= eps means r * eps == 1 up to rounding
 @triton.jit
 def _unit_rows(f_ptr, i_channel, i_position, eps, C: tl.constexpr, P: tl.constexpr,
                C_STRIDE: tl.constexpr, P_STRIDE: tl.constexpr):  # fmt: skip
-    """Channels of length 1 over all positions, and the reciprocal lengths."""
+    """Channels normalised to length 1 over all positions, and the reciprocal lengths."""
     mask = (i_channel < C)[:, None] & (i_position < P)[None, :]
     pointer = f_ptr + i_channel[:, None] * C_STRIDE + i_position[None, :] * P_STRIDE
     f = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
@@ -39,7 +39,7 @@ def _matrix(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _sum_of_splits(scratch_ptr, offset, mask, STEP: tl.constexpr, SPLITS: tl.constexpr):
-    """The splits' matrices, STEP elements apart, added up in order, past the L1 cache, which may be stale."""
+    """The splits' matrices, STEP elements apart, added in order; bypasses the L1 cache, which may be stale."""
     total = tl.load(scratch_ptr + offset, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
         total += tl.load(scratch_ptr + (split * STEP + offset), mask=mask, other=0.0, cache_modifier=".cg")
@@ -52,7 +52,7 @@ def _spatial_gram(
     P_STRIDE: tl.constexpr, PART: tl.constexpr, KEEP: tl.constexpr, BLOCK_C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A^T A over a split's PART channels, each of length 1. The norms weigh the products: they cannot wait."""
+    """A^T A over a split's PART channels, each of length 1. The norms weight the products, so they come first."""
     gram = tl.zeros((i_position.shape[0], i_position.shape[0]), tl.float32)
     for start in range(0, PART, BLOCK_C):
         i_channel = split * PART + start + tl.arange(0, BLOCK_C)
@@ -81,7 +81,7 @@ def spatial_kernel(
     TERM: tl.constexpr, PARTIALS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (samples, SPLITS): a part of a sample's channels per program."""
+    """Grid (samples, SPLITS): each program takes part of a sample's channels."""
     sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     S_PART: tl.constexpr = (S + SPLITS * BLOCK_C - 1) // (SPLITS * BLOCK_C) * BLOCK_C
     T_PART: tl.constexpr = (T + SPLITS * BLOCK_C - 1) // (SPLITS * BLOCK_C) * BLOCK_C
@@ -177,7 +177,7 @@ def channel_kernel(
     TWICE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (samples, SPLITS): a part of a sample's positions per program."""
+    """Grid (samples, SPLITS): each program takes part of a sample's positions."""
     sample, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     PART: tl.constexpr = (P + SPLITS * BLOCK_P - 1) // (SPLITS * BLOCK_P) * BLOCK_P
     i_s, i_t = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_T)
@@ -194,7 +194,7 @@ def channel_kernel(
         st = tl.dot(f_s, tl.trans(f_t), st, input_precision=PRECISION)
         if not TWICE:
             tt = tl.dot(f_t, tl.trans(f_t), tt, input_precision=PRECISION)
-    if TWICE:  # three Grams at once take too many registers: the teacher once more, out of L2
+    if TWICE:  # three Grams at once take too many registers: reads the teacher again, from L2
         for start in range(0, PART, BLOCK_P):
             i_position = split * PART + start + tl.arange(0, BLOCK_P)
             f_t = _tile(t_ptr, i_t, i_position, T, P, T_C_STRIDE, T_P_STRIDE, DOT)
@@ -212,7 +212,7 @@ def channel_kernel(
         tl.store(own + (S * S + S * T + o_tt), tt, mask=m_tt)
         last = is_last(ticket_ptr + 1 + sample, SPLITS)
     if last:
-        if SPLITS > 1:  # each sum next to its use: the three of them at once take too many registers
+        if SPLITS > 1:  # each sum next to its use: all three at once take too many registers
             tt = _sum_of_splits(scratch_ptr + (S * S + S * T), o_tt, m_tt, SIZE, SPLITS)
         r_t = 1.0 / tl.maximum(tl.sqrt(_diagonal(tt, i_t)), eps)
         loss = 0.0
@@ -277,7 +277,7 @@ def nst_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.nst_forward` in one launch."""
     samples, s_channels, t_channels = student.shape[0], student.shape[1], teacher.shape[1]
-    s, t = student.flatten(2), teacher.flatten(2)  # copies only where a map's rows are not adjacent in memory
+    s, t = student.flatten(2), teacher.flatten(2)  # copies only if a map's rows are not adjacent in memory
     positions = s.shape[2]
     loss = student.new_empty((), dtype=torch.float32)
     shapes = ((positions, positions), (s_channels, 1))
@@ -331,5 +331,5 @@ def nst_backward(
                 s, t, first, second, upstream, grad, S_C_STRIDE=s.stride(1), S_P_STRIDE=s.stride(2),
                 T=t.shape[1], T_STRIDE=t.stride(0), T_C_STRIDE=t.stride(1), T_P_STRIDE=t.stride(2), **common,
             )  # fmt: skip
-    # Where a map's rows are not adjacent (x.transpose(2, 3)), flatten made a copy, and the kernel filled that.
+    # If a map's rows are not adjacent (x.transpose(2, 3)), flatten made a copy and the kernel filled the copy.
     return out if grad.data_ptr() == out.data_ptr() else out.copy_(grad.view(out.shape))
