@@ -2,7 +2,7 @@
 
     import mfkd
 
-    run = mfkd.search(data="photos/", space="mobilenetv2:stem_stride=2", run_dir="runs/photos", max_macs=60e6)
+    run = mfkd.search(data="photos/", space="mobilenetv2:stem_stride=2", run_dir="runs/photos", max_macs=320e6)
     print(run.winner)
     run.export()
 

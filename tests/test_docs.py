@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import cli
+import mfkd
+from engine.commands.space import show_space
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,6 +91,25 @@ def home(tmp_path: Path, finished_run: Path, tiny_npz: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(8))))
     return tmp_path
+
+
+def limited_searches() -> Iterator[tuple[str, int, float]]:
+    """Space, resolution and --max-macs of each search that the pages and `mfkd` show with a limit on MACs."""
+    python = (ROOT / "README.md").read_text() + (mfkd.__doc__ or "")
+    for space, limit in re.findall(r'data="photos/", space="(.+?)".*max_macs=([\d.e]+)\)', python):
+        yield space, 224, float(limit)
+    for words in (words for page in PAGES for words in commands(page)):
+        if words[0] in ("search", "fidelity-study") and "--max-macs" in words:
+            _, values = cli.parse(words)
+            yield values.space, values.resolution or 224, values.max_macs
+
+
+def test_limits_on_macs_in_the_pages_leave_candidates() -> None:
+    searches = list(limited_searches())
+    assert len(searches) >= 3
+    for space, resolution, limit in searches:
+        _, values = cli.parse(["space", "show", space, f"--resolution={resolution}"])
+        assert show_space(values)["macs"][0] <= limit, f"{space} at {resolution} pixels"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: page.name)

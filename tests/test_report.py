@@ -86,7 +86,7 @@ def test_a_run_that_has_just_started_has_a_report(copy: Path, capsys: pytest.Cap
     found = reported(copy, capsys)
     assert found["charts"] == ["timeline", "cost"]
     assert "No full-fidelity evaluation" in found["left_out"]["incumbent"]
-    assert "Only 0 architectures have both scores" in found["left_out"]["low-full"]
+    assert "Architectures with both scores: 0" in found["left_out"]["low-full"]
     assert "weights file is missing" in found["left_out"]["teacher"]
 
 

@@ -209,7 +209,7 @@ def test_a_batch_that_is_larger_than_the_data(ends: Ends, tiny_npz: Path) -> Non
 
 
 def test_constraints_that_no_architecture_meets(ends: Ends, tiny_npz: Path) -> None:
-    ends(["search", *SMALL, f"--data={tiny_npz}", "--max-macs=1"], 2, "the smallest has")
+    ends(["search", *SMALL, f"--data={tiny_npz}", "--max-macs=1"], 2, "change the limits, the space or the resolution")
 
 
 def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
@@ -348,7 +348,7 @@ def test_settings_of_a_call_that_failed_at_once_are_not_fixed(ends: Ends, tiny_n
     """The first call has a wrong batch size; the second must not be refused for having another one."""
     words = ["search", *SMALL, f"--data={tiny_npz}", "--run-dir=run"]
     ends([*words, "--batch-size=500"], 2, "lower it")
-    ends([*words, "--max-macs=1"], 2, "the smallest has")
+    ends([*words, "--max-macs=1"], 2, "change the limits, the space or the resolution")
 
 
 @pytest.mark.parametrize(

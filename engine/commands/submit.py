@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 # write runs/photos/slurm.sh
-slurm --gpus 8 --time 24:00:00 --partition gpu --data photos/ --name photos
+slurm --gpus 8 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 --name photos
 # write it for two nodes, and submit it
-slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --name photos --go
+slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 --name photos --go
 kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
 # Flags of `search` that make no sense in a job, with the reason.
 REFUSED = {

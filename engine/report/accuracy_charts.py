@@ -88,7 +88,7 @@ def low_against_full(run: Run) -> Chart:
     macs = {e.trial.architecture: float(e.macs) for e in run.at(run.plan.high)}
     both = [architecture for architecture in full if architecture in low]
     if len(both) < MIN_PAIRS:
-        return Chart("low-full", title, f"Only {len(both)} architectures have both scores; a chart needs {MIN_PAIRS}.")
+        return Chart("low-full", title, f"Architectures with both scores: {len(both)}; a chart needs {MIN_PAIRS}.")
     x, y = np.array([low[a] for a in both]), np.array([full[a] for a in both])
     size = np.array([macs[a] for a in both])
     colour = coloured_by((size / 1e6).tolist(), "million<br>MACs")

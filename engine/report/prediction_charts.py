@@ -46,7 +46,7 @@ def predicted_against_measured(past: RunPredictions) -> list[Chart]:
     outcomes = outcomes_of(past)
     count = len(outcomes.architectures)
     if count < MIN_PAIRS:
-        why = f"Only {count} predictions have an outcome yet; a chart needs {MIN_PAIRS}."
+        why = f"Predictions with an outcome so far: {count}; a chart needs {MIN_PAIRS}."
         return [Chart(name, title, why) for name, title in titles.items()]
     return [scatter(titles["predicted"], past.run, outcomes), calibration(titles["calibration"], outcomes)]
 

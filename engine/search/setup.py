@@ -17,7 +17,7 @@ from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.propose import METHODS
 from engine.search.progress import Display
 from engine.search.run_context import RunContext, one_worker, open_context
-from engine.space import Candidates, SearchSpace, candidates
+from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
 from engine.tasks import DataFacts, LatencyTask, ProbeTask, Statistic, TeacherFacts, TeacherTask, task_from_json
 from engine.trial import Architecture, Trial, UsageError
@@ -94,16 +94,22 @@ def find_candidates(
     inside = (allowed.macs >= config.min_macs) & (allowed.macs <= config.max_macs)
     fit = allowed.where(inside & (allowed.params <= config.max_params))
     if not len(fit):
+        limits = {"max_macs": config.max_macs, "max_params": config.max_params, "min_macs": config.min_macs}
+        given = [f"--{name.replace('_', '-')} {value:g}" for name, value in limits.items() if 0 < value < math.inf]
         raise UsageError(
-            f"no architecture of {space.name} meets --max-macs {config.max_macs:g}, --max-params "
-            f"{config.max_params:g} and --min-macs {config.min_macs:g}; the smallest has "
-            f"{everything.macs.min():,.0f} MACs and {everything.params.min():,.0f} parameters"
+            f"no architecture of {space.name} meets {' and '.join(given)} at {facts.resolution} pixels; its "
+            f"architectures have {_range(allowed.macs)} MACs and {_range(allowed.params)} parameters; "
+            "change the limits, the space or the resolution"
         )
     display.say(
         f"space {space.name}: {space.size:,} architectures, {len(fit):,} candidates, "
         f"{fit.macs.min() / 1e6:.1f} to {fit.macs.max() / 1e6:.1f} million MACs"
     )
     return everything, fit
+
+
+def _range(values: FloatArray) -> str:
+    return f"{values.min():,.0f} to {values.max():,.0f}"
 
 
 def space_members(
