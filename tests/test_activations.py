@@ -1,4 +1,4 @@
-"""Activation counts: the closed form of the built-in spaces against what the networks' convolutions really put out."""
+"""Activation counts: the closed form of the built-in spaces against the actual outputs of their convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPECS = ["nasbench201", "nasbench201:channels=8,cells=2", "mobilenetv2", "mobile
 
 
 class Functional(nn.Module):
-    """A convolution that is a function, and a module that is used twice."""
+    """Has a functional convolution, and a convolution module that is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Functional(nn.Module):
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("width", "resolution"), [(1.0, 32), (0.5, 17)])
-def test_the_closed_form_is_what_the_convolutions_put_out(spec: str, width: float, resolution: int) -> None:
+def test_the_closed_form_counts_the_outputs_of_the_convolutions(spec: str, width: float, resolution: int) -> None:
     space = load_space(spec)
     assert space.activations is not None
     sample = [architecture.choices for architecture in space.sample(4, seed=0)]
@@ -51,5 +51,5 @@ def test_functional_and_repeated_convolutions_count_and_the_classifier_does_not(
     assert network.kernel.device.type == "cpu"
 
 
-def test_a_space_of_ones_own_need_not_have_a_closed_form() -> None:
+def test_a_custom_space_needs_no_closed_form() -> None:
     assert SearchSpace("own", (), lambda choices, classes, width: Functional()).activations is None

@@ -1,4 +1,4 @@
-"""The lean forward pass of students on a GPU: the same outputs, gradients and state, from the same modules."""
+"""The lean forward pass of students on a GPU: the same outputs, gradients and state as the network's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernels.norm_act import batch_norm_act
 
 
 class Scaled(nn.Conv2d):
-    """Uses its weight otherwise than as it is: in float32, whatever autocast makes of the product."""
+    """Normalises its weight first, in float32, so that autocast must not convert the parameter itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight.dtype == torch.float32
@@ -24,7 +24,7 @@ class Scaled(nn.Conv2d):
 
 
 class Net(nn.Module):
-    """A layer that is left out, a subclass, an activation that two places share, a norm without activation."""
+    """An unused layer, a subclass, an activation shared by two places, and a norm without an activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def trained(network: nn.Module, lean: bool, dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
-    """Output, gradients and state after one pass and its backward."""
+    """Output, gradients and state after one forward and backward pass."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 12, 12, generator=generator).to(dtype).contiguous(memory_format=layout)
     network = copy.deepcopy(network).to(memory_format=layout).train()
@@ -56,15 +56,15 @@ def trained(network: nn.Module, lean: bool, dtype: torch.dtype, layout: torch.me
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_lean_pass_is_the_networks_own_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """On a CPU, where PyTorch's own BatchNorm runs: all the rest is exact."""
+def test_a_lean_pass_equals_the_plain_pass_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """On a CPU, PyTorch's own BatchNorm runs, and everything else is exact."""
     plain, lean = (trained(Net(), way, dtype, layout) for way in (False, True))
     assert len(plain) == len(lean)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, lean, strict=True))
 
 
 def test_a_lean_pass_with_the_fused_norm_agrees_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own operation in place of the modules', by its reference."""
+    """Replaces the modules' BatchNorm with the reference of our own operation."""
     calls: list[str] = []
 
     def watched(*given: Any, activation: str, **options: Any) -> Tensor:
@@ -76,10 +76,10 @@ def test_a_lean_pass_with_the_fused_norm_agrees_to_rounding(monkeypatch: pytest.
     plain, lean = (trained(Net(), way, torch.float32, torch.channels_last) for way in (False, True))
     for one, other in zip(lean, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert calls == ["relu6", "none", "none", "none"], "the ReLU in two places stays a module"
+    assert calls == ["relu6", "none", "none", "none"], "a ReLU in two places is not fused"
 
 
-def test_modules_are_themselves_again_after_a_pass() -> None:
+def test_modules_are_restored_after_a_pass() -> None:
     network = Net()
     before = {name: id(value) for name, value in network.state_dict(keep_vars=True).items()}
     own = set(vars(network.one[1]))
@@ -91,7 +91,7 @@ def test_modules_are_themselves_again_after_a_pass() -> None:
     assert network.one[1].num_batches_tracked == 1
 
 
-def test_somebody_who_hooks_an_activation_sees_what_it_was_given() -> None:
+def test_a_hook_on_an_activation_sees_its_input_and_output() -> None:
     seen: list[Tensor] = []
     network = Net()
     network.one[2].register_forward_hook(lambda module, given, result: seen.extend((given[0], result)))
@@ -100,7 +100,7 @@ def test_somebody_who_hooks_an_activation_sees_what_it_was_given() -> None:
     assert torch.equal(nn.functional.relu6(seen[0]), seen[1])
 
 
-def test_casts_are_differentiable_and_leave_out_what_nobody_used() -> None:
+def test_casts_are_differentiable_and_unused_tensors_get_no_gradient() -> None:
     one, other = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
     low, unused = cast([one, other], torch.bfloat16)
     assert torch.equal(low, one.bfloat16())

@@ -1,4 +1,4 @@
-"""Training-free scores: their formulas on cases worked out by hand, and what happens to networks that have none."""
+"""Training-free scores: their formulas on hand-computed cases, and networks that do not have some of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def a_network(classes: int = 3) -> nn.Module:
 
 
 class Counted(nn.Module):
-    """Counts how often it is asked."""
+    """Counts its forward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Counted(nn.Module):
 
 
 class Functional(nn.Module):
-    """A network whose activation is no module."""
+    """A network whose activation is a function, not a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def batch(tiny_npz: Path) -> ProxyBatch:
     return make_batch(load(str(tiny_npz)), 0, CPU, Counted(), backend="resident")
 
 
-def test_scores_depend_on_seed_and_architecture_and_not_on_what_came_before(batch: ProxyBatch) -> None:
+def test_scores_depend_only_on_seed_and_architecture(batch: ProxyBatch) -> None:
     space, (first, second) = load_space(CELLS), (Architecture((3,) * 6), Architecture((1, 2, 3, 3, 2, 1)))
     together = score_architectures(space, [first, second], batch, 3, 1.0, seed=0)
     torch.rand(7)
@@ -97,7 +97,7 @@ def test_scores_depend_on_seed_and_architecture_and_not_on_what_came_before(batc
     assert all(other.scores[name] != alone.scores[name] for name in PROXIES)
 
 
-def test_the_batch_depends_on_the_seed_and_asks_the_teacher_once(tiny_npz: Path) -> None:
+def test_the_batch_depends_on_the_seed_and_runs_the_teacher_once(tiny_npz: Path) -> None:
     data, teacher = load(str(tiny_npz)), Counted()
     made = [make_batch(data, seed, CPU, teacher, backend="resident") for seed in (0, 0, 1)]
     assert torch.equal(made[0].images, made[1].images)
@@ -133,7 +133,7 @@ def test_results_are_json(batch: ProxyBatch) -> None:
 
 @pytest.mark.parametrize("spec", ["mobilenetv2:width=0.1", "shufflenetv2:width=0.1"])
 def test_every_built_in_space_has_every_score(spec: str, tiny_npz: Path) -> None:
-    """Their heads have a convolution after the last stage: a classifier's weight is not one of a stage's channel."""
+    """Their heads have a convolution after the last stage, so classifier weights do not belong to stage channels."""
     made = make_batch(load(str(tiny_npz)), 0, CPU, Counted(), resolution=32, backend="resident")
     space = load_space(spec)
     (found,) = score_architectures(space, space.sample(1, seed=0), made, 3, 1.0, seed=0)
@@ -143,7 +143,7 @@ def test_every_built_in_space_has_every_score(spec: str, tiny_npz: Path) -> None
 # Networks without a score
 
 
-def test_a_functional_relu_leaves_the_other_scores(batch: ProxyBatch) -> None:
+def test_a_functional_relu_only_removes_naswot(batch: ProxyBatch) -> None:
     (found,) = score_architectures(own_space(Functional), [Architecture((0,))], batch, 3, 1.0, seed=0)
     assert set(found.scores) == set(PROXIES) - {"naswot"}
     assert "no ReLU module" in found.missing["naswot"]
@@ -156,7 +156,7 @@ def test_without_a_teacher_there_is_no_diswot(tiny_npz: Path) -> None:
     assert "teacher" in found.missing["diswot"]
 
 
-def test_networks_that_fail_have_reasons_and_do_not_stop_the_others(batch: ProxyBatch) -> None:
+def test_failing_networks_have_reasons_and_do_not_stop_the_others(batch: ProxyBatch) -> None:
     space = own_space(Broken, Exploding, Constant, a_network)
     cohort = [Architecture((i,)) for i in range(4)]
     broken, exploding, constant, good = score_architectures(space, cohort, batch, 3, 1.0, seed=0)
@@ -179,7 +179,7 @@ def test_naswot_is_the_log_determinant_of_the_kernel_of_codes() -> None:
     assert proxies.naswot(Codes(codes @ codes.T, 3)) == pytest.approx(expected)
 
 
-def test_naswot_sees_the_input_of_every_call_of_a_relu_even_in_place() -> None:
+def test_naswot_sees_the_input_of_every_relu_call_even_in_place() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +202,7 @@ def test_naswot_sees_the_input_of_every_call_of_a_relu_even_in_place() -> None:
 
 
 def test_jacobian_covariance_is_largest_where_gradients_differ() -> None:
-    rows = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])  # not correlated: both eigenvalues are 1
+    rows = torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])  # uncorrelated: both eigenvalues are 1
     floor = 1e-5
     assert proxies.jacobian_covariance(rows) == pytest.approx(-2 * (math.log(1 + floor) + 1 / (1 + floor)))
     alike = torch.stack([rows[0], rows[0] + 0.1 * rows[1]])
@@ -210,7 +210,7 @@ def test_jacobian_covariance_is_largest_where_gradients_differ() -> None:
     assert math.isnan(proxies.jacobian_covariance(torch.ones(2, 4)))
 
 
-def test_activation_maps_of_a_pooled_linear_classifier_have_its_weights() -> None:
+def test_activation_maps_of_a_pooled_linear_classifier_use_its_weights() -> None:
     torch.manual_seed(0)
     head = nn.Linear(5, 3)
     features, labels = torch.randn(4, 5, 2, 2, requires_grad=True), torch.tensor([0, 2, 1, 1])
@@ -242,12 +242,12 @@ def test_expressivity_is_the_entropy_of_the_spectrum_of_each_stage() -> None:
 # At real size
 
 
-def test_they_rank_cells_of_the_benchmark_that_cost_the_same(shared_data: Path, tmp_path: Path) -> None:
+def test_they_rank_benchmark_cells_of_equal_cost(shared_data: Path, tmp_path: Path) -> None:
     """24 cells of 43 to 47 million MACs against their accuracy after 200 epochs, with the published teacher."""
     window = read_window(shared_data)
     cells = drawn(window, 24)
-    bench, teacher = open_study(tmp_path, shared_data)
-    made = make_batch(bench.data, 0, CPU, teacher.network, backend="resident")
+    context, teacher = open_study(tmp_path, shared_data)
+    made = make_batch(context.data, 0, CPU, teacher.network, backend="resident")
     architectures = [Architecture(tuple(map(int, cell))) for cell in cells]
     found = score_architectures(load_space("nasbench201"), architectures, made, 10, 1.0, seed=0)
     truth = [window[cell]["test_e200"] for cell in cells]

@@ -1,4 +1,4 @@
-"""Learned weights: the average over models written out one by one, and what useful, useless and reversed columns do."""
+"""Learned weights: against an explicit average over all models, and with useful, useless and reversed columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def data(m: int, k: int = 3, d: int = 4, seed: int = 0) -> tuple[Array, Array, A
 def models(
     trend: Array, x: Array, y: Array, loud: Array, believed: Array
 ) -> list[tuple[float, tuple[int, ...], Array, Array, Array]]:
-    """(evidence times prior, subset, mean, covariance of all weights, covariance of y) of every model, by the book."""
+    """By definition, for each model: (evidence times prior, subset, mean, covariance of all weights, that of y)."""
     found = []
     design = np.concatenate([np.ones((len(y), 1)), trend, x], axis=1)
     k, d = trend.shape[1], x.shape[1]
@@ -66,7 +66,7 @@ def test_the_posterior_is_the_average_over_every_model(believed: Array) -> None:
     np.testing.assert_allclose(std**2, np.diag(fitted.linear.covariance)[1:4])
 
 
-def test_left_out_predictions_are_those_of_refits() -> None:
+def test_left_out_predictions_match_refits() -> None:
     (trend, x, y), believed = data(8), np.array([0.7, 0.2, 0.0])
     fitted = fit(trend, x, y, believed=believed)
     for i in range(8):
@@ -86,7 +86,7 @@ def test_the_sign_of_a_column_does_not_matter() -> None:
     assert other.coefficients[0][0] < -0.4
 
 
-def test_evidence_tells_useful_from_useless() -> None:
+def test_evidence_separates_useful_from_useless_columns() -> None:
     fitted = fit(*data(40, k=6))
     assert fitted.included[0] > 0.99
     assert fitted.included[1:].mean() < 0.4
@@ -94,7 +94,7 @@ def test_evidence_tells_useful_from_useless() -> None:
 
 
 def test_useless_columns_cost_little_rank() -> None:
-    """Ten results and five columns of noise, mean over twenty draws; a ridge of the same variance loses more."""
+    """Ten results and five columns of noise, averaged over twenty draws; a ridge of the same variance loses more."""
 
     def rank(columns: int, learned: bool) -> float:
         taus = []
@@ -115,7 +115,7 @@ def test_useless_columns_cost_little_rank() -> None:
     assert lost < ridge_lost
 
 
-def test_without_data_or_without_trends() -> None:
+def test_it_works_without_data_or_without_trends() -> None:
     trend, x, y = data(5)
     nothing = fit(trend[:0], x[:0], y[:0])
     mean, variance = nothing.predict(trend, x)
@@ -129,20 +129,20 @@ def test_without_data_or_without_trends() -> None:
     assert np.isfinite(bare.predict(trend[:, :0], x)).all()
 
 
-def test_a_belief_that_the_results_refute_is_given_up() -> None:
-    """The authors' MobileNetV2 under a cap: the low fidelity says next to nothing, whatever was believed of it."""
+def test_a_prior_belief_that_the_results_refute_is_dropped() -> None:
+    """As with the authors' MobileNetV2 under a cap, where the low fidelity says next to nothing, despite the prior."""
     trend, x, y = data(30)
     fitted = fit(trend[:, 1:], x, y, believed=np.array([0.7, 0.7]))
     assert np.abs(fitted.coefficients[0]).max() < 0.2
 
 
-def test_repeats_are_believed_more() -> None:
+def test_repeated_results_get_more_weight() -> None:
     trend, x, y = data(12)
     sure = fit(trend, x, y, np.full(12, 0.25))
     assert sure.predict(trend, x)[1].mean() < fit(trend, x, y).predict(trend, x)[1].mean()
 
 
-def test_of_many_columns_the_useful_ones_are_found() -> None:
+def test_the_useful_column_is_found_among_many() -> None:
     fitted = fit(*data(60, k=40))
     assert sum(map(len, evidence._indices(40))) <= evidence.MODELS
     assert int(fitted.included.argmax()) == 0

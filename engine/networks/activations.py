@@ -1,4 +1,4 @@
-"""Activation counts of any network, counted on the meta device like its cost."""
+"""Activation counts of any network, taken on the meta device like its cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.networks.cost import meta_copy
 
 
 class ConvolutionOutputs(TorchDispatchMode):
-    """Sums up how many values the convolutions that run within it put out, be they modules or functions."""
+    """Counts the output values of all convolutions that run within the block, as modules or functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class ConvolutionOutputs(TorchDispatchMode):
 
 
 def count_activations(network: nn.Module, resolution: int) -> int:
-    """How many values all convolutions of `network` put out for one image (1, 3, resolution, resolution).
+    """Number of output values of all convolutions of `network` for one image (1, 3, resolution, resolution).
 
-    The sum of C x H x W over convolutions (Radosavovic et al. 2020, arXiv 2003.13678). The network is left
-    as it is: only a skeleton of it runs.
+    This is the sum of C x H x W over convolutions (Radosavovic et al. 2020, arXiv 2003.13678). The network does not
+    change: only a meta-device copy of it runs.
     """
     skeleton = meta_copy(network).eval()
     with torch.no_grad(), ConvolutionOutputs() as outputs:

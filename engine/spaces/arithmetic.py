@@ -1,7 +1,7 @@
-"""Channel counts and operation counts that the spaces share: plain numbers, no torch.
+"""Channel counts and operation counts shared by the spaces: plain numbers, no torch.
 
 MACs are multiply-accumulates of convolutions and of the classifier; normalisation, activations, pooling and
-additions are not counted. `engine.networks.count_cost` has the same convention, and the tests compare the two.
+additions are not counted. `engine.networks.count_cost` uses the same convention, and the tests compare the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-# (MACs, parameters, activations) in float64, exact up to 2**53. Activations are the outputs of convolutions.
+# (MACs, parameters, activations) in float64, exact up to 2**53. Activations are convolutions' output values.
 Cost = npt.NDArray[np.float64]
 # (choices (n, d), classes, width, resolution) -> costs (3, n)
 Counts = Callable[[npt.NDArray[np.int8], int, float, int], Cost]
@@ -26,7 +26,7 @@ def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, no
 
 
 def linear_cost(c_in: int, c_out: int) -> Cost:
-    """Cost (3,) of a linear layer with bias. Its bias does not count as MACs, nor its outputs as activations."""
+    """Cost (3,) of a linear layer with bias. The bias adds no MACs, and the outputs do not count as activations."""
     return np.array([c_in * c_out, c_in * c_out + c_out, 0], dtype=np.float64)
 
 
@@ -36,7 +36,7 @@ def strided(size: int, stride: int = 2) -> int:
 
 
 def rounded(channels: float, multiple: int) -> int:
-    """The nearest multiple, at least 8, that is at most a tenth below `channels` (as in MobileNetV2's code)."""
+    """The nearest multiple, at least 8 and at most a tenth below `channels`, as in MobileNetV2's code."""
     nearest = max(MIN_CHANNELS, int(channels + multiple / 2) // multiple * multiple)
     return nearest if nearest >= 0.9 * channels else nearest + multiple
 
@@ -44,8 +44,8 @@ def rounded(channels: float, multiple: int) -> int:
 def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ...]:
     """Channel counts of the options of one choice at a width multiplier, rounded and strictly increasing.
 
-    Where a small multiplier rounds neighbours to the same count, the wider one gets one multiple more, so that two
-    options are never the same network.
+    If a small multiplier rounds two neighbours to the same count, the wider one gets one more multiple, so that two
+    options never give the same network.
     """
     counts: list[int] = []
     for base in bases:
@@ -57,8 +57,8 @@ def widths(bases: Sequence[float], width: float, multiple: int) -> tuple[int, ..
 def chain_cost(choices: npt.NDArray[np.integer], tables: Sequence[npt.NDArray[np.float64]]) -> Cost:
     """Costs (3, n) of architectures (n, 2 * stages) that are sequences of stages.
 
-    Columns 2i and 2i + 1 hold the depth and the width option of stage i; its cost is tables[i][:, previous width,
-    depth, width], since it depends on the others only through the width of its input (tables[0] has a single one).
+    Columns 2i and 2i + 1 hold the depth and the width option of stage i. Its cost is tables[i][:, previous width,
+    depth, width], since it depends on the other stages only through its input width (tables[0] has a single one).
     """
     total = np.zeros((3, len(choices)))
     previous = np.zeros(len(choices), dtype=np.intp)
@@ -73,7 +73,7 @@ def chain_cost(choices: npt.NDArray[np.integer], tables: Sequence[npt.NDArray[np
 def macs_and_params(
     counts: Counts, choices: npt.NDArray[np.int8], classes: int, width: float, resolution: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """What `SearchSpace.cost` returns: MACs (n,) and parameters (n,)."""
+    """MACs (n,) and parameters (n,), as `SearchSpace.cost` returns them."""
     macs, params, _ = counts(choices, classes, width, resolution)
     return macs, params
 
@@ -81,6 +81,6 @@ def macs_and_params(
 def activations(
     counts: Counts, choices: npt.NDArray[np.int8], classes: int, width: float, resolution: int
 ) -> npt.NDArray[np.float64]:
-    """What `SearchSpace.activations` returns: activations (n,)."""
+    """Activations (n,), as `SearchSpace.activations` returns them."""
     found: npt.NDArray[np.float64] = counts(choices, classes, width, resolution)[2]
     return found

@@ -1,8 +1,8 @@
 """Students side by side on a CUDA device: each has its own stream and runs its whole step as one CUDA graph.
 
-At 64 images a student's step is some 600 kernels of a few microseconds, and launching them one by one takes longer than
-running them. A graph launches them all at once, and graphs on several streams fill the device. Calls into CUDA are in
-`GraphedStudent`; decisions, and restoring state after trial steps, are functions of plain numbers and tensors.
+At 64 images a student's step has some 600 kernels of a few microseconds, and launching them one by one takes longer
+than running them. A graph launches them all at once, and graphs on several streams fill the device. `GraphedStudent`
+makes the calls into CUDA; decisions, and restoring state after trial steps, are functions of plain numbers and tensors.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from engine.training.student import (
 )
 
 WARM_UP = 3  # steps before a capture: cuDNN chooses algorithms, Triton compiles, autograd and the optimiser allocate
-# A capture costs the warm-up (3 steps of about 6 ms), the recording (10 to 20 ms) and its instantiation (some ms):
-# 40 to 50 ms. A replay saves about 4 ms a step, 5 to 6 ms launched one by one against 1.5. Estimates, not measured.
+# A capture costs 40 to 50 ms: the warm-up (3 steps of about 6 ms), the recording (10 to 20 ms) and the instantiation (a
+# few ms). A replay saves about 4 ms per step: 1.5 ms instead of 5 to 6 ms. These are estimates, not measurements.
 MIN_STEPS = 20
-# cuDNN's benchmark mode costs some ms per shape of convolution, a second per network of the larger spaces, and saves
+# cuDNN's benchmark mode costs a few ms per convolution shape, a second per network of the larger spaces, and saves
 # perhaps half a millisecond per step.
 BENCHMARK_STEPS = 2000
-SLOTS = 3  # steps whose inputs are held: how many steps a fast student may run ahead of a slow one
+SLOTS = 3  # steps whose inputs are kept, so the number of steps that a fast student may run ahead of a slow one
 HEADROOM = 1.1  # another student is admitted if this many times the largest student's memory is free
 # Before torch 2.12 the allocator believes that a failed capture is still under way, and then refuses to free memory
 # (pytorch/pytorch#180395).
@@ -54,16 +54,16 @@ def reason_for_eager(execution: Execution, device: torch.device, steps: int) -> 
 
 
 def has_room(free: int, taken: Sequence[int]) -> bool:
-    """Whether another student fits into `free` bytes beside those that took `taken`. The first one may always try."""
+    """Whether a student fits into `free` bytes beside those that have `taken` bytes each. The first may always try."""
     return not taken or free >= HEADROOM * max(taken)
 
 
 def find_host_sync(step: Callable[[], None]) -> str:
-    """Runs a step. If it makes the host wait for the device, the step ends there and the place is described; else "".
+    """Runs a step and returns "", or, if the step makes the host wait for the device, stops there and says where.
 
-    No graph can record such a wait, and a capture must not reach one: a failed capture keeps its memory, and before
-    torch 2.12 costs the process. The debug mode applies to the whole process, but no other thread of the worker calls
-    CUDA through torch.
+    A graph cannot record such a wait, and a capture must not reach one: a failed capture keeps its memory and, before
+    torch 2.12, makes the process unusable. The debug mode applies to the whole process, but no other thread of the
+    worker calls CUDA through torch.
     """
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
@@ -81,7 +81,7 @@ def find_host_sync(step: Callable[[], None]) -> str:
 
 
 def capture_failure(error: RuntimeError) -> str:
-    """Why a capture failed. Raises if memory ran out, and `ProcessLost` if this version of torch cannot go on."""
+    """Why a capture failed. Raises if memory ran out, and raises `ProcessLost` if this torch cannot recover."""
     cause = error.__context__ or error  # ending a broken capture raises a second error
     if status_of(error) == "oom":
         raise error
@@ -105,7 +105,7 @@ def run_and_restore(student: Student, steps: Callable[[], None]) -> None:
 
 
 class Slot:
-    """Inputs of one step, until every student has copied them: written on the current stream, read on the students'."""
+    """Inputs of one step, until every student has copied them; written on the current stream, read on the students'."""
 
     def __init__(self, example: Inputs) -> None:
         self.inputs = example.static_copy()
@@ -113,7 +113,7 @@ class Slot:
         self.reads: list[torch.cuda.Event] = []
 
     def write(self, inputs: Inputs) -> None:
-        """Copies a step's inputs here once all students have read the last ones. The host does not wait."""
+        """Copies a step's inputs here once all students have read the previous ones. The host does not wait."""
         stream = torch.cuda.current_stream()
         for read in self.reads:
             stream.wait_event(read)
@@ -122,7 +122,7 @@ class Slot:
         self.written.record(stream)
 
     def read_by(self, stream: torch.cuda.Stream) -> None:
-        """Notes that the student on this stream has its copy."""
+        """Records that the student on this stream has its copy."""
         event = torch.cuda.Event()
         event.record(stream)
         self.reads.append(event)
@@ -131,7 +131,7 @@ class Slot:
 @dataclass
 class GraphedStudent:
     """A student, its stream, and the graph of its step once captured. Each graph has its own memory pool, because
-    graphs that run at the same time must not share one."""
+    graphs that run concurrently must not share one."""
 
     student: Student
     stream: torch.cuda.Stream
@@ -152,9 +152,9 @@ class GraphedStudent:
             update_ema(self.student, step, decay)
 
     def capture(self) -> str:
-        """Captures the student's step on its inputs; returns the reason if that is impossible, else "".
+        """Captures the student's step on its inputs and returns "", or the reason why it cannot be captured.
 
-        Raises any error of the step itself, out of memory, and the loss of the device.
+        Raises errors of the step itself, out-of-memory errors, and errors that lose the device.
         """
         inputs = self.inputs
         before = _random_state(self.stream.device)
@@ -168,12 +168,12 @@ class GraphedStudent:
             self.student.optimiser.zero_grad(set_to_none=True)
             return reason
         if before != _random_state(self.stream.device):
-            # Graphs that run side by side share one generator: the numbers of each would depend on the others.
+            # Graphs that run side by side share one generator, so each one's numbers would depend on the others.
             return "its layers draw random numbers"
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's threads may go on calling CUDA. The outer stream context is there because some
-            # versions of torch leave the graph's stream current when a capture fails.
+            # thread_local lets the loader's threads call CUDA during the capture. The outer stream context is needed
+            # because some versions of torch leave the graph's stream current when a capture fails.
             with (
                 torch.cuda.stream(self.stream),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
@@ -203,8 +203,8 @@ class StreamRunner:
     """Runs the students of a cohort side by side, each on its stream.
 
     The inputs of a step go to one of a few slots, and from there to each student, whose graph reads them at a fixed
-    address. So a fast student runs up to SLOTS steps ahead of a slow one, while the loader and the teacher already work
-    on the next step.
+    address. So a fast student can run up to SLOTS steps ahead of a slow one, and the loader and the teacher can already
+    work on the next step.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class StreamRunner:
             reason = eager or self._capture(graphed)
             student.execution = f"eager: {reason}" if reason else "graph"
             if reason and isinstance(student.forward, LeanForward):
-                # The host takes longer to launch a Triton kernel than one of PyTorch's.
+                # Launching a Triton kernel from the host takes longer than launching one of PyTorch's.
                 student.forward = student.network
             if reason and execution == "graph" and student.status == "ok":
                 student.drop("error", f"no graph: {reason}")
@@ -257,7 +257,7 @@ class StreamRunner:
     def close(self) -> None:
         for graphed in self.admitted:
             graphed.close()
-        torch.backends.cudnn.benchmark = self._benchmark  # latencies are measured without it
+        torch.backends.cudnn.benchmark = self._benchmark  # latency is measured without it
 
 
 class SequentialRunner:
@@ -285,7 +285,7 @@ class SequentialRunner:
 
 
 def guarded(student: Student, work: Callable[[], None]) -> None:
-    """Does a student's work. An exception drops the student with a status; only the loss of the device is raised."""
+    """Runs `work` for a student. An exception drops the student with a status, unless the device is lost."""
     try:
         work()
     except Exception as error:  # a user's network may raise anything

@@ -1,8 +1,8 @@
-"""A student's forward pass in training on a GPU, in fewer kernels than PyTorch's modules start.
+"""A student's training forward pass on a GPU, with fewer kernels than PyTorch's modules launch.
 
-At 64 images a step is some 700 kernels, most of which move less than a microsecond's worth of data. Three things go
-together here: the casts of the weights under autocast, the counters of BatchNorm, and BatchNorm with the activation
-that follows it. Modules, their names and their state stay as they are; what is replaced is put back after each pass.
+At 64 images a step has some 700 kernels, most of which move less than a microsecond's worth of data. Three groups are
+merged here: autocast's copies of the weights, BatchNorm's counters, and each BatchNorm with the activation that follows
+it. The modules, their names and their state do not change: every replacement is undone after each pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from engine.training.distill import Output
 from kernels.norm_act import batch_norm_act, has_kernel
 
-# Layers whose parameters autocast converts, each used as it is. A subclass may do anything with them.
+# Layers that use their parameters only in the operation that autocast converts them for. Exact types: a subclass may
+# use them differently.
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 NAMES: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 ACTIVATIONS = {"none": lambda x: x, "relu": nn.functional.relu, "relu6": nn.functional.relu6}
@@ -29,10 +30,10 @@ Place = tuple[dict[str, Any], str]
 
 
 class LeanForward:
-    """Calls a network in training; outputs and gradients are those of the network called under the same autocast.
+    """Calls a network in training mode, with the same outputs and gradients as a plain call under the same autocast.
 
-    BatchNorm's counters go up by one for every layer in every pass, also for a layer that the pass leaves out. An
-    activation shares a kernel with the BatchNorm before it in the same nn.Sequential.
+    Every pass increments the counters of all BatchNorm layers, even of layers that the pass skips. An activation is
+    fused with the BatchNorm directly before it in the same nn.Sequential.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -41,7 +42,7 @@ class LeanForward:
         named = [(module._parameters, name) for module in owners for name in ("weight", "bias")]
         self.weights: list[Place] = [place for place in named if place[0][place[1]] is not None]
         norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        # With no momentum the average is over all steps: the layer then reads its counter.
+        # Without a momentum, BatchNorm averages over all steps and reads its counter, so it keeps its own.
         self.counters: list[Place] = [
             (norm._buffers, "num_batches_tracked")
             for norm in norms
@@ -50,7 +51,7 @@ class LeanForward:
         self.forwards = _fused_forwards(network)
 
     def __call__(self, images: Tensor) -> Output:
-        """`images` (N, 3, R, R) in the type of the forward pass, under autocast where that is not float32."""
+        """`images` (N, 3, R, R) have the dtype of the forward pass; unless it is float32, call this under autocast."""
         replaced: list[tuple[Place, Tensor | None]] = [(place, None) for place in self.counters]
         counters = [where[name] for where, name in self.counters]
         if images.dtype != torch.float32 and self.weights:
@@ -65,7 +66,7 @@ class LeanForward:
 
 @contextlib.contextmanager
 def _swapped(replaced: Sequence[tuple[Place, Any]]) -> Iterator[None]:
-    """Puts values into modules' dictionaries, and the old ones back."""
+    """Replaces entries of the modules' dictionaries within the block."""
     before = [(place, place[0][place[1]]) for place, _ in replaced]
     try:
         for (where, name), value in replaced:
@@ -77,13 +78,13 @@ def _swapped(replaced: Sequence[tuple[Place, Any]]) -> Iterator[None]:
 
 
 def _fused_forwards(network: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """What BatchNorms, and the activations directly after them, do in place of their own forward."""
+    """The forward functions that replace those of BatchNorms and of the activations directly after them."""
     after: dict[nn.BatchNorm2d, nn.Module] = {}
     sequences = [module for module in network.modules() if type(module) is nn.Sequential]
     for one, other in (two for sequence in sequences for two in pairwise(sequence)):
         if isinstance(one, nn.BatchNorm2d) and type(other) in NAMES:
             after[one] = other
-    # A module that is called in two places means two things.
+    # A module that is used in two places may follow a BatchNorm in only one of them.
     calls = Counter(child for module in network.modules() for child in module._modules.values())
     found: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
     for norm in (module for module in network.modules() if type(module) is nn.BatchNorm2d and _plain(module)):
@@ -100,12 +101,12 @@ def _plain(norm: nn.BatchNorm2d) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a hook reads what the module returns."""
+    """Whether a hook sees the module's input or output."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _norm(norm: nn.BatchNorm2d, activation: str, x: Tensor) -> Tensor:
-    """The layer and its activation; by PyTorch's own kernels where ours do not take the input."""
+    """The layer and its activation, in PyTorch's own kernels if ours do not support the input."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.momentum is not None
@@ -119,7 +120,7 @@ def _norm(norm: nn.BatchNorm2d, activation: str, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _overridden(forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    """Has modules call other functions in place of their own forward."""
+    """Replaces the modules' forward functions within the block."""
     try:
         for module, forward in forwards:
             module.__dict__["forward"] = forward
@@ -130,7 +131,7 @@ def _overridden(forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]
 
 
 def cast(masters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Copies of floating-point tensors in another type, differentiable, in one kernel each way for up to 64 of them."""
+    """Differentiable copies of floating-point tensors in another dtype; one kernel each way per 64 tensors."""
     copies: tuple[Tensor, ...] = _Cast.apply(dtype, *masters)
     return copies
 
@@ -138,7 +139,7 @@ def cast(masters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
 class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *masters: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # of a layer that the pass left out
+        ctx.set_materialize_grads(False)  # for a layer that the pass skipped
         ctx.dtypes = [master.dtype for master in masters]
         copies = [torch.empty_like(master, dtype=dtype) for master in masters]
         torch._foreach_copy_(copies, list(masters))

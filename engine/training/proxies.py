@@ -1,7 +1,7 @@
-"""Training-free scores: what an untrained network says of the accuracy that training will give it.
+"""Training-free scores: estimates of a network's accuracy after training, from the untrained network.
 
 Four scores from one forward and one backward pass on a shared batch, and one forward pass on noise, in a tenth of a
-second on a CPU core. Greater is better for each of them. N images, C channels, H W size in pixels.
+second on a CPU core. For all of them, greater is better. N images, C channels, H W size in pixels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.training.student import fatal, place
 from engine.trial import Architecture
 
 PROXIES = ("naswot", "jacobian_covariance", "diswot", "expressivity")
-# Of the sizes in docs/evidence/real-size.md the largest that takes a tenth of a second a cell of NAS-Bench-201.
+# The largest size in docs/evidence/real-size.md that takes a tenth of a second per cell of NAS-Bench-201.
 IMAGES, NOISE_IMAGES = 16, 4
 RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 JACOBIAN_FLOOR = 1e-5  # added to eigenvalues of the correlation matrix, as the paper does
@@ -34,12 +34,12 @@ NO_GRADIENT = "the output does not depend on the images"
 
 
 class Missing(Exception):
-    """A score that a network does not have; the text says why."""
+    """Raised if a network does not have a score; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyScores:
-    """Training-free scores of an architecture by name, and why others of PROXIES are missing. All are JSON values.
+    """Training-free scores of an architecture by name, and the reasons for missing ones. All are JSON values.
 
     `seconds` is the wall time of building and scoring the network.
     """
@@ -52,7 +52,7 @@ class ProxyScores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Relations:
-    """How alike a network finds the images of a batch: cosines (N, N) of last-stage features and of activation maps."""
+    """How similar a network finds a batch's images: cosines (N, N) of last-stage features and of activation maps."""
 
     features: Tensor
     maps: Tensor
@@ -60,8 +60,8 @@ class Relations:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProxyBatch:
-    """What every architecture is scored on: `images` (N, 3, R, R) with `labels` (N,), Gaussian `noise` (M, 3, R, R),
-    and the trained teacher's relations on the images, where there is a teacher."""
+    """Inputs for scoring every architecture: `images` (N, 3, R, R) with `labels` (N,), Gaussian `noise` (M, 3, R, R),
+    and the trained teacher's relations on the images, if there is a teacher."""
 
     images: Tensor
     labels: Tensor
@@ -81,14 +81,14 @@ def make_batch(
 ) -> ProxyBatch:
     """A batch of training images, drawn with `seed`, at a resolution in pixels (0: the data's own).
 
-    The teacher, a frozen network on the device that returns (logits, [stage features]), is asked here and only here.
+    The teacher, a frozen network on the device that returns (logits, [stage features]), runs only here, once.
     """
-    side, part = resolution or data.resolution, _drawn(data.train, images, seed)
-    views = eval_batches(part, data=data, batch_size=len(part), resolution=side, device=str(device), backend=backend)
+    side, split = resolution or data.resolution, _drawn(data.train, images, seed)
+    views = eval_batches(split, data=data, batch_size=len(split), resolution=side, device=str(device), backend=backend)
     seen = next(iter(views))
-    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that the noise is the same on every device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that the noise is the same on every device
     gaussian = torch.randn(noise, 3, side, side, generator=generator).to(device)
-    # Copies: the backends may use the memory of a batch again.
+    # Cloned because the backends may reuse a batch's memory.
     batch = ProxyBatch(_laid_out(seen.images).clone(), seen.labels.clone(), _laid_out(gaussian))
     return replace(batch, teacher=ask_teacher(teacher, batch)) if teacher is not None else batch
 
@@ -97,11 +97,11 @@ def _laid_out(images: Tensor) -> Tensor:
     return images.float().contiguous(memory_format=torch.channels_last)
 
 
-def _drawn(part: Split, count: int, seed: int) -> Split:
-    rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(part))[:count])
-    images = part.images[rows] if part.images is not None else None
-    files = tuple(part.files[row] for row in rows) if part.files is not None else None
-    return Split(part.labels[rows], images, files)
+def _drawn(split: Split, count: int, seed: int) -> Split:
+    rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(split))[:count])
+    images = split.images[rows] if split.images is not None else None
+    files = tuple(split.files[row] for row in rows) if split.files is not None else None
+    return Split(split.labels[rows], images, files)
 
 
 def ask_teacher(teacher: nn.Module, batch: ProxyBatch) -> Relations:
@@ -113,10 +113,10 @@ def ask_teacher(teacher: nn.Module, batch: ProxyBatch) -> Relations:
 def score_architectures(
     space: SearchSpace, architectures: Sequence[Architecture], batch: ProxyBatch, classes: int, width: float, seed: int
 ) -> list[ProxyScores]:
-    """The scores of untrained networks of a space.
+    """Scores untrained networks of a space.
 
-    A network's initial weights, and so its scores, depend on `seed`, space and architecture alone. One that cannot be
-    built or run has no score, and its error as the reason.
+    A network's initial weights, and so its scores, depend only on `seed`, space and architecture. A network that cannot
+    be built or run has no scores, and its error is the reason.
     """
     return [_score_architecture(space, architecture, batch, classes, width, seed) for architecture in architectures]
 
@@ -142,10 +142,10 @@ def _key(seed: int, space: SearchSpace, choices: tuple[int, ...]) -> int:
 
 
 def score_network(network: nn.Module, batch: ProxyBatch) -> tuple[dict[str, float], dict[str, str]]:
-    """Scores of an untrained network by name, and the reasons of those that it has not.
+    """Scores of an untrained network by name, and the reasons for missing ones.
 
-    The network is used up: its running statistics change, and its parameters no longer ask for gradients. On a GPU the
-    host waits once per score, not per layer.
+    The network cannot be used afterwards: its running statistics change, and its parameters no longer require
+    gradients. On a GPU the host waits once per score, not per layer.
     """
     network.train().requires_grad_(False)
     images = batch.images.detach().requires_grad_()
@@ -173,7 +173,7 @@ def score_network(network: nn.Module, batch: ProxyBatch) -> tuple[dict[str, floa
 
 @dataclass
 class Codes:
-    """Of all ReLUs so far: how often both of two images activate a unit, (N, N), and the number of units.
+    """Over all ReLUs so far: the number of units that both images of a pair activate, (N, N), and the number of units.
 
     `active` is None before the first ReLU.
     """
@@ -184,14 +184,14 @@ class Codes:
 
 @contextmanager
 def _relu_codes(network: nn.Module) -> Iterator[Codes]:
-    """Collects the codes of every call of a ReLU module. Of a ReLU that is a function nothing is seen."""
+    """Collects the codes of every ReLU module call. ReLUs called as functions cannot be seen."""
     codes = Codes()
 
     @torch.no_grad()
     def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         value = inputs[0]
         code = torch.gt(value, 0, out=torch.empty_like(value))
-        code = (code.movedim(1, -1) if code.ndim > 2 else code).flatten(1)  # of channels_last memory a view
+        code = (code.movedim(1, -1) if code.ndim > 2 else code).flatten(1)  # a view for channels_last memory
         codes.active = code @ code.T if codes.active is None else codes.active.addmm_(code, code.T)
         codes.units += code.shape[1]
 
@@ -204,8 +204,8 @@ def _relu_codes(network: nn.Module) -> Iterator[Codes]:
 
 
 def naswot(codes: Codes) -> float:
-    """log det K of the images' binary codes c (N, units), K = c c' + (1 - c) (1 - c)': how many units two images have
-    in common (Mellor et al. 2021, arXiv 2006.04647; K summed over layers). -inf for a singular K."""
+    """log det K of the images' binary codes c (N, units). K = c c' + (1 - c) (1 - c)' counts the units in which two
+    images agree (Mellor et al. 2021, arXiv 2006.04647; K summed over layers). -inf for a singular K."""
     if codes.active is None:
         raise Missing("no ReLU module was called: ReLUs that are functions (torch.relu, F.relu) cannot be seen")
     both = codes.active.cpu().double()
@@ -216,7 +216,7 @@ def naswot(codes: Codes) -> float:
 
 def jacobian_covariance(jacobian: Tensor) -> float:
     """-sum(log(l + e) + 1 / (l + e)) of the eigenvalues l of the correlation matrix of the rows of `jacobian` (N, P),
-    the gradient of each image's summed logits (Mellor et al., the first version of arXiv 2006.04647). nan where an
+    the gradient of each image's summed logits (Mellor et al., the first version of arXiv 2006.04647). NaN if an
     image has a constant gradient."""
     correlation = torch.corrcoef(jacobian).cpu().double()
     if not correlation.isfinite().all():
@@ -233,8 +233,8 @@ def _jacobian_covariance(logits: Tensor, images: Tensor) -> float:
 
 
 def diswot(student: Relations, teacher: Relations) -> float:
-    """-||F_s - F_t|| - ||M_s - M_t||, F and M the relations by features and by activation maps of the same images
-    (Dong et al. 2023, arXiv 2303.15678). In the paper both networks are untrained; here the teacher is the run's."""
+    """-||F_s - F_t|| - ||M_s - M_t|| with F and M the relations of the same images by features and by activation maps
+    (Dong et al. 2023, arXiv 2303.15678). In the paper both networks are untrained; here the teacher is trained."""
     distances = torch.linalg.norm(student.features - teacher.features) + torch.linalg.norm(student.maps - teacher.maps)
     return -distances.item()
 
@@ -242,9 +242,9 @@ def diswot(student: Relations, teacher: Relations) -> float:
 def relations(logits: Tensor, features: Tensor, labels: Tensor) -> Relations:
     """Relations of logits (N, classes) and last-stage features (N, C, H, W).
 
-    The activation map is sum_c w_c F_c, w_c the mean gradient over F_c of the logit of the true class (Grad-CAM,
-    arXiv 1610.02391): for global pooling and a linear classifier w_c is the classifier's weight, as DisWOT has it, and
-    it is there for other heads too.
+    The activation map is sum_c w_c F_c, where w_c is the mean gradient of the true class's logit over F_c (Grad-CAM,
+    arXiv 1610.02391). For global pooling and a linear classifier, w_c is the classifier's weight, as in DisWOT; it is
+    also defined for other heads.
     """
     true = logits.gather(1, labels[:, None]).sum()
     (gradient,) = torch.autograd.grad(true, features, retain_graph=True, allow_unused=True)
@@ -262,7 +262,7 @@ def _cosines(values: Tensor) -> Tensor:
 
 def _diswot(logits: Tensor, features: Tensor, batch: ProxyBatch) -> float:
     if batch.teacher is None:
-        raise Missing("it compares with a teacher, and there is none")
+        raise Missing("this score needs a teacher, and there is none")
     if not (logits.requires_grad and features.requires_grad):
         raise Missing(NO_GRADIENT)
     return diswot(relations(logits, features, batch.labels), batch.teacher)
@@ -270,15 +270,15 @@ def _diswot(logits: Tensor, features: Tensor, batch: ProxyBatch) -> float:
 
 def expressivity(features: Sequence[Tensor]) -> float:
     """Sum over stage features (N, C, H, W) of the entropy of the normalised eigenvalues of the channels' covariance
-    over images and pixels (AZ-NAS, Lee and Ham 2024, arXiv 2403.19232), each log C at most. nan where a
-    stage is constant."""
+    over images and pixels (AZ-NAS, Lee and Ham 2024, arXiv 2403.19232), each at most log C. NaN if a stage is
+    constant."""
     channels = [feature.shape[1] for feature in features]
     rows = [feature.float().transpose(0, 1).flatten(1) for feature in features]
-    onto_host = torch.cat([torch.cov(each, correction=0).flatten() for each in rows]).cpu().double()
-    if not onto_host.isfinite().all():
+    on_host = torch.cat([torch.cov(each, correction=0).flatten() for each in rows]).cpu().double()
+    if not on_host.isfinite().all():
         return math.nan
     total = 0.0
-    for covariance, c in zip(onto_host.split([c * c for c in channels]), channels, strict=True):
+    for covariance, c in zip(on_host.split([c * c for c in channels]), channels, strict=True):
         values = torch.linalg.eigvalsh(covariance.view(c, c)).clamp(min=0)
         total += torch.special.entr(values / values.sum()).sum().item()
     return total

@@ -55,8 +55,8 @@ def train(
 ) -> None:
     """Trains every student of the cohort on the same batches, in place, from `batches.first_epoch` to the last epoch.
 
-    `after_epoch` is called with the number of epochs done. A student whose loss is no longer finite, or that raises,
-    is dropped with a status; the others go on.
+    `after_epoch` is called with the number of finished epochs. A student that raises, or whose loss is no longer
+    finite, is dropped with a status; the others continue.
     """
     iterator, dtype = iter(batches), precision(config, batches.device)
     feature_keys = {key for student in cohort for key in student.objective.feature_keys}
@@ -102,10 +102,10 @@ def _make_runner(
 def _example(
     batches: Batches, dtype: torch.dtype, teacher: CachedTeacher | None, keys: Collection[FeatureKey], rate: float
 ) -> Inputs | None:
-    """Inputs of zeros to capture a step on; None without a CUDA device.
+    """All-zero inputs for capturing a step; None without a CUDA device.
 
-    They allow the capture before the loader starts: a call into CUDA from one of its threads can break a capture, and
-    with torch 2.11 the process.
+    They allow the capture before the loader starts: a call into CUDA from one of its threads can break a capture and,
+    with torch 2.11, the process.
     """
     if batches.device.type != "cuda":
         return None
@@ -117,7 +117,7 @@ def _example(
 
 
 def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
-    """Called once an epoch, for all students at once: reading a loss makes the host wait for the device."""
+    """Drops students whose loss is not finite. Runs once per epoch, because reading the losses waits for the device."""
     students = [student for student in cohort if student.status == "ok"]
     finite = torch.stack([student.loss_sum for student in students]).isfinite().tolist() if students else []
     for student, is_finite in zip(students, finite, strict=True):
@@ -127,11 +127,10 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
 
 @torch.no_grad()
 def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
-    """Share of images (0..1) whose largest logit is the label, for each network, in one pass over the batches; for a
-    network that raises, the exception instead. Leaves the networks in evaluation mode.
+    """Accuracy (0..1) of each network, in one pass over the batches; the exception instead if a network raises.
 
-    Computed in float32, whatever the networks were trained in: in bfloat16, with 8 bits, the two largest logits may be
-    equal.
+    Leaves the networks in evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may
+    make the two largest logits equal.
     """
     hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
     total = 0
