@@ -1,9 +1,9 @@
-"""What learned weights are worth: rank quality in NAS-Bench-201's windows of nearly equal MACs, after few full results.
+"""The value of learned weights: rank quality from few full results, in NAS-Bench-201's windows of nearly equal MACs.
 
 `python -m bench.learned_weights ../shared/data` writes docs/evidence/learned-weights.md and .csv
 
 Tables: NAS-Bench-201 on CIFAR-100, joined by cell with recorded training-free scores. In each window N random cells
-have a full result (validation, 200 epochs), the others are ranked and compared with their test accuracy.
+have a full result (validation, 200 epochs). The others are ranked, and compared with their test accuracy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surrogate.quality import kendall_tau, normal_scores
 
 Array = npt.NDArray[np.float64]
 NAME = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "learned-weights"
-# Millions of MACs: those of docs/surrogate.md.
+# In millions of MACs, as in docs/surrogate.md.
 WINDOWS = ((41.04, 45.36), (44.745, 49.455), (52.25, 57.75), (78.375, 86.625), (82.08, 90.72))
 COSTS, GOOD, LOW = ("macs", "activations"), ("jacov", "nwot"), ("val_e12",)
 UNRELIABLE = ("zen", "synflow", "fisher", "snip", "plain", "l2_norm")
@@ -42,14 +42,14 @@ TRENDS = {
     "all five, six unreliable proxies": COSTS + GOOD + LOW + UNRELIABLE,
 }
 COUNTS, SEEDS = (4, 10, 20, 30, 100), 10
-# The slope that the search believes of a low fidelity (engine/search/methods/estimate.py); of the others nothing.
+# The search's prior slope of a low fidelity (engine/search/methods/estimate.py); for all other trends it is 0.
 BELIEVED = {"val_e12": 0.7}
-PICKED = 10  # cells that a model ranks highest, whose best is compared with the best there is
+PICKED = 10  # a model's highest-ranked cells, whose best is compared with the best cell of all
 
 
 @dataclass(frozen=True)
 class Window:
-    """Cells of a window in MACs: standardised features (n, d), standardised columns (n,) by name, and results (n,)."""
+    """Cells in a MACs window: standardised features (n, d), standardised columns (n,) by name, and results (n,)."""
 
     x: Array
     columns: dict[str, Array]
@@ -79,7 +79,7 @@ def main(shared: Path) -> None:
 
 
 def read(shared: Path, low: float, high: float) -> Window:
-    """A window of MACs in millions: one cell of each class of isomorphic ones, of those that both tables have."""
+    """The cells of both tables between `low` and `high` million MACs, one per class of isomorphic cells."""
     results, proxies = (recorded(shared / f"nasbench201_{name}.csv.gz") for name in ("cifar100", "proxies"))
     cells = {results[cell]["iso"]: cell for cell in sorted(set(results) & set(proxies), reverse=True)}
     inside = sorted(c for c in cells.values() if low <= float(results[c]["macs"]) / 1e6 <= high)
@@ -110,7 +110,7 @@ def column(table: list[dict[str, str]], name: str) -> Array:
 
 
 def standard(x: npt.ArrayLike) -> Array:
-    """Columns of mean 0 and variance 1; a constant one is 0."""
+    """Columns with mean 0 and variance 1; a constant column becomes 0."""
     values = np.asarray(x, dtype=np.float64)
     values = values - values.mean(axis=0)
     spread = values.std(axis=0)
@@ -118,9 +118,9 @@ def standard(x: npt.ArrayLike) -> Array:
 
 
 def score(windows: list[Window], names: tuple[str, ...], count: int, believed: dict[str, float]) -> dict[str, float]:
-    """Mean tau over windows and seeds of learned weights, of a ridge in their place, and of boosted trees on top; the
-    differences with their standard errors; what the best of the PICKED lacks to the best cell, in points; and the mean
-    squared left-out error in units of its promised size."""
+    """Means over windows and seeds: tau of learned weights, of a ridge instead, and of boosted trees on top; their
+    differences with standard errors; the regret of the best of the PICKED cells, in points of accuracy; and the mean
+    squared left-out error in units of its predicted variance."""
     centre = np.array([believed.get(name, 0.0) for name in names])
     found = np.array([_score(window, names, count, centre, seed) for window in windows for seed in range(SEEDS)])
     learned, ridge, trees, regret, calibration = found.T
@@ -164,13 +164,14 @@ def page(rows: list[dict[str, Any]], windows: list[Window]) -> list[str]:
     return [
         "# Learned weights of the trends",
         "",
-        "Made by `make learned-weights`: NAS-Bench-201 on CIFAR-100. N random cells have a full result, the others are",
-        f"ranked. Means over {SEEDS} samples; tau is Kendall's with the 200-epoch test accuracy. All models have the",
-        "encoding of the cell besides the trends named. *Ridge* gives every trend the same variance; *trees* adds the",
-        "boosted trees of `surrogate/xgb.py` to what learned weights leave over. *Lacking* is how many points of",
-        f"accuracy the best of the {PICKED} that learned weights rank highest lacks to the best cell. *Calibration* is",
-        "the mean squared error of left-out predictions in units of the promised variance: 1 is right, less is",
-        "cautious. ± is a standard error over windows and samples.",
+        "Made by `make learned-weights`: NAS-Bench-201 on CIFAR-100. N random cells have a full result, and the others",
+        f"are ranked. Figures are means over {SEEDS} samples; tau is Kendall's with the 200-epoch test accuracy.",
+        "Besides the trends named, every model has the encoding of the cell. *Ridge* gives every trend the same",
+        "variance; *trees on top* adds the boosted trees of `surrogate/xgb.py`, fitted to the residuals of learned",
+        "weights. *Regret* is the gap, in points of accuracy, between the best cell and the best of the",
+        f"{PICKED} that learned weights rank highest. *Calibration* is the mean squared error of left-out predictions",
+        "in units of the predicted variance: 1 is right, less is cautious. ± is a standard error over windows and",
+        "samples.",
         "",
         f"## Inside five windows of nearly equal MACs ({sizes} cells)",
         "",
@@ -183,15 +184,15 @@ def page(rows: list[dict[str, Any]], windows: list[Window]) -> list[str]:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    head = ("N", "trends", "learned", "ridge", "learned less ridge", "trees on top", "lacking", "calibration")
+    head = ("N", "trends", "learned", "ridge", "learned - ridge", "trees on top", "regret", "calibration")
     made = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for row in rows:
         less = f"{row['learned_less_ridge']:+.3f} ± {row['learned_less_ridge_error']:.3f}"
         trees = f"{row['trees_on_top']:+.3f} ± {row['trees_on_top_error']:.3f}"
         calibration = f"{row['calibration']:.2f}"
-        lacking = f"{row['regret']:.2f} ± {row['regret_error']:.2f}"
+        regret = f"{row['regret']:.2f} ± {row['regret_error']:.2f}"
         cells = [str(row["results"]), row["trends"], f"{row['learned']:.3f}", f"{row['ridge']:.3f}", less, trees]
-        made.append(f"| {' | '.join([*cells, lacking, calibration])} |")
+        made.append(f"| {' | '.join([*cells, regret, calibration])} |")
     return made
 
 

@@ -1,10 +1,10 @@
-"""What the study at the benchmark's own size found: tables in docs/evidence/real-size.md, figures in .csv and .json.
+"""Results of the study at the benchmark's own size: tables in docs/evidence/real-size.md, figures in .csv and .json.
 
 `python -m bench.real_size.conclude FOLDER --shared ../shared/data`
 
-Reads FOLDER/trainings.jsonl and FOLDER/untrained.jsonl, complete or not: cells that do not have every loss yet are left
-out. Truth is the benchmark's test accuracy after 200 epochs. Standard errors are of 1,000 bootstrap samples of the
-cells; a difference is of the same samples on both sides.
+Reads FOLDER/trainings.jsonl and FOLDER/untrained.jsonl, complete or not; cells that do not have every loss yet are left
+out. Truth is the benchmark's test accuracy after 200 epochs. Standard errors come from 1,000 bootstrap samples of the
+cells; both sides of a difference use the same samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.real_size.study import LOSSES, PARTS, ROOT, drawn, read, read_window
+from bench.real_size.study import LOSSES, ROOT, SPLITS, drawn, read, read_window
 from bench.real_size.untrained import SCORES, SEEDS, SIZES, read_cifar100, sample
 from engine.spaces.load import load_space
 from engine.training.proxies import IMAGES, NOISE_IMAGES, PROXIES
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 NAME = ROOT / "docs" / "evidence" / "real-size"
 READOUTS = ("accuracy", "agreement", "cross_entropy")
 DRAWS = 1000
-OWN = (IMAGES, NOISE_IMAGES, 0)  # the size of the engine's own batch, and the seed
+OWN = (IMAGES, NOISE_IMAGES, 0)  # the size of the engine's own batch, and its seed
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def finished(trainings: Rows, window: dict[str, dict[str, float]]) -> list[str]:
-    """The cells that every loss has trained, in the order drawn."""
+    """The cells that are trained with every loss, in the order drawn."""
     done = {(line["cell"], line["loss"]) for line in trainings if line["status"] == "ok"}
     return [cell for cell in drawn(window, 64) if all((cell, loss) in done for loss in LOSSES)]
 
@@ -63,7 +63,7 @@ def finished(trainings: Rows, window: dict[str, dict[str, float]]) -> list[str]:
 def trained_scores(
     trainings: Rows, untrained: Rows, window: dict[str, dict[str, float]], cells: list[str]
 ) -> dict[str, Any]:
-    """Rank quality of each loss and readout over the cells, of what costs nothing, and the differences asked for."""
+    """Rank quality over the cells of each loss and readout and of the free scores, and selected differences."""
     scores, seconds = columns(trainings, cells)
     free = free_columns(untrained, cells, window)
     truth = np.array([window[cell]["test_e200"] for cell in cells])
@@ -79,10 +79,10 @@ def trained_scores(
 
 
 def columns(trainings: Rows, cells: list[str]) -> tuple[dict[str, Array], dict[str, float]]:
-    """Scores of the cells by "loss, readout", greater is better, and the median CPU seconds of a training.
+    """Scores of the cells by "loss, readout" (greater is better), and the median CPU seconds of a training.
 
-    The first training of a process pays for the teacher: a median is of the others. Trainings from before CPU seconds
-    were recorded count for the scores only.
+    The first training of a process also runs the teacher, so a median is used. Trainings from before CPU seconds were
+    recorded count only for the scores.
     """
     lines = {(line["cell"], line["loss"]): line for line in trainings}
     scores: dict[str, Array] = {}
@@ -97,8 +97,8 @@ def columns(trainings: Rows, cells: list[str]) -> tuple[dict[str, Array], dict[s
 
 
 def free_columns(untrained: Rows, cells: list[str], table: dict[str, dict[str, float]]) -> dict[str, Array]:
-    """What needs no training of ours, by name, nan where a cell has none: the engine's scores with seed 0, their mean
-    rank, and of the table 12 epochs on all of the data."""
+    """Scores without a training of ours, by name, NaN if a cell has none: the engine's scores with seed 0, their mean
+    rank, and the table's accuracy after 12 epochs on all data."""
     own = {line["cell"]: line for line in untrained if key(line) == OWN}
     choices = np.array([[int(digit) for digit in cell] for cell in cells], dtype=np.int8)
     count = load_space("nasbench201").activations
@@ -116,7 +116,7 @@ def free_columns(untrained: Rows, cells: list[str], table: dict[str, dict[str, f
 
 
 def untrained_scores(untrained: Rows, cells: list[str], table: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Rank quality over the cells that have every score, and CPU seconds a cell."""
+    """Rank quality over the cells that have every score, and CPU seconds per cell."""
     free = free_columns(untrained, cells, table)
     known = np.all([np.isfinite(values) for values in free.values()], axis=0)
     truth, given = (np.array([table[cell][name] for cell in cells])[known] for name in ("test_e200", "macs"))
@@ -135,7 +135,7 @@ def key(line: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def batch_sizes(untrained: Rows, window: dict[str, dict[str, float]]) -> Rows:
-    """For each size of batch the mean over seeds of tau in the window, by score, and CPU seconds a cell."""
+    """For each batch size, each score's mean tau over seeds in the window, and CPU seconds per cell."""
     cells, found = drawn(window, 64), []
     truth = np.array([window[cell]["test_e200"] for cell in cells])
     for images, noise in SIZES:
@@ -154,7 +154,7 @@ def batch_sizes(untrained: Rows, window: dict[str, dict[str, float]]) -> Rows:
 
 
 def ranked(scores: dict[str, Array], truth: Array, given: Array) -> dict[str, Any]:
-    """tau, tau given MACs and their standard errors of each score; `draws` holds the bootstrap's tau given MACs."""
+    """tau and tau given MACs of each score, with standard errors; `draws` holds the bootstrap's tau given MACs."""
     picks = np.random.default_rng(0).integers(len(truth), size=(DRAWS, len(truth)))
     picks = np.concatenate([np.arange(len(truth))[None], picks])  # the first is the sample itself
     found, draws = {}, {}
@@ -174,31 +174,31 @@ def differences(draws: dict[str, Array], pairs: Iterable[tuple[str, str]]) -> Ro
 
 
 def page(result: dict[str, Any]) -> list[str]:
-    """The page: what was measured, one table a question."""
-    size = f"{IMAGES} images and {NOISE_IMAGES} of noise"
+    """The page, with one table per question."""
+    size = f"{IMAGES} images and {NOISE_IMAGES} noise images"
     return [
         "# NAS-Bench-201 at its own size",
         "",
-        "Made by `make real-size`. Truth: the benchmark's test accuracy after 200 epochs. ± is a bootstrap standard",
-        "error over cells. Figures of every cell: [csv](real-size.csv), [json](real-size.json).",
+        "Made by `make real-size`. Truth is the benchmark's test accuracy after 200 epochs. ± is a bootstrap standard",
+        "error over cells. All figures: [csv](real-size.csv) by cell, [json](real-size.json).",
         "",
         f"## Short trainings, {result['trained cells']} of 64 cells of 43 to 47 million MACs on CIFAR-10",
         "",
-        "16 channels, 5 cells a stage, 32 pixels, 1,850 images, 10 epochs; the teacher is a ResNet-56 (93.4 %). Scores",
-        "are of 1,000 images that the teacher has not seen. Seconds are CPU seconds of a training without the teacher,",
-        "whose answers all cells share.",
+        "16 channels, 5 cells per stage, 32 pixels, 1,850 images, 10 epochs; the teacher is a ResNet-56 (93.4 %).",
+        "Scores are from 1,000 images that the teacher has not seen. Seconds are CPU seconds of a training without the",
+        "teacher, whose outputs all cells share.",
         "",
         *table(result["trainings"]["scores"], seconds=True),
         "",
-        "| difference of tau given MACs | |",
+        "| difference in tau given MACs | |",
         "| --- | --- |",
-        *(f"| {d['of']} less {d['less']} | {signed(d)} |" for d in result["trainings"]["differences"]),
+        *(f"| {d['of']} minus {d['less']} | {signed(d)} |" for d in result["trainings"]["differences"]),
         "",
         *untrained_table("CIFAR-10, the 64 cells of that window", result["untrained, window"], size),
         *untrained_table("CIFAR-100, a random sample of the whole space", result["untrained, whole space"], size),
-        "## Size of the batch",
+        "## Batch size",
         "",
-        f"Mean tau over {SEEDS} seeds, the 64 cells of the window.",
+        f"Mean tau over {SEEDS} seeds, for the 64 cells of the window.",
         "",
         f"| images | noise images | CPU seconds | {' | '.join(PROXIES)} |",
         f"| {' | '.join(['---'] * (3 + len(PROXIES)))} |",
@@ -210,8 +210,8 @@ def untrained_table(title: str, found: dict[str, Any], size: str) -> list[str]:
     return [
         f"## Without training: {title}",
         "",
-        f"{found['cells']} of {found['of']} cells have every score. The four of the engine take",
-        f"{found['cpu_seconds']:.3f} CPU seconds a cell on one shared core, with {size}.",
+        f"{found['cells']} of {found['of']} cells have every score. The engine's four scores take",
+        f"{found['cpu_seconds']:.3f} CPU seconds per cell on one shared core, with {size}.",
         "",
         *table(found["scores"], seconds=False),
         "",
@@ -240,15 +240,16 @@ def size_row(line: dict[str, Any]) -> str:
 
 
 def write_csv(trainings: Rows, untrained: Rows, window: dict[str, dict[str, float]]) -> None:
-    """A row per cell of the window and training, and per cell and training-free score with the engine's own batch."""
+    """One row per cell and training of the window, and one per cell and training-free score of the engine's batch."""
     with open(NAME.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["cell", "macs", "test_e200", "score", "part", "readout", "value", "seconds"])
         for line in sorted(trainings, key=lambda line: (line["cell"], line["loss"])):
             about = [line["cell"], window[line["cell"]]["macs"], window[line["cell"]]["test_e200"], line["loss"]]
-            for part in PARTS if line["status"] == "ok" else ():
-                for readout, value in line[part].items():
-                    writer.writerow([*about, part, readout, round(value, 5), round(line.get("cpu_seconds", np.nan), 1)])
+            for split in SPLITS if line["status"] == "ok" else ():
+                for readout, value in line[split].items():
+                    spent = round(line.get("cpu_seconds", np.nan), 1)
+                    writer.writerow([*about, split, readout, round(value, 5), spent])
         for line in untrained:
             if key(line) == OWN and line["cell"] in window:
                 about = [line["cell"], window[line["cell"]]["macs"], window[line["cell"]]["test_e200"]]

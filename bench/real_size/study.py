@@ -1,10 +1,10 @@
-"""Short trainings of NAS-Bench-201 cells at the benchmark's own size, to be ranked against its 200-epoch accuracies.
+"""Short trainings of NAS-Bench-201 cells at the benchmark's own size, to be compared with its 200-epoch accuracies.
 
 `python -m bench.real_size.study FOLDER --shared ../shared/data [--part 0/2] [--cells 64]`
 
 Each cell is trained with every loss of LOSSES before the next one starts, and each training is appended to
-FOLDER/trainings.jsonl at once: stop it at any time, and run the same command again to resume. `--part i/n` takes every
-n-th cell from the i-th on, so that n processes share the work. `python -m bench.real_size.conclude` reads the result.
+FOLDER/trainings.jsonl at once. Stop it at any time, and run the same command again to resume. `--part i/n` takes every
+n-th cell from the i-th on, so that n processes share the work. `python -m bench.real_size.conclude` reads the results.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ ROOT = Path(__file__).resolve().parents[2]
 WINDOW = "nasbench201_cifar10_window.csv.gz"
 TRAININGS = "trainings.jsonl"
 SEED = 0
-# 1,850 of the 2,500 training images: about 1/27 of CIFAR-10, the paper's lowest fraction.
+# 1,850 of 2,500 training images, which is about 1/27 of CIFAR-10, the paper's lowest fraction.
 LOSSES = {
     "no teacher": "none@37/50x10",
     "KD": "kd@37/50x10",
     "KD + attention, weight 10": "kd+at@37/50x10:at_weight=10",
     "KD + attention, weight 1000": "kd+at@37/50x10",
 }
-SCORED = 1000  # images of each part that a student is read out on
-# The teacher was trained on the images of "seen", which are of CIFAR-10's training part, and not on those of "unseen".
-PARTS = {"seen": "valid", "unseen": "test"}
+SCORED = 1000  # images of each split on which students are scored
+# The teacher was trained on the "seen" images, which are from CIFAR-10's training split, and not on the "unseen" ones.
+SPLITS = {"seen": "valid", "unseen": "test"}
 
 
 @dataclass(frozen=True)
 class Lab:
-    """What all trainings share: the data, the teacher, and its logits (SCORED, classes) on the images of each part."""
+    """Shared by all trainings: the data, the teacher, and its logits (SCORED, classes) on the images of each split."""
 
     context: WorkerContext
     teacher: CachedTeacher
@@ -88,20 +88,20 @@ def read_window(shared: Path) -> dict[str, dict[str, float]]:
 
 
 def drawn(window: dict[str, dict[str, float]], count: int) -> list[str]:
-    """The first `count` cells of a random order that depends on SEED alone."""
+    """The first `count` cells of a random order that depends only on SEED."""
     cells = sorted(window)
     return [cells[i] for i in np.random.default_rng(SEED).permutation(len(cells))[:count]]
 
 
 def read(folder: Path, name: str = TRAININGS) -> list[dict[str, Any]]:
-    """The lines of a file of results; a last line that was cut short is left out."""
+    """The lines of a file of results, without an incomplete last line."""
     path = folder / name
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def append(folder: Path, found: dict[str, Any], name: str = TRAININGS) -> None:
-    """One write in append mode, so that two processes cannot mix their lines; on the disk when this returns."""
+    """Appends a line in one write, so that two processes cannot mix theirs; it is on disk when this returns."""
     descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, (json.dumps(found) + "\n").encode())
@@ -112,11 +112,11 @@ def append(folder: Path, found: dict[str, Any], name: str = TRAININGS) -> None:
 
 def setup(folder: Path, shared: Path) -> Lab:
     context, teacher = open_study(folder, shared)
-    return Lab(context, teacher, {part: answers(teacher.network, context, part)[0] for part in PARTS})
+    return Lab(context, teacher, {split: answers(teacher.network, context, split)[0] for split in SPLITS})
 
 
 def open_study(folder: Path, shared: Path) -> tuple[WorkerContext, CachedTeacher]:
-    """Data and the ResNet-56 teacher, unpacked into `folder` on the first call."""
+    """The data and the ResNet-56 teacher; the first call unpacks them into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     unpack_images(folder / "cifar10.npz", shared)
     data = str(folder / "cifar10.npz")
@@ -127,7 +127,7 @@ def open_study(folder: Path, shared: Path) -> tuple[WorkerContext, CachedTeacher
 
 
 def unpack_images(path: Path, shared: Path) -> None:
-    """Plain arrays of the packed images, by the unpacker that comes with them."""
+    """Unpacks the images into plain arrays, with the unpacker that comes with them."""
     if path.exists():
         return
     spec = importlib.util.spec_from_file_location("unpack", shared / "unpack.py")
@@ -135,18 +135,18 @@ def unpack_images(path: Path, shared: Path) -> None:
     assert spec.loader is not None
     unpack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(unpack)
-    aside = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(aside, **unpack.load(shared / "cifar10_small.npz"))
-    aside.replace(path)
+    temporary = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(temporary, **unpack.load(shared / "cifar10_small.npz"))
+    temporary.replace(path)
 
 
 def open_teacher(path: Path, data: Dataset, shared: Path) -> CachedTeacher:
-    """The published ResNet-56 (93.4 % on CIFAR-10), with room to keep all that it says of this study's batches."""
+    """The published ResNet-56 (93.4 % on CIFAR-10), with a cache for its outputs on all of this study's batches."""
     if not path.exists():
         stored = np.load(shared / "teacher_c10_resnet56.npz", allow_pickle=False)
-        aside = path.with_suffix(f".{os.getpid()}.safetensors")
-        save_file({name: stored[name] for name in stored.files}, aside)
-        aside.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}.safetensors")
+        save_file({name: stored[name] for name in stored.files}, temporary)
+        temporary.replace(path)
     network = f"{ROOT / 'examples' / 'my_teacher.py'}:resnet56"
     built = teachers.build(network, len(data.classes), data.resolution, weights=path)
     adapted = teachers.renormalised(built, (data.mean, data.std), (IMAGENET_MEAN, IMAGENET_STD))
@@ -154,8 +154,8 @@ def open_teacher(path: Path, data: Dataset, shared: Path) -> CachedTeacher:
 
 
 def trained(lab: Lab, cell: str, fidelity: Fidelity) -> dict[str, Any]:
-    """Trains a cell at a fidelity with the engine's own loop: its status, wall seconds by phase, CPU seconds, and
-    readouts by part."""
+    """Trains a cell at a fidelity with the engine's own loop; returns its status, wall seconds by phase, CPU seconds,
+    and readouts by split."""
     context, start = lab.context, time.perf_counter()
     trial = Trial(0, Architecture(tuple(map(int, cell))), fidelity, SEED)
     teacher = lab.teacher if fidelity.kd_loss != "none" else None
@@ -169,31 +169,31 @@ def trained(lab: Lab, cell: str, fidelity: Fidelity) -> dict[str, Any]:
     found: dict[str, Any] = {"status": student.status, "error": student.error, "phases": watch.seconds}
     found["cpu_seconds"] = time.process_time() - spent
     if student.status == "ok":
-        found |= {name: readout(lab, student.network, name) for name in PARTS}
+        found |= {name: readout(lab, student.network, name) for name in SPLITS}
     return {**found, "seconds": time.perf_counter() - start, "finished": time.time()}
 
 
-def readout(lab: Lab, network: nn.Module, part: str) -> dict[str, float]:
-    """Means over SCORED images: accuracy, cross entropy, and share of images whose class is the teacher's."""
-    logits, labels = answers(network.eval(), lab.context, part)
+def readout(lab: Lab, network: nn.Module, split: str) -> dict[str, float]:
+    """Means over SCORED images: accuracy, cross entropy, and agreement with the teacher's class."""
+    logits, labels = answers(network.eval(), lab.context, split)
     return {
         "accuracy": (logits.argmax(1) == labels).float().mean().item(),
         "cross_entropy": nn.functional.cross_entropy(logits, labels).item(),
-        "agreement": (logits.argmax(1) == lab.teacher_logits[part].argmax(1)).float().mean().item(),
+        "agreement": (logits.argmax(1) == lab.teacher_logits[split].argmax(1)).float().mean().item(),
     }
 
 
 @torch.no_grad()
-def answers(network: nn.Module, context: WorkerContext, part: str) -> tuple[Tensor, Tensor]:
-    """Logits (SCORED, classes) of a network on the first SCORED images of a part, and their labels (SCORED,)."""
-    pairs = [(network(pixels)[0], labels) for pixels, labels in views(context, getattr(context.data, PARTS[part]))]
+def answers(network: nn.Module, context: WorkerContext, split: str) -> tuple[Tensor, Tensor]:
+    """Logits (SCORED, classes) of a network on the first SCORED images of a split, and their labels (SCORED,)."""
+    pairs = [(network(pixels)[0], labels) for pixels, labels in views(context, getattr(context.data, SPLITS[split]))]
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-def views(context: WorkerContext, part: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first SCORED images of a part as they are, with their labels, in batches of 250."""
-    assert part.images is not None
-    first = Split(part.labels[:SCORED], part.images[:SCORED], None)
+def views(context: WorkerContext, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first SCORED images of a split, not augmented, with their labels, in batches of 250."""
+    assert split.images is not None
+    first = Split(split.labels[:SCORED], split.images[:SCORED], None)
     side = context.data.resolution
     for batch in eval_batches(first, data=context.data, batch_size=250, resolution=side, backend="resident"):
         yield batch.images, batch.labels

@@ -1,9 +1,9 @@
-"""Training-free scores of NAS-Bench-201 cells at the benchmark's own size, in seconds a cell on one core.
+"""Training-free scores of NAS-Bench-201 cells at the benchmark's own size, with the CPU seconds of each cell.
 
 `python -m bench.real_size.untrained FOLDER --shared ../shared/data`
 
 Scores the cells of the CIFAR-10 window with batches of several sizes and seeds, and a random sample of the whole space
-with the engine's own batch. All batches are of CIFAR-10 images, also where the truth is of CIFAR-100. Each score is
+with the engine's own batch. All batches have CIFAR-10 images, even if the truth is from CIFAR-100. Each score is
 appended to FOLDER/untrained.jsonl; run the same command again to resume.
 """
 
@@ -52,7 +52,7 @@ def key(line: dict[str, Any]) -> tuple[str, int, int, int]:
 
 
 def read_cifar100(shared: Path) -> dict[str, dict[str, float]]:
-    """The benchmark's CIFAR-100 results, one cell of each class of isomorphic ones."""
+    """The benchmark's CIFAR-100 results, one cell per class of isomorphic cells."""
     rows: dict[str, dict[str, float]] = {}
     seen = set()
     with gzip.open(shared / CIFAR100, "rt") as file:
@@ -70,7 +70,7 @@ def sample(table: dict[str, dict[str, float]]) -> list[str]:
 
 
 def scored(lab: Lab, cells: list[str], images: int, noise: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The scores of each cell and the CPU seconds that they took, the building of the network included."""
+    """The scores of each cell and their CPU seconds, including building the network."""
     space, data, teacher = load_space(lab.context.config.space), lab.context.data, lab.teacher.network
     batch = make_batch(data, seed, torch.device("cpu"), teacher, backend="resident", images=images, noise=noise)
     for cell in cells:
