@@ -1,6 +1,6 @@
 # make search   the demo search          make check   lint, types, tests
-# make test     the tests                make install the environment alone
-# make bench    all benches, CPU sizes   make test-slurm   searches on a Slurm cluster of their own; root, Debian
+# make test     the tests                make install only the environment
+# make bench    all benches, CPU sizes   make test-slurm   searches on a local Slurm cluster; root, Debian
 #                                        make test-faults  100 kills and 20 drains
 #                                        make browser  Chromium, for the test of the report; root, Debian
 PYTHON ?= python3
@@ -22,7 +22,7 @@ test-slurm: install
 	|| echo "munge and slurm-wlm are missing and cannot be installed: the tests will be skipped"
 	$(BIN)/python -m pytest tests/slurm
 
-# 100 kills of workers and drivers, 20 drains, each in a search that must still come to the same end.
+# 100 kills of workers and drivers, and 20 drains, each in a search that must still reach the same result.
 test-faults: install
 	FAULTS_RUNS=50 DRAIN_RUNS=20 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_drain.py -k "any_moment or same_command"
 
@@ -54,12 +54,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # ---- kernels -------------------------------------------------------------
 # make bench-kernels   the losses against their peers, CPU sizes, table and plots in OUT
-# make aot             every kernel variant compiled for sm_80, sm_90, sm_100 and sm_120, without a GPU
-# make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to carry to a machine with a GPU
-# make gpu-check       all that only a GPU can show, within 500 s, a JSON in OUT; PYTHON=python3 where the GPU is;
-#                      BUNDLE=build/gpu-bundle for the parts that need it
-# make gpu-image       the fake-device and reference tests with the oldest torch and triton that we support, those of
-#                      the usual GPU images, in an environment of its own (5 GB)
+# make aot             compile every kernel variant for sm_80, sm_90, sm_100 and sm_120, without a GPU
+# make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to copy to a machine with a GPU
+# make gpu-check       everything that only a GPU can show, within 500 s, one JSON in OUT; on the GPU machine, use
+#                      PYTHON=python3, and BUNDLE=build/gpu-bundle for the parts that need it
+# make gpu-image       the fake-device and reference tests with the oldest supported torch and triton, those of common
+#                      GPU images, in a separate environment (5 GB)
 OUT     ?= build/bench
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -97,11 +97,11 @@ build/cifar10_small.npz: | install
 # make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make baselines       the search against its baselines on real trainings, resumable
-# make authors         the measurements of the paper's authors, read as such a study: seconds; TABLE=FILE
-# make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies: hours, resumable
-# make learned-weights the trends of the surrogate in NAS-Bench-201's windows of equal MACs: minutes
+# make authors         the measurements of the paper's authors, read as such a study (seconds); TABLE=FILE
+# make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies (hours, resumable)
+# make learned-weights the surrogate's trends in NAS-Bench-201's windows of equal MACs (minutes)
 # make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
-#                      enough to carry to a GPU beside the checkout)
+#                      enough to copy to a GPU machine with the checkout)
 WORKERS  ?= 2
 EVIDENCE  = build/evidence
 SHARED    = $(firstword $(wildcard shared/data ../shared/data))
@@ -154,13 +154,13 @@ $(EVIDENCE)/teachers/cifar100-weak.safetensors: build/cifar100.npz | install
 $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 	$(TEACHER) nasbench201:channels=16,cells=1 --resolution 16 --data build/cifar100.npz --teacher-epochs 6 --out $@
 
-# On the machine with the GPU: PYTHON=python3. It ends within MINUTES; the same command resumes it.
+# On the GPU machine, use PYTHON=python3. It ends within MINUTES; run the same command again to resume.
 MINUTES ?= 8
 IMAGES  ?= build/cifar10_small.npz
 gpu-evidence: $(IMAGES)
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 gpu-evidence:
-	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and bring it"; exit 2; }
+	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and copy it here"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 .PHONY: real-size learned-weights

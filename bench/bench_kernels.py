@@ -1,11 +1,11 @@
-"""Distillation losses against what the field runs: forward + backward, all contenders interleaved.
+"""Distillation losses against common implementations: forward + backward, all contenders interleaved.
 
-    make bench-kernels                       CPU sizes, a table and plots under bench/results/
-    python -m pytest bench/bench_kernels.py  CPU sizes, or the design's GPU sizes where CUDA is
+    make bench-kernels                       CPU sizes, a table and plots in OUT
+    python -m pytest bench/bench_kernels.py  CPU sizes, or GPU sizes on CUDA
 
-Every bench first checks the gradients that it is about to time against a float64 formula. Peers, written
-anew from their formulas: `repdistiller` (KD, AT, NST), `torchdistill` (KD with batchmean), `eager` PyTorch,
-`compile` (torch.compile of eager), `bmm` (NST through batched products), `liger` (Liger-Kernel, on CUDA).
+Every bench first checks the gradients that it will time against a float64 formula. The peers are rewritten from their
+formulas: `repdistiller` (KD, AT, NST), `torchdistill` (KD with batchmean), `eager` PyTorch, `compile` (torch.compile
+of eager), `bmm` (NST through batched products), `liger` (Liger-Kernel, on CUDA).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SECONDS = 0.5 if CUDA else 2.5  # for one bench's interleaved rounds, after warming up
-LINES = os.environ.get("BENCH_LINES")  # a file that gets each bench's figures at once, should a limit end the rest
+LINES = os.environ.get("BENCH_LINES")  # a file for each bench's figures at once, in case a time limit ends the run
 ROUNDS = (5, 60)  # at least, at most
-FLUSH_BYTES = 256 * 2**20  # more than any L2 cache of today
+FLUSH_BYTES = 256 * 2**20  # more than any current L2 cache
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,7 +57,7 @@ def torchdistill_kd(temperature: float, y: Tensor) -> Loss:
 
 
 def liger_kd(temperature: float, y: Tensor) -> Loss | None:
-    """Liger's KL divergence and cross entropy, softmax included; None where it cannot run."""
+    """Liger's KL divergence and cross entropy, including the softmax; None if it cannot run."""
     if not CUDA:
         return None
     try:
@@ -68,7 +68,7 @@ def liger_kd(temperature: float, y: Tensor) -> Loss | None:
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         soft = kl(torch.log_softmax(s / temperature, 1), torch.softmax(t / temperature, 1))
-        return 0.1 * ce(s.clone(), y) + 0.9 * temperature**2 * soft  # Liger writes over its input
+        return 0.1 * ce(s.clone(), y) + 0.9 * temperature**2 * soft  # Liger overwrites its input
 
     return loss
 
@@ -93,14 +93,14 @@ def bmm_nst(s: Tensor, t: Tensor) -> Tensor:
 
 
 def compiled(loss: Loss) -> Loss:
-    """For the sizes of its case alone: what is kept from another case would make them symbols, and slower code."""
+    """Compiled for this case's sizes only: a cache from another case would make sizes symbolic and the code slower."""
     torch._dynamo.reset()
     return torch.compile(loss, dynamic=False)
 
 
 KD_SIZES = [(128, 10), (128, 100), (1024, 100), (256, 1000), (1024, 1000), (128, 21841)]
 AT_SIZES = [(128, 24, 24, 32), (128, 64, 64, 16), (128, 160, 160, 8), (128, 640, 640, 4)]
-# The design's CIFAR maps and the maps of the paper's ShuffleNets; N such that the literal formula fits a CPU.
+# CIFAR maps of the spaces and maps of the paper's ShuffleNets, with N small enough for the literal formula on a CPU.
 NST_SIZES = [(16, 24, 24, 32), (16, 64, 64, 16), (16, 160, 160, 8), (8, 320, 320, 4), (4, 640, 640, 4),
              (16, 40, 40, 16), (16, 80, 80, 8), (16, 160, 160, 4)]  # fmt: skip
 if CUDA:
@@ -110,7 +110,7 @@ if CUDA:
     AT_SIZES += [(256, 24, 256, 56), (256, 40, 512, 28), (256, 160, 1024, 14), (256, 1280, 2048, 7)]
     NST_SIZES = [(128, 24, 24, 32), (128, 64, 64, 16), (128, 160, 160, 8), (128, 640, 640, 4), (64, 40, 40, 16),
                  (64, 80, 80, 8), (64, 160, 160, 4), (256, 1280, 2048, 7), (256, 160, 1024, 14)]  # fmt: skip
-# Compiling takes 5 to 20 s a size: one size on a CPU (where a C++ compiler is), the largest ones on a device.
+# Compiling takes 5 to 20 s per size: one size on a CPU (if it has a C++ compiler), the largest ones on a GPU.
 COMPILED_KD = [(1024, 100), (1024, 1000), (1024, 21848)] if CUDA else [(128, 100)]
 COMPILED_AT = [size for size in AT_SIZES if size[0] == 256 or size[1] == size[2]] if CUDA else [(128, 160, 160, 8)]
 COMPILE_HERE = CUDA or shutil.which("g++") is not None
@@ -146,7 +146,7 @@ def test_attention(benchmark: Any, n: int, cs: int, ct: int, size: int, layout: 
     if layout == "NHWC":
         s, t = (f.to(memory_format=torch.channels_last) for f in (s, t))
     peers: dict[str, Loss | None] = {
-        "eager": eager_at,  # RepDistiller's and torchdistill's formula alike
+        "eager": eager_at,  # the formula of both RepDistiller and torchdistill
         "compile": compiled(eager_at) if (n, cs, ct, size) in COMPILED_AT and layout == "NHWC" else None,
     }
     race(benchmark, "attention", f"{n}x{cs}/{ct}x{size}x{size} {layout}", kernels.attention_transfer_loss, peers, s, t,
@@ -182,7 +182,7 @@ def race(
     t: Tensor,
     bytes_moved: int,
 ) -> None:
-    """Checks, then times all contenders in turn, round by round; the plugin's own figure is ours alone."""
+    """Checks all contenders, then times them in turn, round by round; the plugin itself times only ours."""
     contenders = {"ours": ours, **{name: peer for name, peer in peers.items() if peer is not None and runs(name)}}
     leaf = s.detach().requires_grad_()
 
@@ -198,7 +198,7 @@ def race(
         wait()
         first_call_s[name] = time.perf_counter() - start
         most = wanted.abs().max()
-        # The peers are held to what they can keep: plain bfloat16 loses digits that ours does not.
+        # The peers get a looser bound, because plain bfloat16 loses digits that ours keeps.
         bound = (2e-2 if name == "ours" else 2e-1) if CUDA else 1e-4
         assert (gradient - wanted).abs().max() <= bound * most, f"{name} is wrong: nothing is timed"
     times = interleaved(steps)
@@ -253,7 +253,7 @@ def interleaved(steps: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]
 
 
 def quantiles(values: list[float]) -> list[float]:
-    """20 % and 80 %."""
+    """The 20 % and 80 % quantiles."""
     ordered = sorted(values)
     return [ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
 
@@ -264,7 +264,7 @@ def wait() -> None:
 
 
 def on_device(steps: dict[str, Callable[[], Tensor]], bytes_moved: int) -> dict[str, Any]:
-    """Device milliseconds with a cold and a hot L2 cache, launches, peak memory, fraction of a copy's bandwidth."""
+    """Device milliseconds with a cold and a hot L2 cache, launches, peak memory, fraction of copy bandwidth."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     figures: dict[str, Any] = {"cold_ms": {}, "hot_ms": {}, "launches": {}, "peak_bytes": {}}
 
@@ -274,7 +274,7 @@ def on_device(steps: dict[str, Callable[[], Tensor]], bytes_moved: int) -> dict[
             if cold:
                 flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)  # 1 ms: the host gets ahead of 30 launches and more, so no gap is timed
+            torch.cuda._sleep(2_000_000)  # 1 ms: the host gets 30 or more launches ahead, so no gap is timed
             begin.record()
             run()
             end.record()
@@ -303,7 +303,7 @@ def on_device(steps: dict[str, Callable[[], Tensor]], bytes_moved: int) -> dict[
 
 
 def summarize(source: Path, folder: Path) -> None:
-    """kernels.csv, machine.json and one PNG a loss from pytest-benchmark's JSON."""
+    """Writes kernels.csv, machine.json and one PNG per loss from pytest-benchmark's JSON."""
     report = json.loads(source.read_text())
     rows = [bench["extra_info"] for bench in report["benchmarks"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -327,7 +327,7 @@ def summarize(source: Path, folder: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, machine: dict[str, Any]) -> None:
-    """Times as multiples of ours, one group of bars a size, on a logarithmic scale."""
+    """Plots times as multiples of ours, one group of bars per size, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")

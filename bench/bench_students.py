@@ -1,13 +1,13 @@
-"""Whole low-fidelity evaluations: cohorts of students against the loop of a usual training script, in the same run.
+"""Whole low-fidelity evaluations: cohorts of students against a training script's usual loop, in the same run.
 
     python -m pytest bench/bench_students.py --benchmark-json=raw.json
     python -m bench.bench_students raw.json bench/results/cpu-amd-epyc     # students.json and students.png
 
-`naive` trains one student at a time as RepDistiller does: a DataLoader with torchvision's transforms, the teacher's
-forward pass for each student, losses in plain PyTorch, NCHW, a host read of the loss per step. Both sides start from
-the same weights and train the same number of steps on the same number of images; set-up and the final evaluation are
-counted. Seconds are CPU-seconds of the process (one thread), which other work on the machine affects little. The naive
-loop runs in a process of its own, so that none of our settings speeds it up. For a GPU see bench/gpu_parts.py.
+`naive` trains one student at a time, like RepDistiller: a DataLoader with torchvision's transforms, the teacher's
+forward pass for each student, losses in plain PyTorch, NCHW, and a host read of the loss in every step. Both sides
+start from the same weights and train for the same number of steps on the same number of images; set-up and the final
+evaluation count. Seconds are CPU-seconds of the process (one thread), which other work on the machine affects little.
+The naive loop runs in its own process, so that none of our settings speeds it up. For a GPU see bench/gpu_parts.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def naive_seconds(at: BenchCase, trial: Trial) -> float:
 
 
 def check(at: BenchCase, trial: Trial) -> None:
-    """Both sides minimise the same loss: checked on a batch before anything is timed."""
+    """Checks on one batch, before anything is timed, that both sides minimise the same loss."""
     config, classes = at.context.config, len(at.context.data.classes)
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % classes
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -> None:
-    """`cohorts` cohorts of `trials`, one after another, timed alternately with the naive loop over the same trials."""
+    """Times `cohorts` cohorts of `trials`, one after another, alternating with the naive loop over the same trials."""
     check(at, trials[0])
     other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     short = replace(trials[0], fidelity=replace(trials[0].fidelity, epochs=1))
@@ -113,15 +113,14 @@ def compared(benchmark: Any, at: BenchCase, trials: list[Trial], cohorts: int) -
     ids=["mobilenetv2-kd", "mobilenetv2-nst", "light-nasbench201-kd", "light-nasbench201-nst"],
 )
 def test_evaluations(benchmark: Any, tmp_path: Path, space: str, kd_loss: KDLoss) -> None:
-    """Two cohorts of 4, as in a search: the second finds the teacher's outputs in the cache, like all but the first
-    cohort of a search."""
+    """Two cohorts of 4, as in a search: the second uses cached teacher outputs, like all but the first in a search."""
     at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss=kd_loss), space)
     compared(benchmark, at, at.trials(4), cohorts=2)
 
 
 @pytest.mark.benchmark(group="students: evaluations per hour by size of the cohort")
 def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
-    """Without the teacher cache, to show the effect of sharing within a cohort; predicted from K = 1."""
+    """Without the teacher cache, to show the effect of sharing within a cohort; predictions are from K = 1."""
     at = setup(tmp_path, noise(128, 64), Fidelity("low", epochs=2, kd_loss="kd"), "nasbench201:cells=1")
     trials, sizes = at.trials(8), (1, 2, 4, 8)
     spent: dict[int, list[float]] = {size: [] for size in sizes}
@@ -161,7 +160,7 @@ def test_cohort_sizes(benchmark: Any, tmp_path: Path) -> None:
 
 
 def summarize(source: Path, folder: Path) -> None:
-    """students.json and students.png, evaluations per hour against the size of the cohort, from pytest-benchmark."""
+    """Writes students.json and students.png (evaluations per hour by cohort size) from pytest-benchmark's JSON."""
     raw = json.loads(source.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     machine = {

@@ -1,10 +1,10 @@
-"""How many CUDA kernels a student's training step starts, and how many bytes they move, counted without a GPU.
+"""How many CUDA kernels a student's training step launches, and how many bytes they move, counted without a GPU.
 
     python -m bench.count_kernels [SPACE ...]
 
-A step runs on the fake device of tests/fake_cuda.py, under bf16 autocast, at 32 pixels and batch 64, for the member of
-each space with the median number of convolutions among 25 random ones. Each operation stands for the kernels that
-PyTorch starts for it; its bytes are those of its inputs and outputs, once for each kernel that needs them.
+A step runs on the fake device of tests/fake_cuda.py, under bf16 autocast, at 32 pixels and batch 64. For each space it
+trains the architecture with the median number of convolutions among 25 random ones. Each operation counts as the
+kernels that PyTorch launches for it; their bytes are those of its inputs and outputs, once per kernel that needs them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tests.fake_cuda import Call, Device, fake_cuda
 
 SPACES = ("mobilenetv2", "shufflenetv2", "nasbench201")
 BATCH, RESOLUTION, CLASSES, DRAWN = 64, 32, 100, 25
-# Operations that start no kernel.
+# Operations that launch no kernel.
 FREE = (
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "as_strided_", "detach", "empty", "empty_like",
     "empty_strided", "expand", "is_pinned", "new_empty", "new_empty_strided", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
 )  # fmt: skip
-# Tensors that PyTorch's multi-tensor launcher takes at once, by how many lists it walks.
-TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48}
-# BatchNorm in training: (times that the activation is read or written by each kernel), forward and backward.
+# Tensors per launch of PyTorch's multi-tensor kernels, by their number of tensor lists.
+TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48}
+# BatchNorm in training: how often each of its kernels reads or writes the activation, forward and backward.
 NORM, NORM_BACKWARD = (1, 0, 2), (2, 3)
 
 
-def member(space: str) -> tuple[int, ...]:
-    """The member with the median number of convolutions among DRAWN random ones."""
+def median_architecture(space: str) -> tuple[int, ...]:
+    """The architecture with the median number of convolutions among DRAWN random ones."""
     found, rng = load_space(space), np.random.default_rng(0)
     drawn = [tuple(int(rng.integers(radix)) for radix in found.radices) for _ in range(DRAWN)]
 
@@ -49,7 +49,7 @@ def member(space: str) -> tuple[int, ...]:
 
 
 def step(space: str, choices: tuple[int, ...]) -> list[tuple[str, int]]:
-    """(name, bytes) of every kernel of a step, the second one: the first allocates."""
+    """(name, bytes) of every kernel of a student's second step; the first one also allocates."""
     with fake_cuda() as device:
         cuda = torch.device("cuda")
         example = torch.zeros(2, 3, RESOLUTION, RESOLUTION, device=cuda)
@@ -69,7 +69,7 @@ def kernels(device: Device) -> list[tuple[str, int]]:
 
 
 def kernels_of(call: Call) -> list[tuple[str, int]]:
-    """The kernels that an operation stands for."""
+    """The kernels that PyTorch launches for an operation."""
     name, read, written = call.name.partition("::")[2], sum(call.inputs), sum(call.outputs)
     if name in FREE:
         return []
@@ -77,12 +77,12 @@ def kernels_of(call: Call) -> list[tuple[str, int]]:
         passes = NORM_BACKWARD if "backward" in name else NORM
         return [("BatchNorm", times * call.inputs[0]) for times in passes]
     if name == "convolution_backward":
-        return [("convolution", sum(call.inputs[:3]))] * len(call.outputs)  # by input and by weight
+        return [("convolution", sum(call.inputs[:3]))] * len(call.outputs)  # gradients of input and weight
     if name == "convolution":
         return [(name, read + written)]
     if name.startswith(("_foreach", "_fused")):
         lists = 3 if name.startswith("_fused") else 2 if "copy" in name else 1
-        launches = math.ceil(len(call.inputs) / lists / TENSORS_A_LAUNCH[lists])
+        launches = math.ceil(len(call.inputs) / lists / TENSORS_PER_LAUNCH[lists])
         return [(name, (read + written) // launches)] * launches
     return [(name, read + written)]
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--by-name", action="store_true", help="list the kernels of each step, most frequent first")
     given = parser.parse_args()
     for space in given.spaces:
-        choices = member(space)
+        choices = median_architecture(space)
         found = step(space, choices)
         total = sum(size for _, size in found)
         print(f"{space:14} {'-'.join(map(str, choices)):32} {len(found):5} kernels {total / 1e6:8.0f} MB")

@@ -1,10 +1,10 @@
-"""All that only a GPU can show, in one command of at most 500 s: `make gpu-check OUT=folder`.
+"""Everything that only a GPU can show, in one command of at most 500 s: `make gpu-check OUT=folder`.
 
 Runs under any Python that has torch, torchvision, triton, numpy, pillow, safetensors, pyyaml, psutil, pytest,
-pytest-xdist and hypothesis; installs nothing. Parts run in processes of their own, the most telling first, each with a
-time limit; gpu-check.json is written after each. A part that fails, skips a test, is cut off or finds no time left is
-a failure: the exit code is then 1. It is 2 where there is no CUDA device. `--bundle` is a folder of `make gpu-bundle`:
-without it the parts that need real images or DALI are not run, and the JSON says so.
+pytest-xdist and hypothesis, and installs nothing. Each part runs in its own process with a time limit, the most
+informative first, and gpu-check.json is written after each. A part fails if it raises, skips a test, exceeds its limit
+or has no time left; the exit code is then 1. It is 2 if there is no CUDA device. `--bundle` is a folder made by
+`make gpu-bundle`; without it, the parts that need real images or DALI do not run, and the JSON lists them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S = 500.0
-END_S = 5.0  # for pytest to say what failed when its limit interrupts it
+END_S = 5.0  # for an interrupted pytest to report what failed
 KERNEL_TESTS = ("tests/test_kernels_gpu.py", "tests/test_kernels_triton.py", "tests/test_norm_act.py")
 PYTEST = ("-m", "pytest", "-rsfE", "--no-header", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A child process: Python's arguments, its limit in seconds, and variables of its environment. One that runs
-    `beside` the next has a limit of its own that counts for nothing more."""
+    """A child process: Python's arguments, a limit in seconds, and environment variables. A part with `beside` runs
+    alongside the next one, so its limit adds nothing to the total."""
 
     name: str
     arguments: tuple[str, ...]
@@ -47,12 +47,12 @@ def figures(name: str, limit_s: float, *arguments: str, **environment: str) -> P
 
 
 def parts(bundle: Path | None) -> list[Part]:
-    """In the order in which they run; their limits add up to TOTAL_S."""
+    """All parts, in the order in which they run; their limits add up to TOTAL_S."""
     found = [
         figures("machine", 15),
         figures("selftest", 65),
         Part("graph tests", (*PYTEST, "tests/test_graphs.py"), 110, beside=True),
-        # Some 190 tests of two or more kernels each; a kernel takes about a second to compile.
+        # About 190 tests with two or more kernels each; a kernel takes about a second to compile.
         Part("kernel tests", (*PYTEST, "-n", "8", "-k", "not second_device", *KERNEL_TESTS), 110),
         figures("step", 55),
         figures("cohorts", 50),
@@ -66,11 +66,11 @@ def parts(bundle: Path | None) -> list[Part]:
 
 
 class Running:
-    """A part under way."""
+    """A running part."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.start = part, time.monotonic()
-        self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the part has ended
+        self.out = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the part has ended
         environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", **os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
         self.process = subprocess.Popen(
             [sys.executable, *part.arguments], cwd=ROOT, env=environment, stdout=self.out, stderr=subprocess.STDOUT,
@@ -78,7 +78,7 @@ class Running:
         )  # fmt: skip
 
     def result(self, limit_s: float) -> dict[str, Any]:
-        """What the part found: `failures` is empty where all went well."""
+        """The part's entry in the report; `failures` is empty if it succeeded."""
         code = self._end(limit_s)
         self.out.seek(0)
         lines = self.out.read().splitlines()
@@ -93,7 +93,7 @@ class Running:
         return found | {"failures": failed, "last_lines": lines[-15:] if failed else lines[-1:]}
 
     def _end(self, limit_s: float) -> int | None:
-        """Exit code; None where the limit ended it and all that it started."""
+        """Exit code; None if the limit was reached, and the process and its children were killed."""
         try:
             return self.process.wait(max(0.0, limit_s - (time.monotonic() - self.start)))
         except subprocess.TimeoutExpired:
@@ -107,7 +107,7 @@ class Running:
 
 
 def failures(lines: list[str]) -> list[str]:
-    """The lines in which pytest's summary names a test that failed, could not run, or was skipped."""
+    """The lines of pytest's summary that name a test that failed, could not run, or was skipped."""
     return [line for line in lines if re.match(r"(FAILED|ERROR|SKIPPED) ", line)]
 
 
@@ -141,15 +141,15 @@ def write(report: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="for gpu-check.json")
-    parser.add_argument("--bundle", type=Path, help="a folder of make gpu-bundle: real images and DALI")
+    parser.add_argument("--bundle", type=Path, help="a folder made by `make gpu-bundle`: real images and DALI")
     given = parser.parse_args()
     try:
         import torch
     except ImportError:
-        print("gpu-check needs torch: PYTHON=python3 make gpu-check takes the interpreter that has it", file=sys.stderr)
+        print("gpu-check needs torch: name an interpreter that has it, PYTHON=python3 make gpu-check", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print("gpu-check needs a CUDA device and torch sees none: nothing was checked or measured", file=sys.stderr)
+        print("gpu-check needs a CUDA device, but torch sees none: nothing was checked or measured", file=sys.stderr)
         return 2
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "gpu-check.json"

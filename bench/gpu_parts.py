@@ -1,6 +1,6 @@
-"""What `make gpu-check` measures, in a process a part: `python -m bench.gpu_parts NAME` prints its figures as JSON.
+"""The measurements of `make gpu-check`, one process per part: `python -m bench.gpu_parts NAME` prints figures as JSON.
 
-A part raises where something is wrong. It needs torch, triton and what the engine imports for a training.
+A part raises if something is wrong. It needs torch, triton, and the packages that the engine imports for training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from bench.count_kernels import member
+from bench.count_kernels import median_architecture
 from bench.naive import BenchCase, naive, noise, setup
 from engine.config import Execution, Resources, SearchConfig
 from engine.data.dataset import load
@@ -41,7 +41,7 @@ SPACE, CLASSES, SIDE, BATCH = "mobilenetv2", 100, 32, 64
 CUDA = torch.device("cuda")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
-# (loss, size): three of each, small, usual and large.
+# (loss, size): a small, a usual and a large size for each loss.
 SHAPES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("ce_kd", (128, 100)), ("ce_kd", (1024, 1000)), ("ce_kd", (1024, 21848)),
     ("attention", (128, 24, 24, 32, "NHWC")), ("attention", (256, 24, 256, 56, "NHWC")),
@@ -51,7 +51,7 @@ SHAPES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def machine() -> Figures:
-    """Card, driver, versions, and the bandwidth of a copy."""
+    """GPU, driver, versions, and copy bandwidth."""
     import triton
 
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
@@ -78,7 +78,7 @@ def selftest() -> Figures:
 
 
 def lean_against_plain() -> Figures:
-    """Loss and gradients of one float32 step by the lean forward pass; raises where they are off by more than 1 %."""
+    """Loss and gradients of one float32 step with the lean forward pass; raises if they are off by more than 1 %."""
     found = []
     for lean in (True, False):
         student, inputs = student_and_inputs(torch.float32)
@@ -94,7 +94,7 @@ def lean_against_plain() -> Figures:
 
 
 def step_profile() -> Figures:
-    """Device time of a training step by kernel: precisions, layouts, cuDNN's search, and without the lean forward."""
+    """Device time of a training step by kernel: precisions, layouts, with cuDNN's search, without the lean forward."""
     cases = [(precision, layout, False, True) for precision in PRECISIONS for layout in LAYOUTS]
     cases += [(precision, "NHWC", False, False) for precision in PRECISIONS]
     cases += [(precision, "NHWC", True, True) for precision in ("bf16", "fp16")]  # a second each
@@ -107,7 +107,7 @@ def step_profile() -> Figures:
 
 
 def profiled(dtype: torch.dtype, layout: torch.memory_format, search: bool, lean: bool, steps: int = 5) -> Figures:
-    """Milliseconds and kernels a step, and the kernels that take most."""
+    """Device milliseconds and kernels per step, and the kernels that take the most time."""
     student, inputs = student_and_inputs(dtype, layout)
     if not lean:
         student.forward = student.network
@@ -131,7 +131,7 @@ def student_and_inputs(
     dtype: torch.dtype, layout: torch.memory_format = torch.channels_last
 ) -> tuple[Student, Inputs]:
     torch.manual_seed(0)
-    network = load_space(SPACE).build(member(SPACE), CLASSES, 1.0)
+    network = load_space(SPACE).build(median_architecture(SPACE), CLASSES, 1.0)
     example = torch.zeros(2, 3, SIDE, SIDE, device=CUDA)
     student = prepare(network, None, SearchConfig(batch_size=BATCH), "none", example)
     student.network.to(memory_format=layout)
@@ -141,13 +141,13 @@ def student_and_inputs(
 
 
 def cohorts(sizes: tuple[int, ...] = (1, 2, 4, 8), eager: tuple[int, ...] = (1, 8), steps: int = 200) -> Figures:
-    """Milliseconds a student-step in the steady state on synthetic images, by students side by side."""
+    """Milliseconds per student-step in the steady state on synthetic images, by number of students side by side."""
     found = {f"graph, K = {size}": step_ms(size, "graph", steps) for size in sizes}
     return found | {f"eager, K = {size}": step_ms(size, "eager", steps) for size in eager}
 
 
 def connections() -> Figures:
-    """As `cohorts`, of eight students alone: to be run with another CUDA_DEVICE_MAX_CONNECTIONS."""
+    """`cohorts` for eight students only, to be run with another CUDA_DEVICE_MAX_CONNECTIONS."""
     return cohorts((8,), ())
 
 
@@ -175,7 +175,7 @@ def batches_of_noise(steps: int, backend: Backend) -> Batches:
 
 
 def naive_loop(images: int = 1850, epochs: int = 50, naive_epochs: int = 4, size: int = 8) -> Figures:
-    """The paper's low fidelity, half of its 100 epochs: two cohorts against the loop that a training script has, on
+    """The paper's low fidelity with half of its 100 epochs: two cohorts against a training script's usual loop, on
     images of noise."""
     with tempfile.TemporaryDirectory() as folder:
         at = setup(Path(folder), noise(images, 500), Fidelity("low", Fraction(1), epochs, kd_loss="kd"))
@@ -193,7 +193,7 @@ def naive_loop(images: int = 1850, epochs: int = 50, naive_epochs: int = 4, size
 
 
 def ours(at: BenchCase, trials: list[Trial], size: int, execution: Execution = "graph") -> list[float]:
-    """Accuracies of a cohort; raises where a student did not train as asked."""
+    """Accuracies of a cohort; raises if a student did not train in the requested mode."""
     how = Resources(students_per_gpu=str(size), execution=execution)
     answers = worker.evaluate(at.context, at.teacher_file, trials, how)
     wrong = [answer.error or answer.execution for answer in answers if not answer.execution.startswith(execution)]
@@ -211,7 +211,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def kernel_shapes() -> Figures:
-    """The losses against their peers in nine shapes, the largest of each loss with torch.compile among them."""
+    """The losses against their peers in nine shapes; the largest of each loss also against torch.compile."""
     from bench import bench_kernels
 
     found = {}
@@ -223,22 +223,22 @@ def kernel_shapes() -> Figures:
 
 
 def accuracy(images: str, epochs: int = 5, size: int = 4) -> Figures:
-    """Graphs and eager steps train to the same accuracy on real images, up to what another seed changes."""
+    """Graphs and eager steps reach the same accuracy on real images, up to the variation between seeds."""
     with tempfile.TemporaryDirectory() as folder:
         data = load(images, valid_fraction=0.2, cache=Path(folder, "cache"))
         at = setup(Path(folder), data, Fidelity("low", Fraction(1), epochs, kd_loss="kd"))
         trials = at.trials(size)
         graph, eager = (ours(at, trials, size, execution) for execution in ("graph", "eager"))  # type: ignore[arg-type]
-        luck = ours(at, [replace(trial, seed=1) for trial in trials], size)
-    apart, by_seed = (float(np.sqrt(np.mean((np.array(graph) - other) ** 2))) for other in (eager, luck))
+        reseeded = ours(at, [replace(trial, seed=1) for trial in trials], size)
+    apart, by_seed = (float(np.sqrt(np.mean((np.array(graph) - other) ** 2))) for other in (eager, reseeded))
     if apart > 2 * by_seed + 0.03:
-        raise RuntimeError(f"graphs score otherwise than eager steps: {graph} and {eager}; another seed {luck}")
-    return {"graph": graph, "eager": eager, "seed 1": luck, "rms_apart": apart, "rms_between_seeds": by_seed}
+        raise RuntimeError(f"graphs and eager steps differ: {graph} and {eager}; another seed gives {reseeded}")
+    return {"graph": graph, "eager": eager, "seed 1": reseeded, "rms_apart": apart, "rms_between_seeds": by_seed}
 
 
 def dali(archive: str) -> Figures:
-    """DALI from the archive of `make gpu-bundle`: its pixels against the resident backend's, its speed, and a training
-    whose steps are captured while it runs."""
+    """DALI from the archive made by `make gpu-bundle`: its pixels against the resident backend's, its speed, and a
+    training whose steps are captured while DALI runs."""
     from engine import selftest as tests
 
     with unpacked(Path(archive)):

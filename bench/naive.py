@@ -1,4 +1,4 @@
-"""The loop that a training script has, and what it has in common with ours; for bench_students.py and gpu_parts.py."""
+"""A training script's usual loop, and its common set-up with ours, for bench_students.py and gpu_parts.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEACHER = f"{ROOT / 'examples' / 'my_teacher.py'}:resnet56"
 
 @dataclass(frozen=True)
 class BenchCase:
-    """What both sides stand on: the same data, the same teacher, the same space and settings."""
+    """What both sides share: data, teacher, space and settings."""
 
     context: WorkerContext
     teacher_file: Path
@@ -53,13 +53,13 @@ class BenchCase:
 
 
 def noise(train: int, valid: int) -> Dataset:
-    """Images of CIFAR-100's size and number of classes: what they show makes no difference to how long it takes."""
+    """Noise with CIFAR-100's image size and number of classes: the content of images does not affect speed."""
     rng = np.random.default_rng(0)
-    parts = [
+    splits = [
         Split(np.arange(n) % 100, rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), None)
         for n in (train, valid)
     ]
-    return Dataset("noise", *parts, parts[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
+    return Dataset("noise", *splits, splits[1], tuple(map(str, range(100))), (0.5,) * 3, (0.25,) * 3, 32, flip=True)
 
 
 def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2", lr: float = 0.05) -> BenchCase:
@@ -72,7 +72,7 @@ def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2"
     teachers.save(path, teachers.build(TEACHER, len(data.classes), data.resolution), card)
     torch.set_num_threads(1)
     if not CUDA:
-        keep_freed_memory()  # as a worker does
+        keep_freed_memory()  # like a worker
     return BenchCase(WorkerContext(config, data, DEVICE, RunFolder(folder)), path)
 
 
@@ -80,11 +80,12 @@ def setup(folder: Path, data: Dataset, low: Fidelity, space: str = "mobilenetv2"
 
 
 class Images(TorchDataset[tuple[Tensor, int]]):
-    """One image at a time, as every tutorial has it."""
+    """One image at a time, as in every tutorial."""
 
-    def __init__(self, part: Split, rows: Any, data: Dataset, training: bool) -> None:
-        assert part.images is not None
-        self.images, self.labels = torch.from_numpy(part.images[rows]).permute(0, 3, 1, 2), part.labels[rows].tolist()
+    def __init__(self, split: Split, rows: Any, data: Dataset, training: bool) -> None:
+        assert split.images is not None
+        self.images = torch.from_numpy(split.images[rows]).permute(0, 3, 1, 2)
+        self.labels = split.labels[rows].tolist()
         crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()] if training else []
         self.transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
 
@@ -109,7 +110,7 @@ def naive_loss(config: SearchConfig, kd_loss: KDLoss, student: Output, teacher: 
 
 
 def naive(at: BenchCase, trial: Trial, epochs: int | None = None) -> float:
-    """Validation accuracy after one student's training, alone."""
+    """Trains one student alone and returns its validation accuracy."""
     config, data, fidelity = at.context.config, at.context.data, trial.fidelity
     rows = subset(data.train.labels, fidelity.fraction, config.seed)
     workers = 4 if CUDA else 0

@@ -1,12 +1,12 @@
-"""A CUDA device that is not there: work on it is dispatched as on a GPU, but nothing is computed.
+"""A simulated CUDA device: work on it is dispatched as on a GPU, but nothing is computed.
 
     with fake_cuda() as device: ...
 
-Tensors on "cuda" are PyTorch's fake tensors, so the dispatcher, autograd, autocast and shape inference are the real
-ones, and an operation on tensors of two devices raises. Streams, graphs and Triton's launcher are stand-ins. A number
-that the host reads from the device is 0 (True for a bool) and counted in `device.reads`; during a capture, and where
-`torch.cuda.set_sync_debug_mode` forbids it, the read raises as it does on a GPU. Numerics, races and cuDNN's choices
-stay untested. Use it in a process of its own: `pretend_context` changes the process for good.
+Tensors on "cuda" are PyTorch's fake tensors, so the dispatcher, autograd, autocast and shape inference are real, and an
+operation on tensors of two devices raises. Streams, graphs and Triton's launcher are stand-ins. A number that the host
+reads from the device is 0 (True for a bool) and counted in `device.reads`. During a capture, or if
+`torch.cuda.set_sync_debug_mode` forbids it, the read raises as on a GPU. Numerics, races and cuDNN's choices stay
+untested. Use it in a separate process: `fake_context` changes the process permanently.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ MEMORY = 150 * 10**9  # bytes, about an H200's
 FORBIDDEN = "called a synchronizing CUDA operation"
 WAITS = {"aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 COPIES = {"aten::_to_copy", "aten::copy_"}
-# Entries of the table of virtual functions of at::CUDAHooksInterface, the same in torch 2.11 and 2.15.
+# Entries of the virtual function table of at::CUDAHooksInterface, the same in torch 2.11 and 2.15.
 HAS_PRIMARY_CONTEXT, CUDNN_KNOWS_BFLOAT16 = 4, 32
 
 
 @dataclass(frozen=True)
 class Call:
-    """An aten operation below autograd, with the bytes of each tensor that it read and returned, or a Triton kernel
-    with those of its arguments. Not the tensors: autograd clones a gradient that somebody else holds."""
+    """An aten operation below autograd with the bytes of each tensor that it read and returned, or a Triton kernel with
+    the bytes of its arguments. It holds no tensors, because autograd clones a gradient with another reference."""
 
     name: str
     inputs: tuple[int, ...]
@@ -53,8 +53,8 @@ class Call:
 
 @dataclass
 class Device:
-    """What happened on the device. `launches` counts Triton kernels by (name, whether captured), `waits` lists
-    (stream, stream it waits for), and `calls` collects operations while `recording`."""
+    """Everything that happened on the device. `launches` counts Triton kernels by (name, whether captured), `waits`
+    lists (stream, stream it waits for), and `calls` collects operations while `recording`."""
 
     stream: Stream
     capturing: bool = False
@@ -73,7 +73,7 @@ class Device:
 
 
 class Stream:
-    """As much of torch.cuda.Stream as the engine uses."""
+    """The part of torch.cuda.Stream that the engine uses."""
 
     of: Device
     numbers = itertools.count()
@@ -94,7 +94,7 @@ class Stream:
 
 
 class Event:
-    """As much of torch.cuda.Event."""
+    """The part of torch.cuda.Event that the engine uses."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.stream: Stream | None = None
@@ -110,7 +110,7 @@ class Event:
 
 
 class Graph:
-    """As much of torch.cuda.CUDAGraph."""
+    """The part of torch.cuda.CUDAGraph that the engine uses."""
 
     captured = False
 
@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):
         outputs = tensors(out)
         for tensor in outputs:
             if isinstance(tensor, FakeTensor):
-                tensor.constant = None  # a known value would be moved to the device in earnest
+                tensor.constant = None  # torch would really copy a known value to the device
         if name in COPIES and {tensor.device.type for tensor in inputs + outputs} == {"cpu", "cuda"}:
             self.device.refuse_waiting(name)
         if self.device.recording and name.startswith("aten::"):
@@ -161,8 +161,8 @@ def tensors(tree: Any) -> tuple[Tensor, ...]:
 
 
 def fused_sgd(params: Any, grads: Any, momenta: Any, *, lr: Any, **_: Any) -> None:
-    """What the CUDA kernel demands; fake tensors have no rule for it. One device and type, and strides that agree
-    wherever a size is not 1; the learning rate a number, or a tensor on that device."""
+    """Checks the CUDA kernel's requirements, since fake tensors have no rule for it: one device and dtype, strides that
+    agree in all dimensions of size other than 1, and a learning rate that is a number or on that device."""
     if isinstance(lr, Tensor) and lr.device != params[0].device:
         raise RuntimeError(f"the learning rate is on {lr.device}, the weights are on {params[0].device}")
     for first, *rest in zip(params, grads, *([momenta] if momenta else []), strict=True):
@@ -180,12 +180,12 @@ def layout(tensor: Tensor) -> tuple[int, ...]:
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[Device]:
     """Gives torch one CUDA device for the duration of the block."""
-    pretend_context()
+    fake_context()
     default = Stream()
     device = Stream.of = Device(default)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with contextlib.ExitStack() as stack:
-        # Before torch.cuda says that there is a device: fake tensors would then initialise it.
+        # Before torch.cuda reports a device, because fake tensors would then initialise it.
         stack.enter_context(mode)
         stack.enter_context(Watch(device))
         for owner, replacements in (
@@ -204,7 +204,7 @@ def fake_cuda() -> Iterator[Device]:
 
 
 def cuda_functions(device: Device, default: Stream) -> dict[str, Any]:
-    """What stands in for functions and classes of torch.cuda."""
+    """Replacements for functions and classes of torch.cuda."""
 
     @contextlib.contextmanager
     def on_stream(stream: Stream | None) -> Iterator[None]:
@@ -241,7 +241,7 @@ def cuda_functions(device: Device, default: Stream) -> dict[str, Any]:
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: device.refuse_waiting("memory is given back"),
+        "empty_cache": lambda: device.refuse_waiting("memory is freed"),
         "synchronize": lambda _=None: device.refuse_waiting("the device is synchronized"),
         "Stream": Stream,
         "Event": Event,
@@ -261,7 +261,7 @@ def cuda_functions(device: Device, default: Stream) -> dict[str, Any]:
 
 
 def host_functions(mode: FakeTensorMode) -> dict[str, Any]:
-    """What stands in for functions of torch that take or give real memory."""
+    """Replacements for functions of torch that read or allocate real memory."""
     from_numpy, empty_like = torch.from_numpy, torch.empty_like
     return {
         "get_rng_state": lambda: RandomState(),
@@ -271,7 +271,7 @@ def host_functions(mode: FakeTensorMode) -> dict[str, Any]:
 
 
 class RandomState:
-    """A generator's state, always the same: nothing is drawn."""
+    """A generator's state, always the same because nothing is drawn."""
 
     def numpy(self) -> RandomState:
         return self
@@ -281,7 +281,7 @@ class RandomState:
 
 
 def launcher(device: Device) -> Callable[..., None]:
-    """What runs in place of Triton's launcher: a check that every tensor is on the device, and a count."""
+    """A replacement for Triton's launcher: checks that every tensor is on the device, and counts the launch."""
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         for name, value in (*zip(kernel.arg_names, arguments, strict=False), *options.items()):
@@ -296,7 +296,7 @@ def launcher(device: Device) -> Callable[..., None]:
 
 
 def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply with new Parameters in place of the old: fake tensors can be neither swapped nor set."""
+    """nn.Module._apply that creates new Parameters, because fake tensors can be neither swapped nor set."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     for name, parameter in module._parameters.items():
@@ -309,9 +309,9 @@ def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
     return module
 
 
-def pretend_context() -> None:
-    """Has the CUDA backend answer two questions without a driver: whether a device has a context (no), which autograd
-    asks before each backward pass, and whether cuDNN has bfloat16 convolutions (yes), which decides on layouts."""
+def fake_context() -> None:
+    """Makes the CUDA backend answer two questions without a driver: whether a device has a context (no), which autograd
+    asks before each backward pass, and whether cuDNN has bfloat16 convolutions (yes), which determines layouts."""
     if not KEPT:
         replace_hook(HAS_PRIMARY_CONTEXT, ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(no))
         replace_hook(CUDNN_KNOWS_BFLOAT16, ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(yes))
@@ -325,11 +325,11 @@ def yes(*_: object) -> bool:
     return True
 
 
-KEPT: list[Any] = []  # ctypes callbacks, which C++ goes on calling
+KEPT: list[Any] = []  # ctypes callbacks, which C++ keeps calling
 
 
 def replace_hook(entry: int, answer: Any) -> None:
-    """Puts a function into the table of virtual functions of the CUDA backend's hooks."""
+    """Replaces an entry in the virtual function table of the CUDA backend's hooks."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     hooks = library["_ZN2at6detail12getCUDAHooksEv"]
     hooks.restype = ctypes.POINTER(ctypes.c_void_p)

@@ -1,6 +1,6 @@
-"""The CUDA path on a fake device (tests/fake_cuda.py): what runs, not what it computes.
+"""The CUDA path on a fake device (tests/fake_cuda.py): which operations run, not what they compute.
 
-Each case runs in a process of its own, `python -m tests.test_fake_cuda CASE`, since the fake device alters the process.
+Each case runs in its own process, `python -m tests.test_fake_cuda CASE`, because the fake device alters the process.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LOSSES: tuple[KDLoss, ...] = ("none", "kd", "at", "nst", "kd+at")
 CONFIG = SearchConfig(batch_size=64, lr=0.05)
 STEPS = 3
 NORM_KERNELS = {"statistics_kernel", "apply_kernel", "reduce_kernel", "gradient_kernel"}
-MOST_KERNELS = {"mobilenetv2": 420, "shufflenetv2": 440, "nasbench201": 460}  # a step of a median one
+MOST_KERNELS = {"mobilenetv2": 420, "shufflenetv2": 440, "nasbench201": 460}  # in a step of a median architecture
 
 
 def noise(images: int = 64 * STEPS, classes: int = 100) -> Dataset:
@@ -78,12 +78,12 @@ def frozen_teacher() -> nn.Module:
 
 
 def watch_layouts(students: list[Student], wrong: list[str]) -> None:
-    """Records the weights whose gradient has another layout."""
+    """Records weights whose gradient has a different layout."""
     for one in students:
         for name, weight in one.network.named_parameters():
 
             def look(gradient: Tensor | None, name: str = name, wanted: tuple[int, ...] = layout(weight)) -> None:
-                if gradient is not None and layout(gradient) != wanted:  # None where nothing depends on the layer
+                if gradient is not None and layout(gradient) != wanted:  # None if nothing depends on the layer
                     wrong.append(name)
 
             weight.register_hook(look)
@@ -101,7 +101,7 @@ def check_space(space: str) -> None:
             train(cohort, network and CachedTeacher(network, 2**31), feed(), CONFIG, Stopwatch(), execution="graph")
             assert [(m.status, m.execution, m.error) for m in cohort] == [("ok", "graph", "")] * count, loss
             assert (device.captures, device.replays) == (count, count * STEPS), loss
-            assert device.reads == count, "the host reads each loss once an epoch, and nothing else"
+            assert device.reads == count, "the host reads each loss once per epoch, and nothing else"
             captured = {name for name, while_capturing in device.launches if while_capturing}
             assert captured >= NORM_KERNELS
             assert bool(captured - NORM_KERNELS) == (loss != "none"), captured
@@ -131,7 +131,7 @@ def nasbench201() -> None:
 
 
 def eager_steps() -> None:
-    """A step launched kernel by kernel never makes the host wait, in any precision."""
+    """An eager step never makes the host wait, in any precision."""
     for amp in ("auto", "float32"):
         with fake_cuda() as device:
             one = student("mobilenetv2", drawn("mobilenetv2", 1)[0])
@@ -160,7 +160,7 @@ class Asking(nn.Module):
 
 
 def falls_back() -> None:
-    """A student whose step makes the host wait runs eagerly and says so; another one keeps its graph."""
+    """A student whose step makes the host wait runs eagerly and reports why; another one keeps its graph."""
     with fake_cuda() as device:
         example = torch.zeros(2, 3, 32, 32, device=CUDA)
         asking = prepare(Asking(load_space(SMALL).build((3,) * 6, 100, 1.0)), None, CONFIG, "none", example)
@@ -198,7 +198,7 @@ def evaluates_with_our_teacher() -> None:
         evaluate_with(folder, f"{SMALL}#3-3-3-3-3-3", "kd+at")
 
 
-def evaluates_with_a_librarys_teacher() -> None:
+def evaluates_with_a_torchvision_teacher() -> None:
     with tempfile.TemporaryDirectory() as folder:
         evaluate_with(folder, "torchvision:resnet18", "kd+at")
 
@@ -216,7 +216,7 @@ def teacher_outputs_on_the_host() -> None:
 
 
 def resumes() -> None:
-    """Restored momenta keep device and layout, and a graph can read the restored learning rate."""
+    """Restored momenta keep their device and layout, and a graph can read the restored learning rate."""
     with fake_cuda():
         first, other = (student(SMALL, (3,) * 6) for _ in range(2))
         train([first], None, feed(), CONFIG, Stopwatch(), execution="graph")
@@ -227,7 +227,7 @@ def resumes() -> None:
 
 
 def mistakes_raise() -> None:
-    """The fake device refuses what a GPU refuses."""
+    """The fake device rejects what a GPU rejects."""
     with fake_cuda() as device:
         on, off = torch.ones(2, device=CUDA), torch.ones(2)
         with pytest.raises(RuntimeError, match="devices"):
@@ -252,8 +252,8 @@ def captures_come_before_the_loader() -> None:
     assert begun == [1]
 
 
-def students_wait_for_their_inputs_alone() -> None:
-    """No student's stream waits for another's; the loader's waits for the step SLOTS steps back."""
+def students_wait_only_for_their_inputs() -> None:
+    """A student's stream never waits for another student's. The loader's stream waits for the step SLOTS steps back."""
     with fake_cuda() as device:
         cohort = [student(SMALL, (3,) * 6) for _ in range(2)]
         train(cohort, None, feed(epochs=2), CONFIG, Stopwatch(), execution="graph")
@@ -278,13 +278,13 @@ def the_doctors_graph_test() -> None:
 def kernels_of_a_step() -> None:
     """The number of kernels bounds the speed of small steps."""
     for space, most in MOST_KERNELS.items():
-        found = count_kernels.step(space, count_kernels.member(space))
+        found = count_kernels.step(space, count_kernels.median_architecture(space))
         assert len(found) <= most, (space, len(found))
 
 
 CASES = [mobilenetv2, shufflenetv2, nasbench201, eager_steps, falls_back, evaluates_with_our_teacher,
-         evaluates_with_a_librarys_teacher, teacher_outputs_on_the_host, resumes, captures_come_before_the_loader,
-         students_wait_for_their_inputs_alone, the_doctors_graph_test, kernels_of_a_step, mistakes_raise]  # fmt: skip
+         evaluates_with_a_torchvision_teacher, teacher_outputs_on_the_host, resumes, captures_come_before_the_loader,
+         students_wait_only_for_their_inputs, the_doctors_graph_test, kernels_of_a_step, mistakes_raise]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
@@ -298,4 +298,4 @@ def test_on_a_fake_device(case: str) -> None:
 if __name__ == "__main__":
     {case.__name__: case for case in CASES}[sys.argv[1]]()
     print("passed", flush=True)
-    os._exit(0)  # what fake tensors leave behind can break the interpreter's own exit
+    os._exit(0)  # state left by fake tensors can break the interpreter's normal exit

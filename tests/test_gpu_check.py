@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: its clock and its report, and each part on a stand-in for the device."""
+"""`make gpu-check` without a GPU: its time limits, its report, and each part on a stand-in for the device."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def checked(parts: list[Part], folder: Path, total_s: float = 100) -> dict[str, 
     return {part["name"]: part for part in json.loads(path.read_text())["parts"]}
 
 
-def test_all_parts_fit_into_the_time_that_a_gpu_is_lent() -> None:
+def test_all_parts_fit_into_the_time_limit() -> None:
     parts = gpu_check.parts(Path("bundle"))
     assert sum(part.limit_s for part in parts if not part.beside) <= gpu_check.TOTAL_S
-    assert gpu_check.TOTAL_S + gpu_check.END_S < 600, "a borrowed GPU ends a command then"
+    assert gpu_check.TOTAL_S + gpu_check.END_S < 600, "a shared GPU machine may stop a command after 600 s"
     for part in parts:
         name = part.arguments[2]
         assert name in gpu_parts.PARTS or all((ROOT / file).is_file() for file in part.arguments if "tests/" in file)
 
 
-def test_figures_failures_and_what_was_cut_off_are_in_the_report(tmp_path: Path) -> None:
+def test_the_report_has_figures_failures_and_timeouts(tmp_path: Path) -> None:
     found = checked(
         [
             python("good", "print('a warning'); print('{\"ms\": 1.5}')"),
@@ -65,7 +65,7 @@ def test_figures_failures_and_what_was_cut_off_are_in_the_report(tmp_path: Path)
     assert found["after"]["failures"] == []
 
 
-def test_what_finds_no_time_left_is_a_failure(tmp_path: Path) -> None:
+def test_a_part_without_time_left_is_a_failure(tmp_path: Path) -> None:
     found = checked([python("long", "import time; time.sleep(60)"), python("late", "print('{}')")], tmp_path, 2)
     assert found["long"]["failures"] == ["cut off after 2 s"]
     assert found["late"]["failures"] == ["no time was left"]
@@ -84,16 +84,16 @@ def test_a_part_beside_another_is_waited_for(tmp_path: Path) -> None:
         ("", "exit code 5"),
         ("import no_such_package", "ERROR"),
     ],
-    ids=["fails", "skips", "no tests", "an import that fails"],
+    ids=["fails", "skips", "no tests", "import fails"],
 )
-def test_pytest_in_which_something_did_not_run_is_a_failure(text: str, said: str, tmp_path: Path) -> None:
+def test_a_test_that_fails_or_does_not_run_is_a_failure(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(text)
     arguments = ("-m", "pytest", "-rsfE", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py"))
     found = checked([Part("tests", arguments, 100)], tmp_path)["tests"]
     assert any(re.match(said, line) for line in found["failures"]), found
 
 
-def test_without_a_gpu_it_says_that_nothing_was_checked(tmp_path: Path) -> None:
+def test_without_a_gpu_it_reports_that_nothing_was_checked(tmp_path: Path) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     child = subprocess.run([sys.executable, ROOT / "bench" / "gpu_check.py", tmp_path], env=environment,
                            capture_output=True, text=True)  # fmt: skip
@@ -106,7 +106,7 @@ def test_without_a_gpu_it_says_that_nothing_was_checked(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts' device is the CPU, and students train there."""
+    """Runs the parts, and trains their students, on the CPU."""
 
     def ours(at: BenchCase, trials: list[Trial], size: int, execution: str = "graph") -> list[float]:
         answers = worker.evaluate(at.context, at.teacher_file, trials, Resources(students_per_gpu=str(size)))
@@ -139,7 +139,7 @@ def test_a_shape_is_timed_against_its_peers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def on_the_fake_device() -> None:
-    """Steps and cohorts run; the device's times are those of nothing."""
+    """Steps and cohorts run; the fake device's times mean nothing."""
     from tests.fake_cuda import fake_cuda
 
     with fake_cuda() as device:
@@ -171,7 +171,7 @@ def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
     return struct.pack("<IHHQ", gpu_bundle.MAGIC, 1, 16, len(body)) + body
 
 
-def test_slimming_keeps_the_code_of_one_architecture_and_everything_else(tmp_path: Path) -> None:
+def test_slimming_removes_only_the_code_of_other_architectures(tmp_path: Path) -> None:
     library = tmp_path / "lib.so"
     one, other = b"a" * 96, b"b" * 128
     plain = b"head" + fat_binary((2, 80, one), (2, 90, other), (1, 90, one)) + b"between" + fat_binary((2, 75, other))
@@ -187,7 +187,7 @@ def test_slimming_keeps_the_code_of_one_architecture_and_everything_else(tmp_pat
     assert slim.endswith(b"tail")
 
 
-def test_a_bundle_is_unpacked_where_python_finds_it(tmp_path: Path) -> None:
+def test_python_can_import_from_an_unpacked_bundle(tmp_path: Path) -> None:
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "from_a_bundle.py").write_text("value = 7")
     gpu_bundle.archive(tmp_path, tmp_path / "dali.tar.xz")
@@ -200,4 +200,4 @@ def test_a_bundle_is_unpacked_where_python_finds_it(tmp_path: Path) -> None:
 if __name__ == "__main__":
     on_the_fake_device()
     print("passed", flush=True)
-    os._exit(0)  # what fake tensors leave behind can break the interpreter's own exit
+    os._exit(0)  # state left by fake tensors can break the interpreter's normal exit
