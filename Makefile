@@ -57,7 +57,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # make aot             compile every kernel variant for sm_80, sm_90, sm_100 and sm_120, without a GPU
 # make gpu-bundle      real images and DALI in build/gpu-bundle, small enough to copy to a machine with a GPU
 # make gpu-check       everything that only a GPU can show, within 500 s, one JSON in OUT; on the GPU machine, use
-#                      PYTHON=python3, and BUNDLE=build/gpu-bundle for the parts that need it
+#                      PYTHON=python3, and DALI=build/gpu-bundle for the parts that need it
 # make gpu-image       the fake-device and reference tests with the oldest supported torch and triton, those of common
 #                      GPU images, in a separate environment (5 GB)
 OUT     ?= build/bench
@@ -84,7 +84,7 @@ gpu-image: $(IMAGE)/.installed
 	$(IMAGE)/bin/python -m pytest -q tests/test_fake_cuda.py tests/test_kernels_reference.py
 
 gpu-check:
-	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(BUNDLE),--bundle $(BUNDLE))
+	$(GPU_PYTHON) bench/gpu_check.py $(OUT) $(if $(DALI),--bundle $(DALI))
 
 gpu-bundle: build/cifar10_small.npz | install
 	$(BIN)/python -m bench.gpu_bundle build/gpu-bundle --images $<
@@ -164,7 +164,10 @@ gpu-evidence:
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 .PHONY: real-size learned-weights
+# Starts from the trainings kept in docs/evidence, and goes on.
 real-size: | install
+	mkdir -p build/real-size
+	test -f build/real-size/trainings.jsonl || cp docs/evidence/real-size-trainings.jsonl build/real-size/trainings.jsonl
 	seq 0 $$(($(WORKERS) - 1)) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I{} nice -n 19 \
 	$(BIN)/python -m bench.real_size.study build/real-size --shared $(SHARED) --part {}/$(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.untrained build/real-size --shared $(SHARED)

@@ -2,7 +2,7 @@
 
     python -m bench.gpu_bundle build/gpu-bundle [--images shared/data/cifar10_small.npz] [--python 3.12]
 
-`make gpu-bundle` runs this, and `make gpu-check BUNDLE=build/gpu-bundle` uses the result. `images.npz` holds CIFAR-10
+`make gpu-bundle` runs this, and `make gpu-check DALI=build/gpu-bundle` uses the result. `images.npz` holds CIFAR-10
 images from an archive in the shared folder. `dali.tar.xz` holds DALI's wheel and its dependencies, for one version of
 Python. The machine code of all GPU architectures but one is zeroed, so that the archive shrinks to a third. Needs pip
 and a package registry.

@@ -253,7 +253,8 @@ def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(
 
 
 def test_a_search_without_candidates_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="no architecture of .* meets --max-macs 10 at .* pixels; its architectures have"):
+    says = "no architecture of .* meets --max-macs 10 at .* pixels; its architectures have"
+    with pytest.raises(UsageError, match=says):
         run(tmp_path, monkeypatch, Formula(), config=replace(CONFIG, max_macs=10.0))
 
 
