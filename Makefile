@@ -157,8 +157,6 @@ $(EVIDENCE)/teachers/cifar100.safetensors: build/cifar100.npz | install
 # On the GPU machine, use PYTHON=python3. It ends within MINUTES; run the same command again to resume.
 MINUTES ?= 8
 IMAGES  ?= build/cifar10_small.npz
-gpu-evidence: $(IMAGES)
-	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 gpu-evidence:
 	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and copy it here"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
