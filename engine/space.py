@@ -123,8 +123,8 @@ class Candidates:
     """What a method may propose: option indices (n, d), features (n, f), MACs and parameters (n,).
 
     Rows are members of a whole space, those that meet the limits, or those in a table of recorded results. `trends` are
-    further quantities (n,) that may go with accuracy, by name, known before any training: activations, training-free
-    scores, latencies; nan where unknown.
+    further quantities (n,) that may go with accuracy, by name, known before any training: training-free scores,
+    latencies; nan where unknown.
     """
 
     choices: npt.NDArray[Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.spaces.nasbench201 import EDGES, OPERATIONS, nasbench201
+from engine.spaces.nasbench201 import EDGES, OPERATIONS
 
 Row = dict[str, str]
 FULL = "full"
@@ -45,14 +45,10 @@ def cell_choices(ops: str) -> Row:
 def from_nasbench201(rows: list[Row]) -> list[Row]:
     """Converts NAS-Bench-201: a row per cell: `ops` (a digit per edge), `val_eN`, `test_eN`, `seconds_eN`, `iso`."""
     epochs = sorted({int(c[5:]) for c in rows[0] if c.startswith("val_e")})
-    cells = np.array([[int(op) for op in row["ops"]] for row in rows], dtype=np.int8)
-    outputs = nasbench201().activations
-    assert outputs is not None, "a built-in space has a closed form"
     out = []
-    for row, count in zip(rows, outputs(cells, 100, 1.0, 32), strict=True):
+    for row in rows:
         new = cell_choices(row["ops"])
-        new |= {"macs": row["macs"], "params": row["params"], "activations": f"{count:.0f}"}
-        new["class"] = row.get("iso", "")
+        new |= {"macs": row["macs"], "params": row["params"], "class": row.get("iso", "")}
         for epoch in epochs:
             name = FULL if epoch == epochs[-1] else f"e{epoch}"
             new[f"valid:{name}"] = _percent(row[f"val_e{epoch}"])
@@ -74,9 +70,8 @@ def from_mfkd(rows: list[Row]) -> list[Row]:
     out: dict[str, Row] = {}
     for arch, blocks in encodings.items():
         values = [value for block in blocks for value in block]
-        costs = map(str, mobilenetv2_cost(blocks, classes=100, resolution=32))
-        out[arch] = {f"choice:{names[i]}": str(values[i]) for i in varying}
-        out[arch] |= dict(zip(("macs", "params", "activations"), costs, strict=True))
+        macs, params = mobilenetv2_cost(blocks, classes=100, resolution=32)
+        out[arch] = {f"choice:{names[i]}": str(values[i]) for i in varying} | {"macs": str(macs), "params": str(params)}
     for row in rows:
         full = row["kd"] == "nokd" and row["train_divisor"] == "1"
         name = FULL if full else f"{row['kd']}/{row['train_divisor']}"
@@ -85,29 +80,26 @@ def from_mfkd(rows: list[Row]) -> list[Row]:
     return list(out.values())
 
 
-def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> tuple[int, int, int]:
-    """Multiply-accumulates, weights and outputs of the convolutions of a MobileNetV2.
+def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> tuple[int, int]:
+    """Multiply-accumulates and weights of a MobileNetV2 with blocks of (expansion, channels, repeats, stride).
 
-    Its blocks are (expansion, channels, repeats, stride); the stem has 32 channels at stride 1; the last block is a 1x1
-    convolution. MACs do not include normalisation.
+    The stem has 32 channels at stride 1; the last block is a 1x1 convolution. MACs do not include normalisation.
     """
     size, inp = resolution, 32
-    macs, params, outputs = size * size * 27 * inp, 27 * inp + 2 * inp, size * size * inp
+    macs, params = size * size * 27 * inp, 27 * inp + 2 * inp
     for expansion, channels, repeats, stride in blocks[:-1]:
         for repeat in range(repeats):
             hidden = inp * expansion
             if expansion != 1:
                 macs, params = macs + size * size * inp * hidden, params + inp * hidden + 2 * hidden
-                outputs += size * size * hidden
             size = -(-size // (stride if repeat == 0 else 1))
             macs += size * size * hidden * (9 + channels)
             params += hidden * (9 + channels) + 2 * (hidden + channels)
-            outputs += size * size * (hidden + channels)
             inp = channels
     last = blocks[-1][1]
     macs += size * size * inp * last + last * classes
     params += inp * last + 2 * last + last * classes + classes
-    return macs, params, outputs + size * size * last
+    return macs, params
 
 
 def _percent(text: str) -> str:

@@ -6,7 +6,7 @@ The format is a CSV file (`.csv` or `.csv.gz`) with a row per architecture and t
 - `valid:FIDELITY`, `seconds:FIDELITY`: validation accuracy (0..1) and the cost of measuring it, in seconds. The full
   fidelity is called `full`; all others are low ones, in the order of the columns. An empty cell is a failed evaluation.
 - `test:full`: test accuracy (0..1), by which methods are compared; they never see it.
-- `macs`, `params`, `activations` (optional): multiply-accumulates, parameters and outputs of all convolutions.
+- `macs`, `params` (optional): multiply-accumulates and parameters of the architecture.
 - `proxy:NAME`, `latency:NAME` (optional): what is known of an architecture before any training, at no cost: a score of
   the untrained network, or its latency on a device. An empty cell is an unknown value.
 - `class` (optional): rows of one class are identical networks, and the first of them stands for all.
@@ -160,7 +160,7 @@ def _candidates(name: str, rows: list[Row], columns: list[str]) -> Candidates:
     costs = {c: _numbers(rows, c) if c in columns else np.ones(len(rows)) for c in ("macs", "params")}
     if np.isnan(list(costs.values())).any():
         raise ValueError("a row has no macs or no params; fill them in, or leave out the column")
-    trends = {c: _numbers(rows, c) for c in columns if c.startswith(KNOWN) or c == "activations"}
+    trends = {c: _numbers(rows, c) for c in columns if c.startswith(KNOWN)}
     space = SearchSpace(name, choices, _no_network)
     return Candidates(encoded, space.encode(encoded), costs["macs"], costs["params"], trends)
 
