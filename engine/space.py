@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class SearchSpace:
         grid = np.indices(self.radices, dtype=np.int8)
         return np.ascontiguousarray(grid.reshape(len(self.radices), -1).T)
 
-    def encode(self, choices: IntMatrix) -> npt.NDArray[np.float32]:
+    def encode(self, choices: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """Features (n, f) of architectures (n, d): an ordinal choice is one column scaled to 0..1, a choice among
         operations is one-hot, and operations that several choices share are counted (all scaled to 0..1)."""
         columns: list[npt.NDArray[np.float32]] = []
@@ -122,13 +122,16 @@ class SearchSpace:
 class Candidates:
     """What a method may propose: option indices (n, d), features (n, f), MACs and parameters (n,).
 
-    Rows are members of a whole space, those that meet the limits, or those in a table of recorded results.
+    Rows are members of a whole space, those that meet the limits, or those in a table of recorded results. `trends` are
+    further quantities (n,) that may go with accuracy, by name, known before any training: training-free scores,
+    latencies; nan where unknown.
     """
 
     choices: npt.NDArray[Any]
     features: npt.NDArray[np.float32]
     macs: FloatArray
     params: FloatArray
+    trends: dict[str, FloatArray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -138,7 +141,8 @@ class Candidates:
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
         """The rows for which `keep` (n,) is true."""
-        return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
+        trends = {name: values[keep] for name, values in self.trends.items()}
+        return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep], trends)
 
     def spread_by_macs(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, cheapest first."""

@@ -14,6 +14,7 @@ import pytest
 
 from engine.fleet.supervisor import ROOT
 from engine.search.replay import replay as replaying
+from engine.search.replay.compare import all_methods, compare
 from engine.search.replay.replay import replay
 from engine.search.replay.simulate import Replay, recorded, simulate, validated_replay
 from engine.search.replay.tables import dump, load
@@ -148,6 +149,55 @@ def test_an_architecture_whose_full_training_failed_is_never_the_incumbent(tmp_p
 def test_a_replay_that_cannot_run_is_refused_with_a_hint(change, message):
     with pytest.raises(UsageError, match=message):
         replay(replace(QUICK, **change))
+
+
+def test_a_comparison_gives_regrets_and_paired_differences_under_each_cap_and_resumes(tmp_path, monkeypatch):
+    settings = replace(QUICK, methods=("mfkd", "random", "macs"), out=tmp_path)
+    found = compare(settings, (0.33, 1.0))
+    assert list(found["caps"]) == ["0.33", "1"]
+    assert found["caps"]["1"]["architectures"] == len(load(SYNTHETIC).candidates)
+    assert found["caps"]["0.33"]["architectures"] < found["caps"]["1"]["architectures"] / 2
+    for cap in found["caps"].values():
+        methods = cap["methods"]
+        assert methods[cap["best_baseline"]]["less_best_baseline"] == {"mean": 0.0, "stderr": 0.0}
+        for entry in methods.values():
+            assert entry["regret"]["mean"] == pytest.approx(np.mean(entry["by_cost"]), abs=1e-3)
+            gap = entry["regret"]["mean"] - methods[cap["best_baseline"]]["regret"]["mean"]
+            assert entry["less_best_baseline"]["mean"] == pytest.approx(gap, abs=2e-3)
+    rows = list(csv.DictReader((tmp_path / "regret.csv").open()))
+    assert [(row["cap"], row["method"]) for row in rows] == [(c, m) for c in ("0.33", "1") for m in settings.methods]
+    monkeypatch.setattr(replaying, "simulate", None)  # all runs are finished: none is made again
+    assert compare(settings, (0.33, 1.0)) == found
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.2])
+def test_a_cap_is_a_share_of_the_architectures(cap):
+    with pytest.raises(UsageError, match="--caps takes shares of the architectures"):
+        compare(QUICK, (cap,))
+
+
+def test_without_a_low_fidelity_methods_that_need_one_are_refused_and_all_others_run(tmp_path):
+    rows = [{k: v for k, v in row.items() if not k.endswith(":low")} for row in csv.DictReader(SYNTHETIC.open())]
+    dump(rows, tmp_path / "t.csv")
+    settings = replace(QUICK, table=tmp_path / "t.csv", seeds=1)
+    with pytest.raises(UsageError, match=r"t\.csv has no low fidelity besides 'full', which asha needs"):
+        replay(replace(settings, methods=("asha",)))
+    methods = all_methods(load(settings.table))
+    assert set(methods) == {"mfkd", "gp", "random", "evolution", "macs"}
+    found = replay(replace(settings, methods=methods))["methods"]
+    assert all(entry["evaluations"]["full"] > 0 == entry["evaluations"]["low"] for entry in found.values())
+
+
+def test_joined_tables_count_as_settings_of_a_run(tmp_path, monkeypatch):
+    rows = list(csv.DictReader(SYNTHETIC.open()))
+    choices = [column for column in rows[0] if column.startswith("choice:")]
+    dump([{c: row[c] for c in choices} | {"proxy:x": str(i)} for i, row in enumerate(rows)], tmp_path / "x.csv")
+    settings = replace(QUICK, methods=("random",), seeds=1, out=tmp_path)
+    replay(settings)
+    simulated = []
+    monkeypatch.setattr(replaying, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
+    replay(replace(settings, join=(tmp_path / "x.csv",)))
+    assert simulated == [("random", 0)]
 
 
 def test_noise_is_drawn_for_each_seed_and_only_at_full_fidelity():

@@ -12,8 +12,11 @@ from engine.commands.flags import command_parser
 from engine.trial import UsageError
 
 HELP = {
-    "table": "CSV of recorded results (format: docs/surrogate.md; two published tables are read as they are)",
-    "methods": "comma-separated methods",
+    "table": "CSV of recorded results (format: docs/surrogate.md; some published tables are read as they are)",
+    "join": "comma-separated CSV files of training-free scores or latencies of the table's architectures",
+    "methods": "comma-separated methods; all means every one that searches for accuracy alone",
+    "caps": "compare under caps on MACs: comma-separated shares of the architectures, 1 for none; prints regrets at a "
+    "grid of costs, in place of --gpu-hours, --at and --max-macs",
     "lows": "comma-separated low fidelities of the table that methods may use, the main one first; by default, all",
     "workers": "simulated workers",
     "gpu_hours": "worker-hours per run",
@@ -26,8 +29,10 @@ HELP = {
     "noise": "standard deviation of a full training around its recorded accuracy, in percentage points",
     "until_best": "end a run once the best architecture has been trained",
     "processes": "processes that run replays; 0 means one per core",
-    "out": "folder for curves.csv, curves.png, summary.json and finished runs, from which the same command resumes",
+    "out": "folder for curves.csv, curves.png, summary.json and finished runs, from which the same command resumes; "
+    "with --caps a folder for each cap, and regret.csv",
 }
+EXAMPLES = {"--at": "15,20,60", "--caps": "0.33,0.6,1"}
 
 
 def parser() -> ArgumentParser:
@@ -37,12 +42,14 @@ def parser() -> ArgumentParser:
     parser = command_parser("Run search methods on a table of recorded results, with a simulated clock.")
     defaults: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Replay)}
     parser.add_argument("--table", type=str, required=True, help=HELP["table"])
+    parser.add_argument("--join", type=str, default="", help=HELP["join"])
     parser.add_argument("--methods", type=str, default=",".join(defaults["methods"]), help=HELP["methods"])
+    parser.add_argument("--caps", type=str, default="", help=HELP["caps"])
     parser.add_argument("--lows", type=str, default="", help=HELP["lows"])
     parser.add_argument("--at", type=str, default=",".join(f"{h:g}" for h in defaults["at"]), help=HELP["at"])
     parser.add_argument("--out", type=str | None, default=None, help=HELP["out"])
     for name in HELP:
-        if name not in defaults or name in ("table", "methods", "lows", "at", "out"):
+        if name not in defaults or name in ("table", "join", "methods", "lows", "at", "out"):
             continue
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(defaults[name]), default=defaults[name], help=HELP[name])
@@ -50,16 +57,25 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any]:
+    from engine.search.replay.compare import all_methods, compare
     from engine.search.replay.replay import replay
-    from engine.search.replay.simulate import Replay
+    from engine.search.replay.simulate import Replay, load_table
 
-    def words(text: str) -> tuple[str, ...]:
-        return tuple(word.strip() for word in text.split(",") if word.strip())
-
-    try:
-        at = tuple(float(word) for word in words(values.at))
-    except ValueError:
-        raise UsageError(f"--at {values.at}: write comma-separated hours, like 15,20,60") from None
     given = {name: values[name] for name in vars(values).keys() & {f.name for f in dataclasses.fields(Replay)}}
-    given |= {"table": Path(values.table), "methods": words(values.methods), "lows": words(values.lows), "at": at}
-    return replay(Replay(**given | {"out": Path(values.out) if values.out else None}))
+    given |= {"table": Path(values.table), "join": tuple(map(Path, _words(values.join)))}
+    given |= {"methods": _words(values.methods), "lows": _words(values.lows), "at": _numbers("--at", values.at)}
+    settings = Replay(**given | {"out": Path(values.out) if values.out else None})
+    if settings.methods == ("all",):
+        settings = dataclasses.replace(settings, methods=all_methods(load_table(settings)))
+    return compare(settings, _numbers("--caps", values.caps)) if values.caps else replay(settings)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise UsageError(f"{flag} {text}: write comma-separated numbers, like {EXAMPLES[flag]}") from None

@@ -56,7 +56,10 @@ DEFAULT_OPTIONS = MfkdOptions()
 
 @dataclass(frozen=True)
 class State:
-    """What one decision sees: the scores of each low fidelity, the main one first, and of the full one."""
+    """What one decision sees: the scores of each low fidelity, the main one first, and of the full one.
+
+    A table of recorded results may have no low fidelity.
+    """
 
     candidates: Candidates
     history: History
@@ -111,14 +114,14 @@ def mfkd(
     state = State(candidates, history, plan, lows, scores(candidates, history, plan.high))
     if state.highs_left <= 0:
         return []
-    first = _first_batch_size(state) if options.inputs.low else 0
+    first = _first_batch_size(state) if options.inputs.low and lows else 0
     if state.lows_asked < first:
         return _first_batch(state, first, slots)
     # Nothing is decided on a handful of scores while the rest of the batch is pending.
-    if len(state.low.pending) > first // 3 and not state.high.trials:
+    if lows and len(state.low.pending) > first // 3 and not state.high.trials:
         return []
     fitted = _fit(candidates, [*map(_refitted, lows), _refitted(state.high)], plan.seed, options.inputs)
-    if state.all_lows_first and not state.lows_left and len(state.low.pending):
+    if lows and state.all_lows_first and not state.lows_left and len(state.low.pending):
         return []
     low_is_useful = options.inputs.low and fitted.levels and 0 not in fitted.dropped
     if low_is_useful and options.guided and state.lows_left:
@@ -241,7 +244,7 @@ def _next_improvement(state: State, fitted: Estimate) -> float:
 def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOptions) -> list[Trial]:
     """Full trials where the upper bound is highest, or where the front is expected to grow most, and repeats."""
     free = unasked(state.candidates, state.high.asked)
-    if options.gate and len(state.low):
+    if options.gate and state.lows and len(state.low):
         free &= ~unasked(state.candidates, state.low.rows)
     for_front = options.front and len(fitted.y) > 0
     repeat = [] if for_front else _repeat(state, fitted)

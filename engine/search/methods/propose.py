@@ -14,14 +14,12 @@ from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "METHODS", "find_method", "front", "propose", "winner"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "find_method", "front", "propose", "winner"]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
 
-METHODS: dict[str, Method] = {
-    "mfkd": mfkd,
-    "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)),
+BASELINES: dict[str, Method] = {
     "mfkd1": baselines.mfkd1,
     "mfkd2": baselines.mfkd2,
     "cokriging": baselines.cokriging,
@@ -32,6 +30,10 @@ METHODS: dict[str, Method] = {
     "asha": baselines.asha,
     "macs": baselines.macs_only,
 }
+METHODS: dict[str, Method] = {"mfkd": mfkd, "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)), **BASELINES}
+
+# Methods that cannot do without a low fidelity.
+NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
 
 # mfkd with one part taken out, for docs/surrogate.md; `replay` takes them by name.
 ABLATIONS: dict[str, Method] = {

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
@@ -13,7 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from engine.fleet.processes import die_with, leave_signals_to_the_driver
+from engine.search.progress import TolerantConsole
 from engine.search.replay.simulate import Replay, SimulatedRun, load_table, simulate, validated_replay
 from engine.search.replay.summary import summarise, write_summary
 
@@ -26,18 +30,23 @@ def replay(settings: Replay) -> dict[str, Any]:
     """
     table = load_table(settings)
     settings = validated_replay(settings, table)
-    runs = _run_all(settings)
+    runs = run_all(settings)
     summary = summarise(settings, table, runs)
     if settings.out is not None:
         write_summary(settings.out, settings, runs, summary)
     return summary
 
 
-def _run_all(settings: Replay) -> list[SimulatedRun]:
+def run_all(settings: Replay) -> list[SimulatedRun]:
+    """Every method with every seed, in parallel processes; those that settings.out holds are not repeated.
+
+    `settings` come from `validated_replay`. On a terminal a bar on stderr shows the progress.
+    """
     done = _load_runs(settings)
     todo = [(m, s) for s in range(settings.seeds) for m in settings.methods if (m, s) not in done]
     with open(_runs_file(settings) or os.devnull, "a") as file, closing(_simulate_all(settings, todo)) as runs:
-        for run in runs:
+        bar: dict[str, Any] = {"console": TolerantConsole(stderr=True), "disable": not sys.stderr.isatty()}
+        for run in track(runs, "replay", len(todo), **bar):
             done[run.method, run.seed] = run
             file.write(json.dumps({"settings": _digest(settings, run.method), **asdict(run)}) + "\n")
             file.flush()
@@ -73,10 +82,10 @@ def _depend_on(parent: int) -> None:
 
 
 def _digest(settings: Replay, method: str) -> str:
-    """A hash of what a run depends on besides its method's code and its seed: settings and content of the table."""
+    """A hash of what a run depends on besides its method's code and its seed: settings and content of the tables."""
     relevant = replace(settings, methods=(method,), seeds=0, at=(), processes=0, out=None)
-    content = hashlib.sha256(settings.table.read_bytes()).hexdigest()
-    return hashlib.sha256(f"{replace(relevant, table=Path())}{content}".encode()).hexdigest()[:16]
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (settings.table, *settings.join)]
+    return hashlib.sha256(f"{replace(relevant, table=Path(), join=())}{contents}".encode()).hexdigest()[:16]
 
 
 def _runs_file(settings: Replay) -> Path | None:

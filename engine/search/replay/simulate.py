@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.config import Plan
 from engine.search.loop import TimedHistory, VirtualWorkers, drive
-from engine.search.methods.propose import find_method, propose, winner
+from engine.search.methods.propose import NEED_LOW, find_method, propose, winner
 from engine.search.replay import tables
 from engine.search.replay.tables import FULL, Table
 from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, History, Trial, UsageError
@@ -25,7 +25,8 @@ EPOCHS = 1000
 class Replay:
     """What to replay.
 
-    `lows`: names of the table's low fidelities to offer, the main one first; () means all of them. `gpu_hours` and the
+    `join`: tables of scores or latencies to add to it. `lows`: names of the table's low fidelities to offer, the main
+    one first; () means all of them. `gpu_hours` and the
     checkpoints `at` are worker-hours: workers times simulated wall time, idle workers included, as a rented machine is
     paid. `max_low` limits the low-fidelity trials of a search. `noise` is the standard deviation, in percentage points,
     of one full training's accuracy around the recorded one; it is drawn for each seed of a trial. `min_macs`,
@@ -36,6 +37,7 @@ class Replay:
     table: Path
     methods: tuple[str, ...] = ("mfkd", "random")
     lows: tuple[str, ...] = ()
+    join: tuple[Path, ...] = ()
     workers: int = 8
     gpu_hours: float = 60.0
     at: tuple[float, ...] = (15.0, 20.0, 60.0)
@@ -80,8 +82,8 @@ def validated_replay(settings: Replay, table: Table) -> Replay:
     """
     for method in settings.methods:
         find_method(method)
-    if not table.lows:
-        raise UsageError(f"{settings.table} has no low fidelity; a table needs one besides '{FULL}'")
+        if not table.lows and method in NEED_LOW:
+            raise UsageError(f"{settings.table} has no low fidelity besides '{FULL}', which {method} needs")
     for low in settings.lows:
         if low not in table.lows:
             raise UsageError(f"{settings.table} has no low fidelity '{low}'; choose from {', '.join(table.lows)}")
@@ -98,9 +100,11 @@ def validated_replay(settings: Replay, table: Table) -> Replay:
 
 
 @lru_cache(maxsize=2)
-def load_within_limits(path: Path, min_macs: float, max_macs: float, max_params: float) -> Table:
+def load_within_limits(
+    path: Path, join: tuple[Path, ...], min_macs: float, max_macs: float, max_params: float
+) -> Table:
     """The rows of a table that meet the limits; UsageError if none with a full result does."""
-    table = tables.load(path)
+    table = tables.load(path, join)
     c = table.candidates
     keep = (c.macs >= min_macs) & (c.macs <= max_macs) & (c.params <= max_params)
     if not (keep & ~np.isnan(table.valid[FULL])).any():
@@ -113,7 +117,7 @@ def load_within_limits(path: Path, min_macs: float, max_macs: float, max_params:
 
 def load_table(settings: Replay) -> Table:
     """The table of a replay, within its limits."""
-    return load_within_limits(settings.table, settings.min_macs, settings.max_macs, settings.max_params)
+    return load_within_limits(settings.table, settings.join, settings.min_macs, settings.max_macs, settings.max_params)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def _trains(table: Table, trial: Trial, row: int) -> bool:
 def _summary_of_run(settings: Replay, table: Table, plan: Plan, history: TimedHistory, best: int) -> SimulatedRun:
     hour = settings.workers / 3600
     inside = [(t, e) for t, e in zip(history.times, history.answered, strict=True) if t * hour <= settings.gpu_hours]
-    curve = _incumbents(table, settings.lows[0], [(t * hour, e) for t, e in inside])
+    curve = _incumbents(table, settings.lows, [(t * hour, e) for t, e in inside])
     pick = winner(table.candidates, History([e for _, e in inside], []), plan)
     full = [e.trial.fidelity.name == FULL for e in history.answered]
     return SimulatedRun(
@@ -205,17 +209,19 @@ def _summary_of_run(settings: Replay, table: Table, plan: Plan, history: TimedHi
     )
 
 
-def _incumbents(table: Table, low: str, answers: list[tuple[float, Evaluation]]) -> list[tuple[float, float]]:
+def _incumbents(
+    table: Table, lows: tuple[str, ...], answers: list[tuple[float, Evaluation]]
+) -> list[tuple[float, float]]:
     """The curve of a run: (hours, test accuracy in percent of the incumbent) at each change.
 
-    The incumbent is the best by full validation accuracy; until there is one, the best by its score at the low fidelity
-    `low`, if its full training did not fail; and until then, the mean of the table.
+    The incumbent is the best by full validation accuracy; until there is one, the best by its score at the main low
+    fidelity, if its full training did not fail; and until then, the mean of the table.
     """
     value, any_full = -math.inf, False
     curve = [(0.0, 100 * float(np.nanmean(table.test)))]
     for when, e in answers:
         row, full = _row(table, e.trial), e.trial.fidelity.name == FULL
-        by_low = e.trial.fidelity.name == low and not any_full and bool(table.test[row] >= 0)  # nan: it failed
+        by_low = e.trial.fidelity.name in lows[:1] and not any_full and bool(table.test[row] >= 0)  # nan: it failed
         if not e.ok or not (full or by_low):
             continue
         if e.accuracy > value or (full and not any_full):

@@ -46,11 +46,16 @@ def _until_best(settings: Replay, runs: list[SimulatedRun]) -> dict[str, float]:
 
 
 def _statistics(values: list[float], digits: int = 3) -> dict[str, float]:
-    array = np.array(values)
-    low, middle, high = np.quantile(array, (0.25, 0.5, 0.75))
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    quartiles = {"lower_quartile": low, "median": middle, "upper_quartile": high}
+    return mean_and_error(values, digits) | {name: round(float(value), digits) for name, value in quartiles.items()}
+
+
+def mean_and_error(values: npt.ArrayLike, digits: int = 3) -> dict[str, float]:
+    """Mean of the values (n,), and its standard error."""
+    array = np.asarray(values, dtype=np.float64)
     error = float(array.std(ddof=1)) / math.sqrt(len(array)) if len(array) > 1 else 0.0
-    names = {"mean": array.mean(), "stderr": error, "lower_quartile": low, "median": middle, "upper_quartile": high}
-    return {name: round(float(value), digits) for name, value in names.items()}
+    return {"mean": round(float(array.mean()), digits), "stderr": round(error, digits)}
 
 
 def write_summary(out: Path, settings: Replay, runs: list[SimulatedRun], summary: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Tables of recorded results: the project's own format, and converters for two published ones.
+"""Tables of recorded results in the project's own format; published ones are converted (`published.py`).
 
 The format is a CSV file (`.csv` or `.csv.gz`) with a row per architecture and these columns:
 
@@ -7,7 +7,11 @@ The format is a CSV file (`.csv` or `.csv.gz`) with a row per architecture and t
   fidelity is called `full`; all others are low ones, in the order of the columns. An empty cell is a failed evaluation.
 - `test:full`: test accuracy (0..1), by which methods are compared; they never see it.
 - `macs`, `params` (optional): multiply-accumulates and parameters of the architecture.
+- `proxy:NAME`, `latency:NAME` (optional): what is known of an architecture before any training, at no cost: a score of
+  the untrained network, or its latency on a device. An empty cell is an unknown value.
 - `class` (optional): rows of one class are identical networks, and the first of them stands for all.
+
+Scores and latencies may come in tables of their own, with the same choices; `load` joins them.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +28,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.search.replay.published import FULL, Row, convert
 from engine.space import Candidates, Choice, SearchSpace
 from engine.trial import EnvironmentUnusable, UsageError
 
 Array = npt.NDArray[np.float64]
-Row = dict[str, str]
-FULL = "full"
-
-NASBENCH_OPS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-NASBENCH_EDGES = ("1<-0", "2<-0", "2<-1", "3<-0", "3<-1", "3<-2")
+KNOWN = ("proxy:", "latency:")  # columns of what is known without training
+MAX_OPTIONS = np.iinfo(np.int16).max  # of one choice: their indices are int16
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,25 @@ class Table:
         return Table(self.name, self.candidates.where(keep), valid, seconds, self.test[keep])
 
 
-def load(path: Path) -> Table:
-    """The table in a file, in the project's format or one of the two that `convert` knows.
+def load(path: Path, joined: Sequence[Path] = ()) -> Table:
+    """The table in a file, in the project's format or one that `convert` knows, with the columns of the `joined` ones.
 
     Raises EnvironmentUnusable if there is no such file, UsageError if its content fits no format.
     """
+    rows = _read(path)
+    for other in joined:
+        try:
+            rows = join(rows, _read(other))
+        except ValueError as error:
+            raise UsageError(f"{other} does not fit {path}: {error}") from error
+    try:
+        return _parse(path.name.split(".")[0], rows)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/surrogate.md") from error
+
+
+def _read(path: Path) -> list[Row]:
+    """The rows of a file in the project's format."""
     if not path.is_file():
         raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (columns: see docs/surrogate.md)")
     try:
@@ -76,24 +92,31 @@ def load(path: Path) -> Table:
     if not rows:
         raise UsageError(f"{path} has no rows")
     try:
-        return _parse(path.name.split(".")[0], convert(rows))
-    except (KeyError, ValueError, TypeError) as error:
+        return convert(rows)
+    except KeyError as error:
+        raise UsageError(f"{path} is not a table of results: it has no column {error}") from error
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/surrogate.md") from error
 
 
-def convert(rows: list[Row]) -> list[Row]:
-    """Rows in the project's format, from any of the three formats, which are recognised by their columns.
+def join(rows: list[Row], others: list[Row]) -> list[Row]:
+    """The rows, each with the columns `proxy:NAME` and `latency:NAME` of the other row that has the same choices.
 
-    Raises ValueError for other columns.
+    Raises ValueError if the others have no such column, other choices, or none of the architectures.
     """
-    columns = set(rows[0])
-    if {"ops", "val_e200", "test_e200"} <= columns:
-        return from_nasbench201(rows)
-    if {"encoding", "kd", "train_divisor"} <= columns:
-        return from_mfkd(rows)
-    if f"valid:{FULL}" in columns and any(column.startswith("choice:") for column in columns):
-        return rows
-    raise ValueError(f"the columns {', '.join(sorted(columns))} match no known format")
+    choices = [column for column in rows[0] if column.startswith("choice:")]
+    columns = [column for column in others[0] if column.startswith(KNOWN)]
+    if not columns:
+        raise ValueError("it has no column proxy:NAME or latency:NAME")
+    lacking = [column for column in choices if column not in others[0]]
+    if lacking:
+        raise ValueError(f"it has no column {', '.join(lacking)}")
+    by_choices = {tuple(row[c] for c in choices): {column: row[column] for column in columns} for row in others}
+    unknown = dict.fromkeys(columns, "")
+    found = [by_choices.get(tuple(row[c] for c in choices), unknown) for row in rows]
+    if all(known is unknown for known in found):
+        raise ValueError("they have no architecture in common")
+    return [row | known for row, known in zip(rows, found, strict=True)]
 
 
 def dump(rows: list[Row], path: Path) -> None:
@@ -106,116 +129,65 @@ def dump(rows: list[Row], path: Path) -> None:
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def from_nasbench201(rows: list[Row]) -> list[Row]:
-    """Converts NAS-Bench-201: a row per cell: `ops` (a digit per edge), `val_eN`, `test_eN`, `seconds_eN`, `iso`."""
-    epochs = sorted({int(c[5:]) for c in rows[0] if c.startswith("val_e")})
-    out = []
-    for row in rows:
-        new = {f"choice:{edge}": NASBENCH_OPS[int(op)] for edge, op in zip(NASBENCH_EDGES, row["ops"], strict=True)}
-        new |= {"macs": row["macs"], "params": row["params"], "class": row.get("iso", "")}
-        for epoch in epochs:
-            name = FULL if epoch == epochs[-1] else f"e{epoch}"
-            new[f"valid:{name}"] = _percent(row[f"val_e{epoch}"])
-            new[f"seconds:{name}"] = row[f"seconds_e{epoch}"]
-        out.append(new | {f"test:{FULL}": _percent(row[f"test_e{epochs[-1]}"])})
-    return out
-
-
-def from_mfkd(rows: list[Row]) -> list[Row]:
-    """Converts the paper authors' measurements: a row per architecture, loss and fraction of the training set.
-
-    Full fidelity is training on the whole set without distillation. The choices are the numbers of `encoding` that
-    vary; MACs and parameters are those of the MobileNetV2 that it describes, on 32 x 32 images.
-    """
-    encodings = {row["arch"]: [[int(v) for v in b.split(",")] for b in row["encoding"].split(";")] for row in rows}
-    flat = np.array([[value for block in blocks for value in block] for blocks in encodings.values()])
-    names = [f"block{b}.{part}" for b in range(8) for part in ("expansion", "channels", "repeats", "stride")]
-    varying = [i for i in range(flat.shape[1]) if len(set(flat[:, i])) > 1 and not (i >= 28 and i != 29)]
-    out: dict[str, Row] = {}
-    for arch, blocks in encodings.items():
-        values = [value for block in blocks for value in block]
-        macs, params = mobilenetv2_cost(blocks, classes=100, resolution=32)
-        out[arch] = {f"choice:{names[i]}": str(values[i]) for i in varying} | {"macs": str(macs), "params": str(params)}
-    for row in rows:
-        full = row["kd"] == "nokd" and row["train_divisor"] == "1"
-        name = FULL if full else f"{row['kd']}/{row['train_divisor']}"
-        new = {f"valid:{name}": row["valid_acc"], f"seconds:{name}": row["seconds"]}
-        out[row["arch"]] |= new | ({f"test:{FULL}": row["test_acc"]} if full else {})
-    return list(out.values())
-
-
-def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> tuple[int, int]:
-    """Multiply-accumulates and weights of a MobileNetV2 with blocks of (expansion, channels, repeats, stride).
-
-    The stem has 32 channels at stride 1; the last block is a 1x1 convolution. MACs do not include normalisation.
-    """
-    size, inp = resolution, 32
-    macs, params = size * size * 27 * inp, 27 * inp + 2 * inp
-    for expansion, channels, repeats, stride in blocks[:-1]:
-        for repeat in range(repeats):
-            hidden = inp * expansion
-            if expansion != 1:
-                macs, params = macs + size * size * inp * hidden, params + inp * hidden + 2 * hidden
-            size = -(-size // (stride if repeat == 0 else 1))
-            macs += size * size * hidden * (9 + channels)
-            params += hidden * (9 + channels) + 2 * (hidden + channels)
-            inp = channels
-    last = blocks[-1][1]
-    macs += size * size * inp * last + last * classes
-    return macs, params + inp * last + 2 * last + last * classes + classes
-
-
-def _percent(text: str) -> str:
-    return f"{float(text) / 100:.6g}" if text else ""
-
-
 def _parse(name: str, rows: list[Row]) -> Table:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    fidelities = [column[6:] for column in columns if column.startswith("valid:")]
+    for column in (f"valid:{FULL}", f"test:{FULL}", *(f"seconds:{fidelity}" for fidelity in fidelities)):
+        if column not in columns:
+            raise ValueError(f"it has no column '{column}'")
     rows = _first_of_each_class(rows)
+    candidates = _candidates(name, rows, columns)
+    valid = {fidelity: _numbers(rows, f"valid:{fidelity}") for fidelity in fidelities}
+    seconds = {fidelity: _numbers(rows, f"seconds:{fidelity}") for fidelity in fidelities}
+    test = _numbers(rows, f"test:{FULL}")
+    for column, values in (*((f"valid:{f}", values) for f, values in valid.items()), (f"test:{FULL}", test)):
+        if np.isnan(values).all():
+            raise ValueError(f"no row has a value in '{column}'")
+        if np.nanmin(values) < 0 or np.nanmax(values) > 1:
+            raise ValueError(f"accuracies in '{column}' are not within 0..1")
+    untested = np.flatnonzero(~np.isnan(valid[FULL]) & np.isnan(test))
+    if len(untested):
+        raise ValueError(f"architecture {untested[0] + 1} has 'valid:{FULL}' but no 'test:{FULL}'")
+    return Table(name, candidates, valid, seconds, test)
+
+
+def _candidates(name: str, rows: list[Row], columns: list[str]) -> Candidates:
     choices, encoded = _choices(rows)
     different, counts = np.unique(encoded, axis=0, return_counts=True)
     if len(different) < len(rows):  # it would be undefined which of them a trial means
         twin = [c.options[option] for c, option in zip(choices, different[counts.argmax()], strict=True)]
         raise ValueError(f"two rows have the same choices, {twin}; average them, or give them the same `class`")
-    space = SearchSpace(name, choices, _no_network)
-    lows = [c[6:] for c in rows[0] if c.startswith("valid:")]
-    known = "macs" in rows[0]
-    candidates = Candidates(
-        encoded,
-        space.encode(encoded),
-        _numbers(rows, "macs") if known else np.ones(len(rows)),
-        _numbers(rows, "params") if "params" in rows[0] else np.ones(len(rows)),
-    )
-    if np.isnan(candidates.macs).any() or np.isnan(candidates.params).any():
+    costs = {c: _numbers(rows, c) if c in columns else np.ones(len(rows)) for c in ("macs", "params")}
+    if np.isnan(list(costs.values())).any():
         raise ValueError("a row has no macs or no params; fill them in, or leave out the column")
-    valid = {low: _numbers(rows, f"valid:{low}") for low in lows}
-    seconds = {low: _numbers(rows, f"seconds:{low}") for low in lows}
-    test = _numbers(rows, f"test:{FULL}")
-    for column, values in (*valid.items(), ("test", test)):
-        if np.nanmin(values) < 0 or np.nanmax(values) > 1:
-            raise ValueError(f"accuracies in '{column}' are not within 0..1")
-    return Table(name, candidates, valid, seconds, test)
+    trends = {c: _numbers(rows, c) for c in columns if c.startswith(KNOWN)}
+    space = SearchSpace(name, choices, _no_network)
+    return Candidates(encoded, space.encode(encoded), costs["macs"], costs["params"], trends)
 
 
 def _first_of_each_class(rows: list[Row]) -> list[Row]:
+    """The first row of each class. What is known without training is known of all of them if it is of one."""
     first: dict[Any, Row] = {}
     for i, row in enumerate(rows):
-        first.setdefault(row.get("class") or (i,), row)
+        one = first.setdefault(row.get("class") or (i,), dict(row))
+        for column in (c for c in row if c.startswith(KNOWN) and not one.get(c)):
+            one[column] = row[column]
     return list(first.values())
 
 
-def _choices(rows: list[Row]) -> tuple[tuple[Choice, ...], npt.NDArray[np.int8]]:
+def _choices(rows: list[Row]) -> tuple[tuple[Choice, ...], npt.NDArray[np.int16]]:
     """The choices that the columns describe, and the option indices of the rows (n, d)."""
     found, columns = [], []
     for column in (c for c in rows[0] if c.startswith("choice:")):
         values = [row[column] for row in rows]
         ordinal = all(_is_number(value) for value in values)
         options = sorted(set(values), key=(lambda v: (float(v), v)) if ordinal else None)
-        if len(options) > 127:
-            raise ValueError(f"{column} has {len(options)} options; at most 127 are possible")  # indices are int8
+        if len(options) > MAX_OPTIONS:
+            raise ValueError(f"{column} has {len(options)} options; at most {MAX_OPTIONS} are possible")
         place = {option: i for i, option in enumerate(options)}
         columns.append([place[value] for value in values])
         found.append(Choice(column[7:], tuple(map(float, options)) if ordinal else tuple(options), ordinal))
-    return tuple(found), np.ascontiguousarray(np.array(columns, dtype=np.int8).T)
+    return tuple(found), np.ascontiguousarray(np.array(columns, dtype=np.int16).T)
 
 
 def _is_number(text: str) -> bool:
@@ -227,7 +199,8 @@ def _is_number(text: str) -> bool:
 
 
 def _numbers(rows: Iterable[Row], column: str) -> Array:
-    return np.array([float(row[column]) if row[column] else np.nan for row in rows])
+    """The values of a column, nan where a row has none."""
+    return np.array([float(row[column]) if row.get(column) else np.nan for row in rows])
 
 
 def _no_network(choices: tuple[int, ...], classes: int, width: float) -> Any:
