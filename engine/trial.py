@@ -113,6 +113,12 @@ class Fidelity:
     weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fraction, Fraction):  # Python callers write "1/27" or 0.1
+            try:
+                fraction = Fraction(str(self.fraction))
+            except (ValueError, ZeroDivisionError):
+                raise UsageError(f"{self.name}.fraction is {self.fraction}; write 1/27 or 0.1") from None
+            object.__setattr__(self, "fraction", fraction)
         if not 0 < self.fraction <= 1:
             raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be greater than 0 and at most 1")
         if self.epochs < 1:

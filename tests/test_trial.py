@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -69,3 +70,14 @@ def test_an_architecture_is_read_back_from_its_text() -> None:
 def test_a_fidelity_outside_its_range_is_refused(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"low.{field}"):
         Fidelity("low", **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fraction", ["1/10", 0.1, Fraction(1, 10)])
+def test_python_callers_may_write_a_fraction_as_text_or_number(fraction: Any) -> None:
+    assert Fidelity("low", fraction).fraction == Fraction(1, 10)
+    assert Fidelity("low", fraction) == Fidelity("low", Fraction(1, 10))
+
+
+def test_a_fraction_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"low\.fraction is a third; write 1/27 or 0\.1"):
+        Fidelity("low", "a third")  # type: ignore[arg-type]
