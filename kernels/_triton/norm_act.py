@@ -44,6 +44,25 @@ def _rows(program, programs, rows, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def _place(row, i_channel, rows, channels, BLOCK_R: tl.constexpr):
+    """Offsets of the tile that starts at `row` into a matrix [rows, channels], and the mask of those inside it."""
+    i_row = (row + tl.arange(0, BLOCK_R)).to(tl.int64)
+    mask = (i_row < rows)[:, None] & (i_channel < channels)[None, :]
+    return i_row[:, None] * channels + i_channel[None, :], mask
+
+
+@triton.jit
+def _affine(saved_ptr, weight_ptr, bias_ptr, i_channel, channels):
+    """Mean, 1 / standard deviation, weight / standard deviation, and bias of each channel."""
+    mask = i_channel < channels
+    mean = tl.load(saved_ptr + i_channel, mask=mask, other=0.0)
+    inverse = tl.load(saved_ptr + channels + i_channel, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + i_channel, mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + i_channel, mask=mask, other=0.0)
+    return mean, inverse, weight * inverse, bias
+
+
+@triton.jit
 def _sums(partial_ptr, i_channel, channels, SPLITS: tl.constexpr):
     """Both sums per channel over all splits: partial_ptr [2, SPLITS, channels]."""
     i_split = tl.arange(0, SPLITS)
@@ -70,9 +89,8 @@ def statistics_kernel(
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for tile in range(0, tiles):
-        i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (i_row < rows)[:, None] & m_channel[None, :]
-        x = tl.load(x_ptr + i_row[:, None] * channels + i_channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        offset, mask = _place(start + tile * BLOCK_R, i_channel, rows, channels, BLOCK_R)
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(mask, x - shift[None, :], 0.0)
         first += x
         second += x * x
@@ -121,9 +139,7 @@ def apply_kernel(
     bias = tl.load(bias_ptr + i_channel, mask=m_channel, other=0.0)
     start, tiles = _rows(i_range, tl.num_programs(1), rows, BLOCK_R)
     for tile in range(0, tiles):
-        i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (i_row < rows)[:, None] & m_channel[None, :]
-        offset = i_row[:, None] * channels + i_channel[None, :]
+        offset, mask = _place(start + tile * BLOCK_R, i_channel, rows, channels, BLOCK_R)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         y = _activate((x - mean[None, :]) * scale[None, :] + bias[None, :], low, high)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -142,20 +158,15 @@ def reduce_kernel(
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     m_channel = i_channel < channels
-    mean = tl.load(saved_ptr + i_channel, mask=m_channel, other=0.0)
-    inverse = tl.load(saved_ptr + channels + i_channel, mask=m_channel, other=0.0)
-    weight = tl.load(weight_ptr + i_channel, mask=m_channel, other=0.0)
-    bias = tl.load(bias_ptr + i_channel, mask=m_channel, other=0.0)
+    mean, inverse, scale, bias = _affine(saved_ptr, weight_ptr, bias_ptr, i_channel, channels)
     start, tiles = _rows(split, SPLITS, rows, BLOCK_R)
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for tile in range(0, tiles):
-        i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (i_row < rows)[:, None] & m_channel[None, :]
-        offset = i_row[:, None] * channels + i_channel[None, :]
+        offset, mask = _place(start + tile * BLOCK_R, i_channel, rows, channels, BLOCK_R)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        u = (x - mean[None, :]) * (weight * inverse)[None, :] + bias[None, :]
+        u = (x - mean[None, :]) * scale[None, :] + bias[None, :]
         grad = _sloped(grad, u, low, high)
         first += grad
         second += grad * (x - mean[None, :]) * inverse[None, :]
@@ -183,10 +194,7 @@ def gradient_kernel(
     i_channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_range = tl.program_id(1)
     m_channel = i_channel < channels
-    mean = tl.load(saved_ptr + i_channel, mask=m_channel, other=0.0)
-    inverse = tl.load(saved_ptr + channels + i_channel, mask=m_channel, other=0.0)
-    weight = tl.load(weight_ptr + i_channel, mask=m_channel, other=0.0)
-    bias = tl.load(bias_ptr + i_channel, mask=m_channel, other=0.0)
+    mean, inverse, scale, bias = _affine(saved_ptr, weight_ptr, bias_ptr, i_channel, channels)
     first, second = _sums(partial_ptr, i_channel, channels, SPLITS)
     if i_range == 0:
         tl.store(parameters_ptr + i_channel, second, mask=m_channel)
@@ -195,15 +203,13 @@ def gradient_kernel(
         first, second = first * 0.0, second * 0.0
     start, tiles = _rows(i_range, tl.num_programs(1), rows, BLOCK_R)
     for tile in range(0, tiles):
-        i_row = (start + tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask = (i_row < rows)[:, None] & m_channel[None, :]
-        offset = i_row[:, None] * channels + i_channel[None, :]
+        offset, mask = _place(start + tile * BLOCK_R, i_channel, rows, channels, BLOCK_R)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         normal = (x - mean[None, :]) * inverse[None, :]
-        u = (x - mean[None, :]) * (weight * inverse)[None, :] + bias[None, :]
+        u = (x - mean[None, :]) * scale[None, :] + bias[None, :]
         grad = _sloped(grad, u, low, high) - (first[None, :] + normal * second[None, :]) / rows
-        out = grad * (weight * inverse)[None, :]
+        out = grad * scale[None, :]
         tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
