@@ -42,13 +42,14 @@ def run_all(settings: Replay) -> list[SimulatedRun]:
 
     `settings` come from `validated_replay`. On a terminal a bar on stderr shows the progress.
     """
-    done = _load_runs(settings)
+    digests = _digests(settings)
+    done = _load_runs(settings, digests)
     todo = [(m, s) for s in range(settings.seeds) for m in settings.methods if (m, s) not in done]
     with open(_runs_file(settings) or os.devnull, "a") as file, closing(_simulate_all(settings, todo)) as runs:
         bar: dict[str, Any] = {"console": TolerantConsole(stderr=True), "disable": not sys.stderr.isatty()}
         for run in track(runs, "replay", len(todo), **bar):
             done[run.method, run.seed] = run
-            file.write(json.dumps({"settings": _digest(settings, run.method), **asdict(run)}) + "\n")
+            file.write(json.dumps({"settings": digests[run.method], **asdict(run)}) + "\n")
             file.flush()
     return [done[m, s] for m in settings.methods for s in range(settings.seeds)]
 
@@ -81,23 +82,25 @@ def _depend_on(parent: int) -> None:
     die_with(parent)
 
 
-def _digest(settings: Replay, method: str) -> str:
-    """A hash of what a run depends on besides its method's code and its seed: settings and content of the tables."""
-    relevant = replace(settings, methods=(method,), seeds=0, at=(), processes=0, out=None)
+def _digests(settings: Replay) -> dict[str, str]:
+    """By method, a hash of what a run depends on besides its code and its seed: settings and content of the tables."""
+    relevant = replace(settings, table=Path(), join=(), seeds=0, at=(), processes=0, out=None)
     contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (settings.table, *settings.join)]
-    return hashlib.sha256(f"{replace(relevant, table=Path(), join=())}{contents}".encode()).hexdigest()[:16]
+    return {
+        method: hashlib.sha256(f"{replace(relevant, methods=(method,))}{contents}".encode()).hexdigest()[:16]
+        for method in settings.methods
+    }
 
 
 def _runs_file(settings: Replay) -> Path | None:
     return settings.out / "runs.jsonl" if settings.out is not None else None
 
 
-def _load_runs(settings: Replay) -> dict[tuple[str, int], SimulatedRun]:
+def _load_runs(settings: Replay, digests: dict[str, str]) -> dict[tuple[str, int], SimulatedRun]:
     """The finished runs with these settings that an earlier replay left in `out`; a truncated line is skipped."""
     path = _runs_file(settings)
     if path is None or not path.exists():
         return {}
-    digests = {method: _digest(settings, method) for method in settings.methods}
     found: dict[tuple[str, int], SimulatedRun] = {}
     for line in path.read_text().splitlines():
         try:
