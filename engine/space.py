@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,11 @@ class SearchSpace:
     activations, with the arguments of cost, returns the number of outputs (n,) of all convolutions. It may be None too,
     and is then counted (engine.networks.activations).
     canonical(choices) maps all members of a class of identical networks to one of them.
-    `resolution` is the input size, in pixels, at which MACs are quoted.
+
+    A space whose members are cut from one pretrained network has three more. start(classes, weights) returns the
+    largest member with the weights of its library, or those in a file, and a new classifier. inherit(network, choices)
+    cuts a member out of the trained largest one; it has the structure of `build`. `families` holds obvious ways to make
+    the largest member smaller, each as option indices (n, d); a search is compared with the best of each.
     """
 
     name: str
@@ -51,6 +56,9 @@ class SearchSpace:
     cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
     canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     activations: Callable[[IntMatrix, int, float, int], FloatArray] | None = None
+    start: Callable[[int, Path | None], nn.Module] | None = None
+    inherit: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
+    families: Mapping[str, IntMatrix] = field(default_factory=dict)
 
     @cached_property
     def radices(self) -> tuple[int, ...]:
