@@ -47,6 +47,7 @@ class DataFacts:
 
     `resolution` is the side in pixels of the images that a network sees, `images` the size of each split. `files` tells
     whether the images are files of a folder. `fingerprint` identifies the content (engine.data.dataset.fingerprint).
+    `notes` tell how a folder was read and what was passed over, `warnings` what is probably a mistake in it.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +58,14 @@ class DataFacts:
     files: bool = False
     fingerprint: str = ""
     device: str = ""
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: the size of each split, the number of classes, how a folder was read, what was passed over."""
+        sizes = ", ".join(f"{count:,} {split}" for split, count in self.images.items())
+        return "; ".join((f"{sizes}, {len(self.classes)} classes", *self.notes))
 
     @property
     def normalisation(self) -> Normalisation:

@@ -67,7 +67,7 @@ def model_card(report: Json, task: ExportTask) -> str:
         ("accuracy, test split", _percent(facts["test_accuracy"])),
         ("multiply-accumulates", f"{report['macs']:,}"),
         ("parameters", f"{report['params']:,}"),
-        ("data", f"`{facts['data']}`: {facts['images']['train']:,} training images, {len(classes)} classes"),
+        ("data", f"`{facts['data']}`: {facts['images']}".replace("|", "\\|")),
         ("training", facts["training"]),
         ("teacher", facts["distillation"]),
     ]

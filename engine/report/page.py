@@ -39,7 +39,7 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
         drawing=draw(load_space(config.space), best.trial.architecture) if best else "",
         charts="\n".join(map(_figure, charts)),
         best=_table(run),
-        settings=_pairs(flatten(config_to_dict(config) | config_to_dict(run.budget))),
+        settings=_pairs(_settings(run)),
         calls=_commands(run),
         footer=f"Written on {datetime.now():%-d %B %Y at %H:%M}. trials.csv, beside this page, holds every evaluation.",
         # The data contain text from elsewhere (errors, paths): none of it may end the script element.
@@ -73,6 +73,13 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
             yield name, f"{count}"
     seconds = sum(e.seconds for e in run.answers)
     yield "worker time", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _settings(run: Run) -> Iterable[tuple[str, Any]]:
+    """What the run was asked to do, and the images that it found."""
+    if "data" in run.facts:
+        yield "images", "; ".join((run.data.summary, *run.data.warnings))
+    yield from flatten(config_to_dict(run.config) | config_to_dict(run.budget))
 
 
 def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def card_facts(run: Run, evaluation: Evaluation) -> Json:
     return {
         "title": f"{config.space} {trial.architecture}",
         "data": config.data,
-        "images": asdict(run.data)["images"],
+        "images": "; ".join((run.data.summary, *run.data.warnings)),
         "valid_accuracy": evaluation.accuracy,
         "test_accuracy": winner["test_accuracy"] if tested else None,
         "training": _training(config, trial),

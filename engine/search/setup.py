@@ -74,12 +74,13 @@ def probe(context: RunContext) -> DataFacts:
     """Has a worker check data and device; returns its findings."""
     config = context.config
     facts = task_from_json(DataFacts, context.answer(ProbeTask(context.worker)))
+    context.display.say(f"data {config.data}: {facts.summary}")
+    for warning in facts.warnings:
+        context.display.say(f"warning: {warning}")
     if facts.images["train"] < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it"
         )
-    counts = f"{facts.images['train']} train, {facts.images['valid']} valid, {len(facts.classes)} classes"
-    context.display.say(f"data {config.data}: {counts}")
     return facts
 
 

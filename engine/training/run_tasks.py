@@ -50,10 +50,12 @@ def run_probe(payload: Json) -> Json:
         resolution=data.resolution,
         mean=data.mean,
         std=data.std,
-        images={"train": len(data.train), "valid": len(data.valid)},
+        images={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         files=data.train.files is not None,
         fingerprint=fingerprint(data),
         device=device_name(context.device),
+        notes=data.notes,
+        warnings=data.warnings,
     )
     return task_to_json(facts)
 
@@ -104,7 +106,10 @@ def run_latency(payload: Json) -> list[float]:
 
 
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device"}. Raises UsageError if the classes, or their order, differ."""
+    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+
+    Raises UsageError if the classes, or their order, differ.
+    """
     task = task_from_json(ScoreTask, payload)
     context, trial, known = open_context(task.worker), task.trial, task.trained_on
     if known is not None:
@@ -122,4 +127,5 @@ def run_score(payload: Json) -> Json:
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
     network, images = place(network, context.device), sum(map(len, splits))
     correct = sum(len(split) * context.accuracy(network, split, trial.fidelity) for split in splits)
-    return {"accuracy": correct / images, "images": images, "device": device_name(context.device)}
+    device, notes = device_name(context.device), [*data.notes, *data.warnings]
+    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}
