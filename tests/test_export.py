@@ -189,7 +189,10 @@ def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: Ex
     }  # fmt: skip
     card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card
-    facts = ("91.25 %", "not measured", "5,000 train, 1,000 valid; passed over 1: a\\|b.psd", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}")
+    facts = (
+        "91.25 %", "not measured", "5,000 train, 1,000 valid; passed over 1: a\\|b.psd", "0.4, 0.5, 0.6", 'e "quoted"',
+        f"{report['macs']:,}",
+    )
     for text in facts:
         assert text in card, text
 

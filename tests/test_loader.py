@@ -311,7 +311,7 @@ def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: P
     cut.write_bytes(Path(files.train.files[0]).read_bytes()[:700])
     split = dataclasses.replace(files.train, files=(str(text), str(cut), *files.train.files[2:]))
     batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
-    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: is not a JPEG or PNG\n.*cut.jpg: .*truncated"):
+    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: not an image, despite its name\n.*cut.jpg: .*truncated"):
         list(batches)
 
 

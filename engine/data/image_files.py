@@ -110,7 +110,7 @@ def _prepare(file: str, png: Path) -> tuple[str, bool]:
     found = _decoded(file)
     if isinstance(found, str):
         return found, False
-    if found.format in _AS_THEY_ARE and found.mode != "CMYK" and is_utf8(file):
+    if found.format in _AS_THEY_ARE and found.mode != "CMYK" and is_utf8(file) and not _is_extended_webp(file):
         return "", False
     try:
         content = _png(_rgb(found))
@@ -137,6 +137,12 @@ def _decoded(file: str) -> Image.Image | str:
     # Pillow reports broken files by any of these, SyntaxError among them (a PNG's bad chunk).
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
+
+
+def _is_extended_webp(file: str) -> bool:
+    """Whether a file is WebP with metadata or animation; DALI fails on some of these, and its documentation says so."""
+    with open(file, "rb") as opened:
+        return opened.read(16)[8:] == b"WEBPVP8X"
 
 
 def is_utf8(path: str) -> bool:

@@ -32,7 +32,7 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
     return Template(_asset("page.html")).substitute(
         title=escape(f"{run.folder.path.name}: search report"),
         name=escape(run.folder.path.name),
-        about=escape(f"{method} in {config.space} on {config.data}; {state}"),
+        about=escape("; ".join((f"{method} in {config.space} on {config.data}", state, *_warnings(run)))),
         claim="Winner" if run.result else "Best so far",
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),
@@ -73,6 +73,10 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
             yield name, f"{count}"
     seconds = sum(e.seconds for e in run.answers)
     yield "worker time", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _warnings(run: Run) -> Iterable[str]:
+    return [f"warning: {warning}" for warning in run.data.warnings] if "data" in run.facts else []
 
 
 def _settings(run: Run) -> Iterable[tuple[str, Any]]:
