@@ -117,6 +117,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sixteen_bits(RGB).save(folder / "deep-grey.png")
     sixteen_bits(RGB).save(folder / "deep-grey.tif")
     (folder / "deep.png").write_bytes(rgb16_png(RGB))
+    (folder / "no-end.png").write_bytes((folder / "plain.png").read_bytes()[:-2])
     return folder
 
 
@@ -141,7 +142,7 @@ def centre(image: Image.Image) -> NDArray[np.uint8]:
 
 def test_every_kind_of_file_has_the_pixels_that_pillow_reads(written: Path, tmp_path: Path) -> None:
     files = sorted(map(str, written.iterdir()))
-    assert len(files) == len(KINDS) + 3
+    assert len(files) == len(KINDS) + 4
     for file, have in zip(files, as_loaded(files_split(files, tmp_path)), strict=True):
         if "deep" in file:  # the 8 high bits; Pillow cuts grey images of 16 bits off at 255
             want = (RGB if file.endswith("deep.png") else GREY).convert("RGB")
@@ -166,7 +167,7 @@ def test_only_what_dali_cannot_read_alike_is_converted(written: Path, tmp_path: 
     converted = {os.path.basename(file) for file in files_split(files, tmp_path).converted}
     assert converted == {
         *(name for name in map(os.path.basename, files) if name.endswith((".tif", ".tiff", ".gif", ".avif"))),
-        "a-gif-named.jpg", "cmyk.jpg", "animated.webp", "turned6.webp",
+        "a-gif-named.jpg", "cmyk.jpg", "no-end.png", "animated.webp", "turned6.webp",
     }
 
 

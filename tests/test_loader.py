@@ -315,6 +315,18 @@ def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: P
         list(batches)
 
 
+def test_a_file_that_only_dali_cannot_decode_is_named(files: Dataset, tmp_path: Path) -> None:
+    """The check converts such a file; here none was made."""
+    picture = tmp_path / "no-end.png"
+    Image.new("RGB", (60, 60)).save(picture)
+    picture.write_bytes(picture.read_bytes()[:-5])
+    assert files.train.files is not None
+    split = dataclasses.replace(files.train, files=(*files.train.files[:22], str(picture)))
+    batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
+    with pytest.raises(EnvironmentUnusable, match=r"DALI cannot decode these images.*\n  .*no-end.png$"):
+        list(batches)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fewer_images_than_a_batch(backend: str) -> None:
     with pytest.raises(UsageError, match="7 training images are fewer than a batch of 8"):

@@ -228,7 +228,7 @@ def _divided(classes: _Classes, split: str) -> tuple[_Classes, _Classes]:
         )
 
     def digest(file: str) -> bytes:
-        return hashlib.sha256(os.fsencode(file[len(split) :].strip("/").partition("/")[2])).digest()
+        return hashlib.sha256(os.fsencode(file[len(split) :].lstrip("/").partition("/")[2])).digest()
 
     train, test = {}, {}
     for name, files in classes.items():

@@ -21,10 +21,9 @@ from engine.trial import EnvironmentUnusable
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 KINDS = "JPEG, PNG, WebP, BMP, TIFF, GIF or AVIF"
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # Pillow's names; it tells them by content
-# What DALI decodes to Pillow's pixels on the CPU (tests/test_image_files.py), and with the same code for a GPU, except
-# for JPEG. It has no decoder for GIF and AVIF, and reads some TIFF files otherwise or not at all. An MPO is a JPEG.
-_AS_THEY_ARE = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
 _DEEP = {"I", "F"}  # modes whose pixels only their owner can scale to 8 bits
+# Pillow reports broken files by any of these, SyntaxError among them (a PNG's bad chunk).
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _VERSION = b"1"  # of what is recorded and converted
 
 
@@ -110,11 +109,11 @@ def _prepare(file: str, png: Path) -> tuple[str, bool]:
     found = _decoded(file)
     if isinstance(found, str):
         return found, False
-    if found.format in _AS_THEY_ARE and found.mode != "CMYK" and is_utf8(file) and not _is_extended_webp(file):
+    if is_utf8(file) and _dali_reads_alike(found, file):
         return "", False
     try:
         content = _png(_rgb(found))
-    except (OSError, ValueError) as error:
+    except _BROKEN as error:
         return str(error), False
     _write(png, content)
     return "", True
@@ -134,15 +133,35 @@ def _decoded(file: str) -> Image.Image | str:
         return "dangling link" if os.path.islink(file) else "does not exist"
     except UnidentifiedImageError:
         return "not an image, despite its name"
-    # Pillow reports broken files by any of these, SyntaxError among them (a PNG's bad chunk).
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         return str(error)
 
 
-def _is_extended_webp(file: str) -> bool:
-    """Whether a file is WebP with metadata or animation; DALI fails on some of these, and its documentation says so."""
-    with open(file, "rb") as opened:
-        return opened.read(16)[8:] == b"WEBPVP8X"
+def _dali_reads_alike(image: Image.Image, file: str) -> bool:
+    """Whether DALI decodes a file to Pillow's pixels, whatever the device (tests/test_image_files.py).
+
+    It has no decoder for GIF and AVIF, reads some TIFF files otherwise or not at all, and converts CMYK by other rules
+    on a GPU.
+    """
+    if image.format == "WEBP":
+        with open(file, "rb") as opened:  # DALI fails on some files with metadata or animation, as its manual says
+            return opened.read(16)[12:] != b"VP8X"
+    if image.format == "PNG":
+        return _is_sound_png(file)
+    return image.format in ("JPEG", "MPO", "BMP") and image.mode != "CMYK"  # an MPO is a JPEG with more after it
+
+
+def _is_sound_png(file: str) -> bool:
+    """Whether a PNG has its end and the right checksums. If not, Pillow may still have all pixels, but DALI fails."""
+    try:
+        with open(file, "rb") as opened:
+            opened.seek(-8, os.SEEK_END)
+            ended = opened.read() == b"IEND\xaeB`\x82"
+        with Image.open(file) as image:
+            image.verify()
+    except _BROKEN:
+        return False
+    return ended
 
 
 def is_utf8(path: str) -> bool:

@@ -138,13 +138,36 @@ def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
 
     if batches.split.files is not None:
         ahead = range(step, min(step + _PREFETCH + 1, len(batches)))
-        rows = np.unique(np.concatenate([batches.at(s)[1] for s in ahead]))
-        bad = unreadable(batches.split.paths(rows))
+        paths = batches.split.paths(np.unique(np.concatenate([batches.at(s)[1] for s in ahead])))
+        bad = unreadable(paths)
         if bad:
             return EnvironmentUnusable(
                 "images became unreadable after they were checked; replace or remove them:\n  " + "\n  ".join(bad)
             )
+        bad = [path for path in paths if not _decodes(path)]
+        if bad:
+            return EnvironmentUnusable(
+                "DALI cannot decode these images, though Pillow can; save them anew or remove them:\n  "
+                + "\n  ".join(bad)
+            )
     return EnvironmentUnusable(f"DALI stopped: {error}")
+
+
+def _decodes(path: str) -> bool:
+    """Whether DALI can decode a file on the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    def graph() -> Any:
+        encoded, _ = fn.readers.file(files=[path], labels=[0])
+        return fn.decoders.image(encoded, device="cpu")
+
+    pipeline = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None)
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _array_pipeline(batches: Batches) -> Any:
