@@ -21,7 +21,7 @@ OURS = {"engine", "kernels", "surrogate", "cli", "mfkd", "bench", "tests"}
 CORE = {"config", "run_folder", "space", "spaces", "stop_files", "tasks", "trial"}
 DRIVER = {"commands", "doctor", "fleet", "report", "search"}  # never imports torch
 WORKER = {"data", "export", "selftest", "training"}
-NETWORKS = {"networks"}  # imports torch and nothing of ours; spaces import it when they build a network
+NETWORKS = {"networks"}  # imports torch, and of ours only the errors; spaces import it when they build a network
 MAX_PARAMETERS = 6
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -103,7 +103,7 @@ def test_every_part_of_engine_belongs_to_a_room() -> None:
     ("rooms", "allowed", "libraries"),
     [
         (CORE, CORE | NETWORKS, set()),
-        (NETWORKS, NETWORKS, set()),
+        (NETWORKS, NETWORKS | {"trial"}, set()),
         (DRIVER, DRIVER | CORE, {"surrogate"}),
         (WORKER, WORKER | CORE | NETWORKS, {"kernels"}),
     ],

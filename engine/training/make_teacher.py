@@ -11,6 +11,8 @@ from torch import nn
 
 from engine.config import Resources
 from engine.data.dataset import fingerprint
+from engine.networks import library
+from engine.networks.library import Statistics
 from engine.run_folder import training_state_of
 from engine.tasks import TeacherTask
 from engine.training import checkpoint
@@ -18,7 +20,6 @@ from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext
 from engine.training.student import prepare
-from engine.training.teacher import Statistics
 from engine.training.train import Stopwatch, train
 from engine.trial import Fidelity, NoWinner
 
@@ -63,7 +64,7 @@ def fetch_teacher(context: WorkerContext, network: str, path: Path) -> None:
     """Saves a library's network with the library's pretrained weights at `path`."""
     start, data = time.perf_counter(), context.data
     built = teachers.build(network, len(data.classes), data.resolution, pretrained=True)
-    statistics = teachers.normalisation(network) or (data.mean, data.std)
+    statistics = library.normalisation(network) or (data.mean, data.std)
     _save(context, built, network, path, statistics, time.perf_counter() - start)
 
 
