@@ -76,7 +76,7 @@ class SearchConfig:
     hint_weight: float = option(100.0, "weight of the hint loss (RepDistiller's beta)")
     similarity_weight: float = option(3000.0, "weight of similarity preservation (RepDistiller's beta)")
     label_smoothing: float = option(0.0, "share of each label that is spread over all classes, in the cross entropy")
-    batch_size: int = option(0, "images per step; 0 means auto: 64 from scratch, 32 in fine-tuning, fewer for few images")
+    batch_size: int = option(0, "images per step; 0 means auto: 64 from scratch, 32 in fine-tuning, or less")
     optimizer: Optimizer = option("sgd", "sgd (with Nesterov momentum) or adamw")
     lr: float = option(0.1, "peak learning rate, with cosine decay to 0")
     backbone_lr_factor: float = option(

