@@ -28,6 +28,10 @@ LOSS_WEIGHTS = (
 )
 
 
+# Cost of a score without a training, in epochs: BatchNorm's statistics and the score take forward passes only.
+UNTRAINED = 0.2
+
+
 class EngineError(Exception):
     """An error that a user can act on: its message says what to do. `exit_code` is that of the command."""
 
@@ -158,7 +162,7 @@ class Fidelity:
 
     def cost(self) -> float:
         """Passes over the full training set, to which the cost is proportional if all else is equal."""
-        return float(self.fraction) * self.epochs
+        return float(self.fraction) * (self.epochs or UNTRAINED)
 
 
 @dataclass(frozen=True, slots=True)
