@@ -12,7 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from engine.trial import EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
+from engine.spaces.load import load_space
+from engine.trial import Architecture, EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
 
 T = TypeVar("T")
 BUILT_IN_DATA = ("glyphs", "cifar10", "cifar100")  # generated or downloaded; every other name is a path
@@ -180,7 +181,9 @@ class RunSettings:
 class Plan:
     """What a search method knows of a run: its name, the fidelities it may ask for, how many of each, and a seed.
 
-    `lows` holds the low fidelities, the main one first; most methods use only that one. Repeats of the best few (the
+    `lows` holds the low fidelities, the main one first; most methods use only that one. `opening` is the fidelity at
+    which a search in a pretrained space scores many candidates before it trains any, and `first` are the architectures
+    that it trains in full before others. Repeats of the best few (the
     same architecture at full fidelity with another seed) count towards `max_high`. A worker has `cohort` slots: it
     trains that many low-fidelity trials side by side, while a full training takes all of them. Scores are accuracies
     on `valid_images` images (0: unknown).
@@ -194,6 +197,13 @@ class Plan:
     seed: int = 0
     cohort: int = 1
     valid_images: int = 0
+    opening: Fidelity | None = None
+    first: tuple[Architecture, ...] = ()
+
+    @property
+    def below_full(self) -> tuple[Fidelity, ...]:
+        """The fidelities that tell the surrogate about the full one, the main one first."""
+        return (*self.lows, *([self.opening] if self.opening else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +222,9 @@ def slots_for(workers: int, cohort: int) -> Slots:
 def search_plan(config: SearchConfig, budget: Budget) -> Plan:
     """The plan of a search with these settings."""
     method = config.method if config.objectives == "accuracy" else "mfkd-front"
-    return Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
+    opening = None if load_space(config.space).inherit is None else Fidelity("inherited", epochs=0)
+    plan = Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
+    return dataclasses.replace(plan, opening=opening if method == "mfkd" else None)
 
 
 def is_library_model(teacher: str) -> bool:

@@ -66,14 +66,14 @@ class RunPredictions:
     def estimate(self, answers: Sequence[Evaluation]) -> Estimate:
         """The surrogate fitted to these evaluations."""
         plan, history = self.run.plan, History(list(answers), [])
-        lows = [scores(self.candidates, history, low) for low in plan.lows]
+        lows = [scores(self.candidates, history, low) for low in plan.below_full]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
 
     def weights(self) -> list[Weight]:
         """What the last fit has learned to trust."""
         plan = self.run.plan
-        names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        names = [low.name for low in plan.below_full] if len(plan.lows) > 1 else ["low fidelity"]
         return learned_weights(self.at_the_end, names)
 
     def predict(
