@@ -19,6 +19,7 @@ from engine.trial import Architecture, Trial, trial_from_json, trial_to_json
 Json = dict[str, Any]
 T = TypeVar("T")
 SplitName = Literal["valid", "test", "all"]
+TeacherOrigin = Literal["scratch", "finetune", "import", "untrained"]
 Statistic = tuple[float, float, float]  # one number per channel
 
 
@@ -91,16 +92,16 @@ class ProbeTask(Task):
 class TeacherTask(Task):
     """Make sure that `path` holds a teacher that fits the data; the answer is a TeacherFacts.
 
-    If there is no such file, `network` is imported from the weights file `weights`, or built with the weights of its
-    library (`pretrained`), or else trained. `mean` and `std` describe the images that imported weights were trained on;
-    by default, they are those of the data.
+    If there is no such file, `network` is trained from scratch, or fine-tuned from the weights of its library or those
+    in the file `weights`, or imported: `weights` are used as they are. `mean` and `std` describe the images that
+    imported weights were trained on; by default, they are those of the data. An untrained network is for timing.
     """
 
     function: ClassVar[str] = "run_teacher"
     worker: WorkerSettings
     network: str
     path: Path
-    pretrained: bool = False
+    origin: TeacherOrigin = "scratch"
     weights: Path | None = None
     mean: Statistic | None = None
     std: Statistic | None = None

@@ -28,6 +28,10 @@ LOSS_WEIGHTS = (
 )
 
 
+# Cost of a score without a training, in epochs: BatchNorm's statistics and the score take forward passes only.
+UNTRAINED = 0.2
+
+
 class EngineError(Exception):
     """An error that a user can act on: its message says what to do. `exit_code` is that of the command."""
 
@@ -101,7 +105,8 @@ class Fidelity:
 
     It is trained for `epochs` passes over a `fraction` of the training images, at a `width` multiplier and a
     `resolution` in pixels (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are
-    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration.
+    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration. In a configuration, 0 epochs stand for
+    a number that engine/recipes.py finds; in a trial, for no training.
     """
 
     name: str
@@ -121,8 +126,8 @@ class Fidelity:
             object.__setattr__(self, "fraction", fraction)
         if not 0 < self.fraction <= 1:
             raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be greater than 0 and at most 1")
-        if self.epochs < 1:
-            raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 1")
+        if self.epochs < 0:
+            raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 0")
         if not 0 < self.width < math.inf:
             raise UsageError(f"{self.name}.width is {self.width}; it must be greater than 0")
         if self.resolution < 0:
@@ -157,7 +162,7 @@ class Fidelity:
 
     def cost(self) -> float:
         """Passes over the full training set, to which the cost is proportional if all else is equal."""
-        return float(self.fraction) * self.epochs
+        return float(self.fraction) * (self.epochs or UNTRAINED)
 
 
 @dataclass(frozen=True, slots=True)

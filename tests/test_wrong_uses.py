@@ -215,7 +215,7 @@ def test_constraints_that_no_architecture_meets(ends: Ends, tiny_npz: Path) -> N
 
 def test_images_too_small_for_a_teacher(ends: Ends, tiny_npz: Path) -> None:
     words = ["teacher", f"--data={tiny_npz}", "--arch=torchvision:resnet18", "--resolution=1", "--progress=none"]
-    ends([*words, "--device=cpu"], 2, "use a larger --resolution")
+    ends([*words, "--device=cpu", "--from-scratch"], 2, "use a larger --resolution")
 
 
 def test_a_teacher_file_that_exists_already(ends: Ends, tiny_npz: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import Plan, RunSettings, search_plan
+from engine.config import Plan, RunSettings, SearchConfig, search_plan
 from engine.run_folder import write_atomically
 from engine.search.log import LogKind
 from engine.search.methods import propose as methods
@@ -45,7 +45,9 @@ def search(
         best = next(e for e in history.answered if e.trial == best.trial)
         return conclude(setup, history, best, time.monotonic() - start)
 
-    plan = search_plan(settings.config, settings.budget)
+    def plan(config: SearchConfig) -> Plan:
+        return search_plan(config, settings.budget)
+
     return run(RunDefinition("search", plan, method or propose, finish), settings, run_dir, display, log)
 
 

@@ -24,7 +24,7 @@ from engine.tasks import (
 from engine.training import teacher as teachers
 from engine.training.context import device_name, open_context
 from engine.training.evaluate import evaluate
-from engine.training.make_teacher import fetch_teacher, import_teacher, train_teacher
+from engine.training.make_teacher import make_teacher
 from engine.training.spacecheck import glance
 from engine.training.student import place
 from engine.training.weights import load_weights
@@ -72,12 +72,7 @@ def run_teacher(payload: Json) -> Json:
     task = task_from_json(TeacherTask, payload)
     context, path = open_context(task.worker), task.path
     if not path.exists():
-        if task.weights is not None:
-            import_teacher(context, task)
-        elif task.pretrained:
-            fetch_teacher(context, task.network, path)
-        else:
-            train_teacher(context, task.network, path, task.worker.resources)
+        make_teacher(context, task)
     card = teachers.read_card(path)
     teachers.check_fits(card, context.data.classes)
     elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)
