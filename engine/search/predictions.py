@@ -71,8 +71,10 @@ class RunPredictions:
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
 
     def weights(self) -> list[Weight]:
-        """What the last fit has learned to trust."""
+        """What the last fit has learned to trust; nothing before there is a full result, or in a fidelity study."""
         plan = self.run.plan
+        if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
+            return []
         names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
         return learned_weights(self.at_the_end, names)
 
