@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ from surrogate.linear import INTERCEPT_VARIANCE, NOISE, NOISES, SIGNAL, SIGNALS,
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32] | Array
 
-# Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: probability that
-# it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
+# Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: the probability
+# that it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
 # (docs/evidence/learned-weights.md).
 INCLUDED, SLAB = 0.5, 0.1
 MODELS = 1024  # subsets at most: of more than 10 trends in doubt only the smaller subsets are looked at
@@ -40,13 +40,14 @@ class SpikeAndSlab(Prior):
         variance over the candidates; m may be 0.
 
         It holds mean and covariance over all models, and predictions of the points fitted, each without itself. The
-        features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,) multiplies
-        the noise variance point by point: 1 / r for a mean of r repeats.
+        features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,)
+        multiplies the noise variance point by point: 1 / r for a mean of r repeats.
         """
         t = np.asarray(trend, dtype=np.float64)
         rest = np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64)
         loud = np.ones(len(y)) if noise is None else noise
-        return _averaged([_given_scales(t, rest, y, loud, self, s, v) for s in SIGNALS for v in NOISES], t.shape[1])
+        given = [_given_scales(t, rest, y, loud, self, scales) for scales in product(SIGNALS, NOISES)]
+        return _averaged(given, t.shape[1])
 
     def log_odds(self, index: npt.NDArray[np.intp]) -> Array:
         """Log probabilities (S,), up to a constant, that of the trends in doubt only those of each subset, index
@@ -85,9 +86,11 @@ class _Subsets:
     covariance: Array  # (S, size, size)
 
 
-def _given_scales(t: Array, rest: Array, y: Array, loud: Array, prior: SpikeAndSlab, signal: float, level: float) -> _Given:
+def _given_scales(
+    t: Array, rest: Array, y: Array, loud: Array, prior: SpikeAndSlab, scales: tuple[float, float]
+) -> _Given:
     """With the weights of the rest integrated out, y = t @ coefficients + e, e ~ N(0, A)."""
-    k, p = t.shape[1], rest.shape[1]
+    k, p, (signal, level) = t.shape[1], rest.shape[1], scales
     variance = np.concatenate([[INTERCEPT_VARIANCE], np.full(p - 1, signal / max(p - 1, 1))])
     factor = np.linalg.inv(np.linalg.cholesky((rest * variance) @ rest.T + np.diag(level * loud)))
     inverse = factor.T @ factor

@@ -70,7 +70,7 @@ def explain(past: RunPredictions, architecture: Architecture) -> dict[str, Any]:
         "predicted_when_asked": known.when_asked and asdict(known.when_asked),
         "predicted_at_the_end": known.at_the_end and asdict(known.at_the_end) | {"fitted_to_its_full_score": fitted},
         "why": why(past, known),
-        "weights": [asdict(weight) for weight in past.weights()] if past.run.kind == "search" else [],
+        "weights": [asdict(weight) for weight in past.weights()],
     }
 
 

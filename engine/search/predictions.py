@@ -71,9 +71,12 @@ class RunPredictions:
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
 
     def weights(self) -> list[Weight]:
-        """What the last fit has learned to trust."""
+        """What the last fit has learned to trust; nothing before there is a full result, or in a fidelity study."""
         plan = self.run.plan
-        names = [low.name for low in plan.below_full] if len(plan.lows) > 1 else ["low fidelity"]
+        if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
+            return []
+        names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        names += [fidelity.name for fidelity in plan.below_full[len(plan.lows) :]]
         return learned_weights(self.at_the_end, names)
 
     def predict(

@@ -44,7 +44,7 @@ LITTLE_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class SurrogateInputs:
-    """What the surrogate may use: everything, except in an ablation. `trends` are the columns of `Candidates.trends`."""
+    """What the surrogate may use: everything, except in an ablation. `trends` are those of `Candidates.trends`."""
 
     low: bool = True
     macs: bool = True
@@ -77,8 +77,8 @@ class CandidateFeatures:
         return replace(self, trends=trends, names=self.names[: trends.shape[1]], trend_variance=variance)
 
     def prior(self, slope_of_macs: tuple[float, float], levels: int = 0) -> Prior:
-        """The prior of the coefficients of the trends, of which nothing but MACs is known to matter, and of `levels` low
-        fidelities, which share theirs."""
+        """The prior of the coefficients of the trends, of which only MACs are known to matter, and of `levels` low
+        fidelities, which share theirs. Without further trends no coefficient is in doubt."""
         others = len(self.names) - 1
         mean = [self.macs_weight * slope_of_macs[0], *[0.0] * others, *[LOW_ON_FULL[0] / max(levels, 1)] * levels]
         variance = [slope_of_macs[1], *[evidence.SLAB] * others, *[LOW_ON_FULL[1]] * levels]

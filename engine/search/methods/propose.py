@@ -14,7 +14,7 @@ from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
