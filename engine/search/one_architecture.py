@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig
+from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig, final_fidelity
 from engine.fleet.devices import layout
 from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet, submit
@@ -39,7 +39,7 @@ def train(settings: RunSettings, architecture: str, out: Path, display: Display)
     load_space(config.space).check(Architecture.parse(architecture))  # before workers start and data are read
     low = replace(config.high, name="low")  # never asked for; a distilled low fidelity makes the run obtain a teacher
     config = replace(config, low=low, only=architecture, method="random", objectives="accuracy", fidelity_study="")
-    budget = Budget(max_low=0, max_high=1, max_failures=1)
+    budget = Budget(max_low=0, max_high=1, max_failures=1, final_training="never")
     alone = replace(settings, config=replace(config, **NO_LIMITS), budget=budget)
     result = search(alone, out, display, method=until_one_succeeds)
     return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
@@ -138,7 +138,9 @@ def _distillation(config: SearchConfig, fidelity: Fidelity) -> str:
 
 
 def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
-    """The full training of the named architecture, or of the winner if none is named; UsageError if there is none."""
+    """The training whose weights stand for the named architecture, or for the winner if none is named: the final one,
+    else the best of the full ones. UsageError if there is none.
+    """
     if architecture is None:
         if run.kind == "fidelity-study":
             raise UsageError(f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch")
@@ -146,10 +148,13 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
             raise UsageError(
                 f"{run.folder} has no winner yet; let its search finish, or name an architecture with --arch"
             )
-        return run.best
+        return run.final or run.best
     wanted = load_space(run.config.space).check(Architecture.parse(architecture))
-    full = [evaluation for evaluation in run.at(run.plan.high) if evaluation.trial.architecture == wanted]
-    if not full:
+    for fidelity in (final_fidelity(run.config), run.plan.high):
+        full = [evaluation for evaluation in run.at(fidelity) if evaluation.trial.architecture == wanted]
+        if full:
+            break
+    else:
         known = dict.fromkeys(str(evaluation.trial.architecture) for evaluation in run.at(run.plan.high))
         raise UsageError(
             f"{wanted} was not trained in full in {run.folder} (trained in full: {', '.join(known) or 'none yet'}); "
