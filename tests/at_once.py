@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from engine.trial import hits_to_text
+
 Task = dict[str, Any]
 CARD = {"epochs": 20, "accuracy": 0.9, "seconds": 1.0, "elsewhere": False}
 
@@ -41,4 +43,4 @@ class AtOnce:
         return {"path": task["path"], "network": task["network"], **CARD}
 
     def run_test(self, task: Task) -> dict[str, Any]:
-        return {"test_accuracy": 0.75, "weights": "none"}
+        return {"test_accuracy": 0.75, "weights": "none", "hits": hits_to_text([True, True, True, False])}
