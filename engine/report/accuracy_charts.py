@@ -147,9 +147,9 @@ def pareto(run: Run) -> Chart:
     )
     if finals:
         caption += (
-            " These are accuracies on the validation images, after the trainings of the search. The named marks are the "
-            "finished winner and what it is compared with: accuracies on the test images after the final training, "
-            "with one standard error each way."
+            " These are accuracies on the validation images after the trainings of the search. The named marks are the "
+            "finished winner and what it is compared with, on the test images after the final training, with one "
+            "standard error each way."
         )
     return Chart("pareto", title, caption, data, layout)
 

@@ -11,6 +11,7 @@ from engine.search.runs import Run
 FINISHED = "finished winner"
 # The keys of rows of result.json, in millions, by the title of an axis.
 COSTS = {"million MACs": "macs", "million parameters": "params"}
+NARROW = 3  # columns of the table that a narrow screen shows
 # Labels of marks stand on the side with more room.
 MIDDLE = 0.5
 
@@ -32,14 +33,17 @@ def table(run: Run) -> str:
     if not result["final"]:
         return said
     failures = [row for row in result["baselines"] if "test_accuracy" not in row]
-    heads = ("network", "test accuracy, %", "winner minus this", "million MACs", "parameters", "architecture")
+    heads = ("network", "test, %", "difference", "million MACs", "parameters", "architecture")
     lines = [_cells(row) for row in trained_rows(run)]
     lines += [[escape(row["name"]), escape(row["status"]), "", "", "", escape(row["architecture"])] for row in failures]
     head = "".join(f"<th{_extra(place)}>{name}</th>" for place, name in enumerate(heads))
     body = "".join(
         f"<tr>{''.join(f'<td{_extra(place)}>{cell}</td>' for place, cell in enumerate(line))}</tr>" for line in lines
     )
-    note = "Each \N{PLUS-MINUS SIGN} is one standard error; that of a difference is paired over the test images."
+    note = (
+        "Test accuracies after the final training, and the finished winner's minus that of each other network. Each "
+        "\N{PLUS-MINUS SIGN} is one standard error; that of a difference is paired over the test images."
+    )
     return f'{said}<table class="named"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{note}</p>'
 
 
@@ -51,7 +55,7 @@ def _cells(row: Json) -> list[str]:
         gain,
         f"{row['macs'] / 1e6:.2f}" if row["macs"] else "",
         f"{row['params']:,}" if row["params"] else "",
-        escape(row.get("architecture", row.get("network", ""))),
+        escape(str(row.get("architecture") or row["network"])),
     ]
 
 
@@ -61,7 +65,7 @@ def _with_error(value: float, error: float, sign: str = "") -> str:
 
 def _extra(column: int) -> str:
     """The class of columns that a narrow screen leaves out."""
-    return ' class="extra"' if column > 3 else ""
+    return ' class="extra"' if column >= NARROW else ""
 
 
 def marks(rows: Sequence[Json], cost: str) -> list[Json]:
