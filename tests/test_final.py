@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import cli
 from engine.commands.search import summary
 from engine.config import Budget, SearchConfig, final_fidelity
 from engine.run_folder import RunFolder
@@ -353,6 +354,52 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     search(folder, *LONG)
     return folder
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[dict[str, Any], str]:
+    assert cli.main([*map(str, arguments), "--device=cpu", "--progress=lines"]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out.splitlines()[-1]), said.err
+
+
+def test_the_finished_weights_are_those_that_are_scored_and_exported(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads(RunFolder(whole).result.read_text())
+    final, winner = result["final"], result["winner"]
+    scored, _ = called(capsys, "eval", whole)
+    assert (scored["split"], scored["accuracy"]) == ("test", final["test_accuracy"])
+    _, said = called(capsys, "eval", whole, "--split=valid")
+    assert "this network was trained on the valid split too" in said
+    baseline = result["baselines"][0]
+    scored, _ = called(capsys, "eval", whole, "--arch", baseline["architecture"])
+    assert scored["accuracy"] == baseline["test_accuracy"]
+    called(capsys, "export", whole, "--out", tmp_path / "out")
+    exported, theirs = (load_file(path) for path in (tmp_path / "out" / "weights.safetensors", final["weights"]))
+    assert all(np.array_equal(exported[name], theirs[name]) for name in theirs)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (
+        f"| accuracy, test split | {100 * final['test_accuracy']:.2f} % |",
+        f"{100 * winner['valid_accuracy']:.2f} % validation, {100 * winner['test_accuracy']:.2f} % test",
+        "| training | 6 epochs on all images, those of the validation split included",
+        "| training in the search | 2 epochs on all images",
+    ):
+        assert text in card, text
+
+
+def test_status_and_trials_know_final_trainings(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trials", str(whole), "--fidelity", "final", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["trials"]
+    assert [one["number"] for one in listed] == [trial.number for trial in finals(whole)]
+    assert cli.main(["trials", str(whole), "--fidelity", "low", "--json"]) == 0
+    assert {one["fidelity"] for one in json.loads(capsys.readouterr().out)["trials"]} == {"low"}
+    assert cli.main(["status", str(whole), "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert state["state"] == "finished"
+    assert state["evaluations"]["final"]["ok"] == len(finals(whole))
+    assert state["evaluations"]["high"]["ok"] == 3
+    assert cli.main(["status", str(whole)]) == 0
+    assert state["verdict"].split(":")[0] in capsys.readouterr().out
 
 
 def test_a_search_killed_in_its_final_training_ends_with_the_same_weights(whole: Path, tmp_path: Path) -> None:
