@@ -26,7 +26,8 @@ STATUS: dict[type[Exception], Status] = {WorkerDied: "crashed", TimedOut: "timeo
 class Cohorts:
     """How trials are grouped into tasks: up to `size` together, but full trainings one by one.
 
-    `teacher` is the teacher's weights file, `timeout_s` the time limit per trial in seconds (0: none).
+    `teacher` is the teacher's weights file, `timeout_s` the time limit per trial in seconds (0: none); a final training
+    gets more, as it is longer than a full one.
     """
 
     worker: WorkerSettings
@@ -35,7 +36,9 @@ class Cohorts:
     timeout_s: float = 0.0
 
     def task(self, trials: Sequence[Trial]) -> TrialsTask:
-        return TrialsTask(self.worker, tuple(trials), self.teacher, self.timeout_s * len(trials))
+        fidelity, high = trials[0].fidelity, self.worker.config.high
+        longer = fidelity.cost() / high.cost() if fidelity.with_valid else 1.0
+        return TrialsTask(self.worker, tuple(trials), self.teacher, self.timeout_s * len(trials) * longer)
 
     def split(self, waiting: Sequence[OpenTrial]) -> Iterator[list[OpenTrial]]:
         """Groups of trials that can share the batches of a worker: one fidelity, one seed."""
