@@ -143,8 +143,8 @@ def pareto(run: Run) -> Chart:
         "showlegend": False,
     }
     caption = (
-        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. The line joins the networks "
-        "that no other one beats in both: choose among them if the star is too large."
+        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. "
+        "The line joins the networks that no other one beats in both: choose among them if the star is too large."
     )
     if finals:
         caption += (
