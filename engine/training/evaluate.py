@@ -156,7 +156,7 @@ def _make_student(
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
             network,
-            teacher.network if teacher is not None else None,
+            teacher.network if teacher is not None and trial.fidelity.kd_loss != "none" else None,
             config_at(context.config, trial.fidelity),
             trial.fidelity.kd_loss,
             example,
