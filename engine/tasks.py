@@ -48,6 +48,7 @@ class DataFacts:
 
     `resolution` is the side in pixels of the images that a network sees, `images` the size of each split. `files` tells
     whether the images are files of a folder. `fingerprint` identifies the content (engine.data.dataset.fingerprint).
+    `notes` tell how a folder was read and what was passed over, `warnings` what is probably a mistake in it.
     """
 
     classes: tuple[str, ...]
@@ -58,6 +59,14 @@ class DataFacts:
     files: bool = False
     fingerprint: str = ""
     device: str = ""
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: the size of each split, the number of classes, how a folder was read, what was passed over."""
+        sizes = ", ".join(f"{count:,} {split}" for split, count in self.images.items())
+        return "; ".join((f"{sizes}, {len(self.classes)} classes", *self.notes))
 
     @property
     def normalisation(self) -> Normalisation:
@@ -127,12 +136,16 @@ class TrialsTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TestTask(Task):
-    """Score the stored weights of a full-fidelity trial on the test split."""
+    """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
+
+    The answer holds test_accuracy, weights (their file) and hits (engine.trial.hits_to_text).
+    """
 
     __test__ = False  # pytest would take it for a test class
     function: ClassVar[str] = "run_test"
     worker: WorkerSettings
-    trial: Trial
+    trial: Trial | None
+    teacher: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)

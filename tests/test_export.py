@@ -57,7 +57,7 @@ def task_of(run: Path, spec: str, architecture: str) -> ExportTask:
         card={
             "title": f"{spec} {architecture}",
             "data": "photos",
-            "images": {"train": 5000, "valid": 1000},
+            "images": "5,000 train, 1,000 valid; passed over 1: a|b.psd (not read; convert it to JPEG)",
             "valid_accuracy": 0.9125,
             "test_accuracy": None,
             "training": "60 epochs",
@@ -189,7 +189,10 @@ def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: Ex
     }  # fmt: skip
     card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card
-    facts = ("91.25 %", "not measured", "5,000 training images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}")
+    facts = (
+        "91.25 %", "not measured", "5,000 train, 1,000 valid; passed over 1: a\\|b.psd", "0.4, 0.5, 0.6", 'e "quoted"',
+        f"{report['macs']:,}",
+    )
     for text in facts:
         assert text in card, text
 

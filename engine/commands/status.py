@@ -61,10 +61,12 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
     machine); `idle_seconds` counts from the last line of the journal."""
+    from engine.config import final_fidelity
     from engine.trial import failed
 
     path = run.folder.journal
     best, plan = run.best, run.plan
+    final = evaluation_counts(run, (final_fidelity(run.config),))
     return {
         "run_dir": str(run.folder),
         "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
@@ -74,6 +76,7 @@ def summary(run: Run) -> dict[str, Any]:
         "evaluations": {
             "low": evaluation_counts(run, plan.lows) | {"limit": plan.max_low * len(plan.lows)},
             "high": evaluation_counts(run, (plan.high,)) | {"limit": plan.max_high},
+            **({"final": final | {"limit": sum(final.values())}} if any(final.values()) else {}),
         },
         "statuses": dict(Counter(e.status for e in run.answers)),
         "best": best
@@ -84,6 +87,8 @@ def summary(run: Run) -> dict[str, Any]:
             "params": best.params,
         },
         "winner": run.result and run.result["winner"],
+        "final": run.result and run.result.get("final"),
+        "verdict": run.result and run.result.get("verdict"),
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
         "idle_seconds": round(max(0.0, time.time() - path.stat().st_mtime), 1),
         "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if failed(e.status)), None),
@@ -125,8 +130,9 @@ def screen(state: dict[str, Any]) -> Table:
     stopped = "not running on this machine" if state["state"] == "stopped" else state["state"]
     lines.add_row("run", f"{os.path.relpath(state['run_dir'])}: {stopped}, {idle}")
     lines.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
-    for name, label in (("low", "low fidelity"), ("high", "full")):
-        lines.add_row(label, _progress(state["evaluations"][name]))
+    for name, label in (("low", "low fidelity"), ("high", "full"), ("final", "final")):
+        if name in state["evaluations"]:
+            lines.add_row(label, _progress(state["evaluations"][name]))
     best, winner = state["best"], state["winner"]
     if best:
         test = f", test {winner['test_accuracy']:.4f}" if winner else ""
@@ -135,6 +141,10 @@ def screen(state: dict[str, Any]) -> Table:
             f"{best['architecture']}\nvalid {best['valid_accuracy']:.4f}{test}, {best['macs'] / 1e6:.2f} million MACs, "
             f"{best['params']:,} parameters",
         )
+    if state["final"]:
+        lines.add_row("finished", f"test {state['final']['test_accuracy']:.4f} after {state['final']['epochs']} epochs")
+    if state["verdict"]:
+        lines.add_row("verdict", state["verdict"])
     lines.add_row("workers", f"{duration(state['worker_seconds'])} of work")
     if state["last_failure"]:
         lines.add_row("last failure", state["last_failure"][:200])

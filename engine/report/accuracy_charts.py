@@ -22,11 +22,13 @@ from engine.report.chart import (
     points,
     time_unit,
 )
+from engine.report.final_trainings import marks, trained_rows
 from engine.search.runs import Run
 from engine.trial import Architecture, Evaluation, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
+SEARCHED = "winner, as searched"
 NONE_YET = "No full-fidelity evaluation has succeeded yet."
 
 
@@ -130,19 +132,26 @@ def pareto(run: Run) -> Chart:
     costs = {"million MACs": [e.macs / 1e6 for e in full], "million parameters": [e.params / 1e6 for e in full]}
     if all("latency_ms" in e.costs for e in full):
         costs["latency, ms"] = [e.costs["latency_ms"] for e in full]
-    name_of_best = "winner" if run.result else "best so far"
-    groups = [_against(name, x, full, run.best, name_of_best) for name, x in costs.items()]
+    finals = trained_rows(run)
+    name_of_best = SEARCHED if finals else "winner" if run.result else "best so far"
+    groups = [_against(name, x, full, run.best, name_of_best) + marks(finals, name) for name, x in costs.items()]
     data = [trace | {"visible": place == 0} for place, group in enumerate(groups) for trace in group]
     layout = {
         "xaxis": axis(next(iter(costs)), rangemode="tozero"),
-        "yaxis": axis("validation accuracy, %"),
+        "yaxis": axis("accuracy, %" if finals else "validation accuracy, %"),
         "updatemenus": [_cost_menu(list(costs), [len(group) for group in groups])],
         "showlegend": False,
     }
     caption = (
-        f"Full accuracy against the cost of a network; the star is the {name_of_best}. The line joins the networks "
-        "that no other one beats in both: choose among them if the star is too large."
+        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. "
+        "The line joins the networks that no other one beats in both: choose among them if the star is too large."
     )
+    if finals:
+        caption += (
+            " These are accuracies on the validation images, after the trainings of the search. The marks with names "
+            "are the finished winner and what it is compared with: accuracies on the test images, after the final "
+            "training, with one standard error each way."
+        )
     return Chart("pareto", title, caption, data, layout)
 
 
@@ -178,7 +187,7 @@ def _against(
         [architectures[i] for i in won],
         name_of_best,
         BEST,
-        marker={"symbol": "star", "size": 15},
+        marker={"symbol": "star-open" if name_of_best == SEARCHED else "star", "size": 15},
         hovertemplate=hover,
     )
     edge = line([x[i] for i in kept], [y[i] for i in kept], "front", BEST, line={"shape": "hv"})

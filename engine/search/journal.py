@@ -34,13 +34,27 @@ class Record:
     order of arrival.
 
     When `asked[i]` was asked, `known[i]` evaluations had arrived, and `seen[i]` of them were visible to the method
-    (-1: unknown).
+    (-1: unknown). `final_seconds` are those of evaluations that `searched` has left out.
     """
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
     known: list[int]
     seen: list[int]
+    final_seconds: float = 0.0
+
+    @property
+    def searched(self) -> Record:
+        """The trials that decisions may depend on: not those that were trained on the validation images too."""
+        keep = [place for place, trial in enumerate(self.asked) if not trial.fidelity.with_valid]
+        answers = {number: e for number, e in self.answers.items() if not e.trial.fidelity.with_valid}
+        return Record(
+            [self.asked[place] for place in keep],
+            answers,
+            [self.known[place] for place in keep],
+            [self.seen[place] for place in keep],
+            sum(e.seconds for number, e in self.answers.items() if number not in answers),
+        )
 
 
 class Journal:

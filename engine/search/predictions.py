@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from engine.search.latency_limit import within_latency_limit
-from engine.search.methods.estimate import Estimate, SurrogateInputs, estimate
+from engine.search.methods.estimate import Estimate, SurrogateInputs, Weight, estimate, learned_weights
 from engine.search.methods.mfkd import BETA
 from engine.search.methods.scores import find_rows, scores
 from engine.search.progress import Display
@@ -66,9 +66,18 @@ class RunPredictions:
     def estimate(self, answers: Sequence[Evaluation]) -> Estimate:
         """The surrogate fitted to these evaluations."""
         plan, history = self.run.plan, History(list(answers), [])
-        lows = [scores(self.candidates, history, low) for low in plan.lows]
+        lows = [scores(self.candidates, history, low) for low in plan.below_full]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
+
+    def weights(self) -> list[Weight]:
+        """What the last fit has learned to trust; nothing before there is a full result, or in a fidelity study."""
+        plan = self.run.plan
+        if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
+            return []
+        names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        names += [fidelity.name for fidelity in plan.below_full[len(plan.lows) :]]
+        return learned_weights(self.at_the_end, names)
 
     def predict(
         self, architecture: Architecture, known: int | None = None, number: int | None = None

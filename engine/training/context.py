@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 from engine import stop_files
 from engine.config import SearchConfig
 from engine.data.augment import Augmentation
-from engine.data.dataset import Dataset, Split, load, subset
+from engine.data.dataset import Dataset, Split, joined, load, subset
 from engine.data.loader import Batches, eval_batches, train_batches
 from engine.recipes import resolve
 from engine.run_folder import RunFolder
@@ -26,7 +26,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
-from engine.training.train import accuracies
+from engine.training.train import Hits, accuracy, hits
 from engine.trial import Architecture, Drained, Fidelity
 
 
@@ -50,9 +50,22 @@ class WorkerContext:
         """Threads of the loader: one on a CPU, on a GPU the worker's share of the cores (set by its supervisor)."""
         return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
 
+    @cached_property
+    def train_and_valid(self) -> Split:
+        """The training and validation images, kept: a copy of all arrays takes time."""
+        return joined(self.data.train, self.data.valid)
+
+    def train_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity draw from."""
+        return self.train_and_valid if fidelity.with_valid else self.data.train
+
+    def score_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity are scored on, which they have not seen."""
+        return self.data.test if fidelity.with_valid else self.data.valid
+
     def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
         """Indices of the training images of a fidelity, and the batch size: as configured, or all images if fewer."""
-        indices = subset(self.data.train.labels, fidelity.fraction, self.config.seed)
+        indices = subset(self.train_split(fidelity).labels, fidelity.fraction, self.config.seed)
         return indices, min(self.config.batch_size, len(indices))
 
     def images(self, fidelity: Fidelity) -> int:
@@ -67,7 +80,7 @@ class WorkerContext:
         """The batches of a training at a fidelity, starting at an epoch."""
         indices, batch_size = self.subset(fidelity)
         return train_batches(
-            self.data.train,
+            self.train_split(fidelity),
             indices,
             data=self.data,
             batch_size=batch_size,
@@ -81,8 +94,8 @@ class WorkerContext:
             augmentation=Augmentation(self.config.augment, self.config.min_crop_area),
         )
 
-    def scores(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[float | Exception]:
-        """Accuracies (0..1) of networks in one pass over a split, or the exception that a network raised."""
+    def hits(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[Hits | Exception]:
+        """Which images of a split each network classifies right, in one pass, or the exception that it raised."""
         if not networks:
             return []
         batches = eval_batches(
@@ -94,14 +107,18 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
-        return accuracies(networks, batches)
+        return hits(networks, batches)
+
+    def hits_of(self, network: nn.Module, split: Split, fidelity: Fidelity) -> Hits:
+        """Which images of a split one network classifies right (N,); raises what the network raises."""
+        (found,) = self.hits([network], split, fidelity)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
         """Accuracy (0..1) of one network; raises what the network raises."""
-        (score,) = self.scores([network], split, fidelity)
-        if isinstance(score, Exception):
-            raise score
-        return score
+        return accuracy(self.hits_of(network, split, fidelity))
 
     def latency_ms(self, network: nn.Module) -> float:
         """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""

@@ -23,12 +23,13 @@ from engine.tasks import (
 )
 from engine.training import teacher as teachers
 from engine.training.context import device_name, open_context
-from engine.training.evaluate import evaluate
+from engine.training.evaluate import evaluate, ready_teacher
 from engine.training.make_teacher import make_teacher
 from engine.training.spacecheck import glance
 from engine.training.student import place
+from engine.training.train import accuracy
 from engine.training.weights import load_weights
-from engine.trial import EnvironmentUnusable, UsageError, evaluation_to_json
+from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
 Json = dict[str, Any]
 
@@ -50,10 +51,12 @@ def run_probe(payload: Json) -> Json:
         resolution=data.resolution,
         mean=data.mean,
         std=data.std,
-        images={"train": len(data.train), "valid": len(data.valid)},
+        images={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         files=data.train.files is not None,
         fingerprint=fingerprint(data),
         device=device_name(context.device),
+        notes=data.notes,
+        warnings=data.warnings,
     )
     return task_to_json(facts)
 
@@ -78,16 +81,20 @@ def run_teacher(payload: Json) -> Json:
 
 
 def run_test(payload: Json) -> Json:
-    """TestTask -> {"test_accuracy", "weights" (their file)}."""
+    """TestTask -> {"test_accuracy", "weights" (their file), "hits"}."""
     task = task_from_json(TestTask, payload)
     context, trial = open_context(task.worker), task.trial
-    space = load_space(context.config.space)
-    network = space.build(trial.architecture.choices, len(context.data.classes), trial.fidelity.width)
-    weights = context.folder.weights(trial)
-    load_weights(weights, network)
-    network = place(network, context.device)
-    accuracy = context.accuracy(network, context.data.test, trial.fidelity)
-    return {"test_accuracy": accuracy, "weights": str(weights)}
+    if trial is None:
+        weights, fidelity = task.teacher, Fidelity("teacher")
+        network = ready_teacher(weights, context)
+    else:
+        weights, fidelity = context.folder.weights(trial), trial.fidelity
+        space = load_space(context.config.space)
+        network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
+        load_weights(weights, network)
+        network = place(network, context.device)
+    hits = context.hits_of(network, context.data.test, fidelity)
+    return {"test_accuracy": accuracy(hits), "weights": str(weights), "hits": hits_to_text(hits)}
 
 
 def run_latency(payload: Json) -> list[float]:
@@ -99,7 +106,10 @@ def run_latency(payload: Json) -> list[float]:
 
 
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device"}. Raises UsageError if the classes, or their order, differ."""
+    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+
+    Raises UsageError if the classes, or their order, differ.
+    """
     task = task_from_json(ScoreTask, payload)
     context, trial, known = open_context(task.worker), task.trial, task.trained_on
     if known is not None:
@@ -117,4 +127,5 @@ def run_score(payload: Json) -> Json:
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
     network, images = place(network, context.device), sum(map(len, splits))
     correct = sum(len(split) * context.accuracy(network, split, trial.fidelity) for split in splits)
-    return {"accuracy": correct / images, "images": images, "device": device_name(context.device)}
+    device, notes = device_name(context.device), [*data.notes, *data.warnings]
+    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
 
 Runner = SequentialRunner | StreamRunner
+Hits = npt.NDArray[np.bool_]  # (N,), one for each image of a split
 
 
 @dataclass
@@ -127,25 +130,28 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
 
 
 @torch.no_grad()
-def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
-    """Accuracy (0..1) of each network, in one pass over the batches; the exception instead if a network raises.
+def hits(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Hits | Exception]:
+    """Which images each network classifies right (N,), in one pass; the exception instead if a network raises.
 
     Leaves the networks in evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may
     make the two largest logits equal.
     """
-    hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
-    total = 0
+    found: list[list[Tensor] | Exception] = [[] for _ in networks]
     for batch in batches:
         images = batch.images.float()
         for index, network in enumerate(networks):
-            before = hits[index]
+            before = found[index]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
                 logits, _ = network(images)
-                hits[index] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
+                before.append(logits.argmax(1) == batch.labels)
             except Exception as error:
-                hits[index] = error
-        total += len(batch.labels)
-    return [hit if isinstance(hit, Exception) else int(hit) / max(1, total) for hit in hits]
+                found[index] = error
+    return [parts if isinstance(parts, Exception) else torch.cat(parts).cpu().numpy() for parts in found]
+
+
+def accuracy(hits: Hits) -> float:
+    """The share (0..1) of images that are classified right."""
+    return int(hits.sum()) / max(1, len(hits))

@@ -29,7 +29,7 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     high = scores(candidates, history, plan.high)
     if len(high) < ENOUGH_LOW:
         return max(full, key=lambda e: e.accuracy, default=None)
-    lows = [scores(candidates, history, low) for low in plan.lows]
+    lows = [scores(candidates, history, low) for low in plan.below_full]
     fitted = estimate(candidates, lows, high, plan.seed, SurrogateInputs())
     noise = noise_variance(history, plan, high, fitted)
     mean, _ = posterior(fitted.linear, fitted.y, high.counts, noise)
