@@ -488,7 +488,7 @@ def test_low_auto_runs_a_study_first_and_only_once(
     assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, then those of the search"
     found = json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())
     assert found["full"] == 10
-    assert found["recommended"] in [low.name for low in default_lows(SearchConfig().high)]
+    assert found["recommended"] in [low.name for low in default_lows(SearchConfig())]
     fleet.asked.clear()
     assert cli.main(command) == 0
     assert fleet.asked == []

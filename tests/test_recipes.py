@@ -90,7 +90,9 @@ def test_fewer_images_take_more_epochs_and_fewer_steps() -> None:
 def test_from_scratch_the_defaults_are_numbers_but_for_small_data() -> None:
     config = resolve(SearchConfig(), 5000)
     assert (config.batch_size, config.teacher_epochs, config.low.epochs, config.high.epochs) == (64, 20, 20, 60)
-    assert replace(config, batch_size=0) == SearchConfig()
+    plain = SearchConfig()
+    assert replace(config, batch_size=0, final=replace(config.final, epochs=0)) == plain
+    assert config.final.epochs == 2 * plain.high.epochs
     assert resolve(SearchConfig(), 48).batch_size == 32
 
 
@@ -205,7 +207,8 @@ def test_a_run_folder_holds_numbers_and_resumes_with_auto(tmp_path: Path) -> Non
     np.savez(tmp_path / "few.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     given: dict[str, Any] = {
         "space": SPACE, "data": str(tmp_path / "few.npz"), "run_dir": tmp_path / "run", "max_low": 2, "max_high": 1,
-        "high": "none@1x0", "low": "none@1/2x0", "teacher_epochs": 1, "device": "cpu", "workers": 1,
+        "high": Fidelity("high", epochs=0), "low": Fidelity("low", "1/2", 0), "teacher_epochs": 1,  # type: ignore[arg-type]
+        "final_training": "never", "baselines": "never", "device": "cpu", "workers": 1,
     }  # fmt: skip
     run = mfkd.search(**given)
     stored = yaml.safe_load(RunFolder(run.path).config.read_text())["config"]

@@ -239,6 +239,45 @@ def test_a_training_resumed_after_any_epoch_equals_the_uninterrupted_one(
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(student), strict=True))
 
 
+def test_a_training_by_adamw_resumes_bit_for_bit(data: Dataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="adamw", lr=0.01, weight_decay=0.05, label_smoothing=0.1, warmup_fraction=0.3)
+    whole, path = prepare(Net(0), None, config, "none", EXAMPLE, backbone=0.5), tmp_path / "state.pt"
+
+    def save(epochs: int) -> None:
+        if epochs == 1:
+            checkpoint.save(path, whole, Progress(epochs))
+
+    train([whole], None, batches(data, epochs=3), config, Stopwatch(), save)
+    student = prepare(Net(7), None, config, "none", EXAMPLE, backbone=0.5)
+    assert checkpoint.restore(path, student) == Progress(1)
+    train([student], None, replace(batches(data, epochs=3), first_epoch=1), config, Stopwatch())
+    assert all(torch.equal(a, b) for a, b in zip(whole.state(), student.state(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_state_of_an_optimiser_exists_before_its_first_step(data: Dataset, optimizer: str) -> None:
+    """A graph restores it after trial steps: what a first step created would be missed."""
+    student = prepare(Net(0), None, replace(CONFIG, optimizer=optimizer), "none", EXAMPLE)  # type: ignore[arg-type]
+    before = len(student.state())
+    train([student], None, batches(data, epochs=1), CONFIG, Stopwatch())
+    assert len(student.state()) == before
+
+
+def test_layers_before_the_classifier_may_learn_more_slowly(data: Dataset) -> None:
+    """By AdamW, whose steps are proportional to the learning rate."""
+    config, moved = replace(CONFIG, optimizer="adamw", lr=1e-3, weight_decay=0.0), {}
+    for backbone in (1.0, 0.1):
+        student = prepare(Net(0), None, config, "none", EXAMPLE, backbone=backbone)
+        before = {name: value.detach().clone() for name, value in student.network.named_parameters()}
+        train([student], None, batches(data, epochs=1), config, Stopwatch())
+        moved[backbone] = {name: (value - before[name]).abs().mean().item()
+                           for name, value in student.network.named_parameters()}  # fmt: skip
+    ratios = {name: moved[0.1][name] / moved[1.0][name] for name in moved[1.0]}
+    *backbone_layers, last = [name for name in ratios if name.endswith("weight")]
+    assert ratios[last] > 0.8
+    assert all(ratios[name] < 0.3 for name in backbone_layers)
+
+
 def test_an_invalid_state_file_is_ignored(tmp_path: Path) -> None:
     student = prepare(Net(0), None, CONFIG, "none", EXAMPLE)
     before = weights(student)
@@ -291,6 +330,7 @@ def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert max(rates) == pytest.approx(0.1)
     assert rates[-1] < 0.001
     assert learning_rate(0.1, 0, 1) == pytest.approx(0.1)
+    assert learning_rate(0.1, 9, 100, 0.2) == pytest.approx(0.05)
 
 
 def test_only_matrices_have_weight_decay() -> None:

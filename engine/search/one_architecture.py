@@ -138,9 +138,10 @@ def _training(config: SearchConfig, trial: Trial) -> str:
     images = "all images" if fidelity.fraction == 1 else f"{fidelity.fraction} of the images"
     images += ", those of the validation split included" if fidelity.with_valid else ""
     start = f", starting from the weights {config.initial_weights}" if config.initial_weights else ""
+    optimiser = "AdamW with" if config.optimizer == "adamw" else f"SGD with momentum {config.momentum:g},"
     return (
-        f"{fidelity.epochs} epochs on {images}, batch size {config.batch_size}, SGD with momentum "
-        f"{config.momentum:g}, peak learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
+        f"{fidelity.epochs} epochs on {images}, batch size {config.batch_size}, {optimiser} "
+        f"peak learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
         f"seed {trial.seed}{start}"
     )
 
