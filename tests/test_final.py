@@ -255,9 +255,9 @@ class Slow(Formula):
 def test_final_trainings_count_towards_the_gpu_hours_of_an_extended_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path, monkeypatch, Slow(), budget=EVERYTHING)
+    run(tmp_path, monkeypatch, Slow(capacity=1), budget=EVERYTHING)
     for seconds, more in ((500, False), (5000, True)):
-        fleet = Slow()
+        fleet = Slow(capacity=1)
         longer = replace(EVERYTHING, max_high=BUDGET.max_high + 2, gpu_hours=seconds / 3600)
         run(tmp_path, monkeypatch, fleet, budget=longer)
         assert bool(fleet.trials) == more
