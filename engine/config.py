@@ -213,7 +213,7 @@ def final_fidelity(config: SearchConfig) -> Fidelity:
     """The fidelity of the last training of the winner, and of the baselines that it is compared with.
 
     It trains as the full fidelity does, but for longer (by default twice its epochs), on training and validation
-    images, and distilled if the search distils.
+    images, and distilled if the search distils (and has a teacher that is good enough, see engine/search/final.py).
     """
     high, final = config.high, config.final
     distils = config.low.kd_loss != "none"
