@@ -244,8 +244,13 @@ def search_plan(config: SearchConfig, budget: Budget) -> Plan:
 def final_fidelity(config: SearchConfig) -> Fidelity:
     """The fidelity of the last training of the winner, and of the baselines that it is compared with.
 
+<<<<<<< HEAD
     It trains as the full fidelity does, but for longer, on training and validation
     images, and distilled if the search distils.
+=======
+    It trains as the full fidelity does, but for longer (by default twice its epochs), on training and validation
+    images, and distilled if the search distils (and has a teacher that is good enough, see engine/search/final.py).
+>>>>>>> final
     """
     high, final = config.high, config.final
     distils = config.low.kd_loss != "none"

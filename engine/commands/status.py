@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,12 +61,11 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
     machine); `idle_seconds` counts from the last line of the journal."""
-    from engine.config import final_fidelity
     from engine.trial import failed
 
     path = run.folder.journal
     best, plan = run.best, run.plan
-    final = evaluation_counts(run, (final_fidelity(run.config),))
+    final = evaluation_counts(run, {t.fidelity for t in run.record.asked if t.fidelity.with_valid})
     return {
         "run_dir": str(run.folder),
         "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
@@ -95,7 +94,7 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
-def evaluation_counts(run: Run, fidelities: Sequence[Fidelity]) -> dict[str, int]:
+def evaluation_counts(run: Run, fidelities: Collection[Fidelity]) -> dict[str, int]:
     """The evaluations at some fidelities, by status."""
     from engine.trial import failed
 

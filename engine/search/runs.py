@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, final_fidelity, search_plan
+from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
 from engine.run_folder import RunFolder
 from engine.search.journal import Record, read_journal
 from engine.tasks import DataFacts, task_from_json
@@ -104,9 +104,13 @@ class Run:
         """The last training of the winner, which `export` and `eval` take; None if there is none."""
         if self.result is None or self.kind != "search":
             return None
-        trained = self.at(final_fidelity(self.config))
         name = self.result["winner"]["architecture"]
-        return next((e for e in trained if str(e.trial.architecture) == name), None)
+        return next((e for e in reversed(self.finals) if str(e.trial.architecture) == name), None)
+
+    @property
+    def finals(self) -> list[Evaluation]:
+        """The successful final trainings."""
+        return [e for e in self.answers if e.ok and e.trial.fidelity.with_valid]
 
     @property
     def best(self) -> Evaluation | None:
