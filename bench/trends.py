@@ -1,6 +1,6 @@
 """What training-free scores of learned weight are worth in a search, and what useless ones cost: NAS-Bench-201.
 
-`python -m bench.trends ../shared/data [--seeds 20]` writes docs/evidence/trends.md and .csv; finished runs are kept in
+`python -m bench.trends ../shared/data [--seeds 8]` writes docs/evidence/trends.md and .csv; finished runs are kept in
 build/trends, and the same command goes on from there.
 """
 
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[tuple[Columns, ...], tuple[str, ...]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shared", type=Path)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=8)
     values = parser.parse_args()
     rows = [row for cap in CAPS for row in under(cap, values.shared, values.seeds)]
     with open(NAME.with_suffix(".csv"), "w", newline="") as file:
@@ -124,11 +124,11 @@ def page(rows: list[dict[str, Any]], seeds: int) -> list[str]:
         "",
         "Made by `make trends`: replays of NAS-Bench-201 on CIFAR-100, 8 workers, 12-epoch trainings as the low",
         f"fidelity, {seeds} seeds. *Columns* are the scores of untrained networks that the candidates bring",
-        "(NAS-Bench-Suite-Zero): Jacobian covariance and NASWOT; a column of noise alone; and the two with the sign of",
-        "the first turned. Without columns, `mfkd` decides as it did before weights were learned. Regret is by how many",
-        "points of test accuracy the incumbent is below the best cell under the cap, by worker-hours in full trainings,",
-        "and their mean; differences are paired by seed. ± is a standard error over the seeds. The incumbent is the",
-        "best by low-fidelity score until a full training has ended, at about 9 of them with 8 workers.",
+        "(NAS-Bench-Suite-Zero): Jacobian covariance and NASWOT; a column of noise alone; and the two with the sign",
+        "of the first turned. Without columns, `mfkd` decides as it did before weights were learned. Regret is by how",
+        "many points of test accuracy the incumbent is below the best cell under the cap, by worker-hours in full",
+        "trainings, and their mean; differences are paired by seed. ± is a standard error over the seeds. Until a full",
+        "training has ended, at about 9 of them with 8 workers, the incumbent is the best by low-fidelity score.",
     ]
     for cap, title in CAPS.items():
         heads = ["method", "columns", "mean regret", "less mfkd without", *map(str, TRAININGS)]
