@@ -58,6 +58,10 @@ class SearchConfig:
         Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the low fidelity: the cheap training that ranks candidates"
     )
     high: Fidelity = option(Fidelity("high", Fraction(1), 60), "the full fidelity: the training that picks the winner")
+    proxies: Literal["auto", "none"] = option(
+        "auto",
+        "training-free scores of candidates, for the surrogate; auto computes as many as one full training pays for",
+    )
     kd_temperature: float = option(4.0, "softmax temperature of the distillation loss")
     ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
     kd_weight: float = option(1.0, "weight of the distillation loss (times T^2)")

@@ -17,6 +17,7 @@ from engine.search.methods.estimate import Estimate, SurrogateInputs, estimate
 from engine.search.methods.mfkd import BETA
 from engine.search.methods.scores import find_rows, scores
 from engine.search.progress import Display
+from engine.search.proxies import with_trends
 from engine.search.runs import Run
 from engine.search.setup import find_candidates
 from engine.space import Candidates, SearchSpace
@@ -128,6 +129,7 @@ def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredict
     if run.config.max_latency_ms < math.inf:
         limit, stored = run.config.max_latency_ms, run.folder.latencies
         fit, _ = within_latency_limit(fit, limit, stored, True, 0, _measured_already)
+    fit = with_trends(fit, run.proxies)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
     keep[wanted[wanted >= 0]] = True

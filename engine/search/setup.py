@@ -16,6 +16,7 @@ from engine.search.journal import read_journal
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.propose import METHODS
 from engine.search.progress import Display
+from engine.search.proxies import add_proxies
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
@@ -67,6 +68,7 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
         network = config.teacher if library else f"{config.space}#{largest_member(everything)}"
         path = context.folder.teacher_weights(config)
         obtain_teacher(context, TeacherTask(context.worker, network, path, pretrained=library))
+    fit = add_proxies(context, plan, facts.images["train"], fit)
     return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts)
 
 

@@ -6,9 +6,7 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -24,7 +22,7 @@ from engine.training import checkpoint
 from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
-from engine.training.student import Student, fatal, prepare, status_of
+from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Stopwatch, train
 from engine.training.weights import load_weights, save_weights
@@ -106,7 +104,7 @@ def _evaluate(
     if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
         raise ValueError("the trials of a cohort must share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
-        teacher = _teacher(teacher_file, context) if fidelity.kd_loss != "none" else None
+        teacher = load_teacher(teacher_file, context) if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
         cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
@@ -208,17 +206,14 @@ def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:
-    if fatal(error):
-        traceback.print_exception(error)  # the supervisor reports the end of the log
-        sys.stderr.flush()
-        os._exit(70)  # a lost CUDA context cannot be recovered in this process; the fleet starts another
+    end_if_fatal(error)
     if any(words in str(error) for words in UNWRITABLE):
         raise EnvironmentUnusable(f"cannot write the run folder: {error}; free space and run the command again")
     return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
 
 
 @lru_cache(maxsize=1)
-def _teacher(path: Path, context: WorkerContext) -> CachedTeacher:
+def load_teacher(path: Path, context: WorkerContext) -> CachedTeacher:
     """The teacher in a weights file, with its cached outputs for this worker's batches."""
     card, data = teachers.read_card(path), context.data
     teachers.check_fits(card, data.classes)

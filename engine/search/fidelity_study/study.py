@@ -72,7 +72,7 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
     config = replace(config, low=replace((distilled or study.lows)[0], name="low"))
     counts = {"max_low": study.architectures * study.low_repeats, "max_high": study.architectures * study.repeats}
     budget = replace(budget, target_accuracy=float("inf"), **counts)
-    plan = Plan(study.lows, config.high, config.method, budget.max_low, budget.max_high, config.seed)
+    plan = Plan(study.lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
 
     def finish(setup: SearchSetup, history: History) -> Json:
         return conclude(setup, study, history)

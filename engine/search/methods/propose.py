@@ -14,7 +14,7 @@ from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "find_method", "front", "propose", "winner"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "USE_TRENDS", "find_method", "front", "propose", "winner"]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
@@ -31,6 +31,9 @@ BASELINES: dict[str, Method] = {
     "macs": baselines.macs_only,
 }
 METHODS: dict[str, Method] = {"mfkd": mfkd, "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)), **BASELINES}
+
+# Methods that read `Candidates.trends`.
+USE_TRENDS = ("mfkd", "mfkd-front")
 
 # Methods that cannot do without a low fidelity.
 NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
