@@ -217,6 +217,8 @@ def explanation_text(explanation: dict[str, Any]) -> str:
     for one in explanation["evaluations"]:
         score = f"{one['accuracy']:.4f} ({one['place']})" if one["accuracy"] is not None else one["status"]
         trial = f"trial {one['number']}: {one['fidelity']} fidelity, seed {one['seed']}"
+        score += f", cross entropy {one['cross_entropy']:.3f}" if one["cross_entropy"] is not None else ""
+        score += f", agreement with the teacher {one['agreement']:.4f}" if one["agreement"] is not None else ""
         lines.append(f"{trial}: {score}  {one['error']}".rstrip())
     lines += ["not evaluated"] * (not explanation["evaluations"])
     untrained = explanation["training_free_scores"]

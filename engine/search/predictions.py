@@ -15,6 +15,7 @@ import numpy as np
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.estimate import Estimate, SurrogateInputs, estimate
 from engine.search.methods.mfkd import BETA
+from engine.search.methods.readout import by_best_readout
 from engine.search.methods.scores import find_rows, scores
 from engine.search.progress import Display
 from engine.search.proxies import with_trends
@@ -66,7 +67,8 @@ class RunPredictions:
 
     def estimate(self, answers: Sequence[Evaluation]) -> Estimate:
         """The surrogate fitted to these evaluations."""
-        plan, history = self.run.plan, History(list(answers), [])
+        plan = self.run.plan
+        history = by_best_readout(History(list(answers), []), plan)
         lows = [scores(self.candidates, history, low) for low in plan.lows]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())

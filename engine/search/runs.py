@@ -200,6 +200,8 @@ def row(evaluation: Evaluation) -> Json:
         **row_of_trial(trial),
         "status": evaluation.status,
         "accuracy": evaluation.accuracy if evaluation.ok else None,
+        "cross_entropy": evaluation.cross_entropy,
+        "agreement": evaluation.agreement,
         "macs": evaluation.macs if evaluation.ok else None,
         "params": evaluation.params if evaluation.ok else None,
         "latency_ms": evaluation.costs.get("latency_ms"),

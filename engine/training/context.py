@@ -24,7 +24,8 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
-from engine.training.train import accuracies
+from engine.training.teacher_cache import CachedTeacher
+from engine.training.train import Readout, classify, read_out
 from engine.trial import Architecture, Drained, Fidelity
 
 
@@ -78,11 +79,9 @@ class WorkerContext:
             first_epoch=first_epoch,
         )
 
-    def scores(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[float | Exception]:
-        """Accuracies (0..1) of networks in one pass over a split, or the exception that a network raised."""
-        if not networks:
-            return []
-        batches = eval_batches(
+    def eval_batches(self, split: Split, fidelity: Fidelity) -> Batches:
+        """Each image of a split once, in order, at the resolution of a fidelity."""
+        return eval_batches(
             split,
             data=self.data,
             batch_size=256,
@@ -91,14 +90,27 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
-        return accuracies(networks, batches)
+
+    def validate(
+        self, networks: list[nn.Module], fidelity: Fidelity, teacher: CachedTeacher | None = None
+    ) -> list[Readout | Exception]:
+        """Readouts of networks in one pass over the validation split, or the exception that a network raised.
+
+        The teacher, if there is one, sees the split once per worker and resolution.
+        """
+        if not networks:
+            return []
+        batches, side = self.eval_batches(self.data.valid, fidelity), self.resolution(fidelity)
+        if teacher is not None and side not in teacher.classes:
+            teacher.classes[side] = classify(teacher.network, batches)
+        return read_out(networks, batches, teacher.classes[side] if teacher is not None else None)
 
     def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
         """Accuracy (0..1) of one network; raises what the network raises."""
-        (score,) = self.scores([network], split, fidelity)
-        if isinstance(score, Exception):
-            raise score
-        return score
+        (found,) = read_out([network], self.eval_batches(split, fidelity))
+        if isinstance(found, Exception):
+            raise found
+        return found.accuracy
 
     def latency_ms(self, network: nn.Module) -> float:
         """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""

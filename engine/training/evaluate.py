@@ -24,7 +24,7 @@ from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
 from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Stopwatch, train
+from engine.training.train import Readout, Stopwatch, train
 from engine.training.weights import load_weights, save_weights
 from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial
 
@@ -119,10 +119,10 @@ def _evaluate(
         train(students, teacher, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
-        found = context.scores([student.network for student in trained], context.data.valid, fidelity)
-        scores = dict(zip(map(id, trained), found, strict=True))
+        found = context.validate([student.network for student in trained], fidelity, teacher)
+        readouts = dict(zip(map(id, trained), found, strict=True))
         return [
-            _answer(context, trial, entry, scores.get(id(entry), 0.0)) if isinstance(entry, Student) else entry
+            _answer(context, trial, entry, readouts.get(id(entry))) if isinstance(entry, Student) else entry
             for trial, entry in zip(trials, cohort, strict=True)
         ]
 
@@ -176,15 +176,17 @@ def _key(config: SearchConfig, trial: Trial) -> int:
     return int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
 
 
-def _answer(context: WorkerContext, trial: Trial, student: Student, score: float | Exception) -> Evaluation:
+def _answer(
+    context: WorkerContext, trial: Trial, student: Student, readout: Readout | Exception | None
+) -> Evaluation:
     """The evaluation of a trained student; the weights of a full training are saved."""
-    if student.status != "ok":
+    if readout is None:
         if student.status != "oom":  # another job on the device may have caused that, so the training may be repeated
             context.folder.training_state(trial).unlink(missing_ok=True)
         return Evaluation(trial, student.status, error=student.error, execution=student.execution)
     try:
-        if isinstance(score, Exception):
-            raise score
+        if isinstance(readout, Exception):
+            raise readout
         macs, params = _cost(context, trial, student.network)
         if trial.fidelity == context.config.high:
             save_weights(context.folder.weights(trial), student.network)
@@ -194,7 +196,17 @@ def _answer(context: WorkerContext, trial: Trial, student: Student, score: float
     except Exception as error:
         return _failed(trial, error)
     costs = {"latency_ms": student.latency_ms} if student.latency_ms else {}
-    return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=student.execution)
+    return Evaluation(
+        trial,
+        "ok",
+        readout.accuracy,
+        macs=macs,
+        params=params,
+        costs=costs,
+        execution=student.execution,
+        cross_entropy=readout.cross_entropy if math.isfinite(readout.cross_entropy) else None,
+        agreement=readout.agreement,
+    )
 
 
 def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int, int]:

@@ -125,26 +125,60 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
             student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
 
 
-@torch.no_grad()
-def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
-    """Accuracy (0..1) of each network, in one pass over the batches; the exception instead if a network raises.
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What one pass over a split says of a network: accuracy (0..1), mean cross entropy with the labels in nats, and
+    agreement, the share (0..1) of the images to which it gives the teacher's class (None without a teacher)."""
 
-    Leaves the networks in evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may
-    make the two largest logits equal.
+    accuracy: float
+    cross_entropy: float
+    agreement: float | None = None
+
+
+@torch.no_grad()
+def read_out(
+    networks: Sequence[nn.Module], batches: Iterable[Batch], teacher_classes: Tensor | None = None
+) -> list[Readout | Exception]:
+    """The readout of each network, in one pass over the batches; the exception instead if a network raises.
+
+    `teacher_classes` (n,) is the teacher's class of each image, in the order of the batches. Leaves the networks in
+    evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may make the two largest
+    logits equal.
     """
-    hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
+    sums: list[Tensor | Exception] = [torch.zeros(3, dtype=torch.float64)] * len(networks)
     total = 0
     for batch in batches:
         images = batch.images.float()
+        theirs = None if teacher_classes is None else teacher_classes[total : total + len(batch.labels)]
         for index, network in enumerate(networks):
-            before = hits[index]
+            before = sums[index]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
-                logits, _ = network(images)
-                hits[index] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
+                sums[index] = _sums(network(images)[0], batch.labels, theirs) + before.to(images.device)
             except Exception as error:
-                hits[index] = error
+                sums[index] = error
         total += len(batch.labels)
-    return [hit if isinstance(hit, Exception) else int(hit) / max(1, total) for hit in hits]
+    return [_readout(each, max(1, total), teacher_classes is not None) for each in sums]
+
+
+def _sums(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
+    """Correct classes, cross entropy, and classes equal to the teacher's, each summed over a batch: (3,)."""
+    classes = logits.argmax(1)
+    agreeing = torch.zeros_like(classes) if theirs is None else classes == theirs
+    entropy = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+    return torch.stack([(classes == labels).sum().double(), entropy, agreeing.sum().double()])
+
+
+def _readout(sums: Tensor | Exception, total: int, has_teacher: bool) -> Readout | Exception:
+    if isinstance(sums, Exception):
+        return sums
+    correct, entropy, agreeing = (sums / total).tolist()
+    return Readout(correct, entropy, agreeing if has_teacher else None)
+
+
+@torch.no_grad()
+def classify(network: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """The class (n,) that a network in evaluation mode gives to each image."""
+    return torch.cat([network(batch.images.float())[0].argmax(1) for batch in batches])
