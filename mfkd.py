@@ -75,6 +75,7 @@ class Settings(TypedDict, total=False):
     teacher_epochs: int
     low: Fidelity | str
     high: Fidelity | str
+    proxies: Literal["auto", "none"]
     kd_temperature: float
     ce_weight: float
     kd_weight: float
