@@ -75,6 +75,10 @@ class SearchConfig:
         Fidelity("final", epochs=0, kd_loss="kd"),
         "the last training of the winner, on training and validation images together, and of the baselines",
     )
+    proxies: Literal["auto", "none"] = option(
+        "auto",
+        "training-free scores of candidates, for the surrogate; auto computes as many as one full training pays for",
+    )
     kd_temperature: float = option(4.0, "softmax temperature of the distillation loss")
     ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
     kd_weight: float = option(1.0, "weight of the distillation loss (times T^2)")

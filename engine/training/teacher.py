@@ -49,8 +49,8 @@ class Card:
 class FeatureExtractor(nn.Module):
     """A classifier that returns only logits, made to return (logits, stage features) like the networks of the spaces.
 
-    The features are the last map of each spatial size larger than 1x1, among the outputs of all modules. They are seen by
-    hooks, since networks with control flow, such as timm's with dynamic padding, cannot be traced.
+    The features are the last map of each spatial size larger than 1x1, among the outputs of all modules. They are seen
+    by hooks, since networks with control flow, such as timm's with dynamic padding, cannot be traced.
     """
 
     def __init__(self, model: nn.Module, resolution: int) -> None:
