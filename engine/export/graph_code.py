@@ -18,7 +18,10 @@ def graph_class(network: fx.GraphModule, name: str) -> str:
     It needs `torch`, `Tensor`, `nn` and the classes of OWN. Raises NotSelfContained for what cannot be written so.
     """
     made = "\n".join(f"        self.{key} = {_made(module)}" for key, module in network.named_children())
-    own = [f"        self.{key} = nn.Parameter(torch.empty({tuple(value.shape)}))" for key, value in _parameters(network)]
+    own = [
+        f"        self.{key} = nn.Parameter(torch.empty({tuple(value.shape)}))"
+        for key, value in network.named_parameters(recurse=False)
+    ]
     return "\n".join(
         [
             f"class {name}(nn.Module):",
@@ -44,10 +47,6 @@ def _made(module: nn.Module) -> str:
     if not type(module).__module__.startswith("torch.nn."):
         raise NotSelfContained(f"{type(module).__name__} is not one of torch's modules")
     return f"nn.{module!r}"
-
-
-def _parameters(network: fx.GraphModule) -> list[tuple[str, nn.Parameter]]:
-    return list(network.named_parameters(recurse=False))
 
 
 def _steps(network: fx.GraphModule) -> list[str]:
