@@ -187,7 +187,7 @@ def candidates(
     """The members of a space with their MACs and parameters, one of each class of identical networks.
 
     If `only` names any, just those. A space with more than POOL members (POOL_WITHOUT_COST without a closed form for
-    the cost) is represented by a random sample of that size.
+    the cost) is represented by a random sample of that size, and its families.
     """
     choices = np.unique(np.array([a.choices for a in only], dtype=np.int8), axis=0) if only else _members(space, seed)
     if space.cost is not None:
@@ -208,8 +208,8 @@ def _members(space: SearchSpace, seed: int) -> IntMatrix:
         choices = space.all()
     else:
         rng = np.random.default_rng(seed)
-        drawn = [rng.integers(radix, size=pool, dtype=np.int8) for radix in space.radices]
-        choices = np.unique(np.stack(drawn, axis=1), axis=0)
+        drawn = np.stack([rng.integers(radix, size=pool, dtype=np.int8) for radix in space.radices], axis=1)
+        choices = np.unique(np.concatenate([drawn, *space.families.values()]), axis=0)
     if space.canonical is None:
         return choices
     return np.array(sorted({space.canonical(tuple(row)) for row in choices.tolist()}), dtype=np.int8)

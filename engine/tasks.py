@@ -126,12 +126,16 @@ class TrialsTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TestTask(Task):
-    """Score the stored weights of a full-fidelity trial on the test split."""
+    """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
+
+    The answer holds test_accuracy, weights (their file) and hits (engine.trial.hits_to_text).
+    """
 
     __test__ = False  # pytest would take it for a test class
     function: ClassVar[str] = "run_test"
     worker: WorkerSettings
-    trial: Trial
+    trial: Trial | None
+    teacher: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)

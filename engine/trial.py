@@ -103,7 +103,8 @@ class Fidelity:
 
     It is trained for `epochs` passes over a `fraction` of the training images, at a `width` multiplier and a
     `resolution` in pixels (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are
-    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration.
+    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration. `with_valid`: the validation images
+    are trained on too, so that only the test split is left to score on, and no decision may depend on the score.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Fidelity:
     resolution: int = 0
     kd_loss: KDLoss = "none"
     weights: tuple[tuple[str, float], ...] = ()
+    with_valid: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.fraction, Fraction):  # Python callers write "1/27" or 0.1
@@ -123,8 +125,8 @@ class Fidelity:
             object.__setattr__(self, "fraction", fraction)
         if not 0 < self.fraction <= 1:
             raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be greater than 0 and at most 1")
-        if self.epochs < 1:
-            raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 1")
+        if self.epochs < 0:
+            raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 0")
         if not 0 < self.width < math.inf:
             raise UsageError(f"{self.name}.width is {self.width}; it must be greater than 0")
         if self.resolution < 0:
@@ -155,6 +157,8 @@ class Fidelity:
             images = Fraction(fraction)
         except (ValueError, OverflowError, ZeroDivisionError):
             raise UsageError(f"'{text}' is not a fidelity; {example}") from None
+        if int(epochs) < 1:
+            raise UsageError(f"'{text}' trains for no epoch; {example}")
         return cls(text, images, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:
@@ -182,15 +186,17 @@ class Trial:
 class Evaluation:
     """A measurement: the trial, how it ended, its accuracy in 0..1 on the validation split, and what it cost.
 
-    Two more readouts come from the same pass over the validation split: the mean `cross_entropy` in nats (None if it is
-    not finite), and the `agreement` with the teacher, the share of images (0..1) to which both give the same class
-    (None without a teacher). Evaluations of earlier versions have neither.
+    Two more readouts come from the same pass over the images: the mean `cross_entropy` in nats (None if it is not
+    finite), and the `agreement` with the teacher, the share of images (0..1) to which both give the same class (None
+    without a teacher). Evaluations of earlier versions have neither. A training that includes the validation images is
+    scored on the test split instead, has no agreement, and `hits` tells which test images it got right
+    (`engine.search.comparison`).
 
     `seconds` is the wall time of the whole evaluation on its worker. `costs` splits it into phases (train, teacher,
     data, evaluate, setup; seconds) and also holds images_per_s and peak_memory_bytes. `worker` names the worker and
     `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
     seconds. `test_accuracy` is known only in tables of recorded results, and no method sees it: a search reads the test
-    split once, for its winner. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
+    split only at its end. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
     "eager" with the reason.
     """
 
@@ -209,6 +215,7 @@ class Evaluation:
     execution: str = ""
     cross_entropy: float | None = None
     agreement: float | None = None
+    hits: str = ""
 
     @property
     def ok(self) -> bool:
@@ -245,7 +252,8 @@ class History:
 
 def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
     values = {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction), "weights": dict(fidelity.weights)}
-    return values if fidelity.weights else {key: value for key, value in values.items() if key != "weights"}
+    # Left out where they are empty: the keys of trials, and so the names of weights files, must not change.
+    return {key: value for key, value in values.items() if key not in ("weights", "with_valid") or value}
 
 
 def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
@@ -297,8 +305,20 @@ def mean_readouts(answers: Iterable[Evaluation], name: str) -> dict[Architecture
     return {architecture: sum(values) / len(values) for architecture, values in groups.items()}
 
 
+def hits_to_text(hits: Iterable[bool]) -> str:
+    """Which images were classified right, as hexadecimal digits; a leading 1 bit keeps their count."""
+    return f"{int('1' + ''.join('1' if hit else '0' for hit in hits), 2):x}"
+
+
+def hits_from_text(text: str) -> list[bool]:
+    """The inverse of `hits_to_text`."""
+    return [bit == "1" for bit in f"{int(text, 16):b}"[1:]]
+
+
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     fields = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)}
+    if not evaluation.hits:
+        del fields["hits"]
     return {**fields, "trial": trial_to_json(evaluation.trial)}
 
 

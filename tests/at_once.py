@@ -5,8 +5,15 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+from engine.trial import Trial, hits_to_text
+
 Task = dict[str, Any]
 CARD = {"epochs": 20, "accuracy": 0.9, "seconds": 1.0, "elsewhere": False}
+
+
+def hits_of(trial: Trial, accuracy: float) -> str:
+    """What an evaluation says of 100 test images, if it is that of a final training."""
+    return hits_to_text([place < round(100 * accuracy) for place in range(100)]) if trial.fidelity.with_valid else ""
 
 
 class AtOnce:
@@ -47,4 +54,4 @@ class AtOnce:
         ]
 
     def run_test(self, task: Task) -> dict[str, Any]:
-        return {"test_accuracy": 0.75, "weights": "none"}
+        return {"test_accuracy": 0.75, "weights": "none", "hits": hits_to_text([True, True, True, False])}

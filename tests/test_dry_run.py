@@ -39,7 +39,10 @@ def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     }  # fmt: skip
     assert {key: planned["high"][key] for key in ("evaluations", "images")} == {"evaluations": 6, "images": 96}
     assert planned["teacher"]["epochs"] == 4
-    kinds = [planned[name] for name in ("teacher", "low", "high")]
+    assert {key: planned["final"][key] for key in ("evaluations", "images", "epochs")} == {
+        "evaluations": 2, "images": 120, "epochs": 4,
+    }  # fmt: skip
+    kinds = [planned[name] for name in ("teacher", "low", "high", "final")]
     assert all(kind["seconds"] > 0 for kind in kinds)
     hours = sum(kind["evaluations"] * kind["seconds"] for kind in kinds) / 3600
     assert planned["worker_hours"] == pytest.approx(hours, abs=1e-3)

@@ -47,7 +47,11 @@ def test_the_page_has_every_chart_and_is_self_contained(copy: Path, capsys: pyte
     assert re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours) == []
     assert "@import" not in ours
     assert "default-src 'none'" in page  # forbids all requests
-    assert "87.65 %" in page  # the winner's test accuracy
+    assert "87.65 \N{PLUS-MINUS SIGN} 1.0 %" in page  # the winner's test accuracy
+    assert "The search was worth it: &lt;it&gt; was." in page
+    assert "90.1 \N{PLUS-MINUS SIGN} 1.2" in page  # after its final training
+    assert "+2.1 \N{PLUS-MINUS SIGN} 0.8" in page  # its difference from a baseline
+    assert "<td>unlucky network</td><td>oom</td>" in page
     drawn = json.loads(page.split('id="charts">')[1].split("</script>")[0])
     for chart in drawn:
         graph_objects.Figure(data=chart["data"], layout=chart["layout"])  # raises if plotly does not know a property
@@ -115,6 +119,21 @@ def test_rank_correlations_come_with_their_intervals(finished_run: Path) -> None
 def test_the_front_holds_the_points_that_no_other_beats_in_both() -> None:
     x, y = [3.0, 1.0, 2.0, 4.0, 2.0, 5.0], [5.0, 1.0, 4.0, 4.5, 3.0, 6.0]
     assert accuracy_charts.front(x, y) == [1, 2, 0, 5]
+
+
+def test_the_finished_winner_and_its_baselines_are_named_in_the_picture(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    chart = accuracy_charts.pareto(run)
+    (shown,) = [trace for trace in chart.data if trace["visible"] and "error_y" in trace]
+    assert shown["text"] == ["finished winner", "largest within the limits", "largest network"]
+    assert shown["y"] == pytest.approx([90.12, 88.02, 88.02])
+    assert shown["error_y"]["array"] == pytest.approx([1.23] * 3)
+    assert run.result is not None
+    assert shown["x"][2] == pytest.approx(2 * run.result["winner"]["macs"] / 1e6)
+    assert "on the test images after the final training" in chart.caption
+    without = {key: value for key, value in run.result.items() if key not in ("final", "baselines", "verdict")}
+    plain = accuracy_charts.pareto(replace(run, result=without))  # as an earlier version wrote it
+    assert not any("error_y" in trace for trace in plain.data)
 
 
 def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> None:

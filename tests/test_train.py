@@ -18,7 +18,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Readout, Stopwatch, classify, learning_rate, read_out, train
+from engine.training.train import Readout, Stopwatch, learning_rate, read_out, train
 from engine.trial import EnvironmentUnusable, KDLoss
 
 CONFIG = SearchConfig(batch_size=16, lr=0.05)
@@ -114,33 +114,32 @@ def test_a_student_learns(data: Dataset) -> None:
 
 def test_a_pass_over_a_split_reads_accuracy_cross_entropy_and_agreement(data: Dataset) -> None:
     """As computed on the whole split at once; the last of its batches is short."""
-    networks, teacher = [Net(0).eval(), Net(1).eval()], make_teacher()
+    networks = [Net(0).eval(), Net(1).eval(), make_teacher()]
     batched, whole = (
         eval_batches(data.valid, data=data, batch_size=size, resolution=16, backend="resident") for size in (7, 1000)
     )
     assert len(data.valid) % 7
-    classes = classify(teacher, batched)
     (batch,) = whole
-    with torch.no_grad():
-        assert torch.equal(classes, teacher(batch.images)[0].argmax(1))
-        for network, found in zip(networks, read_out(networks, batched, classes), strict=True):
-            logits = network(batch.images)[0]
-            assert isinstance(found, Readout)
-            assert found.accuracy == (logits.argmax(1) == batch.labels).double().mean().item()
-            assert found.cross_entropy == pytest.approx(nn.functional.cross_entropy(logits, batch.labels).item())
-            assert found.agreement == (logits.argmax(1) == classes).double().mean().item()
-    (alone,) = read_out(networks[:1], batched)
-    assert isinstance(alone, Readout)
-    assert alone.agreement is None
+    found = read_out(networks, batched)
+    for network, readout in zip(networks, found, strict=True):
+        with torch.no_grad():
+            logits, theirs = network(batch.images)[0], networks[2](batch.images)[0].argmax(1)
+        assert isinstance(readout, Readout)
+        np.testing.assert_array_equal(readout.classes, logits.argmax(1))
+        np.testing.assert_array_equal(readout.hits, logits.argmax(1) == batch.labels)
+        assert readout.accuracy == (logits.argmax(1) == batch.labels).double().mean().item()
+        assert readout.cross_entropy == pytest.approx(nn.functional.cross_entropy(logits, batch.labels).item())
+        assert readout.agreement(theirs.numpy()) == (logits.argmax(1) == theirs).double().mean().item()
 
 
 def test_a_network_that_raises_does_not_keep_others_from_being_scored(data: Dataset) -> None:
     valid = eval_batches(data.valid, data=data, batch_size=7, resolution=16, backend="resident")
-    (good,) = read_out([Net(0)], valid)
-    broken = nn.Linear(3, 3)
-    found = read_out([broken, Net(0)], valid)
-    assert isinstance(found[0], RuntimeError)
-    assert found[1] == good
+    broken, good = read_out([nn.Linear(3, 3), Net(0)], valid)
+    (alone,) = read_out([Net(0)], valid)
+    assert isinstance(broken, RuntimeError)
+    assert isinstance(good, Readout)
+    assert isinstance(alone, Readout)
+    assert (good.accuracy, good.cross_entropy) == (alone.accuracy, alone.cross_entropy)
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])

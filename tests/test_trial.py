@@ -72,7 +72,7 @@ def test_an_architecture_is_read_back_from_its_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("fraction", Fraction(0)), ("fraction", Fraction(3, 2)), ("epochs", 0), ("width", 0.0)]
+    ("field", "value"), [("fraction", Fraction(0)), ("fraction", Fraction(3, 2)), ("epochs", -1), ("width", 0.0)]
 )
 def test_a_fidelity_outside_its_range_is_refused(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"low.{field}"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_run_argument, command_parser
+from engine.config import final_fidelity
 from engine.trial import Status, failed
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def parser() -> ArgumentParser:
     """Flags of the command."""
     parser = command_parser("List the evaluations of a run, including those still running.")
     add_run_argument(parser)
-    parser.add_argument("--fidelity", type=Literal["all", "low", "high"], default="all", help="only this fidelity")
+    names = Literal["all", "low", "high", "final"]
+    parser.add_argument("--fidelity", type=names, default="all", help="only this fidelity")
     parser.add_argument(
         "--status",
         type=Literal["all", "failed", "pending", Status],
@@ -62,11 +64,12 @@ def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
     """The rows that the flags select, in the order they ask for."""
     from engine.search.runs import proxy_columns, row_of_trial, rows
 
+    own = (run.plan.high.name, final_fidelity(run.config).name)  # those of a fidelity study have names like kd@1/9x20
     pending = [row_of_trial(trial) | proxy_columns(run, trial) for trial in run.pending]
     found = [
         one
         for one in rows(run, run.answers) + pending
-        if values.fidelity in ("all", "high" if one["fidelity"] == run.plan.high.name else "low")
+        if values.fidelity in ("all", one["fidelity"] if one["fidelity"] in own else "low")
         and _has_status(one["status"], values.status)
         and fnmatch.fnmatchcase(one["architecture"], values.arch)
     ]

@@ -34,6 +34,13 @@ class Split:
         return len(self.labels)
 
 
+def joined(one: Split, other: Split) -> Split:
+    """Both splits as one. Images keep their positions in `one`, so that their augmentation stays the same."""
+    images = None if one.images is None or other.images is None else np.concatenate([one.images, other.images])
+    files = None if one.files is None or other.files is None else one.files + other.files
+    return Split(np.concatenate([one.labels, other.labels]), images, files)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A data set and its splits. `mean` and `std` are per channel, of pixels in 0..1; `flip`: mirroring keeps the

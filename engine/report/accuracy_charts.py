@@ -23,6 +23,7 @@ from engine.report.chart import (
     points,
     time_unit,
 )
+from engine.report.final_trainings import marks, trained_rows
 from engine.search.runs import Run
 from engine.trial import Architecture, Evaluation, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
@@ -135,11 +136,12 @@ def pareto(run: Run) -> Chart:
     if all("latency_ms" in e.costs for e in full):
         costs["latency, ms"] = [e.costs["latency_ms"] for e in full]
     name_of_best = "winner" if run.result else "best so far"
-    groups = [_against(run, name, x, full, name_of_best) for name, x in costs.items()]
+    finals = trained_rows(run)
+    groups = [_against(run, name, x, full, name_of_best) + marks(finals, name) for name, x in costs.items()]
     data = [trace | {"visible": place == 0} for place, group in enumerate(groups) for trace in group]
     layout = {
         "xaxis": axis(next(iter(costs)), rangemode="tozero"),
-        "yaxis": axis("validation accuracy, %"),
+        "yaxis": axis("accuracy, %" if finals else "validation accuracy, %"),
         "updatemenus": [_cost_menu(list(costs), [len(group) for group in groups])],
         "showlegend": False,
     }
@@ -147,6 +149,12 @@ def pareto(run: Run) -> Chart:
         f"Full accuracy against the cost of a network; the star is the {name_of_best}. The line joins the networks "
         "that no other one beats in both: choose among them if the star is too large."
     )
+    if finals:
+        caption += (
+            " These are accuracies on the validation images after the trainings of the search. The named marks are the "
+            "finished winner and what it is compared with, on the test images after the final training, with one "
+            "standard error each way."
+        )
     return Chart("pareto", title, caption, data, layout)
 
 

@@ -42,6 +42,18 @@ class Record:
     known: list[int]
     seen: list[int]
 
+    @property
+    def searched(self) -> Record:
+        """The trials that decisions may depend on: not those that were trained on the validation images too."""
+        keep = [place for place, trial in enumerate(self.asked) if not trial.fidelity.with_valid]
+        answers = {number: e for number, e in self.answers.items() if not e.trial.fidelity.with_valid}
+        return Record(
+            [self.asked[place] for place in keep],
+            answers,
+            [self.known[place] for place in keep],
+            [self.seen[place] for place in keep],
+        )
+
 
 class Journal(LineFile):
     """Appends to a journal, and holds its lock from `__enter__` to `__exit__`.

@@ -101,7 +101,8 @@ class Display(AbstractContextManager["Display"]):
             total = max(bar.total or 0, self._counts[phase])
             self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {rate:,.0f} images/s")
         if self._style == "lines":
-            result = f"{evaluation.accuracy:.4f}" if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
+            accuracy = f"{'test ' if evaluation.trial.fidelity.with_valid else ''}{evaluation.accuracy:.4f}"
+            result = accuracy if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
             self.say(
                 f"{phase} {self._counts[phase]:>3}  {evaluation.trial.architecture}  {result}  "
                 f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}".rstrip()

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
+from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, final_fidelity, search_plan
 from engine.run_folder import RunFolder
 from engine.search.journal import Record, read_journal
 from engine.search.proxies import PREFIX, read_scores, standing
@@ -46,7 +46,7 @@ class Run:
     def plan(self) -> Plan:
         """The plan of the search; for a fidelity study, with the low fidelities that it has compared."""
         plan = search_plan(self.config, self.budget)
-        asked = dict.fromkeys(trial.fidelity for trial in self.record.asked if trial.fidelity != plan.high)
+        asked = dict.fromkeys(t.fidelity for t in self.record.searched.asked if t.fidelity != plan.high)
         return plan if not asked or self.config.low in asked else replace(plan, lows=tuple(asked))
 
     @property
@@ -112,8 +112,17 @@ class Run:
         return card
 
     @property
+    def final(self) -> Evaluation | None:
+        """The last training of the winner, which `export` and `eval` take; None if there is none."""
+        if self.result is None or self.kind != "search":
+            return None
+        trained = self.at(final_fidelity(self.config))
+        name = self.result["winner"]["architecture"]
+        return next((e for e in trained if str(e.trial.architecture) == name), None)
+
+    @property
     def best(self) -> Evaluation | None:
-        """The winner, or the best full-fidelity evaluation so far; None if there is none yet."""
+        """The winner's training in the search, or the best full-fidelity evaluation so far; None if there is none."""
         full = self.at(self.plan.high)
         if self.result is not None:
             name = self.result["winner"]["architecture"]

@@ -29,12 +29,18 @@ OVERHEAD_MACS = 1e6
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """A run whose data, candidates and teacher are known, ready to ask for trials."""
+    """A run whose data, candidates and teacher are known, ready to ask for trials.
+
+    `largest` holds only the largest member of the space, which may exceed the limits. `teacher` is None if nothing is
+    distilled.
+    """
 
     context: RunContext
     plan: Plan
     candidates: Candidates
     facts: DataFacts
+    largest: Candidates
+    teacher: TeacherFacts | None = None
 
     def cost(self, trial: Trial) -> float:
         """Expected cost of a trial, up to a constant factor: passes over the data times MACs.
@@ -42,11 +48,17 @@ class SearchSetup:
         It drives the virtual clock, and methods see it as seconds. Measured seconds would be more accurate, but they
         change when a run resumes on another machine, and its decisions must not.
         """
-        fidelity = trial.fidelity
-        row = self.candidates.row(trial.architecture)
-        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
+        fidelity, images = trial.fidelity, self.facts.images
         scale = fidelity.width * (fidelity.resolution or self.facts.resolution) / self.facts.resolution
-        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
+        passes = fidelity.cost() * (1 + images["valid"] / images["train"] if fidelity.with_valid else 1)
+        return passes * scale**2 * (self._macs(trial.architecture) + OVERHEAD_MACS)
+
+    def _macs(self, architecture: Architecture) -> float:
+        for members in (self.candidates, self.largest):
+            row = members.row(architecture)
+            if row is not None:
+                return float(members.macs[row])
+        return float(np.median(self.candidates.macs))
 
 
 def validated_space(settings: RunSettings) -> SearchSpace:
@@ -63,13 +75,15 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if config.max_latency_ms < math.inf:
         fit = limit_latency(context, fit, context.folder)
+    teacher = None
     if config.low.kd_loss != "none":
         library = is_library_model(config.teacher)
         network = config.teacher if library else f"{config.space}#{largest_member(everything)}"
         path = context.folder.teacher_weights(config)
-        obtain_teacher(context, TeacherTask(context.worker, network, path, pretrained=library))
+        teacher = obtain_teacher(context, TeacherTask(context.worker, network, path, pretrained=library))
+    largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
     fit = add_proxies(context, plan, facts.images["train"], fit)
-    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts)
+    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts, largest, teacher)
 
 
 def probe(context: RunContext) -> DataFacts:

@@ -20,7 +20,7 @@ from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity
 
 # Settings that affect which trials are proposed, but not the outcome of an evaluation.
 MAY_DIFFER = {"low", "method", "fidelity_study", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives"}
-MAY_DIFFER |= {"proxies", "only"}
+MAY_DIFFER |= {"proxies", "final", "only"}
 MAY_DIFFER |= {"teacher", "teacher_epochs", *LOSS_WEIGHTS}  # compared per evaluation: some use no teacher
 
 

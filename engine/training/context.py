@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 
 from engine import stop_files
 from engine.config import SearchConfig
-from engine.data.dataset import Dataset, Split, load, subset
+from engine.data.dataset import Dataset, Split, joined, load, subset
 from engine.data.loader import Batches, eval_batches, train_batches
 from engine.run_folder import RunFolder
 from engine.tasks import WorkerSettings
@@ -25,7 +25,7 @@ from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Readout, classify, read_out
+from engine.training.train import Classes, Readout, read_out
 from engine.trial import Architecture, Drained, Fidelity
 
 
@@ -49,9 +49,22 @@ class WorkerContext:
         """Threads of the loader: one on a CPU, on a GPU the worker's share of the cores (set by its supervisor)."""
         return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
 
+    @cached_property
+    def train_and_valid(self) -> Split:
+        """The training and validation images, kept: a copy of all arrays takes time."""
+        return joined(self.data.train, self.data.valid)
+
+    def train_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity draw from."""
+        return self.train_and_valid if fidelity.with_valid else self.data.train
+
+    def score_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity are scored on, which they have not seen."""
+        return self.data.test if fidelity.with_valid else self.data.valid
+
     def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
         """Indices of the training images of a fidelity, and the batch size: as configured, or all images if fewer."""
-        indices = subset(self.data.train.labels, fidelity.fraction, self.config.seed)
+        indices = subset(self.train_split(fidelity).labels, fidelity.fraction, self.config.seed)
         return indices, min(self.config.batch_size, len(indices))
 
     def images(self, fidelity: Fidelity) -> int:
@@ -66,7 +79,7 @@ class WorkerContext:
         """The batches of a training at a fidelity, starting at an epoch."""
         indices, batch_size = self.subset(fidelity)
         return train_batches(
-            self.data.train,
+            self.train_split(fidelity),
             indices,
             data=self.data,
             batch_size=batch_size,
@@ -79,9 +92,11 @@ class WorkerContext:
             first_epoch=first_epoch,
         )
 
-    def eval_batches(self, split: Split, fidelity: Fidelity) -> Batches:
-        """Each image of a split once, in order, at the resolution of a fidelity."""
-        return eval_batches(
+    def read(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[Readout | Exception]:
+        """What one pass over a split says of each network, or the exception that it raised."""
+        if not networks:
+            return []
+        batches = eval_batches(
             split,
             data=self.data,
             batch_size=256,
@@ -90,27 +105,25 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
+        return read_out(networks, batches)
 
-    def validate(
-        self, networks: list[nn.Module], fidelity: Fidelity, teacher: CachedTeacher | None = None
-    ) -> list[Readout | Exception]:
-        """Readouts of networks in one pass over the validation split, or the exception that a network raised.
-
-        The teacher, if there is one, sees the split once per worker and resolution.
-        """
-        if not networks:
-            return []
-        batches, side = self.eval_batches(self.data.valid, fidelity), self.resolution(fidelity)
-        if teacher is not None and side not in teacher.classes:
-            teacher.classes[side] = classify(teacher.network, batches)
-        return read_out(networks, batches, teacher.classes[side] if teacher is not None else None)
+    def read_one(self, network: nn.Module, split: Split, fidelity: Fidelity) -> Readout:
+        """What a pass over a split says of one network; raises what the network raises."""
+        (found,) = self.read([network], split, fidelity)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
         """Accuracy (0..1) of one network; raises what the network raises."""
-        (found,) = read_out([network], self.eval_batches(split, fidelity))
-        if isinstance(found, Exception):
-            raise found
-        return found.accuracy
+        return self.read_one(network, split, fidelity).accuracy
+
+    def teacher_classes(self, teacher: CachedTeacher, fidelity: Fidelity) -> Classes:
+        """The class (N,) that the teacher gives to each validation image at a fidelity's resolution, found once."""
+        side = self.resolution(fidelity)
+        if side not in teacher.classes:
+            teacher.classes[side] = self.read_one(teacher.network, self.data.valid, fidelity).classes
+        return teacher.classes[side]
 
     def latency_ms(self, network: nn.Module) -> float:
         """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.config import Resources, SearchConfig, cohort_size, config_at, parse_bytes
+from engine.config import Resources, SearchConfig, cohort_size, config_at, is_full, parse_bytes
 from engine.networks import count_cost
 from engine.spaces.load import load_space
 from engine.training import checkpoint
@@ -24,9 +24,9 @@ from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
 from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Readout, Stopwatch, train
+from engine.training.train import Classes, Readout, Stopwatch, train
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial
+from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial, hits_to_text
 
 DEFAULT = Resources()
 # Messages of Python, torch and safetensors when a disk cannot be written; the libraries have error types of their own.
@@ -36,7 +36,7 @@ UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file 
 def evaluate(
     context: WorkerContext, teacher_file: Path, trials: list[Trial], resources: Resources = DEFAULT
 ) -> list[Evaluation]:
-    """Trains trials of one fidelity and one seed side by side and scores each on the validation split."""
+    """Trains trials of one fidelity and one seed side by side and scores each on images that it has not seen."""
     started, start, watch = time.time(), time.perf_counter(), Stopwatch()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(context.device)
@@ -110,7 +110,7 @@ def _evaluate(
         cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
         students = [entry for entry in cohort if isinstance(entry, Student)]
         # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
-        resumable = fidelity == context.config.high and len(trials) == 1
+        resumable = is_full(context.config, fidelity) and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
         done = checkpoint.restore(state, students[0]).epochs if state and students else 0
     if students:
@@ -119,10 +119,12 @@ def _evaluate(
         train(students, teacher, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
-        found = context.validate([student.network for student in trained], fidelity, teacher)
+        found = context.read([student.network for student in trained], context.score_split(fidelity), fidelity)
         readouts = dict(zip(map(id, trained), found, strict=True))
+        compared = teacher if trained and not fidelity.with_valid else None
+        classes = context.teacher_classes(compared, fidelity) if compared is not None else None
         return [
-            _answer(context, trial, entry, readouts.get(id(entry))) if isinstance(entry, Student) else entry
+            _answer(context, trial, entry, readouts.get(id(entry)), classes) if isinstance(entry, Student) else entry
             for trial, entry in zip(trials, cohort, strict=True)
         ]
 
@@ -139,12 +141,12 @@ def _make_student(
         network = build_student(context.config, trial, len(context.data.classes))
         size = context.resolution(trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=context.device).contiguous(memory_format=torch.channels_last)
-        full = trial.fidelity == context.config.high
+        full = is_full(context.config, trial.fidelity)
         if full and context.config.initial_weights:
             load_weights(Path(context.config.initial_weights), network)
         limit = context.config.max_latency_ms
         latency = context.latency_ms(network) if full and limit < math.inf else 0.0
-        if latency > limit:
+        if latency > limit and not trial.fidelity.with_valid:  # the winner has been measured before
             reason = f"measured {latency:.3g} ms, over --max-latency-ms {limit:g}"
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
@@ -177,7 +179,11 @@ def _key(config: SearchConfig, trial: Trial) -> int:
 
 
 def _answer(
-    context: WorkerContext, trial: Trial, student: Student, readout: Readout | Exception | None
+    context: WorkerContext,
+    trial: Trial,
+    student: Student,
+    readout: Readout | Exception | None,
+    teacher_classes: Classes | None,
 ) -> Evaluation:
     """The evaluation of a trained student; the weights of a full training are saved."""
     if readout is None:
@@ -188,7 +194,7 @@ def _answer(
         if isinstance(readout, Exception):
             raise readout
         macs, params = _cost(context, trial, student.network)
-        if trial.fidelity == context.config.high:
+        if is_full(context.config, trial.fidelity):
             save_weights(context.folder.weights(trial), student.network)
             context.folder.training_state(trial).unlink(missing_ok=True)
     except EnvironmentUnusable:
@@ -205,7 +211,8 @@ def _answer(
         costs=costs,
         execution=student.execution,
         cross_entropy=readout.cross_entropy if math.isfinite(readout.cross_entropy) else None,
-        agreement=readout.agreement,
+        agreement=readout.agreement(teacher_classes) if teacher_classes is not None else None,
+        hits=hits_to_text(readout.hits) if trial.fidelity.with_valid else "",
     )
 
 
@@ -227,7 +234,12 @@ def _failed(trial: Trial, error: Exception) -> Evaluation:
 @lru_cache(maxsize=1)
 def load_teacher(path: Path, context: WorkerContext) -> CachedTeacher:
     """The teacher in a weights file, with its cached outputs for this worker's batches."""
+    return CachedTeacher(ready_teacher(path, context))
+
+
+def ready_teacher(path: Path, context: WorkerContext) -> nn.Module:
+    """The network in a teacher's weights file, frozen, for images as this worker normalises them."""
     card, data = teachers.read_card(path), context.data
     teachers.check_fits(card, data.classes)
     built = teachers.renormalised(teachers.load(path), (data.mean, data.std), (card.mean, card.std))
-    return CachedTeacher(teachers.freeze(built, context.device))
+    return teachers.freeze(built, context.device)

@@ -26,13 +26,13 @@ from engine.tasks import (
 )
 from engine.training import teacher as teachers
 from engine.training.context import WorkerContext, device_name, open_context
-from engine.training.evaluate import evaluate, load_teacher
+from engine.training.evaluate import evaluate, load_teacher, ready_teacher
 from engine.training.make_teacher import fetch_teacher, import_teacher, train_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place
 from engine.training.weights import load_weights
-from engine.trial import EnvironmentUnusable, UsageError, evaluation_to_json
+from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
 Json = dict[str, Any]
 
@@ -87,16 +87,20 @@ def run_teacher(payload: Json) -> Json:
 
 
 def run_test(payload: Json) -> Json:
-    """TestTask -> {"test_accuracy", "weights" (their file)}."""
+    """TestTask -> {"test_accuracy", "weights" (their file), "hits"}."""
     task = task_from_json(TestTask, payload)
     context, trial = open_context(task.worker), task.trial
-    space = load_space(context.config.space)
-    network = space.build(trial.architecture.choices, len(context.data.classes), trial.fidelity.width)
-    weights = context.folder.weights(trial)
-    load_weights(weights, network)
-    network = place(network, context.device)
-    accuracy = context.accuracy(network, context.data.test, trial.fidelity)
-    return {"test_accuracy": accuracy, "weights": str(weights)}
+    if trial is None:
+        weights, fidelity = task.teacher, Fidelity("teacher")
+        network = ready_teacher(weights, context)
+    else:
+        weights, fidelity = context.folder.weights(trial), trial.fidelity
+        space = load_space(context.config.space)
+        network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
+        load_weights(weights, network)
+        network = place(network, context.device)
+    found = context.read_one(network, context.data.test, fidelity)
+    return {"test_accuracy": found.accuracy, "weights": str(weights), "hits": hits_to_text(found.hits)}
 
 
 def run_latency(payload: Json) -> list[float]:

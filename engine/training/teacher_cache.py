@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class CachedTeacher:
     cache: dict[Hashable, TeacherOutput] = field(default_factory=dict)
     bytes: int = 0
     keys_by_size: dict[int, list[Hashable]] = field(default_factory=dict)  # size in bytes -> keys in `cache`
-    classes: dict[int, Tensor] = field(default_factory=dict)  # resolution -> its class (n,) of each validation image
+    classes: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)  # of validation images (N,), by resolution
 
     def outputs_for(
         self, batches: Batches, feature_keys: Collection[FeatureKey]
@@ -77,7 +79,8 @@ class CachedTeacher:
 def _identity(batches: Batches) -> tuple[Hashable, ...]:
     """Everything that the images of a step depend on, within one data set. The first and last epoch do not matter."""
     indices = b"" if batches.indices is None else batches.indices.tobytes()
-    return hashlib.sha256(indices).digest(), batches.seed, batches.batch_size, batches.resolution, batches.source
+    images = len(batches.split), hashlib.sha256(indices).digest()  # the length tells train from train with valid
+    return *images, batches.seed, batches.batch_size, batches.resolution, batches.source
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
 
 Runner = SequentialRunner | StreamRunner
+Classes = npt.NDArray[np.int64]  # (N,), one for each image of a split
+Hits = npt.NDArray[np.bool_]  # (N,), whether these are right
 
 
 @dataclass
@@ -125,60 +129,53 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
             student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Readout:
-    """What one pass over a split says of a network: accuracy (0..1), mean cross entropy with the labels in nats, and
-    agreement, the share (0..1) of the images to which it gives the teacher's class (None without a teacher)."""
+    """What one pass over the N images of a split says of a network: the class that it gives to each (N,), whether that
+    is right (N,), and its mean cross entropy with the labels in nats."""
 
-    accuracy: float
+    classes: Classes
+    hits: Hits
     cross_entropy: float
-    agreement: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The share (0..1) of images that are classified right."""
+        return int(self.hits.sum()) / max(1, len(self.hits))
+
+    def agreement(self, classes: Classes) -> float:
+        """The share (0..1) of images to which another network, which gave them `classes` (N,), gives the same class."""
+        return int((self.classes == classes).sum()) / max(1, len(classes))
 
 
 @torch.no_grad()
-def read_out(
-    networks: Sequence[nn.Module], batches: Iterable[Batch], teacher_classes: Tensor | None = None
-) -> list[Readout | Exception]:
+def read_out(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Readout | Exception]:
     """The readout of each network, in one pass over the batches; the exception instead if a network raises.
 
-    `teacher_classes` (n,) is the teacher's class of each image, in the order of the batches. Leaves the networks in
-    evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may make the two largest
-    logits equal.
+    Leaves the networks in evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may
+    make the two largest logits equal.
     """
-    sums: list[Tensor | Exception] = [torch.zeros(3, dtype=torch.float64)] * len(networks)
-    total = 0
+    found: list[list[tuple[Tensor, Tensor, Tensor]] | Exception] = [[] for _ in networks]
     for batch in batches:
         images = batch.images.float()
-        theirs = None if teacher_classes is None else teacher_classes[total : total + len(batch.labels)]
         for index, network in enumerate(networks):
-            before = sums[index]
+            before = found[index]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
-                sums[index] = _sums(network(images)[0], batch.labels, theirs) + before.to(images.device)
+                before.append(_read_batch(network(images)[0], batch.labels))
             except Exception as error:
-                sums[index] = error
-        total += len(batch.labels)
-    return [_readout(each, max(1, total), teacher_classes is not None) for each in sums]
+                found[index] = error
+    return [parts if isinstance(parts, Exception) else _readout(parts) for parts in found]
 
 
-def _sums(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
-    """Correct classes, cross entropy, and classes equal to the teacher's, each summed over a batch: (3,)."""
+def _read_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes (N,), whether they are right (N,), and the cross entropy of each image (N,)."""
     classes = logits.argmax(1)
-    agreeing = torch.zeros_like(classes) if theirs is None else classes == theirs
-    entropy = nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
-    return torch.stack([(classes == labels).sum().double(), entropy, agreeing.sum().double()])
+    return classes, classes == labels, nn.functional.cross_entropy(logits.double(), labels, reduction="none")
 
 
-def _readout(sums: Tensor | Exception, total: int, has_teacher: bool) -> Readout | Exception:
-    if isinstance(sums, Exception):
-        return sums
-    correct, entropy, agreeing = (sums / total).tolist()
-    return Readout(correct, entropy, agreeing if has_teacher else None)
-
-
-@torch.no_grad()
-def classify(network: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The class (n,) that a network in evaluation mode gives to each image."""
-    return torch.cat([network(batch.images.float())[0].argmax(1) for batch in batches])
+def _readout(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Readout:
+    classes, hits, entropies = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return Readout(classes, hits, float(entropies.mean()))

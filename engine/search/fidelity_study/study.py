@@ -15,6 +15,7 @@ from engine.run_folder import RunFolder, write_atomically
 from engine.search.fidelity_study import summary
 from engine.search.fidelity_study.design import FidelityStudy, propose_study, study_scores
 from engine.search.fidelity_study.ranking import StudyScores, clearly_worse, repeatability
+from engine.search.journal import Journal
 from engine.search.progress import Display
 from engine.search.run import RunDefinition, run, visible
 from engine.search.setup import SearchSetup
@@ -70,11 +71,11 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
     distilled = [low for low in study.lows if low.kd_loss != "none"]
     # The low fidelity of the settings tells the set-up whether the study needs a teacher.
     config = replace(config, low=replace((distilled or study.lows)[0], name="low"))
-    counts = {"max_low": study.architectures * study.low_repeats, "max_high": study.architectures * study.repeats}
-    budget = replace(budget, target_accuracy=float("inf"), **counts)
+    lows, highs = study.architectures * study.low_repeats, study.architectures * study.repeats
+    budget = replace(budget, target_accuracy=float("inf"), max_low=lows, max_high=highs)
     plan = Plan(study.lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
 
-    def finish(setup: SearchSetup, history: History) -> Json:
+    def finish(setup: SearchSetup, history: History, journal: Journal) -> Json:
         return conclude(setup, study, history)
 
     definition = RunDefinition("fidelity-study", plan, partial(propose_study, study=study), finish)
