@@ -16,6 +16,7 @@ from plotly import graph_objects
 import cli
 from engine.report import accuracy_charts
 from engine.report.architecture_drawing import draw
+from engine.report.final_trainings import label_places
 from engine.report.prediction_charts import predicted_against_measured
 from engine.report.training_charts import spans_of, timeline
 from engine.search import runs
@@ -130,10 +131,17 @@ def test_the_finished_winner_and_its_baselines_are_named_in_the_picture(finished
     assert shown["error_y"]["array"] == pytest.approx([1.23] * 3)
     assert run.result is not None
     assert shown["x"][2] == pytest.approx(2 * run.result["winner"]["macs"] / 1e6)
-    assert "on the test images after the final training" in chart.caption
+    assert "on the test images, after the final training" in chart.caption
     without = {key: value for key, value in run.result.items() if key not in ("final", "baselines", "verdict")}
     plain = accuracy_charts.pareto(replace(run, result=without))  # as an earlier version wrote it
     assert not any("error_y" in trace for trace in plain.data)
+
+
+def test_labels_in_the_picture_stay_apart() -> None:
+    assert label_places([0.6, 1.2], [88.0, 88.0]) == ["bottom right", "top left"]
+    assert label_places([1.0, 2.0, 1.9, 1.8], [50.0, 70.0, 80.0, 60.0]) == [
+        "bottom right", "middle left", "top left", "bottom left",
+    ]  # fmt: skip
 
 
 def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> None:

@@ -29,6 +29,7 @@ from engine.trial import Architecture, Evaluation, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
+SEARCHED = "winner, as searched"
 NONE_YET = "No full-fidelity evaluation has succeeded yet."
 
 
@@ -135,8 +136,8 @@ def pareto(run: Run) -> Chart:
     costs = {"million MACs": [e.macs / 1e6 for e in full], "million parameters": [e.params / 1e6 for e in full]}
     if all("latency_ms" in e.costs for e in full):
         costs["latency, ms"] = [e.costs["latency_ms"] for e in full]
-    name_of_best = "winner" if run.result else "best so far"
     finals = trained_rows(run)
+    name_of_best = SEARCHED if finals else "winner" if run.result else "best so far"
     groups = [_against(run, name, x, full, name_of_best) + marks(finals, name) for name, x in costs.items()]
     data = [trace | {"visible": place == 0} for place, group in enumerate(groups) for trace in group]
     layout = {
@@ -146,14 +147,14 @@ def pareto(run: Run) -> Chart:
         "showlegend": False,
     }
     caption = (
-        f"Full accuracy against the cost of a network; the star is the {name_of_best}. The line joins the networks "
-        "that no other one beats in both: choose among them if the star is too large."
+        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. "
+        "The line joins the networks that no other one beats in both: choose among them if the star is too large."
     )
     if finals:
         caption += (
-            " These are accuracies on the validation images after the trainings of the search. The named marks are the "
-            "finished winner and what it is compared with, on the test images after the final training, with one "
-            "standard error each way."
+            " These are accuracies on the validation images, after the trainings of the search. The marks with names "
+            "are the finished winner and what it is compared with: accuracies on the test images, after the final "
+            "training, with one standard error each way."
         )
     return Chart("pareto", title, caption, data, layout)
 
@@ -188,7 +189,7 @@ def _against(run: Run, name: str, x: Sequence[float], full: Sequence[Evaluation]
         [about[i] for i in won],
         name_of_best,
         BEST,
-        marker={"symbol": "star", "size": 15},
+        marker={"symbol": "star-open" if name_of_best == SEARCHED else "star", "size": 15},
         hovertemplate=hover,
     )
     edge = line([x[i] for i in kept], [y[i] for i in kept], "front", BEST, line={"shape": "hv"})

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from engine.report.chart import BEST, FULL, Json, percent, points
+from engine.report.chart import BEST, FULL, SOFT, Json, percent, points
 from engine.search.runs import Run
 
 FINISHED = "finished winner"
 # The keys of rows of result.json, in millions, by the title of an axis.
 COSTS = {"million MACs": "macs", "million parameters": "params"}
 NARROW = 3  # columns of the table that a narrow screen shows
-# Labels of marks stand on the side with more room.
-MIDDLE = 0.5
 
 
 def trained_rows(run: Run) -> list[Json]:
@@ -27,7 +25,7 @@ def trained_rows(run: Run) -> list[Json]:
 def table(run: Run) -> str:
     """The verdict in words, and a table of the finished winner and all baselines; "" for a run without a verdict."""
     result = run.result or {}
-    if "verdict" not in result:
+    if not result.get("verdict"):
         return ""
     said = f"<p>{escape(result['verdict'])}</p>"
     if not result["final"]:
@@ -74,20 +72,45 @@ def marks(rows: Sequence[Json], cost: str) -> list[Json]:
     known = [row for row in rows if row.get(key)]
     if not known:
         return []
-    x = [row[key] / 1e6 for row in known]
-    middle = MIDDLE * max(x)
+    x, y = [row[key] / 1e6 for row in known], [percent(row["test_accuracy"]) for row in known]
     hover = "%{text}<br>test %{y:.2f} %, %{x:.4g} " + cost + "<extra></extra>"
     drawn = points(
         x,
-        [percent(row["test_accuracy"]) for row in known],
+        y,
         [row["name"] for row in known],
         "final training, on test images",
         [BEST if row["name"] == FINISHED else FULL for row in known],
-        marker={"symbol": ["star" if row["name"] == FINISHED else "diamond" for row in known], "size": 13},
+        marker={"symbol": ["star" if row["name"] == FINISHED else "diamond" for row in known], "size": 14},
         hovertemplate=hover,
         mode="markers+text",
-        textposition=["middle left" if value > middle else "middle right" for value in x],
+        textposition=label_places(x, y),
         textfont={"size": 11},
-        error_y={"array": [percent(row["test_standard_error"]) for row in known], "thickness": 1, "width": 3},
+        error_y={
+            "array": [percent(row["test_standard_error"]) for row in known],
+            "color": SOFT,
+            "thickness": 1,
+            "width": 3,
+        },
     )
     return [drawn]
+
+
+def label_places(x: Sequence[float], y: Sequence[float]) -> list[str]:
+    """Where the label of each mark goes: to the side with more room, and off the labels of its neighbours.
+
+    Of the marks on a side, the label of the highest is above it, that of the lowest below; a lone one's is below on the
+    left and above on the right, so that two at the same height do not meet.
+    """
+    places = [""] * len(x)
+    middle = max(x) / 2
+    for side, members in (
+        ("right", [i for i, value in enumerate(x) if value <= middle]),
+        ("left", [i for i, value in enumerate(x) if value > middle]),
+    ):
+        order = sorted(members, key=lambda i: -y[i])
+        levels = ["top", *["middle"] * (len(order) - 2), "bottom"]
+        if len(order) == 1:
+            levels = ["bottom" if side == "right" else "top"]
+        for i, level in zip(order, levels, strict=False):
+            places[i] = f"{level} {side}"
+    return places

@@ -25,7 +25,7 @@ TEACHER = "the pretrained network, fine-tuned"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to train at the final fidelity, and why the winner or (`left_out`) the baselines are not trained."""
+    """What to train at the final fidelity; `left_out` says why the winner is not trained, or if it is, no baseline."""
 
     winner: Architecture | None
     baselines: Sequence[Baseline] = ()
@@ -75,7 +75,7 @@ def choose(setup: SearchSetup, history: History, winner: Architecture, record: R
     """
     context, budget = setup.context, setup.context.budget
     if budget.final_training == "never":
-        return Wanted(None, left_out="the winner was not trained to the end (--no-final)")
+        return Wanted(None)
     asked = {trial.architecture for trial in record.asked if trial.fidelity == final_fidelity(context.config)}
     over, most = used_up(context, sum(e.seconds for e in record.answers.values())), searching_cost(setup, history)
     costs: dict[Architecture, float] = {}
@@ -131,8 +131,8 @@ def final_rows(setup: SearchSetup, trained: FinalTrainings) -> Json:
     winner = trained.found.get(wanted.winner) if wanted.winner else None
     if winner is None or not winner.ok:
         why = f"its last training failed ({winner.status}: {winner.error})" if winner else wanted.left_out
-        reason = f"Whether the search was worth it is not known: {why}."
-        return {"final": None, "baselines": [], "verdict": reason}
+        said = f"Whether the search was worth it is not known: {why}." if why else ""  # nobody asked
+        return {"final": None, "baselines": [], "verdict": said}
     final = _row(setup, winner)
     rows = [_baseline_row(one, winner, trained.found[one.architecture], setup) for one in wanted.baselines]
     if setup.context.space.families and setup.teacher is not None and setup.context.budget.baselines != "never":
