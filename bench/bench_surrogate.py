@@ -23,7 +23,6 @@ from engine.search.methods.scores import IdentityKey, Scores
 from engine.search.replay.tables import FULL, load
 from engine.space import Candidates
 from surrogate import xgb
-from surrogate.linear import Prior
 from surrogate.quality import coverage, kendall_tau, normal_scores
 
 LIMIT_S = {15_625: 2.0, 2_097_152: 15.0}
@@ -57,9 +56,9 @@ def speed(size: int) -> dict[str, float | bool]:
     rows = rng.choice(size, 100, replace=False)
     values = candidates.macs[rows] / 3.4e6 + rng.standard_normal(100)  # MACs explain half of the variance
     start = time.perf_counter()
-    prior = Prior(np.array([MACS_ON_LOW[0]]), np.array([MACS_ON_LOW[1]]))
-    model = xgb.fit(features.macs[rows], features.x[rows], normal_scores(values), prior, 0)
-    mean, _ = model.predict(features.macs, features.x)
+    prior = features.prior(MACS_ON_LOW)
+    model = xgb.fit(features.trends[rows], features.x[rows], normal_scores(values), prior, 0)
+    mean, _ = model.predict(features.trends, features.x)
     fit_predict = time.perf_counter() - start
     assert kendall_tau(mean[rows], values) > 0.3, "the fit that is timed is wrong"
     start = time.perf_counter()
@@ -86,10 +85,10 @@ def quality(path: Path, seeds: int = 10) -> dict[str, dict[str, float]]:
         for seed in range(seeds):
             order = np.random.default_rng(seed).permutation(n)
             train, test = order[:size], order[size : size + hold]
-            prior = Prior(np.array([MACS_ON_LOW[0] * features.macs_weight]), np.array([MACS_ON_LOW[1]]))
+            prior = features.prior(MACS_ON_LOW)
             values = table.valid[FULL]
-            model = xgb.fit(features.macs[train], features.x[train], normal_scores(values[train]), prior, seed)
-            mean, variance = model.predict(features.macs[test], features.x[test])
+            model = xgb.fit(features.trends[train], features.x[train], normal_scores(values[train]), prior, seed)
+            mean, variance = model.predict(features.trends[test], features.x[test])
             taus.append(kendall_tau(mean, table.test[test]))
             macs_taus.append(kendall_tau(table.candidates.macs[test], table.test[test]))
             truth = _on_scale_of(values[train], values[test])

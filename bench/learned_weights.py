@@ -12,7 +12,7 @@ import csv
 import gzip
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,14 @@ def _score(window: Window, names: tuple[str, ...], count: int, centre: Array, se
     known, rest = order[:count], order[count:]
     trend = np.stack([window.columns[name] for name in names], axis=1)
     x, y = window.x, normal_scores(window.valid[known])
-    model = evidence.fit(trend[known], x[known], y, believed=centre)
+    model = replace(evidence.unknown(len(names)), mean=centre).fit(trend[known], x[known], y)
     mean = model.predict(trend[rest], x[rest])[0]
     prior = Prior(centre, np.full(len(names), evidence.SLAB))
     ridge = fit_linear(trend[known], x[known], y, prior).predict(trend[rest], x[rest])[0]
     left, both = y - model.predict(trend[known], x[known])[0], np.concatenate([trend, x], axis=1).astype(np.float32)
     boosters, _ = xgb._bag(both[known], left, seed)
     correction = np.mean([booster.inplace_predict(both[rest]) for booster in boosters], axis=0)
-    squares = (y - model.linear.left_out) ** 2 / model.linear.left_out_variance
+    squares = (y - model.left_out) ** 2 / model.left_out_variance
     taus = [kendall_tau(prediction, window.test[rest]) for prediction in (mean, ridge, mean + correction)]
     picked = window.test[rest][np.argsort(-mean)[:PICKED]]
     return *taus, float(window.test.max() - picked.max()), float(squares.mean())

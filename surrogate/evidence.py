@@ -11,60 +11,56 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import numpy.typing as npt
 
-from surrogate.linear import INTERCEPT_VARIANCE, NOISE, NOISES, SIGNAL, SIGNALS, Linear
+from surrogate.linear import INTERCEPT_VARIANCE, NOISE, NOISES, SIGNAL, SIGNALS, Linear, Prior
 
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32] | Array
 
-# Prior of a trend's coefficient, for trends and target of unit variance: probability that it is not 0, and its
-# variance then. In NAS-Bench-201's windows other values rank no better (docs/evidence/learned-weights.md).
+# Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: the probability
+# that it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
+# (docs/evidence/learned-weights.md).
 INCLUDED, SLAB = 0.5, 0.1
-MODELS = 1024  # subsets at most: of more than 10 trends only the smaller subsets are looked at
-CHUNK = 65_536  # rows predicted at once: bounds the memory
+MODELS = 1024  # subsets at most: of more than 10 trends in doubt only the smaller subsets are looked at
 
 
 @dataclass(frozen=True)
-class Learned:
-    """The posterior: `linear` holds mean and covariance of intercept, k trend coefficients and d feature weights, over
-    all models, and predictions of the points fitted, each without itself. `included` (k,) are the probabilities that
-    the trends matter."""
+class SpikeAndSlab(Prior):
+    """Some of the k coefficients may be 0: `included` (k,) are the probabilities that they are not, 1 for a trend that
+    is in no doubt. If they are not 0, they have the means and variances of the prior."""
 
-    linear: Linear
     included: Array
 
-    @property
-    def coefficients(self) -> tuple[Array, Array]:
-        """Mean and standard deviation (k,) of the trends' coefficients."""
-        trends = slice(1, 1 + len(self.included))
-        return self.linear.weights[trends], np.sqrt(np.diag(self.linear.covariance)[trends])
+    def fit(self, trend: Matrix, x: Matrix, y: Array, noise: Array | None = None) -> Linear:
+        """The posterior for y (m,), of about unit variance, at trend (m, k) and features x (m, d), all columns of unit
+        variance over the candidates; m may be 0.
 
-    def predict(self, trend: Matrix, x: Matrix) -> tuple[Array, Array]:
-        """Mean and variance (n,) of the noiseless target at trend (n, k) and x (n, d)."""
-        mean, variance = np.empty(len(x)), np.empty(len(x))
-        for start in range(0, len(x), CHUNK):
-            part = slice(start, start + CHUNK)
-            mean[part], variance[part] = self.linear.predict(trend[part], x[part])
-        return mean, variance
+        It holds mean and covariance over all models, and predictions of the points fitted, each without itself. The
+        features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,)
+        multiplies the noise variance point by point: 1 / r for a mean of r repeats.
+        """
+        t = np.asarray(trend, dtype=np.float64)
+        rest = np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64)
+        loud = np.ones(len(y)) if noise is None else noise
+        given = [_given_scales(t, rest, y, loud, self, scales) for scales in product(SIGNALS, NOISES)]
+        return _averaged(given, t.shape[1])
+
+    def log_odds(self, index: npt.NDArray[np.intp]) -> Array:
+        """Log probabilities (S,), up to a constant, that of the trends in doubt only those of each subset, index
+        (S, size), matter."""
+        doubt = self.included < 1
+        odds = np.zeros(len(doubt))
+        odds[doubt] = np.log(self.included[doubt]) - np.log1p(-self.included[doubt])
+        return np.asarray(odds[index].sum(axis=1), dtype=np.float64)
 
 
-def fit(trend: Matrix, x: Matrix, y: Array, noise: Array | None = None, believed: Array | None = None) -> Learned:
-    """Fits y (m,), of about unit variance, on trend (m, k) and features x (m, d), all columns of unit variance over the
-    candidates; m may be 0.
-
-    The features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,)
-    multiplies the noise variance point by point: 1 / r for a mean of r repeats. `believed` (k,) are the means of the
-    slabs: what a coefficient is thought to be if the trend matters; 0 where not even its sign is known.
-    """
-    t = np.asarray(trend, dtype=np.float64)
-    rest = np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64)
-    loud = np.ones(len(y)) if noise is None else noise
-    centre = np.zeros(t.shape[1]) if believed is None else believed
-    return _averaged([_given_scales(t, rest, y, loud, centre, s, v) for s in SIGNALS for v in NOISES], t.shape[1])
+def unknown(trends: int) -> SpikeAndSlab:
+    """The prior of trends of which nothing is known, not even the sign."""
+    return SpikeAndSlab(np.zeros(trends), np.full(trends, SLAB), np.full(trends, INCLUDED))
 
 
 @dataclass(frozen=True)
@@ -90,14 +86,16 @@ class _Subsets:
     covariance: Array  # (S, size, size)
 
 
-def _given_scales(t: Array, rest: Array, y: Array, loud: Array, centre: Array, signal: float, level: float) -> _Given:
+def _given_scales(
+    t: Array, rest: Array, y: Array, loud: Array, prior: SpikeAndSlab, scales: tuple[float, float]
+) -> _Given:
     """With the weights of the rest integrated out, y = t @ coefficients + e, e ~ N(0, A)."""
-    k, p = t.shape[1], rest.shape[1]
+    k, p, (signal, level) = t.shape[1], rest.shape[1], scales
     variance = np.concatenate([[INTERCEPT_VARIANCE], np.full(p - 1, signal / max(p - 1, 1))])
     factor = np.linalg.inv(np.linalg.cholesky((rest * variance) @ rest.T + np.diag(level * loud)))
     inverse = factor.T @ factor
     whitened, alpha, root = inverse @ t, inverse @ y, variance[:, None] * rest.T
-    groups = _all_subsets(t.T @ whitened, whitened.T @ y, centre)
+    groups = _all_subsets(t.T @ whitened, whitened.T @ y, prior)
     top = max(group.log_weight.max() for group in groups)
     weights = [np.exp(group.log_weight - top) for group in groups]
     total = float(sum(weight.sum() for weight in weights))
@@ -118,34 +116,37 @@ def _given_scales(t: Array, rest: Array, y: Array, loud: Array, centre: Array, s
     )
 
 
-def _all_subsets(gram: Array, projected: Array, centre: Array) -> list[_Subsets]:
-    """Every subset of k trends, by size. gram (k, k) is t' A^-1 t, projected (k,) t' A^-1 y, centre (k,) the slabs'."""
-    k, groups = len(projected), []
-    for index in _indices(k):
+def _all_subsets(gram: Array, projected: Array, prior: SpikeAndSlab) -> list[_Subsets]:
+    """Every subset of k trends, by size. gram (k, k) is t' A^-1 t, projected (k,) t' A^-1 y."""
+    groups = []
+    for index in _indices(tuple(bool(doubt) for doubt in prior.included < 1)):
         size = index.shape[1]
         within = gram[index[:, :, None], index[:, None, :]]
-        precision = within + np.eye(size) / SLAB
+        precision = within + np.eye(size) / prior.variance[index][:, None, :]
         covariance = np.asarray(np.linalg.inv(precision), dtype=np.float64)
-        start = centre[index]
+        start = prior.mean[index]
         explained = np.einsum("sij,sj->si", within, start)
         left = projected[index] - explained
         change = np.einsum("sij,sj->si", covariance, left)
         evidence = (change * left + start * (2 * projected[index] - explained)).sum(axis=1)
         evidence -= np.linalg.slogdet(precision).logabsdet
-        prior = size * (math.log(INCLUDED) - 0.5 * math.log(SLAB)) + (k - size) * math.log1p(-INCLUDED)
-        groups.append(_Subsets(index, 0.5 * evidence + prior, start + change, covariance))
+        evidence -= np.log(prior.variance[index]).sum(axis=1)
+        groups.append(_Subsets(index, 0.5 * evidence + prior.log_odds(index), start + change, covariance))
     return groups
 
 
 @lru_cache(maxsize=8)
-def _indices(k: int) -> list[npt.NDArray[np.intp]]:
-    """The subsets of k trends, an array (S, size) for each size, as far as MODELS allows."""
+def _indices(in_doubt: tuple[bool, ...]) -> list[npt.NDArray[np.intp]]:
+    """The subsets of k trends that hold all of those that are in no doubt, an array (S, size) for each size, as far as
+    MODELS allows."""
+    certain = [place for place, doubt in enumerate(in_doubt) if not doubt]
+    doubtful = [place for place, doubt in enumerate(in_doubt) if doubt]
     found: list[npt.NDArray[np.intp]] = []
-    for size in range(k + 1):
-        if size > 1 and sum(map(len, found)) + math.comb(k, size) > MODELS:
+    for size in range(len(doubtful) + 1):
+        if size > 1 and sum(map(len, found)) + math.comb(len(doubtful), size) > MODELS:
             break
-        chosen = list(combinations(range(k), size))
-        found.append(np.array(chosen, dtype=np.intp).reshape(len(chosen), size))
+        chosen = [certain + list(some) for some in combinations(doubtful, size)]
+        found.append(np.array(chosen, dtype=np.intp).reshape(len(chosen), -1))
     return found
 
 
@@ -173,7 +174,7 @@ def _left_out(
     sums = np.zeros((3, len(y)))
     for group, weight in zip(groups, weights, strict=True):
         columns = whitened[:, group.index]
-        explained = np.einsum("msi,sij,msj->sm", columns, group.covariance, columns, optimize=True)
+        explained = (np.einsum("msi,sij->msj", columns, group.covariance) * columns).sum(axis=2).T
         variance = 1.0 / (precision - explained)
         error = (alpha - np.einsum("msi,si->sm", columns, group.mean)) * variance
         without = weight[:, None] * np.sqrt(variance) * np.exp(0.5 * np.minimum(error**2 / variance, 1000.0))
@@ -182,7 +183,7 @@ def _left_out(
     return sums
 
 
-def _averaged(given: list[_Given], k: int) -> Learned:
+def _averaged(given: list[_Given], k: int) -> Linear:
     """Mean and covariance over the scales (law of total covariance), in the order of `Linear`."""
     evidence = np.array([one.log_evidence for one in given])
     share = np.exp(evidence - evidence.max())
@@ -197,5 +198,6 @@ def _averaged(given: list[_Given], k: int) -> Learned:
     # Intercept, coefficients, feature weights: the intercept is the first of the rest.
     order = np.concatenate([[k], np.arange(k), np.arange(k + 1, len(mean))])
     noise = float(share @ [one.noise for one in given])
-    line = Linear(mean[order], covariance[np.ix_(order, order)], noise, left_out, second / total - left_out**2)
-    return Learned(line, share @ np.stack([one.included for one in given]))
+    included = share @ np.stack([one.included for one in given])
+    variance = second / total - left_out**2
+    return Linear(mean[order], covariance[np.ix_(order, order)], noise, left_out, variance, included)

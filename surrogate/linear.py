@@ -20,10 +20,14 @@ INTERCEPT_VARIANCE = 0.1
 
 @dataclass(frozen=True)
 class Prior:
-    """Prior means and variances of the coefficients of the trends, each (k,)."""
+    """What the coefficients of k trends are thought to be: normal, with means (k,) and variances (k,)."""
 
     mean: Array
     variance: Array
+
+    def fit(self, trend: Matrix, x: Matrix, y: Array, noise: Array | None = None) -> Linear:
+        """The posterior, as `fit_linear` gives it."""
+        return fit_linear(trend, x, y, self, noise)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Linear:
 
     `weights` (1 + k + d,) and `covariance` (1 + k + d, 1 + k + d) are those of intercept, coefficients and weights
     together; `noise` is a variance. `left_out` (n,) are the predictions of the fitted points, each from all others, and
-    `left_out_variance` (n,) their variances, noise included.
+    `left_out_variance` (n,) their variances, noise included. `included` (k,) are the probabilities that the trends'
+    coefficients are not 0.
     """
 
     weights: Array
@@ -40,6 +45,13 @@ class Linear:
     noise: float
     left_out: Array
     left_out_variance: Array
+    included: Array
+
+    @property
+    def coefficients(self) -> tuple[Array, Array]:
+        """Mean and standard deviation (k,) of the trends' coefficients."""
+        trends = slice(1, 1 + len(self.included))
+        return self.weights[trends], np.sqrt(np.diag(self.covariance)[trends])
 
     def predict(self, trend: Matrix, x: Matrix) -> tuple[Array, Array]:
         """Mean and variance (n,) of the noiseless target at trend (n, k) and x (n, d)."""
@@ -96,6 +108,7 @@ def fit_linear(trend: Matrix, x: Matrix, y: Array, prior: Prior, noise: Array | 
         noise=level,
         left_out=y - alpha * left_out_variance,
         left_out_variance=left_out_variance,
+        included=np.ones(k),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xgboost
 
-from surrogate.linear import Linear, Prior, fit_linear
+from surrogate.linear import Linear, Prior
 
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
@@ -83,9 +83,9 @@ def fit(
 ) -> Surrogate:
     """Fits y (n,), of about unit variance, on trend (n, k) and standardised features x (n, d).
 
-    Deterministic for a seed. `noise` (n,) multiplies the noise variance of each point, as in `fit_linear`.
+    Deterministic for a seed. `noise` (n,) multiplies the noise variance of each point, as in `Prior.fit`.
     """
-    linear = fit_linear(trend, x, y, prior, noise)
+    linear = prior.fit(trend, x, y, noise)
     if not parts.linear:
         linear = linear.without_data(prior)
     if not parts.trees or len(y) < 2:

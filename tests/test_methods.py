@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import Plan
-from engine.search.methods.estimate import SurrogateInputs, estimate
+from engine.search.methods.estimate import SurrogateInputs, candidate_features, estimate, learned_weights
 from engine.search.methods.mfkd import mfkd
-from engine.search.methods.propose import ABLATIONS, METHODS, propose, winner
+from engine.search.methods.propose import ABLATIONS, METHODS, USE_TRENDS, lacks, propose, winner
 from engine.search.methods.recommend import noise_variance, posterior
-from engine.search.methods.scores import find_rows, scores, worker_count
+from engine.search.methods.scores import IdentityKey, find_rows, scores, worker_count
 from engine.space import Candidates
 from engine.trial import Evaluation, Fidelity, History, Trial, UsageError
 from surrogate.linear import Linear
+from surrogate.quality import ranks as rankdata
+from surrogate.xgb import BOTH, SurrogateParts
 
 LOW, OTHER, FULL = Fidelity("low", epochs=1), Fidelity("other", epochs=1), Fidelity("full", epochs=20)
 
@@ -57,57 +59,72 @@ def full(history):
     return [e for e in history.answered if e.trial.fidelity == FULL]
 
 
-ALL = [*METHODS, *ABLATIONS]
+def with_trends(unknown=0.3, **trends):
+    """The space with these columns, a share of whose values is unknown."""
+    rng = np.random.default_rng(7)
+    columns = {f"proxy:{name}": np.where(rng.random(len(SPACE)) < unknown, np.nan, v) for name, v in trends.items()}
+    return replace(SPACE, trends=columns)
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_respects_the_plan_and_asks_nothing_twice(method):
-    history = run(Plan((LOW,), FULL, method, max_low=20, max_high=7))
+TRUTH = np.array([truth(SPACE.architecture(row)) for row in range(len(SPACE))])
+GOOD = TRUTH + 0.05 * np.random.default_rng(1).standard_normal(len(SPACE))
+NOISE = np.random.default_rng(2).standard_normal(len(SPACE))
+SCORED = with_trends(naswot=GOOD, noise=NOISE)
+EVERY = pytest.mark.parametrize(
+    ("method", "space"),
+    [pytest.param(name, SPACE, id=name) for name in (*METHODS, *ABLATIONS) if not lacks(name, ("low",), ())]
+    + [pytest.param(name, SCORED, id=f"{name} with scores") for name in USE_TRENDS],
+)
+
+
+@EVERY
+def test_every_method_respects_the_plan_and_asks_nothing_twice(method, space):
+    history = run(Plan((LOW,), FULL, method, max_low=20, max_high=7), space=space)
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)
     assert len(full(history)) == 7
     assert len(asked) - 7 <= 20
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_is_a_pure_function(method):
+@EVERY
+def test_every_method_is_a_pure_function(method, space):
     plan = Plan((LOW,), FULL, method, max_low=12, max_high=6, seed=3)
-    whole = run(plan)
+    whole = run(plan, space=space)
     for cut in (0, 5, 12, 15):
         seen = History(whole.answered[:cut], [e.trial for e in whole.answered[cut : cut + 2]])
         before = (list(seen.answered), list(seen.pending))
-        first = propose(SPACE, seen, plan, 3)
-        assert propose(SPACE, seen, plan, 3) == first
+        first = propose(space, seen, plan, 3)
+        assert propose(space, seen, plan, 3) == first
         assert (seen.answered, seen.pending) == before
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_survives_failures_and_does_not_repeat_them(method):
+@EVERY
+def test_every_method_survives_failures_and_does_not_repeat_them(method, space):
     def broken(trial):
         fails = trial.number % 3 == 0
         return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
 
-    history = run(Plan((LOW,), FULL, method, max_low=12, max_high=9), answer=broken)
+    history = run(Plan((LOW,), FULL, method, max_low=12, max_high=9), space=space, answer=broken)
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)
-    assert winner(SPACE, history, Plan((LOW,), FULL, method)) is not None
+    assert winner(space, history, Plan((LOW,), FULL, method)) is not None
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_survives_a_space_of_two_and_all_failing(method):
-    tiny = SPACE.where(np.arange(len(SPACE)) < 2)
+@EVERY
+def test_every_method_survives_a_space_of_two_and_all_failing(method, space):
+    tiny = space.where(np.arange(len(space)) < 2)
     fail = lambda trial: Evaluation(trial, "oom", error="too big")  # noqa: E731
     history = run(Plan((LOW,), FULL, method), space=tiny, answer=fail)
     assert len(history.answered) <= 4
     assert winner(tiny, history, Plan((LOW,), FULL)) is None
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_pending_trials_count_as_asked(method):
+@EVERY
+def test_pending_trials_count_as_asked(method, space):
     plan = Plan((LOW,), FULL, method, max_low=16, max_high=6)
-    seen = History(run(plan).answered[:14])
+    seen = History(run(plan, space=space).answered[:14])
     for _ in range(4):
-        seen.pending.extend(propose(SPACE, seen, plan, 1))
+        seen.pending.extend(propose(space, seen, plan, 1))
     asked = [(t.architecture, t.fidelity) for t in [e.trial for e in seen.answered] + seen.pending]
     assert len(set(asked)) == len(asked)
 
@@ -195,6 +212,95 @@ def test_of_two_low_fidelities_the_useless_one_is_dropped_and_the_other_kept():
     assert dropped.count([0]) >= 3
 
 
+def poor(trial):
+    """Low scores that say little."""
+    noise = np.random.default_rng(int(trial.key, 16)).standard_normal()
+    weak = Evaluation(trial, "ok", 0.5 + 0.1 * truth(trial.architecture) + 0.05 * noise, seconds=1.0)
+    return weak if trial.fidelity == LOW else answer(trial)
+
+
+def some_results(space, parts=BOTH):
+    """The estimate from random low and full results."""
+    history, rows = History(), np.random.default_rng(5).permutation(len(space))
+    for fidelity, some in ((LOW, rows[:24]), (FULL, rows[24:54])):
+        trials = [Trial(history.asked + i, space.architecture(r), fidelity) for i, r in enumerate(some)]
+        history.answered.extend(map(poor, trials))
+    return estimate(space, [scores(space, history, LOW)], scores(space, history, FULL), 0, SurrogateInputs(parts=parts))
+
+
+def test_without_further_trends_nothing_is_decided_otherwise():
+    plan = Plan((LOW,), FULL, max_low=20, max_high=12)
+    plain = [e.trial for e in run(plan).answered]
+    ablated = [e.trial for e in run(replace(plan, method="mfkd:no-trends"), space=SCORED).answered]
+    constant = [e.trial for e in run(plan, space=with_trends(0.0, same=np.ones(len(SPACE)))).answered]
+    unknown = [e.trial for e in run(plan, space=with_trends(1.0, none=GOOD)).answered]
+    assert plain == constant == unknown == ablated
+    assert plain != [e.trial for e in run(plan, space=SCORED).answered]
+
+
+def test_a_run_learns_which_trends_to_trust():
+    fitted = some_results(with_trends(0.0, naswot=GOOD, noise=NOISE))
+    weights = {weight.name: weight for weight in learned_weights(fitted, ["low"])}
+    assert list(weights) == ["macs", "proxy:naswot", "proxy:noise", "low"]
+    good, noise = weights["proxy:naswot"], weights["proxy:noise"]
+    assert good.included > 0.9
+    assert good.mean > 1.5 * good.std
+    assert abs(noise.mean) < min(0.1, 2 * noise.std)
+    assert noise.included < good.included
+    assert weights["macs"].included == weights["low"].included == 1
+
+
+def test_the_sign_of_a_trend_does_not_matter():
+    linear = SurrogateParts(trees=False)
+    one, other = (some_results(with_trends(0.0, it=sign * GOOD), linear) for sign in (1, -1))
+    turned = np.where(np.arange(len(one.linear.weights)) == 2, -1, 1)  # after intercept and MACs
+    np.testing.assert_allclose(one.linear.weights, turned * other.linear.weights, atol=1e-6)
+
+
+def test_an_unknown_value_is_predicted_from_the_others_and_less_certain():
+    half = with_trends(0.5, it=GOOD)
+    features, known = candidate_features(IdentityKey(half)), np.isfinite(half.trends["proxy:it"])
+    whole = candidate_features(IdentityKey(with_trends(0.0, it=GOOD)))
+    assert (features.trend_variance[1][known] == 0).all()
+    assert (features.trend_variance[1][~known] > 0).all()
+    assert np.corrcoef(features.trends[~known, 1], whole.trends[~known, 1])[0, 1] > 0.8
+    assert features.trends[~known, 1].std() < whole.trends[~known, 1].std()  # shrunk
+    fitted = some_results(half)
+    assert fitted.variance[~known].mean() > fitted.variance[known].mean()
+
+
+def test_a_good_score_of_the_untrained_network_finds_better_architectures():
+    """With low scores that say little: the mean of what is trained in full after the first few results."""
+    plans = [Plan((LOW,), FULL, max_low=8, max_high=16, seed=s) for s in range(5)]
+
+    def later(space):
+        return np.mean([e.accuracy for p in plans for e in full(run(p, space=space, answer=poor))[8:]])
+
+    assert later(with_trends(naswot=GOOD)) > later(SPACE) + 0.02
+
+
+def test_proxies_train_what_all_scores_rank_highest_and_naswot_what_its_own_does():
+    space = with_trends(0.0, naswot=GOOD, other=TRUTH)
+    plan = Plan((LOW,), FULL, "naswot", max_high=5)
+    assert {e.trial.architecture for e in full(run(plan, space=space))} == set(
+        map(space.architecture, np.argsort(-GOOD)[:5])
+    )
+    together = np.log(rankdata(GOOD)) + np.log(rankdata(TRUTH))
+    asked = [e.trial.architecture for e in full(run(replace(plan, method="proxies"), space=space))]
+    assert together[find_rows(space, asked)].tolist() == np.sort(together)[::-1][:5].tolist()
+
+
+@pytest.mark.parametrize("method", ["proxies", "naswot"])
+def test_methods_of_scores_alone_say_that_there_are_none(method):
+    with pytest.raises(UsageError, match=f"--method {method} needs training-free scores"):
+        propose(SPACE, History(), Plan((LOW,), FULL, method), 1)
+
+
+def test_bore_asks_what_resembles_the_best_third():
+    results = [e.accuracy for e in full(run(Plan((LOW,), FULL, "bore", max_high=40)))]
+    assert np.mean(results[20:]) > np.mean(results[:8]) + 0.05
+
+
 def test_a_full_trial_counts_as_a_whole_worker_and_a_low_one_as_its_share():
     low, high = (Trial(n, SPACE.architecture(n), fidelity) for n, fidelity in enumerate((LOW, FULL)))
     shared = Plan((LOW,), FULL, cohort=4)
@@ -240,7 +346,7 @@ def test_winner_is_shrunk_towards_the_surrogate_and_is_never_a_low_fidelity_eval
 @pytest.mark.parametrize(("noise", "weight"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.05 / 1.05)])
 def test_a_measurement_is_weighted_by_how_little_noise_it_has(noise, weight):
     """The left-out prediction of it has variance 1, noise included."""
-    fitted = Linear(np.zeros(2), np.eye(2), 0.3, left_out=np.array([0.0]), left_out_variance=np.array([1.0]))
+    fitted = Linear(np.zeros(2), np.eye(2), 0.3, np.array([0.0]), np.array([1.0]), np.ones(1))
     mean, variance = posterior(fitted, np.array([1.0]), np.array([1.0]), np.array([noise]))
     assert mean[0] == pytest.approx(weight)
     assert variance[0] == pytest.approx(weight * noise)
@@ -310,18 +416,18 @@ def test_a_plan_with_many_low_trials_waits_for_all_of_them():
     assert propose(SPACE, History(answered), plan, 4)
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_trains_in_full_if_low_trials_are_not_allowed_or_all_fail(method):
+@EVERY
+def test_every_method_trains_in_full_if_low_trials_are_not_allowed_or_all_fail(method, space):
     def only_full(trial):
         return answer(trial) if trial.fidelity == FULL else Evaluation(trial, "oom", error="too big")
 
-    assert len(full(run(Plan((LOW,), FULL, method, max_low=0, max_high=3)))) == 3
-    assert len(full(run(Plan((LOW,), FULL, method, max_low=12, max_high=3), answer=only_full))) == 3
+    for plan in (Plan((LOW,), FULL, method, max_low=low, max_high=3) for low in (0, 12)):
+        assert len(full(run(plan, space=space, answer=only_full))) == 3
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_every_method_asks_nothing_twice_with_few_candidates(method):
-    few = SPACE.where(np.arange(len(SPACE)) < 6)
+@EVERY
+def test_every_method_asks_nothing_twice_with_few_candidates(method, space):
+    few = space.where(np.arange(len(space)) < 6)
     history = run(Plan((LOW,), FULL, method, max_low=50, max_high=20), space=few)
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)

@@ -180,10 +180,10 @@ def test_without_a_low_fidelity_methods_that_need_one_are_refused_and_all_others
     rows = [{k: v for k, v in row.items() if not k.endswith(":low")} for row in csv.DictReader(SYNTHETIC.open())]
     dump(rows, tmp_path / "t.csv")
     settings = replace(QUICK, table=tmp_path / "t.csv", seeds=1)
-    with pytest.raises(UsageError, match=r"t\.csv has no low fidelity besides 'full', which asha needs"):
+    with pytest.raises(UsageError, match=r"t\.csv has no low fidelity, which asha needs"):
         replay(replace(settings, methods=("asha",)))
     methods = all_methods(load(settings.table))
-    assert set(methods) == {"mfkd", "gp", "random", "evolution", "macs"}
+    assert set(methods) == {"mfkd", "gp", "bore", "random", "evolution", "macs"}
     found = replay(replace(settings, methods=methods))["methods"]
     assert all(entry["evaluations"]["full"] > 0 == entry["evaluations"]["low"] for entry in found.values())
 
@@ -198,6 +198,20 @@ def test_joined_tables_count_as_settings_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(replaying, "simulate", lambda s, m, k: simulated.append((m, k)) or simulate(s, m, k))
     replay(replace(settings, join=(tmp_path / "x.csv",)))
     assert simulated == [("random", 0)]
+
+
+def test_methods_of_training_free_scores_are_for_tables_that_have_them(tmp_path):
+    rows = [dict(row) for row in csv.DictReader(SYNTHETIC.open())]
+    scored = [row | {"proxy:nwot": row["test:full"]} for row in rows]
+    dump(scored, tmp_path / "t.csv")
+    settings = replace(QUICK, table=tmp_path / "t.csv", methods=("naswot", "proxies"), seeds=1, lows=())
+    assert {"naswot", "proxies"} <= set(all_methods(load(settings.table)))
+    best = 100 * max(float(row["test:full"]) for row in rows)
+    assert all(run["recommended"]["mean"] > best - 1 for run in replay(settings)["methods"].values())
+    with pytest.raises(UsageError, match="has no column proxy:nwot, which naswot needs"):
+        replay(replace(settings, table=SYNTHETIC, methods=("naswot",)))
+    with pytest.raises(UsageError, match="has no column proxy:NAME, which proxies needs"):
+        replay(replace(settings, table=SYNTHETIC, methods=("proxies",)))
 
 
 def test_noise_is_drawn_for_each_seed_and_only_at_full_fidelity():

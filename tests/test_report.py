@@ -17,14 +17,14 @@ import cli
 from engine.report import accuracy_charts
 from engine.report.architecture_drawing import draw
 from engine.report.final_trainings import label_places
-from engine.report.prediction_charts import predicted_against_measured
+from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import spans_of, timeline
 from engine.search import runs
 from engine.search.predictions import load_predictions
 from engine.spaces.load import load_space
 from engine.trial import Architecture
 
-CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "timeline", "cost", "teacher"]
+CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "weights", "timeline", "cost", "teacher"]
 
 
 @pytest.fixture
@@ -155,6 +155,15 @@ def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> Non
     order = [measured[t.architecture] for t in run.record.asked if t.number in said]
     assert sorted(range(len(order)), key=order.__getitem__) == sorted(range(len(order)), key=dots["y"].__getitem__)
     assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
+
+
+def test_the_weights_of_the_last_fit_are_drawn_with_their_intervals(finished_run: Path) -> None:
+    past = load_predictions(runs.open_run(str(finished_run)))
+    dots = learned_to_trust(past).data[1]
+    weights = {weight.name: weight for weight in past.weights()}
+    assert dots["y"] == ["low fidelity", "macs"]
+    assert dots["x"] == [weights[name].mean for name in dots["y"]]
+    assert dots["error_x"]["array"] == [1.645 * weights[name].std for name in dots["y"]]
 
 
 def test_the_report_does_not_claim_that_another_method_asks_the_surrogate(

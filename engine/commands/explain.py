@@ -72,6 +72,7 @@ def explain(past: RunPredictions, architecture: Architecture) -> dict[str, Any]:
         "predicted_when_asked": known.when_asked and asdict(known.when_asked),
         "predicted_at_the_end": known.at_the_end and asdict(known.at_the_end) | {"fitted_to_its_full_score": fitted},
         "why": why(past, known),
+        "weights": [asdict(weight) for weight in past.weights()],
     }
 
 
@@ -234,4 +235,17 @@ def explanation_text(explanation: dict[str, Any]) -> str:
                 f"{ordinal(said['rank'])} of {said['among']:,} ({said['low']} low and {said['full']} full "
                 f"scores{fitted})"
             )
-    return "\n".join([*lines, "", *explanation["why"]])
+    return "\n".join([*lines, "", *explanation["why"], *weights_text(explanation["weights"])])
+
+
+def weights_text(weights: list[dict[str, Any]]) -> list[str]:
+    """What the run has learned to trust, as a table for people."""
+    if not weights:
+        return []
+    width = max(len(weight["name"]) for weight in weights)
+    head = ["", "What this run has learned to trust (weight in full accuracy, both in standard deviations):"]
+    return head + [
+        f"  {weight['name']:{width}}  {weight['mean']:+.2f} +- {weight['std']:.2f}"
+        + (f"  says something with probability {weight['included']:.2f}" if weight["included"] < 1 else "")
+        for weight in weights
+    ]

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from engine.search.latency_limit import within_latency_limit
-from engine.search.methods.estimate import Estimate, SurrogateInputs, estimate
+from engine.search.methods.estimate import Estimate, SurrogateInputs, Weight, estimate, learned_weights
 from engine.search.methods.mfkd import BETA
 from engine.search.methods.readout import by_best_readout
 from engine.search.methods.scores import find_rows, scores
@@ -72,6 +72,14 @@ class RunPredictions:
         lows = [scores(self.candidates, history, low) for low in plan.lows]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
+
+    def weights(self) -> list[Weight]:
+        """What the last fit has learned to trust; nothing before there is a full result, or in a fidelity study."""
+        plan = self.run.plan
+        if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
+            return []
+        names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        return learned_weights(self.at_the_end, names)
 
     def predict(
         self, architecture: Architecture, known: int | None = None, number: int | None = None

@@ -22,7 +22,7 @@ from engine.fleet.fleet import TaskLost, submit
 from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search.journal import read_journal
 from engine.search.line_file import LineFile
-from engine.search.methods.propose import USE_TRENDS
+from engine.search.methods.propose import USE_TRENDS, lacks
 from engine.search.methods.scores import find_rows
 from engine.search.run_context import RunContext
 from engine.space import Candidates
@@ -70,11 +70,13 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
 def pool(candidates: Candidates, plan: Plan, images: int) -> list[Architecture]:
     """The candidates to score, in random order: all, or as many as one full training pays for, spread over MACs.
 
-    None, if a search trains all candidates in full anyway, or can only score so few that they say little of the space.
+    None, if a search trains all candidates in full anyway, or can only score so few that they say little of the space,
+    unless its method cannot do without scores.
     """
     affordable = int(images * plan.high.cost() / IMAGES_PER_SCORE)
-    size = min(len(candidates), MOST, affordable)
-    if len(candidates) <= plan.max_high or size < min(LEAST, len(candidates)):
+    size = min(len(candidates), MOST, max(affordable, LEAST))
+    needed = bool(lacks(plan.method, [low.name for low in plan.lows], ()))
+    if not needed and (len(candidates) <= plan.max_high or affordable < size):
         return []
     rng = np.random.default_rng([plan.seed, 0x9207])
     rows = candidates.spread_by_macs(size, rng)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine.config import Plan
 from engine.search.methods.estimate import candidate_features
 from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, generator, scores, unasked, worker_count
 from engine.space import Candidates
-from engine.trial import History, Trial
-from surrogate.baselines import fit_gp
+from engine.trial import History, Trial, UsageError
+from surrogate.baselines import bore, fit_gp
+from surrogate.quality import ranks
 
 BETA = 0.5  # weight of the standard deviation in upper confidence bounds: that of the paper's notebook
 POPULATION, TOURNAMENT = 20, 5
 RANDOM_START = 8  # most random full trials before a Gaussian process of the full fidelity alone is trusted
 ETA = 4
+PROXY, NASWOT = "proxy:", ("proxy:nwot", "proxy:naswot")  # training-free scores among `Candidates.trends`
 MFKD2_LOW = (10, 30)  # fewest and most low-fidelity trials of mfkd2, which asks a tenth of the candidates
 
 
@@ -30,6 +34,51 @@ def macs_only(candidates: Candidates, history: History, plan: Plan, slots: int) 
     """Full trials in descending order of multiply-accumulates."""
     high = scores(candidates, history, plan.high)
     return _highest(candidates, history, plan, high, slots, candidates.macs)
+
+
+def proxies_only(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """Full trials in descending order of all training-free scores together, as AZ-NAS ranks (Lee and Ham 2024, eq. 9).
+
+    That is the sum over the scores of log(rank / n), the highest of n candidates having rank n; one without a score
+    counts as in the middle. Raises UsageError if there are no scores.
+    """
+    value = np.zeros(len(candidates))
+    for name in _found(candidates, [name for name in candidates.trends if name.startswith(PROXY)], "proxies"):
+        known = np.isfinite(candidates.trends[name])
+        share = np.full(len(candidates), 0.5)
+        share[known] = ranks(candidates.trends[name][known]) / max(int(known.sum()), 1)
+        value += np.log(share)
+    return _highest(candidates, history, plan, scores(candidates, history, plan.high), slots, value)
+
+
+def naswot(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """Full trials in descending order of NASWOT (Mellor et al. 2021), those without that score last.
+
+    Raises UsageError if no candidate has it.
+    """
+    values = candidates.trends[_found(candidates, NASWOT, "naswot")[0]]
+    known = np.isfinite(values)
+    value = np.where(known, values, values[known].min(initial=0.0) - 1.0)
+    return _highest(candidates, history, plan, scores(candidates, history, plan.high), slots, value)
+
+
+def _found(candidates: Candidates, names: Sequence[str], method: str) -> list[str]:
+    """Those of the names that candidates have scores of."""
+    found = [name for name in names if name in candidates.trends]
+    if not found:
+        raise UsageError(f"--method {method} needs training-free scores, which these candidates do not have")
+    return found
+
+
+def bore_search(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+    """BORE (Tiao et al. 2021) on the full fidelity: full trials of the candidates that boosted trees, with the most
+    confidence, class with the best third of the results so far."""
+    high = scores(candidates, history, plan.high)
+    if high.trials < min(RANDOM_START, worker_count(plan, history, slots)) or len(high) < 2:
+        return random(candidates, history, plan, slots)
+    value = bore(candidate_features(IdentityKey(candidates)).x, high.rows, high.values, plan.seed)
+    value += 1e-6 * generator(history, plan).random(len(value))  # trees leave many candidates equal
+    return _highest(candidates, history, plan, high, slots, value)
 
 
 def evolution(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:

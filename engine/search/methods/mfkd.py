@@ -207,7 +207,7 @@ def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tu
     free = unasked(state.candidates, state.low.asked)
     free[state.high.asked] = False
     rows = np.concatenate([pending, _shortlist(fitted, free, options.beta)])
-    covariance = level.linear.joint(fitted.features.macs[rows], fitted.features.x[rows])
+    covariance = level.linear.joint(fitted.features.trends[rows], fitted.features.x[rows])
     own = (1 - PULL) * level.noise  # both the variance particular to an architecture and that of a measurement of it
     covariance[np.diag_indices_from(covariance)] += own
     rest = np.maximum(fitted.variance[rows] - slope**2 * level.variance[rows], 0.0)  # not explained by this fidelity

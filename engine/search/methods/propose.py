@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from engine.config import Plan
@@ -15,7 +15,7 @@ from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "USE_TRENDS", "find_method", "front", "propose", "winner"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
@@ -30,11 +30,14 @@ BASELINES: dict[str, Method] = {
     "halving": baselines.halving,
     "asha": baselines.asha,
     "macs": baselines.macs_only,
+    "bore": baselines.bore_search,
+    "proxies": baselines.proxies_only,
+    "naswot": baselines.naswot,
 }
 METHODS: dict[str, Method] = {"mfkd": mfkd, "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)), **BASELINES}
 
 # Methods that read `Candidates.trends`.
-USE_TRENDS = ("mfkd", "mfkd-front")
+USE_TRENDS = ("mfkd", "mfkd-front", "proxies", "naswot")
 
 # Methods that cannot do without a low fidelity.
 NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
@@ -43,6 +46,7 @@ NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
 ABLATIONS: dict[str, Method] = {
     "mfkd:no-low": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(low=False))),
     "mfkd:no-macs": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(macs=False))),
+    "mfkd:no-trends": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(trends=False))),
     "mfkd:trees-only": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(parts=SurrogateParts(linear=False)))),
     "mfkd:linear-only": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(parts=SurrogateParts(trees=False)))),
     "mfkd:greedy": partial(mfkd, options=MfkdOptions(beta=0.0)),
@@ -57,6 +61,20 @@ def find_method(name: str) -> Method:
     if method is None:
         raise UsageError(f"no method named '{name}'; choose from {', '.join(METHODS)}")
     return method
+
+
+def lacks(name: str, lows: Sequence[str], trends: Collection[str]) -> str:
+    """What that method needs and there is not, in words; empty if it has all it needs.
+
+    `lows` are the low fidelities, `trends` the names of `Candidates.trends`.
+    """
+    if name in NEED_LOW and not lows:
+        return "low fidelity"
+    if name == "naswot" and not set(baselines.NASWOT) & set(trends):
+        return f"column {baselines.NASWOT[0]}"
+    if name == "proxies" and not any(trend.startswith(baselines.PROXY) for trend in trends):
+        return f"column {baselines.PROXY}NAME"
+    return ""
 
 
 def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:

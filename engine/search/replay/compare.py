@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.search.methods.propose import BASELINES, METHODS, NEED_LOW
+from engine.search.methods.propose import BASELINES, METHODS, lacks
 from engine.search.replay.replay import run_all
 from engine.search.replay.simulate import Replay, SimulatedRun, load_table, validated_replay
 from engine.search.replay.summary import mean_and_error, summarise, write_summary
@@ -35,7 +35,7 @@ def compare(settings: Replay, caps: Sequence[float]) -> dict[str, Any]:
     if not all(0 < cap <= WITHOUT_CAP for cap in caps):
         raise UsageError("--caps takes shares of the architectures, more than 0 and at most 1, like 0.33,0.6,1")
     table = load_table(settings)
-    found = {f"{cap:g}": _under_cap(settings, float(np.quantile(table.candidates.macs, cap)), cap) for cap in caps}
+    found = {f"{cap:g}": _under_cap(under_cap(settings, cap)) for cap in caps}
     if settings.out is not None:
         _write(settings.out / "regret.csv", found)
     return {"table": table.name, "trainings": TRAININGS, "caps": found}
@@ -43,38 +43,50 @@ def compare(settings: Replay, caps: Sequence[float]) -> dict[str, Any]:
 
 def all_methods(table: Table) -> tuple[str, ...]:
     """The methods that search for accuracy alone and can do so on this table."""
-    return tuple(name for name in METHODS if name != "mfkd-front" and (table.lows or name not in NEED_LOW))
-
-
-def _under_cap(settings: Replay, max_macs: float, cap: float) -> dict[str, Any]:
-    settings = replace(
-        settings,
-        max_macs=min(settings.max_macs, max_macs),
-        out=None if settings.out is None else settings.out / f"cap-{cap:g}",
+    return tuple(
+        name for name in METHODS if name != "mfkd-front" and not lacks(name, table.lows, table.candidates.trends)
     )
+
+
+def under_cap(settings: Replay, cap: float) -> Replay:
+    """The settings of a replay under a cap: its MACs, the costs at which regret is measured, its own folder."""
+    max_macs = float(np.quantile(load_table(settings).candidates.macs, cap))
+    out = None if settings.out is None else settings.out / f"cap-{cap:g}"
+    settings = replace(settings, max_macs=min(settings.max_macs, max_macs), out=out)
     table = load_table(settings)
     hour = float(np.nanmean(table.seconds[FULL])) / 3600
     at = tuple(trainings * hour for trainings in TRAININGS)
-    settings = validated_replay(replace(settings, at=at, gpu_hours=at[-1]), table)
-    runs = run_all(settings)
-    if settings.out is not None:
-        write_summary(settings.out, settings, runs, summarise(settings, table, runs))
-    optimum = 100 * float(np.nanmax(table.test))
+    return validated_replay(replace(settings, at=at, gpu_hours=at[-1]), table)
+
+
+def regrets(settings: Replay, runs: list[SimulatedRun]) -> dict[str, Array]:
+    """By method, the regret (seeds, costs) of its runs, in points of test accuracy."""
+    optimum = _optimum(load_table(settings))
     return {
-        "max_macs": settings.max_macs,
-        "architectures": len(table.candidates),
-        "optimum": round(optimum, 4),
-        **_regrets(settings, runs, optimum),
-    }
-
-
-def _regrets(settings: Replay, runs: list[SimulatedRun], optimum: float) -> dict[str, Any]:
-    """For each method its regret by cost, the mean over costs, and how it differs, seed by seed, from that of the best
-    baseline."""
-    regret = {
         method: np.array([[optimum - run.at(hours) for hours in settings.at] for run in runs if run.method == method])
         for method in settings.methods
     }
+
+
+def _under_cap(settings: Replay) -> dict[str, Any]:
+    table, runs = load_table(settings), run_all(settings)
+    if settings.out is not None:
+        write_summary(settings.out, settings, runs, summarise(settings, table, runs))
+    return {
+        "max_macs": settings.max_macs,
+        "architectures": len(table.candidates),
+        "optimum": round(_optimum(table), 4),
+        **_compared(regrets(settings, runs)),
+    }
+
+
+def _optimum(table: Table) -> float:
+    return 100 * float(np.nanmax(table.test))
+
+
+def _compared(regret: dict[str, Array]) -> dict[str, Any]:
+    """For each method its regret by cost, the mean over costs, and how it differs, seed by seed, from that of the best
+    baseline."""
     means = {method: float(values.mean()) for method, values in regret.items()}
     baseline = min((m for m in means if m in BASELINES), key=lambda m: means[m], default=None)
     methods = {}

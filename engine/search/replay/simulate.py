@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.config import Plan
 from engine.search.loop import TimedHistory, VirtualWorkers, drive
-from engine.search.methods.propose import NEED_LOW, find_method, propose, winner
+from engine.search.methods.propose import find_method, lacks, propose, winner
 from engine.search.replay import tables
 from engine.search.replay.tables import FULL, Table
 from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, History, Trial, UsageError
@@ -82,8 +82,9 @@ def validated_replay(settings: Replay, table: Table) -> Replay:
     """
     for method in settings.methods:
         find_method(method)
-        if not table.lows and method in NEED_LOW:
-            raise UsageError(f"{settings.table} has no low fidelity besides '{FULL}', which {method} needs")
+        missing = lacks(method, table.lows, table.candidates.trends)
+        if missing:
+            raise UsageError(f"{settings.table} has no {missing}, which {method} needs")
     for low in settings.lows:
         if low not in table.lows:
             raise UsageError(f"{settings.table} has no low fidelity '{low}'; choose from {', '.join(table.lows)}")
