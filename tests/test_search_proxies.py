@@ -268,7 +268,7 @@ def test_a_stop_while_scoring_keeps_what_has_arrived(tmp_path: Path, monkeypatch
 
 def test_a_search_killed_while_it_scores_comes_to_the_same_end(tmp_path: Path) -> None:
     """Real processes; the space has 64 members."""
-    flags = ("--high.epochs=60", "--max-high=1", "--max-low=2", "--no-final", "--no-baselines")
+    flags = ("--high.epochs=20", "--max-high=1", "--max-low=2", "--no-final", "--no-baselines")
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     finish(start(whole.path, *flags))
     process = start(killed.path, *flags, TRIAL_S="0.05")

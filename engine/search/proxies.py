@@ -56,15 +56,19 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
                 f"{folder.proxies} is missing or incomplete; decisions depend on it: restore it from a copy"
             )
         return with_trends(candidates, recorded)
-    if context.config.proxies == "none" or context.space.start or plan.method not in USE_TRENDS:
-        return candidates
-    wanted = pool(candidates, plan, images)
+    wanted = to_score(context, plan, images, candidates)
     waiting = [architecture for architecture in wanted if architecture not in recorded]
     if waiting:
         recorded = _score(context, waiting, recorded)
     if wanted:
         context.display.say(f"proxies: {summary(recorded)}")
     return with_trends(candidates, recorded)
+
+
+def to_score(context: RunContext, plan: Plan, images: int, candidates: Candidates) -> list[Architecture]:
+    """The candidates that a search scores, in this order; none where it has no use for scores."""
+    has_use = context.config.proxies == "auto" and plan.method in USE_TRENDS and context.space.start is None
+    return pool(candidates, plan, images) if has_use else []
 
 
 def pool(candidates: Candidates, plan: Plan, images: int) -> list[Architecture]:
