@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from engine import __version__
-from engine.config import Budget, Resources, RunSettings, SearchConfig
+from engine.config import FINAL_SETTINGS, Budget, Resources, RunSettings, SearchConfig
 from engine.space import Choice, SearchSpace
 from engine.trial import Architecture, Drained, EngineError, Evaluation, Fidelity
 
@@ -436,7 +436,7 @@ def _parse(parser: Any, run_dir: PathOrName | None, settings: Mapping[str, Any])
 
 def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Settings as flags and their texts. The weights of a fidelity come first, so that settings of that name win."""
-    from engine.commands.flags import FIDELITY_HELP, FINAL_HELP
+    from engine.commands.flags import FIDELITY_HELP
 
     fidelities = {name: settings.get(name) for name in ("low", "high", "final")}
     for name, given in fidelities.items():
@@ -445,7 +445,7 @@ def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         elif given is not None:
             fidelity = given if isinstance(given, Fidelity) else Fidelity.parse(given)
             yield from ((weight, repr(value)) for weight, value in fidelity.weights)
-            for part in FINAL_HELP if name == "final" else FIDELITY_HELP:
+            for part in FINAL_SETTINGS if name == "final" else FIDELITY_HELP:
                 yield f"{name}.{part}", str(getattr(fidelity, part))
     for name, value in settings.items():
         if value is None or name in fidelities:

@@ -19,6 +19,7 @@ BUILT_IN_DATA = ("glyphs", "cifar10", "cifar100")  # generated or downloaded; ev
 Execution = Literal["auto", "graph", "eager"]
 RunKind = Literal["search", "fidelity-study"]
 When = Literal["auto", "always", "never"]
+FINAL_SETTINGS = ("epochs", "kd_loss")  # of the final fidelity; in all else it is the full one
 
 
 def option(default: T, text: str) -> T:

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import cli
+import mfkd
 from engine.commands.search import summary
 from engine.config import Budget, SearchConfig, final_fidelity
 from engine.run_folder import RunFolder
@@ -243,6 +244,25 @@ def test_a_search_whose_time_is_used_up_names_the_flag_to_raise(
     assert f"because --{flag} was used up; raise it and run the same command again" in result["verdict"]
 
 
+class Slow(Formula):
+    """A fleet whose final trainings take 1,000 seconds."""
+
+    def run_trials(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+        slow = {"seconds": 1000.0} if task["trials"][0]["fidelity"]["name"] == "final" else {}
+        return [answer | slow for answer in super().run_trials(task)]
+
+
+def test_final_trainings_count_towards_the_gpu_hours_of_an_extended_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, monkeypatch, Slow(capacity=1), budget=EVERYTHING)
+    for seconds, more in ((500, False), (5000, True)):
+        fleet = Slow(capacity=1)
+        longer = replace(EVERYTHING, max_high=BUDGET.max_high + 2, gpu_hours=seconds / 3600)
+        run(tmp_path, monkeypatch, fleet, budget=longer)
+        assert bool(fleet.trials) == more
+
+
 def test_a_reached_target_does_not_keep_the_winner_from_its_last_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +359,29 @@ def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path, monkeypat
     assert config_from_dict(stored) == SearchConfig()
     assert Budget(max_low=3).baselines == "auto"
     assert Fraction(1) == final_fidelity(SearchConfig()).fraction
+
+
+def test_the_final_fidelity_is_set_from_python_and_from_a_recommendation(tmp_path: Path) -> None:
+    from engine.commands import search as command
+    from engine.commands.flags import gather_settings
+    from engine.search.fidelity_study.study import recommended_yaml
+
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in mfkd._flags({"final": "kd+at@1x40"})]
+    config = gather_settings(command.parser().parse_args(flags)).config
+    assert config.final == Fidelity("final", epochs=40, kd_loss="kd+at")
+    file = tmp_path / "recommended.yaml"
+    file.write_text(recommended_yaml(config, config.low, RunFolder(tmp_path), "a reason"))
+    assert gather_settings(command.parser().parse_args(["-c", str(file)])).config.final == config.final
+    never = gather_settings(command.parser().parse_args(["--no-final", "--no-baselines"])).budget
+    assert (never.final_training, never.baselines) == ("never", "never")
+
+
+def test_a_single_candidate_is_finished_without_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, only="0-0-0-0-0-1")
+    result = run(tmp_path, monkeypatch, Formula(), config=config, budget=replace(EVERYTHING, max_low=0))
+    assert result["final"]["architecture"] == "0-0-0-0-0-1"
+    assert result["baselines"] == []
+    assert "there was only one candidate" in result["verdict"]
 
 
 # ---- with real workers ---------------------------------------------------

@@ -42,7 +42,7 @@ FIDELITY_HELP = {
     "resolution": "image size in pixels; 0 means that of the data",
     "kd_loss": "distillation terms added to the cross entropy",
 }
-# The final fidelity is otherwise the full one.
+# By FINAL_SETTINGS.
 FINAL_HELP = {
     "epochs": "passes over the training and validation images; 0 means twice --high.epochs",
     "kd_loss": "distillation terms added to the cross entropy, if the low fidelity has any",

@@ -92,6 +92,8 @@ def choose(setup: SearchSetup, history: History, winner: Architecture, record: R
         return Wanted(None, left_out="the winner was not trained to the end, " + _why_not(over, "--final-training"))
     if budget.baselines == "never":
         return Wanted(winner, left_out="no baseline was trained (--no-baselines)")
+    if len(setup.candidates) == 1:
+        return Wanted(winner, left_out="there was only one candidate")
     baselines = baseline_networks(context.space, setup.candidates, setup.largest.architecture(0))
     kept = [one for one in baselines if fits(one.architecture, budget.baselines)]
     return Wanted(winner, kept, "no baseline was trained, " + _why_not(over, "--baselines"))

@@ -34,13 +34,14 @@ class Record:
     order of arrival.
 
     When `asked[i]` was asked, `known[i]` evaluations had arrived, and `seen[i]` of them were visible to the method
-    (-1: unknown).
+    (-1: unknown). `final_seconds` are those of evaluations that `searched` has left out.
     """
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
     known: list[int]
     seen: list[int]
+    final_seconds: float = 0.0
 
     @property
     def searched(self) -> Record:
@@ -52,6 +53,7 @@ class Record:
             answers,
             [self.known[place] for place in keep],
             [self.seen[place] for place in keep],
+            sum(e.seconds for number, e in self.answers.items() if number not in answers),
         )
 
 

@@ -211,7 +211,7 @@ def should_stop(context: RunContext, plan: Plan, record: Record, history: Histor
     last = [e for e in history.answered if e.trial.number not in record.answers][-budget.max_failures :]
     if len(last) == budget.max_failures and all(failed(e.status) for e in last):
         raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {why_no_winner(history)}")
-    spent = bool(used_up(context, history.seconds()))
+    spent = bool(used_up(context, history.seconds() + record.final_seconds))
     return context.drain.asked or spent or max(full, default=0.0) >= budget.target_accuracy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from engine.config import Plan, RunSettings, SearchConfig, config_to_dict
+from engine.config import FINAL_SETTINGS, Plan, RunSettings, SearchConfig, config_to_dict
 from engine.run_folder import RunFolder, write_atomically
 from engine.search.fidelity_study import summary
 from engine.search.fidelity_study.design import FidelityStudy, propose_study, study_scores
@@ -156,4 +156,6 @@ def recommended_yaml(config: SearchConfig, low: Fidelity, study: RunFolder, reas
     """A file for `search -c`: every setting that differs from its default, and both fidelities."""
     defaults, wanted = config_to_dict(SearchConfig()), config_to_dict(recommended(config, low, study))
     kept = {key: value for key, value in wanted.items() if value != defaults[key] or key in ("low", "high")}
+    if "final" in kept:
+        kept["final"] = {key: kept["final"][key] for key in FINAL_SETTINGS}
     return f"# {low.name}: {reason}.\n" + yaml.safe_dump(kept, sort_keys=False)
