@@ -73,7 +73,10 @@ class Settings(TypedDict, total=False):
     flip: Literal["auto", "always", "never"]
     method: str
     teacher: PathOrName
+    teacher_weights: PathOrName
+    from_scratch: bool
     teacher_epochs: int
+    recipe: Literal["auto", "finetune", "scratch"]
     low: Fidelity | str
     high: Fidelity | str
     final: Fidelity | str
@@ -85,10 +88,16 @@ class Settings(TypedDict, total=False):
     nst_weight: float
     hint_weight: float
     similarity_weight: float
+    label_smoothing: float
     batch_size: int
+    optimizer: Literal["sgd", "adamw"]
     lr: float
+    backbone_lr_factor: float
+    warmup_fraction: float
     momentum: float
     weight_decay: float
+    augment: Literal["crop", "trivial"]
+    min_crop_area: float
     ema_decay: float
     amp_dtype: Literal["auto", "float32", "bfloat16"]
     data_backend: Literal["dali", "resident", "synthetic"]
@@ -350,15 +359,16 @@ def fidelity_study(
     """
     from engine.commands import fidelity_study as command
     from engine.search.fidelity_study.design import FidelityStudy
-    from engine.search.fidelity_study.study import default_lows, run_fidelity_study
+    from engine.search.fidelity_study.study import run_fidelity_study
     from engine.search.progress import Display
 
     ready, folder = _parse(command.parser(), run_dir, settings)
     compared = tuple(low if isinstance(low, Fidelity) else Fidelity.parse(low) for low in lows)
-    study = FidelityStudy(compared or default_lows(ready.config.high), architectures, repeats, low_repeats, drop)
+    study = FidelityStudy(compared, architectures, repeats, low_repeats, drop)
     with Display(progress) as display:
         found = run_fidelity_study(ready, study, folder, display)
-    best = next(low for low in study.lows if low.name == found["recommended"])
+    given = {low.name: low for low in compared}
+    best = given.get(found["recommended"]) or Fidelity.parse(found["recommended"])
     return Study(
         run=open_run(found["run_dir"]),
         recommended=best,

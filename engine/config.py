@@ -12,12 +12,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from engine.trial import EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
+from engine.spaces.load import load_space
+from engine.trial import Architecture, EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
 
 T = TypeVar("T")
 BUILT_IN_DATA = ("glyphs", "cifar10", "cifar100")  # generated or downloaded; every other name is a path
 Execution = Literal["auto", "graph", "eager"]
 RunKind = Literal["search", "fidelity-study"]
+Recipe = Literal["auto", "finetune", "scratch"]
+Optimizer = Literal["sgd", "adamw"]
+Augment = Literal["crop", "trivial"]
 When = Literal["auto", "always", "never"]
 FINAL_SETTINGS = ("epochs", "kd_loss")  # of the final fidelity; in all else it is the full one
 
@@ -53,9 +57,16 @@ class SearchConfig:
     teacher: str = option(
         "auto",
         "auto (train the largest member of the space), a weights FILE written by the teacher command, or "
-        "torchvision:NAME or timm:NAME with the library's own weights",
+        "torchvision:NAME or timm:NAME, fine-tuned from the library's weights",
     )
-    teacher_epochs: int = option(20, "epochs of a teacher that the run trains itself")
+    teacher_weights: str = option("", "FILE of weights to fine-tune a teacher from, instead of the library's")
+    from_scratch: bool = option(False, "train a torchvision, timm or pretrained teacher from random weights instead")
+    teacher_epochs: int = option(20, "epochs of a teacher that the run trains itself; 0 means auto, as below")
+    recipe: Recipe = option(
+        "auto",
+        "defaults of the settings of trainings (docs/training.md), shown by the command config: finetune for networks "
+        "that start from pretrained weights, scratch for others; auto chooses by the space",
+    )
     low: Fidelity = option(
         Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the low fidelity: the cheap training that ranks candidates"
     )
@@ -75,10 +86,20 @@ class SearchConfig:
     nst_weight: float = option(50.0, "weight of neuron selectivity transfer, summed over stages (RepDistiller's beta)")
     hint_weight: float = option(100.0, "weight of the hint loss (RepDistiller's beta)")
     similarity_weight: float = option(3000.0, "weight of similarity preservation (RepDistiller's beta)")
-    batch_size: int = option(64, "images per step")
-    lr: float = option(0.1, "peak learning rate of SGD, with cosine decay to 0")
+    label_smoothing: float = option(0.0, "share of each label that is spread over all classes, in the cross entropy")
+    batch_size: int = option(0, "images per step; 0 means auto: 64 from scratch, 32 in fine-tuning, or less")
+    optimizer: Optimizer = option("sgd", "sgd (with Nesterov momentum) or adamw")
+    lr: float = option(0.1, "peak learning rate, with cosine decay to 0")
+    backbone_lr_factor: float = option(
+        1.0, "learning rate of a pretrained teacher's layers, relative to that of its new classifier"
+    )
+    warmup_fraction: float = option(0.05, "fraction of the steps in which the learning rate rises linearly to its peak")
     momentum: float = option(0.9, "Nesterov momentum of SGD")
-    weight_decay: float = option(5e-4, "weight decay of SGD")
+    weight_decay: float = option(5e-4, "weight decay of all weights except biases and normalisation")
+    augment: Augment = option(
+        "crop", "crop: random crops and mirror images; trivial: also a random TrivialAugment operation for each image"
+    )
+    min_crop_area: float = option(0.08, "smallest share of an image file that a random crop covers")
     ema_decay: float = option(
         0.0, "decay of the moving average of the weights, which full trainings then score and save; 0 turns it off"
     )
@@ -178,7 +199,9 @@ class RunSettings:
 class Plan:
     """What a search method knows of a run: its name, the fidelities it may ask for, how many of each, and a seed.
 
-    `lows` holds the low fidelities, the main one first; most methods use only that one. Repeats of the best few (the
+    `lows` holds the low fidelities, the main one first; most methods use only that one. `opening` is the fidelity at
+    which a search in a pretrained space scores many candidates before it trains any, and `first` are the architectures
+    that it trains in full before others. Repeats of the best few (the
     same architecture at full fidelity with another seed) count towards `max_high`. A worker has `cohort` slots: it
     trains that many low-fidelity trials side by side, while a full training takes all of them. Scores are accuracies
     on `valid_images` images (0: unknown).
@@ -192,6 +215,13 @@ class Plan:
     seed: int = 0
     cohort: int = 1
     valid_images: int = 0
+    opening: Fidelity | None = None
+    first: tuple[Architecture, ...] = ()
+
+    @property
+    def below_full(self) -> tuple[Fidelity, ...]:
+        """The fidelities that tell the surrogate about the full one, the main one first."""
+        return (*self.lows, *([self.opening] if self.opening else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +240,15 @@ def slots_for(workers: int, cohort: int) -> Slots:
 def search_plan(config: SearchConfig, budget: Budget) -> Plan:
     """The plan of a search with these settings."""
     method = config.method if config.objectives == "accuracy" else "mfkd-front"
-    return Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
+    opening = None if load_space(config.space).inherit is None else Fidelity("inherited", epochs=0)
+    plan = Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
+    return dataclasses.replace(plan, opening=opening if method == "mfkd" else None)
 
 
 def final_fidelity(config: SearchConfig) -> Fidelity:
     """The fidelity of the last training of the winner, and of the baselines that it is compared with.
 
-    It trains as the full fidelity does, but for longer (by default twice its epochs), on training and validation
+    It trains as the full fidelity does, but for longer, on training and validation
     images, and distilled if the search distils.
     """
     high, final = config.high, config.final
@@ -225,7 +257,7 @@ def final_fidelity(config: SearchConfig) -> Fidelity:
         high,
         name="final",
         fraction=Fraction(1),
-        epochs=final.epochs or 2 * high.epochs,
+        epochs=final.epochs,
         kd_loss=final.kd_loss if distils else "none",
         weights=final.weights,
         with_valid=True,
@@ -238,7 +270,7 @@ def is_full(config: SearchConfig, fidelity: Fidelity) -> bool:
 
 
 def is_library_model(teacher: str) -> bool:
-    """Whether a teacher is named as a model of torchvision or timm, to be used with the library's own weights."""
+    """Whether a teacher is named as a network of torchvision or timm."""
     return teacher.startswith(("torchvision:", "timm:"))
 
 
@@ -264,10 +296,10 @@ def check_settings(settings: RunSettings) -> None:
 def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) -> None:
     """Raises UsageError for a number outside its range."""
     for name, value, least in (
-        ("low.epochs", config.low.epochs, 1),
-        ("high.epochs", config.high.epochs, 1),
-        ("batch-size", config.batch_size, 1),
-        ("teacher-epochs", config.teacher_epochs, 1),
+        ("low.epochs", config.low.epochs, 0),
+        ("high.epochs", config.high.epochs, 0),
+        ("batch-size", config.batch_size, 0),
+        ("teacher-epochs", config.teacher_epochs, 0),
         ("resolution", config.resolution, 0),
         ("latency-batch", config.latency_batch, 1),
         ("seed", config.seed, 0),
@@ -286,6 +318,7 @@ def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) ->
     for name, number in (
         ("kd-temperature", config.kd_temperature),
         ("lr", config.lr),
+        ("backbone-lr-factor", config.backbone_lr_factor),
         ("gpu-hours", budget.gpu_hours),
         ("wall-time", budget.wall_time),
         ("target-accuracy", budget.target_accuracy),
@@ -300,8 +333,12 @@ def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) ->
     for name in (*weights, "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 0")
-    if not 0 <= config.momentum < 1:
-        raise UsageError(f"--momentum is {config.momentum}; it must be at least 0 and below 1")
+    for name in ("momentum", "label_smoothing", "warmup_fraction"):
+        if not 0 <= getattr(config, name) < 1:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is {getattr(config, name)}; it must be at least 0 and below 1")
+    if not 0 < config.min_crop_area <= 1:
+        raise UsageError(f"--min-crop-area is {config.min_crop_area}; it must be greater than 0 and at most 1")
     if not 0 <= config.ema_decay < 1:
         raise UsageError(f"--ema-decay is {config.ema_decay}; it must be at least 0 and below 1, like 0.999")
     if not 0 < config.valid_fraction <= 0.5:
@@ -320,8 +357,9 @@ def check_paths(config: SearchConfig) -> None:
             f"--data {config.data}: no such file or folder; give a folder of images, a .npz file, "
             f"{', '.join(BUILT_IN_DATA)}"
         )
-    if config.initial_weights and not Path(config.initial_weights).is_file():
-        raise UsageError(f"--initial-weights {config.initial_weights}: no such file")
+    for name in ("initial_weights", "teacher_weights"):
+        if getattr(config, name) and not Path(getattr(config, name)).is_file():
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: no such file")
     if config.low.kd_loss == "none" or config.teacher == "auto" or is_library_model(config.teacher):
         return
     if not config.teacher.endswith(".safetensors"):
@@ -396,6 +434,15 @@ def config_at(config: SearchConfig, fidelity: Fidelity) -> SearchConfig:
     """The configuration with the loss weights of a fidelity that has its own."""
     own: dict[str, Any] = dict(fidelity.weights)
     return dataclasses.replace(config, **own) if own else config
+
+
+def left_to_auto(config: SearchConfig) -> set[str]:
+    """Dotted names of the settings that are 0 for auto, which engine/recipes.py turns into numbers."""
+    return {
+        name
+        for name, value in flatten(config_to_dict(config))
+        if value == 0 and (name == "batch_size" or name.endswith("epochs"))
+    }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

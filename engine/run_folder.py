@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from engine.config import Budget, RunKind, SearchConfig, Slots, config_to_dict, flatten
+from engine.config import Budget, RunKind, SearchConfig, Slots, config_to_dict, flatten, left_to_auto
 from engine.trial import EnvironmentUnusable, Trial, UsageError
 
 
@@ -134,9 +134,9 @@ class RunFolder:
         later call brings more workers, which would otherwise be idle. A later call of a fidelity study may compare
         other low fidelities. Raises UsageError if any other setting differs.
         """
+        self.check_config(kind, config)
         if self.config.exists():
             stored = self.read_config()
-            self._check_same(stored, kind, config)
             first = Slots(**stored["slots"])
             wanted = Slots(max(first.total, wanted.total // wanted.cohort * first.cohort), first.cohort)
         content = {
@@ -149,7 +149,19 @@ class RunFolder:
         write_atomically(self.config, yaml.safe_dump(content, sort_keys=False))
         return wanted
 
-    def _check_same(self, stored: dict[str, Any], kind: RunKind, config: SearchConfig) -> None:
+    def recorded(self) -> dict[str, Any]:
+        """The configuration in config.yaml; {} if there is none yet."""
+        found: dict[str, Any] = self.read_config()["config"] if self.config.exists() else {}
+        return found
+
+    def check_config(self, kind: RunKind, config: SearchConfig) -> None:
+        """Raises UsageError if the folder holds a run of another kind or with other settings.
+
+        Settings that are left to auto may have any value there.
+        """
+        if not self.config.exists():
+            return
+        stored = self.read_config()
         if stored.get("kind", kind) != kind:
             raise UsageError(
                 f"{self} holds a run of `{stored['kind']}`; choose another --name or --run-dir for `{kind}`"
@@ -157,7 +169,8 @@ class RunFolder:
         # A setting unknown to the version that wrote the file counts as its default.
         before = {**dict(flatten(config_to_dict(SearchConfig()))), **dict(flatten(stored["config"]))}
         now = dict(flatten(config_to_dict(config)))
-        fixed = [key for key in now if kind == "search" or not key.startswith("low.")]
+        open_still = left_to_auto(config)
+        fixed = [k for k in now if k not in open_still and (kind == "search" or not k.startswith("low."))]
         changed = [f"{key}: {before.get(key)} there, {now[key]} here" for key in fixed if now[key] != before.get(key)]
         if changed:
             raise UsageError(

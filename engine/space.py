@@ -48,6 +48,9 @@ class SearchSpace:
     largest member with the weights of its library, or those in a file, and a new classifier. inherit(network, choices)
     cuts a member out of the trained largest one; it has the structure of `build`. `families` holds obvious ways to make
     the largest member smaller, each as option indices (n, d); a search is compared with the best of each.
+
+    A space of more than `pool` members (0: as many as memory holds) is represented by that many, drawn at random, its
+    families and its largest member.
     """
 
     name: str
@@ -59,6 +62,7 @@ class SearchSpace:
     start: Callable[[int, Path | None], nn.Module] | None = None
     inherit: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
     families: Mapping[str, IntMatrix] = field(default_factory=dict)
+    pool: int = 0
 
     @cached_property
     def radices(self) -> tuple[int, ...]:
@@ -186,8 +190,8 @@ def candidates(
 ) -> Candidates:
     """The members of a space with their MACs and parameters, one of each class of identical networks.
 
-    If `only` names any, just those. A space with more than POOL members (POOL_WITHOUT_COST without a closed form for
-    the cost) is represented by a random sample of that size, and its families.
+    If `only` names any, just those. A large space is represented by a random sample, see `SearchSpace.pool`; without a
+    closed form for the cost, by POOL_WITHOUT_COST members.
     """
     choices = np.unique(np.array([a.choices for a in only], dtype=np.int8), axis=0) if only else _members(space, seed)
     if space.cost is not None:
@@ -203,13 +207,15 @@ def candidates(
 
 def _members(space: SearchSpace, seed: int) -> IntMatrix:
     """Option indices (n, d) of one member of each class of identical networks, in the order of `index`."""
-    pool = POOL_WITHOUT_COST if space.cost is None else POOL
+    pool = POOL_WITHOUT_COST if space.cost is None else space.pool or POOL
     if space.size <= pool:
         choices = space.all()
     else:
         rng = np.random.default_rng(seed)
-        drawn = np.stack([rng.integers(radix, size=pool, dtype=np.int8) for radix in space.radices], axis=1)
-        choices = np.unique(np.concatenate([drawn, *space.families.values()]), axis=0)
+        drawn = [rng.integers(radix, size=pool, dtype=np.int8) for radix in space.radices]
+        largest = [np.array([space.radices], dtype=np.int8) - 1] if space.start is not None else []
+        rows = [np.stack(drawn, axis=1), *space.families.values(), *largest]
+        choices = np.unique(np.concatenate(rows), axis=0)
     if space.canonical is None:
         return choices
     return np.array(sorted({space.canonical(tuple(row)) for row in choices.tolist()}), dtype=np.int8)

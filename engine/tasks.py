@@ -19,6 +19,7 @@ from engine.trial import Architecture, Trial, trial_from_json, trial_to_json
 Json = dict[str, Any]
 T = TypeVar("T")
 SplitName = Literal["valid", "test", "all"]
+TeacherOrigin = Literal["scratch", "finetune", "import", "untrained"]
 Statistic = tuple[float, float, float]  # one number per channel
 
 
@@ -47,6 +48,7 @@ class DataFacts:
 
     `resolution` is the side in pixels of the images that a network sees, `images` the size of each split. `files` tells
     whether the images are files of a folder. `fingerprint` identifies the content (engine.data.dataset.fingerprint).
+    `notes` tell how a folder was read and what was passed over, `warnings` what is probably a mistake in it.
     """
 
     classes: tuple[str, ...]
@@ -57,6 +59,14 @@ class DataFacts:
     files: bool = False
     fingerprint: str = ""
     device: str = ""
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: the size of each split, the number of classes, how a folder was read, what was passed over."""
+        sizes = ", ".join(f"{count:,} {split}" for split, count in self.images.items())
+        return "; ".join((f"{sizes}, {len(self.classes)} classes", *self.notes))
 
     @property
     def normalisation(self) -> Normalisation:
@@ -82,16 +92,16 @@ class ProbeTask(Task):
 class TeacherTask(Task):
     """Make sure that `path` holds a teacher that fits the data; the answer is a TeacherFacts.
 
-    If there is no such file, `network` is imported from the weights file `weights`, or built with the weights of its
-    library (`pretrained`), or else trained. `mean` and `std` describe the images that imported weights were trained on;
-    by default, they are those of the data.
+    If there is no such file, `network` is trained from scratch, or fine-tuned from the weights of its library or those
+    in the file `weights`, or imported: `weights` are used as they are. `mean` and `std` describe the images that
+    imported weights were trained on; by default, they are those of the data. An untrained network is for timing.
     """
 
     function: ClassVar[str] = "run_teacher"
     worker: WorkerSettings
     network: str
     path: Path
-    pretrained: bool = False
+    origin: TeacherOrigin = "scratch"
     weights: Path | None = None
     mean: Statistic | None = None
     std: Statistic | None = None

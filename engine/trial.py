@@ -30,6 +30,10 @@ LOSS_WEIGHTS = (
 )
 
 
+# Cost of a score without a training, in epochs: BatchNorm's statistics and the score take forward passes only.
+UNTRAINED = 0.2
+
+
 class EngineError(Exception):
     """An error that a user can act on: its message says what to do. `exit_code` is that of the command."""
 
@@ -103,8 +107,9 @@ class Fidelity:
 
     It is trained for `epochs` passes over a `fraction` of the training images, at a `width` multiplier and a
     `resolution` in pixels (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are
-    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration. `with_valid`: the validation images
-    are trained on too, so that only the test split is left to score on, and no decision may depend on the score.
+    (name, value) pairs of LOSS_WEIGHTS that override those of the configuration. In a configuration, 0 epochs stand for
+    a number that engine/recipes.py finds; in a trial, for no training. `with_valid`: the validation images are trained
+    on too, so that only the test split is left to score on, and no decision may depend on the score.
     """
 
     name: str
@@ -163,7 +168,7 @@ class Fidelity:
 
     def cost(self) -> float:
         """Passes over the full training set, to which the cost is proportional if all else is equal."""
-        return float(self.fraction) * self.epochs
+        return float(self.fraction) * (self.epochs or UNTRAINED)
 
 
 @dataclass(frozen=True, slots=True)

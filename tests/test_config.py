@@ -29,7 +29,7 @@ def test_a_configuration_survives_json() -> None:
 @pytest.mark.parametrize(
     ("config", "budget", "message"),
     [
-        (replace(CONFIG, batch_size=0), Budget(), "--batch-size is 0"),
+        (replace(CONFIG, batch_size=-1), Budget(), "--batch-size is -1"),
         (replace(CONFIG, kd_temperature=0.0), Budget(), "--kd-temperature is 0"),
         (replace(CONFIG, valid_fraction=1.0), Budget(), "--valid-fraction"),
         (CONFIG, Budget(max_high=0), "--max-high is 0"),

@@ -311,7 +311,19 @@ def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: P
     cut.write_bytes(Path(files.train.files[0]).read_bytes()[:700])
     split = dataclasses.replace(files.train, files=(str(text), str(cut), *files.train.files[2:]))
     batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
-    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: is not a JPEG or PNG\n.*cut.jpg: .*truncated"):
+    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: not an image, despite its name\n.*cut.jpg: .*truncated"):
+        list(batches)
+
+
+def test_a_file_that_only_dali_cannot_decode_is_named(files: Dataset, tmp_path: Path) -> None:
+    """The check converts such a file; here none was made."""
+    picture = tmp_path / "no-end.png"
+    Image.new("RGB", (60, 60)).save(picture)
+    picture.write_bytes(picture.read_bytes()[:-5])
+    assert files.train.files is not None
+    split = dataclasses.replace(files.train, files=(*files.train.files[:22], str(picture)))
+    batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
+    with pytest.raises(EnvironmentUnusable, match=r"DALI cannot decode these images.*\n  .*no-end.png$"):
         list(batches)
 
 

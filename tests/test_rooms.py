@@ -18,10 +18,10 @@ from engine.trial import Architecture, Fidelity, Trial
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"engine", "kernels", "surrogate", "cli", "mfkd", "bench", "tests"}
 # The rooms of engine, and what each may import beside itself and the core.
-CORE = {"config", "run_folder", "space", "spaces", "stop_files", "tasks", "trial"}
+CORE = {"config", "recipes", "run_folder", "space", "spaces", "stop_files", "tasks", "trial"}
 DRIVER = {"commands", "doctor", "fleet", "report", "search"}  # never imports torch
 WORKER = {"data", "export", "selftest", "training"}
-NETWORKS = {"networks"}  # imports torch and nothing of ours; spaces import it when they build a network
+NETWORKS = {"networks"}  # imports torch, and of ours only the errors; spaces import it when they build a network
 MAX_PARAMETERS = 6
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -103,7 +103,7 @@ def test_every_part_of_engine_belongs_to_a_room() -> None:
     ("rooms", "allowed", "libraries"),
     [
         (CORE, CORE | NETWORKS, set()),
-        (NETWORKS, NETWORKS, set()),
+        (NETWORKS, NETWORKS | {"trial"}, set()),
         (DRIVER, DRIVER | CORE, {"surrogate"}),
         (WORKER, WORKER | CORE | NETWORKS, {"kernels"}),
     ],

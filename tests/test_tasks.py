@@ -27,7 +27,7 @@ EXAMPLES: list[Any] = [
     tasks.DataFacts(("cat", "dog"), 32, MEAN, STD, {"train": 80, "valid": 20}, True, "f", "cpu"),
     tasks.ProbeTask(WORKER),
     tasks.TeacherTask(WORKER, "nasbench201#3-3-3-3-3-3", Path("/t.safetensors")),
-    tasks.TeacherTask(WORKER, "mine.py:NET", Path("/t.safetensors"), True, Path("/w.safetensors"), MEAN, STD),
+    tasks.TeacherTask(WORKER, "mine.py:NET", Path("/t.safetensors"), "import", Path("/w.safetensors"), MEAN, STD),
     tasks.TeacherFacts("timm:resnet18", 0.9, 20, 61.5, False, Path("/t.safetensors")),
     tasks.TrialsTask(WORKER, TRIALS, Path("/t.safetensors"), 90.0),
     tasks.TestTask(WORKER, TRIALS[1]),

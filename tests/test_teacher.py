@@ -50,11 +50,6 @@ def test_a_network_that_does_not_exist_is_refused(network: str, message: str) ->
         teacher.build(network, classes=2, resolution=32)
 
 
-def test_pretrained_weights_must_have_the_classes_of_the_data() -> None:
-    with pytest.raises(UsageError, match=r"know 1000 classes, the data has 10.*cli.py teacher"):
-        teacher.build("torchvision:resnet18", classes=10, resolution=32, pretrained=True)
-
-
 def test_classes_must_be_those_of_the_data() -> None:
     teacher.check_fits(card("n"), ("a", "b"))
     with pytest.raises(UsageError, match="knows 2 classes, the data has 3"):

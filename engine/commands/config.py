@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import example_text, gather_settings
+from engine.commands.flags import example_text, gather_settings, recipe_defaults
 from engine.run_folder import write_atomically
 from engine.trial import EnvironmentUnusable
 
@@ -62,7 +62,10 @@ def run(values: Namespace) -> dict[str, Any] | None:
 def origins(values: Namespace) -> Iterator[tuple[str, Any, str]]:
     """Dotted key, value and origin of each setting. A flag that repeats the value it overrides changes no origin."""
     flags = parser()
-    layers = [("default", flags.get_defaults())]
+    layers: list[tuple[str, Any]] = [("default", flags.get_defaults())]
+    recipe = recipe_defaults(flags, values)
+    if recipe:
+        layers.append(("recipe", Namespace(recipe)))
     for file in values.config or []:
         layers.append((str(file), flags.parse_path(file, defaults=False, _skip_validation=True)))
     for key, value in values.items():

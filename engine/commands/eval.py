@@ -91,4 +91,6 @@ def run(values: Namespace) -> dict[str, Any]:
             f"{trial.architecture} on {scored_on} of {config.data} ({result['images']} images): "
             f"accuracy {result['accuracy']:.4f}"
         )
+        for note in result["notes"]:
+            display.say(f"{config.data}: {note}")
         return result

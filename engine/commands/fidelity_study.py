@@ -48,12 +48,12 @@ def parser() -> ArgumentParser:
 
 def run(values: Namespace) -> dict[str, Any]:
     from engine.search.fidelity_study.design import FidelityStudy
-    from engine.search.fidelity_study.study import default_lows, run_fidelity_study
+    from engine.search.fidelity_study.study import run_fidelity_study
     from engine.search.progress import Display
     from engine.trial import Fidelity
 
     settings = gather_settings(values)
-    lows = tuple(map(Fidelity.parse, values.lows)) if values.lows else default_lows(settings.config.high)
+    lows = tuple(map(Fidelity.parse, values.lows or ()))
     study = FidelityStudy(lows, *(values[name] for name in HELP))
     with Display(values.progress) as display:
         return run_fidelity_study(settings, study, run_dir_of(values), display)

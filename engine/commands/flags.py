@@ -17,7 +17,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import register_type
 
-from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten
+from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten, is_library_model
+from engine.recipes import recipe_values
 from engine.trial import Fidelity, UsageError, WrongFlags
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ class Parser(ArgumentParser):
         text = self._with_positionals(reworded(message)) + self._suggestion(message)
         raise WrongFlags(f"{self.reading}: {text}" if self.reading else text)
 
+    def parse_args(self, *arguments: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """The flags, above the defaults of the recipe that they choose."""
+        values: Namespace = super().parse_args(*arguments, **options)
+        defaults = recipe_defaults(self, values)
+        if not defaults:
+            return values
+        self.set_defaults(defaults)
+        found: Namespace = super().parse_args(*arguments, **options)
+        return found
+
     def parse_string(self, content: str, *more: Any, **options: Any) -> Namespace:
         """The flags of a YAML text."""
         return super().parse_string(self.quote_text(content), *more, **options)
@@ -132,6 +143,23 @@ class Parser(ArgumentParser):
         if re.search(r"unrecognized arguments: [^-]", message):
             return "; a value follows its flag, like --data FOLDER"
         return ""
+
+
+def recipe_defaults(parser: ArgumentParser, values: Namespace) -> dict[str, Any]:
+    """The defaults of a recipe for the flags of a command, {} if it takes no recipe.
+
+    The space decides under `auto`. The command `teacher` has a network of its own (--arch), and `train` a single
+    fidelity, whose flags have no prefix.
+    """
+    if "recipe" not in values:
+        return {}
+    library = is_library_model(values.get("arch") or "") and not values.from_scratch
+    recipe = "finetune" if values.recipe == "auto" and library else values.recipe
+    deciding = {"space": values.space, "recipe": recipe, "from_scratch": values.from_scratch}
+    config = SearchConfig(**deciding, teacher=values.get("teacher") or "auto")
+    flags = {action.dest for action in parser._actions}
+    named = {name if name in flags else name.removeprefix("high."): v for name, v in recipe_values(config).items()}
+    return {name: value for name, value in named.items() if name in flags}
 
 
 def reworded(message: str) -> str:
@@ -192,6 +220,8 @@ def add_options(parser: ArgumentParser, kind: type, skip: tuple[str, ...] = ()) 
             continue
         text = item.metadata["help"]
         added = group.add_argument(f"--{flag}", type=hints[item.name], default=item.default, help=text)
+        if hints[item.name] is bool:
+            added.nargs, added.const = "?", True  # --flag is short for --flag true
         choices = get_args(hints[item.name])
         if any("," in str(choice) for choice in choices):  # argparse joins choices by commas
             added.metavar = f"{{{' | '.join(choices)}}}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands import search
-from engine.commands.flags import example_text, gather_settings, run_dir_of
+from engine.commands.flags import example_text, gather_settings, recipe_defaults, run_dir_of
 from engine.config import Resources
 from engine.fleet.supervisor import ROOT
 from engine.run_folder import write_atomically
@@ -119,8 +119,9 @@ def search_arguments(values: Namespace) -> list[str]:
     The space is always included, since a search without arguments runs the demo.
     """
     job_options = {item.name for item in dataclasses.fields(Resources) if item.metadata.get("job")}
-    arguments = []
-    for key, default in search.parser().get_defaults().items():
+    arguments, flags = [], search.parser()
+    flags.set_defaults(recipe_defaults(flags, values))
+    for key, default in flags.get_defaults().items():
         changed = values[key] != default or key == "space"
         if key.split(".")[0] not in {*job_options, *NOT_PASSED_ON} and changed:
             text = str(values[key]).lower() if isinstance(default, bool) else str(values[key])

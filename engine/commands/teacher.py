@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings
-from engine.config import Resources, SearchConfig, check_settings
+from engine.config import Resources, SearchConfig, check_paths, check_settings, is_library_model
 from engine.tasks import Statistic, task_to_json
 from engine.trial import LOSS_WEIGHTS, UsageError
 
@@ -54,7 +55,11 @@ def run(values: Namespace) -> dict[str, Any]:
     if values.weights and Path(values.out).exists():
         raise UsageError(f"{values.out} already exists; remove it, or choose another --out")
     settings = gather_settings(values)
+    if settings.config.recipe == "auto" and is_library_model(values.arch) and not values.from_scratch:
+        # The flags are above the recipe of this network, whatever that of the space is.
+        settings = replace(settings, config=replace(settings.config, recipe="finetune"))
     check_settings(settings)
+    check_paths(replace(settings.config, teacher="auto"))
     request = TeacherRequest(
         network=values.arch,
         path=Path(values.check or values.out),

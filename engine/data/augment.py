@@ -3,12 +3,47 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-AREA = (0.08, 1.0)  # share of an image file that a random resized crop covers; torchvision's default
+from engine.config import Augment
+
+MIN_AREA = 0.08  # smallest share of an image file that a random resized crop covers; torchvision's default
 RATIO = (3 / 4, 4 / 3)  # its width / height
+# TrivialAugment's wide ranges at the highest of its 31 levels (Mueller and Hutter, ICCV 2021, table 6).
+LEVELS, SHEAR, SHIFT, ANGLE, CHANGE, BITS = 31, 0.99, 32 / 224, np.deg2rad(135), 0.99, 6
+OPERATIONS = (
+    *("identity", "shear_x", "shear_y", "shift_x", "shift_y", "rotate"),
+    *("brightness", "contrast", "saturation", "posterize", "solarize"),
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are augmented: by crops and mirror images, and with `trivial` by an operation each.
+
+    `min_area` is the smallest share of an image file that its crop covers.
+    """
+
+    kind: Augment = "crop"
+    min_area: float = MIN_AREA
+
+
+class Operations(NamedTuple):
+    """An operation of TrivialAugment for each of N images, as the arguments of four operations that all images get.
+
+    `matrix` (N, 2, 3) maps the coordinates of output pixels (x, y; the side of the image is 1) to those of the input.
+    `colour` (N, 3) holds factors of brightness, contrast and saturation. `bits` (N, 1) masks the bits of each value,
+    and values over `threshold` (N, 1) are inverted.
+    """
+
+    matrix: NDArray[np.float32]
+    colour: NDArray[np.float32]
+    bits: NDArray[np.uint8]
+    threshold: NDArray[np.uint8]
 
 
 @functools.lru_cache(maxsize=2)
@@ -44,7 +79,7 @@ def crop_and_flip(
 
 
 def resized_crop(
-    seed: int, epoch: int, indices: NDArray[np.int64], flip: bool
+    seed: int, epoch: int, indices: NDArray[np.int64], flip: bool, min_area: float = MIN_AREA
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Random resized crops (N, 4): share of the area, width / height, and position y, x in 0..1; and mirror (N,).
 
@@ -52,10 +87,40 @@ def resized_crop(
     its image is cut to it, while torchvision draws again. Here the size of the image is not known before it is read.
     """
     u = uniform(seed, epoch, indices, 5)
-    area = AREA[0] + u[:, 0] * (AREA[1] - AREA[0])
+    area = min_area + u[:, 0] * (1 - min_area)
     ratio = np.exp(np.log(RATIO[0]) + u[:, 1] * np.log(RATIO[1] / RATIO[0]))
     box = np.stack([area, ratio, u[:, 2], u[:, 3]], -1).astype(np.float32)
     return box, ((u[:, 4] < 0.5) & flip).astype(np.int32)
+
+
+def trivial(seed: int, epoch: int, indices: NDArray[np.int64]) -> Operations:
+    """One operation per image, at a random level: TrivialAugment (wide) without sharpness, autocontrast and equalise.
+
+    These three read the whole image, and would cost more than all the others.
+    """
+    u = uniform(seed, epoch, indices, 8)[:, 5:]  # the first five words are those of the crop
+    chosen = (u[:, 0] * len(OPERATIONS)).astype(np.int64)
+    level = (u[:, 1] * LEVELS).astype(np.int64) / (LEVELS - 1)
+    signed = np.where(u[:, 2] < 0.5, -level, level)
+
+    def at(name: str, values: NDArray[np.float64], neutral: float) -> NDArray[np.float64]:
+        """`values` for the images that get an operation, `neutral` for the others."""
+        return np.where(chosen == OPERATIONS.index(name), values, neutral)
+
+    angle = at("rotate", ANGLE * signed, 0)
+    cos, sin = np.cos(angle), np.sin(angle)
+    linear = np.stack([cos, at("shear_x", SHEAR * signed, 0) - sin, at("shear_y", SHEAR * signed, 0) + sin, cos], -1)
+    linear = linear.reshape(-1, 2, 2)
+    shift = np.stack([at("shift_x", SHIFT * signed, 0), at("shift_y", SHIFT * signed, 0)], -1)
+    centred = shift + 0.5 - linear.sum(-1) / 2  # rotation and shear leave the centre in its place
+    colour = np.stack([at(name, 1 + CHANGE * signed, 1) for name in ("brightness", "contrast", "saturation")], -1)
+    dropped = at("posterize", np.round(BITS * level), 0).astype(np.uint8)
+    return Operations(
+        np.concatenate([linear, centred[:, :, None]], -1).astype(np.float32),
+        colour.astype(np.float32),
+        (np.uint8(255) << dropped).astype(np.uint8)[:, None],
+        at("solarize", np.floor(255 * (1 - level)), 255).astype(np.uint8)[:, None],
+    )
 
 
 def _mix(words: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.data import augment
+from engine.data.augment import Augmentation
 from engine.data.dataset import Dataset, Split
 
 
@@ -45,6 +46,7 @@ class Batches:
     seed: int = 0
     first_epoch: int = 0
     epochs: int = 1
+    augmentation: Augmentation = Augmentation()
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.data import augment
+from engine.data.augment import Augmentation
 from engine.data.batches import Batch, Batches, to_batch
 from engine.data.dataset import Dataset, Split, steps_per_epoch
 from engine.data.resident import resident, synthetic
@@ -34,17 +35,21 @@ def train_batches(
     backend: Backend = "dali",
     first_epoch: int = 0,
     threads: int = 1,
+    augmentation: Augmentation = Augmentation(),
 ) -> Batches:
     """Augmented batches of the images `indices` of `split`, for the epochs `first_epoch` to `epochs` - 1.
 
     Every epoch has its own order and leaves out the images that do not fill a batch. Arrays are padded by a black
     border of an eighth of their side and cropped; files get a random resized crop (engine/data/augment.py). Both are
-    mirrored at random if `data.flip`. Order and augmentation depend only on `seed`, the epoch and the index, so that a
-    resumed run, and every backend, sees the same images. `resolution` is in pixels; 0 means data.resolution.
+    mirrored at random if `data.flip`, and changed by an operation of TrivialAugment if `augmentation` says so. Order
+    and augmentation depend only on `seed`, the epoch and the index, so that a resumed run, and every backend, sees the
+    same images. `resolution` is in pixels; 0 means data.resolution.
     Raises UsageError (fewer images than a batch, unsuitable backend) and EnvironmentUnusable (no such device; during
     iteration, no DALI, or a file that has become unreadable).
     """
     steps_per_epoch(len(indices), batch_size)
+    if augmentation.kind == "trivial" and backend == "resident":
+        raise UsageError("--augment trivial is computed by DALI; use --data-backend dali, or --augment crop")
     return Batches(
         split=split,
         data=data,
@@ -57,6 +62,7 @@ def train_batches(
         seed=seed,
         first_epoch=first_epoch,
         epochs=epochs,
+        augmentation=augmentation,
     )
 
 
@@ -134,17 +140,40 @@ def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
     """DALI's error, with the names of unreadable files, which its own message often lacks."""
     if any(words in str(error) for words in ("out of memory", "MemoryAllocation", "Can't allocate")):
         return torch.OutOfMemoryError(f"DALI: {error}")  # a smaller cohort leaves it more memory
-    from engine.data.folder import unreadable
+    from engine.data.image_files import unreadable
 
     if batches.split.files is not None:
         ahead = range(step, min(step + _PREFETCH + 1, len(batches)))
-        rows = np.unique(np.concatenate([batches.at(s)[1] for s in ahead]))
-        bad = unreadable([batches.split.files[row] for row in rows])
+        paths = batches.split.paths(np.unique(np.concatenate([batches.at(s)[1] for s in ahead])))
+        bad = unreadable(paths)
         if bad:
             return EnvironmentUnusable(
                 "images became unreadable after they were checked; replace or remove them:\n  " + "\n  ".join(bad)
             )
+        bad = [path for path in paths if not _decodes(path)]
+        if bad:
+            return EnvironmentUnusable(
+                "DALI cannot decode these images, though Pillow can; save them anew or remove them:\n  "
+                + "\n  ".join(bad)
+            )
     return EnvironmentUnusable(f"DALI stopped: {error}")
+
+
+def _decodes(path: str) -> bool:
+    """Whether DALI can decode a file on the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    def graph() -> Any:
+        encoded, _ = fn.readers.file(files=[path], labels=[0])
+        return fn.decoders.image(encoded, device="cpu")
+
+    pipeline = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None)
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _array_pipeline(batches: Batches) -> Any:
@@ -162,21 +191,22 @@ def _array_pipeline(batches: Batches) -> Any:
         if not training:
             return images_NHWC[rows], rows
         start, mirror = augment.crop_and_flip(seed, epoch, rows, pad, batches.data.flip)
-        return images_NHWC[rows], rows, start - pad, mirror
+        return images_NHWC[rows], rows, start - pad, mirror, *_operations(batches, epoch, rows, side)
 
     def graph() -> tuple[Any, Any]:
-        outputs = 4 if training else 2
-        layouts = ["HWC", "", "", ""][:outputs]
+        outputs = 4 + _extra(batches) if training else 2
+        layouts = ["HWC", *[""] * (outputs - 1)]
         inputs = fn.external_source(source=source, num_outputs=outputs, batch_info=True, layout=layouts)
         images, mirror = inputs[0], 0
         if batches.device.type == "cuda":
             images = images.gpu()
         if training:
-            start, mirror = inputs[2:]
+            start, mirror, *operations = inputs[2:]
             # The border is black and added before normalisation, as in torchvision's RandomCrop.
             images = fn.slice(
                 images, start=start, shape=[side, side], axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
             )
+            images = _trivial(images, operations)
         if side != batches.resolution:
             images = fn.resize(images, size=[batches.resolution] * 2, antialias=True)
         return _normalised(batches, images, mirror), inputs[1]
@@ -187,15 +217,16 @@ def _array_pipeline(batches: Batches) -> Any:
 def _file_pipeline(batches: Batches, steps: range) -> Any:
     """Files through readers.file, which gets the paths of all `steps`; its labels carry positions in the split."""
     fn, types = _import_dali()
-    files, training, side = batches.split.files, batches.indices is not None, batches.resolution
-    assert files is not None
+    training, side = batches.indices is not None, batches.resolution
     rows = np.concatenate([batches.at(step)[1] for step in steps])
-    paths = [files[row] for row in rows]
+    paths = batches.split.paths(rows)
 
     def source(info: Any) -> tuple[NDArray[Any], ...]:
         if info.iteration >= len(steps):
             raise StopIteration
-        return augment.resized_crop(batches.seed, *batches.at(steps[info.iteration]), batches.data.flip)
+        epoch, these = batches.at(steps[info.iteration])
+        crop = augment.resized_crop(batches.seed, epoch, these, batches.data.flip, batches.augmentation.min_area)
+        return *crop, *_operations(batches, epoch, these, side)
 
     def graph() -> tuple[Any, Any]:
         encoded, positions = fn.readers.file(files=paths, labels=rows.tolist(), pad_last_batch=True)
@@ -206,9 +237,10 @@ def _file_pipeline(batches: Batches, steps: range) -> Any:
             # 256 for 224. An even number of extra pixels, so that the centre crop is exact.
             images = fn.resize(images, resize_shorter=side + 2 * round(side / 14), antialias=True)
             return _normalised(batches, images, 0), positions
-        box, mirror = fn.external_source(source=source, num_outputs=2, batch_info=True)
+        box, mirror, *operations = fn.external_source(source=source, num_outputs=2 + _extra(batches), batch_info=True)
         start, end = _roi(fn.peek_image_shape(encoded), box)
         images = fn.resize(images, size=[side, side], roi_start=start, roi_end=end, antialias=True)
+        images = _trivial(images, operations)
         return _normalised(batches, images, mirror), positions
 
     return _built(batches, graph)
@@ -223,6 +255,30 @@ def _roi(shape: Any, box: Any) -> tuple[Any, Any]:
     wide = math.min(math.sqrt(box[0] * height * width * box[1]), width)
     start = fn.stack(box[2] * (height - tall), box[3] * (width - wide))
     return start, start + fn.stack(tall, wide)
+
+
+def _extra(batches: Batches) -> int:
+    """How many arrays `_operations` gives."""
+    return len(augment.Operations._fields) if batches.augmentation.kind == "trivial" else 0
+
+
+def _operations(batches: Batches, epoch: int, rows: NDArray[np.int64], side: int) -> tuple[NDArray[Any], ...]:
+    """The arguments of `_trivial` for images of `side` pixels; () without TrivialAugment."""
+    if batches.augmentation.kind != "trivial":
+        return ()
+    found = augment.trivial(batches.seed, epoch, rows)
+    return found._replace(matrix=found.matrix * np.array([1, 1, side], np.float32))
+
+
+def _trivial(images: Any, operations: list[Any]) -> Any:
+    """Images of bytes with the operations of `augment.Operations` applied; what they uncover is black."""
+    if not operations:
+        return images
+    fn, types = _import_dali()
+    matrix, colour, bits, threshold = operations
+    images = fn.warp_affine(images, matrix=matrix, inverse_map=True, fill_value=0)
+    images = fn.color_twist(images, brightness=colour[0], contrast=colour[1], saturation=colour[2]) & bits
+    return images ^ ((images > threshold) * types.Constant(255).uint8())
 
 
 def _normalised(batches: Batches, images: Any, mirror: Any) -> Any:

@@ -66,7 +66,7 @@ def model_card(report: Json, task: ExportTask) -> str:
         *_accuracies(facts),
         ("multiply-accumulates", f"{report['macs']:,}"),
         ("parameters", f"{report['params']:,}"),
-        ("data", f"`{facts['data']}`: {facts['images']['train']:,} training images, {len(classes)} classes"),
+        ("data", f"`{facts['data']}`: {facts['images']}".replace("|", "\\|")),
         ("training", facts["training"]),
         ("teacher", facts["distillation"]),
         *([("training in the search", facts["search_training"])] if facts["search_training"] else []),

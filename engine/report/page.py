@@ -33,7 +33,7 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
     return Template(_asset("page.html")).substitute(
         title=escape(f"{run.folder.path.name}: search report"),
         name=escape(run.folder.path.name),
-        about=escape(f"{method} in {config.space} on {config.data}; {state}"),
+        about=escape("; ".join((f"{method} in {config.space} on {config.data}", state, *_warnings(run)))),
         claim="Winner" if run.result else "Best so far",
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),
@@ -41,7 +41,7 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
         charts="\n".join(map(_figure, charts)),
         final=_final(run),
         best=_table(run),
-        settings=_pairs(flatten(config_to_dict(config) | config_to_dict(run.budget))),
+        settings=_pairs(_settings(run)),
         calls=_commands(run),
         footer=f"Written on {datetime.now():%-d %B %Y at %H:%M}. trials.csv, beside this page, holds every evaluation.",
         # The data contain text from elsewhere (errors, paths): none of it may end the script element.
@@ -83,6 +83,15 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
     yield "worker time", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
+def _warnings(run: Run) -> Iterable[str]:
+    return [f"warning: {warning}" for warning in run.data.warnings] if "data" in run.facts else []
+
+
+def _settings(run: Run) -> Iterable[tuple[str, Any]]:
+    """What the run was asked to do, and the images that it found."""
+    if "data" in run.facts:
+        yield "images", "; ".join((run.data.summary, *run.data.warnings))
+    yield from flatten(config_to_dict(run.config) | config_to_dict(run.budget))
 def _percent(row: Json, split: str) -> str:
     """An accuracy with its standard error, which results of earlier versions lack."""
     error = row.get(f"{split}_standard_error")

@@ -13,16 +13,25 @@ import numpy as np
 from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, is_library_model, search_plan
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
+from engine.recipes import resolve
 from engine.run_folder import RunFolder
 from engine.search.baseline_networks import baseline_networks
 from engine.search.journal import read_journal
 from engine.search.progress import Display
 from engine.search.proxies import IMAGES_PER_SCORE, to_score
 from engine.search.run_context import RunContext, one_worker, open_context
-from engine.search.setup import find_candidates, largest_member, limit_latency, probe, validated_space
+from engine.search.setup import (
+    find_candidates,
+    largest_member,
+    limit_latency,
+    needs_teacher,
+    probe,
+    teacher_task,
+    validated_space,
+)
 from engine.search.warm_start import study_config
 from engine.space import Candidates
-from engine.tasks import DataFacts, TeacherTask, TrialsTask
+from engine.tasks import DataFacts, TrialsTask
 from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, Trial, UsageError, evaluation_from_json
 
 Json = dict[str, Any]
@@ -78,6 +87,7 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
         timed = replace(settings, resources=replace(resources, teacher_cache="0"))
         with open_context(timed, RunFolder(Path(scratch)), one_worker(wanted), display) as context:
             facts = probe(context)
+            context = replace(context, config=resolve(config, facts.images["train"], folder.recorded()))
             samples, teacher, candidates = _samples(context, facts, folder, wanted.device == "cuda")
             estimates = {s.fidelity.name: time_sample(context, facts, s, teacher) for s in samples}
     display.say(summary(estimates, run_dir, wanted.workers, describe(wanted)))
@@ -102,11 +112,12 @@ def _samples(
             "full trainings"
         )
     teacher = folder.teacher_weights(config)
-    distils = config.low.kd_loss != "none"
-    to_train = config.teacher == "auto" and distils and not teacher.exists()
-    if distils and not teacher.exists():
+    to_train = needs_teacher(context) and not teacher.exists()
+    if to_train:
         teacher = context.folder.teacher
-        _make_stand_in(context, largest_member(everything), teacher)
+        if is_library_model(config.teacher):
+            context.display.say(f"this estimate does not include the fine-tuning of the teacher {config.teacher}")
+        context.answer(teacher_task(context, everything, untrained=True))
     done = answered(folder)
     # Architectures promoted without a low-fidelity score get one in the end (engine/search/search.py, `unpaired`).
     lows = budget.max_low + budget.max_high if budget.max_low else 0
@@ -120,17 +131,10 @@ def _samples(
         ends = 1 + (len(compared) if budget.baselines != "never" else 0)
         final = final_fidelity(config)
         samples.append(Sample(final, [fit.architecture(int(fit.macs.argmax()))], max(0, ends - done.get(final, 0))))
-    if to_train:
+    if to_train and config.teacher == "auto":
         fidelity = Fidelity("teacher", epochs=config.teacher_epochs)
         samples.insert(0, Sample(fidelity, [largest_member(everything)], 1))
     return samples, teacher, len(fit)
-
-
-def _make_stand_in(context: RunContext, architecture: Architecture, path: Path) -> None:
-    """An untrained copy of the search's teacher: "pretrained" leaves a member of the space as it was built."""
-    config = context.config
-    network = config.teacher if is_library_model(config.teacher) else f"{config.space}#{architecture}"
-    context.answer(TeacherTask(context.worker, network, path, pretrained=True))
 
 
 def evenly_spaced(fit: Candidates, count: int) -> list[Architecture]:

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def card_facts(run: Run, evaluation: Evaluation) -> Json:
     return {
         "title": f"{config.space} {trial.architecture}",
         "data": config.data,
-        "images": asdict(run.data)["images"],
+        "images": "; ".join((run.data.summary, *run.data.warnings)),
         "valid_accuracy": searched.accuracy if searched else None,
         "test_accuracy": evaluation.accuracy if final else _tested(run, evaluation),
         "search_test_accuracy": _tested(run, searched) if final and searched else None,

@@ -69,7 +69,7 @@ class RunPredictions:
         """The surrogate fitted to these evaluations."""
         plan = self.run.plan
         history = by_best_readout(History(list(answers), []), plan)
-        lows = [scores(self.candidates, history, low) for low in plan.lows]
+        lows = [scores(self.candidates, history, low) for low in plan.below_full]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
 
@@ -79,6 +79,7 @@ class RunPredictions:
         if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
             return []
         names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        names += [fidelity.name for fidelity in plan.below_full[len(plan.lows) :]]
         return learned_weights(self.at_the_end, names)
 
     def predict(

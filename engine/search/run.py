@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.config import Plan, RunKind, RunSettings, Slots, check_paths, cohort_size, slots_for
+from engine.config import Plan, RunKind, RunSettings, SearchConfig, Slots, check_paths, cohort_size, slots_for
 from engine.fleet.deadline import remaining
 from engine.fleet.devices import describe, layout
 from engine.fleet.drain import Drain, answer_of
 from engine.fleet.fleet import FleetLost
+from engine.recipes import resolve
 from engine.run_folder import RunFolder, write_atomically
 from engine.search.dispatch import Cohorts, Dispatcher
 from engine.search.journal import Journal, Record, read_journal
@@ -42,11 +43,11 @@ VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "xgboost",
 
 @dataclass(frozen=True)
 class RunDefinition:
-    """What a run does: the kind of its folder, what it may ask for, the method that asks, and the function that turns
-    the evaluations into a result."""
+    """What a run does: the kind of its folder, what it may ask for with a configuration, the method that asks, and the
+    function that turns the evaluations into a result."""
 
     kind: RunKind
-    plan: Plan
+    plan: Callable[[SearchConfig], Plan]
     method: Method
     finish: Callable[[SearchSetup, History, Journal], Json]
 
@@ -65,27 +66,26 @@ def run(
     if study:
         study_config(study, config)
     wanted, folder = layout(resources), make_folder(run_dir)
-    with (
-        stoppable(settings, folder) as drain,
-        Journal(folder.journal) as journal,
-        open_log(log, config, folder) as display.log,
-    ):
+    with stoppable(settings, folder) as drain, Journal(folder.journal) as journal:
         if not folder.has_begun():  # an earlier call that did no work fixes neither settings nor data
             folder.forget_settings()
-        slots = slots_for(wanted.workers, cohort_size(resources, gpu=wanted.device == "cuda"))
-        slots = folder.fix_config(definition.kind, config, settings.budget, slots)
+        folder.check_config(definition.kind, config)
         display.say(f"run folder {folder}; {describe(wanted)}")
         remove_stale(folder.logs)
         with open_context(settings, folder, wanted, display, drain) as context:
             facts = probe(context)
+            config = resolve(config, facts.images["train"], folder.recorded())
+            slots = slots_for(wanted.workers, cohort_size(resources, gpu=wanted.device == "cuda"))
+            slots = folder.fix_config(definition.kind, config, settings.budget, slots)
             if study:
                 check_same_data(study, facts.fingerprint)
-            setup = set_up(context, definition.plan, facts)
-            write_run_file(folder, facts)
-            if study:
-                warm_start(study, setup, journal)
-            history = evaluate_all(setup, journal, slots, definition.method)
-            return definition.finish(setup, history, journal)
+            with open_log(log, config, folder) as display.log:
+                setup = set_up(replace(context, config=config), definition.plan(config), facts)
+                write_run_file(folder, facts)
+                if study:
+                    warm_start(study, setup, journal)
+                history = evaluate_all(setup, journal, slots, definition.method)
+                return definition.finish(setup, history, journal)
 
 
 def make_folder(run_dir: Path) -> RunFolder:

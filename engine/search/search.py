@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import Plan, RunSettings, search_plan
+from engine.config import Plan, RunSettings, SearchConfig, search_plan
 from engine.run_folder import write_atomically
 from engine.search.comparison import images_in, standard_error
 from engine.search.final import FinalTrainings, final_rows, train_finals
@@ -51,7 +51,9 @@ def search(
         write_atomically(setup.context.folder.result, json.dumps(result, indent=2) + "\n")
         return result
 
-    plan = search_plan(settings.config, settings.budget)
+    def plan(config: SearchConfig) -> Plan:
+        return search_plan(config, settings.budget)
+
     return run(RunDefinition("search", plan, method or propose, finish), settings, run_dir, display, log)
 
 

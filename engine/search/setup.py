@@ -11,7 +11,9 @@ import numpy as np
 
 from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_library_model
 from engine.fleet.devices import layout
+from engine.recipes import fine_tunes_teacher, resolve
 from engine.run_folder import RunFolder
+from engine.search.baseline_networks import family_members
 from engine.search.journal import read_journal
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.propose import METHODS
@@ -20,7 +22,16 @@ from engine.search.proxies import add_proxies
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
-from engine.tasks import DataFacts, LatencyTask, ProbeTask, Statistic, TeacherFacts, TeacherTask, task_from_json
+from engine.tasks import (
+    DataFacts,
+    LatencyTask,
+    ProbeTask,
+    Statistic,
+    TeacherFacts,
+    TeacherOrigin,
+    TeacherTask,
+    task_from_json,
+)
 from engine.trial import Architecture, Trial, UsageError
 
 # Even a network without operations takes time per image: loading, normalisation, the classifier.
@@ -76,26 +87,31 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     if config.max_latency_ms < math.inf:
         fit = limit_latency(context, fit, context.folder)
     teacher = None
-    if config.low.kd_loss != "none":
-        library = is_library_model(config.teacher)
-        network = config.teacher if library else f"{config.space}#{largest_member(everything)}"
-        path = context.folder.teacher_weights(config)
-        teacher = obtain_teacher(context, TeacherTask(context.worker, network, path, pretrained=library))
+    if needs_teacher(context):
+        task = teacher_task(context, everything)
+        teacher = obtain_teacher(context, task)
+        if context.space.start is not None and teacher.network != task.network:
+            raise UsageError(_another_teacher(context, str(task.path), teacher.network))
     largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
+    # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
+    first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
+    plan = replace(plan, valid_images=facts.images["valid"], first=first)
     fit = add_proxies(context, plan, facts.images["train"], fit)
-    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts, largest, teacher)
+    return SearchSetup(context, plan, fit, facts, largest, teacher)
 
 
 def probe(context: RunContext) -> DataFacts:
     """Has a worker check data and device; returns its findings."""
     config = context.config
     facts = task_from_json(DataFacts, context.answer(ProbeTask(context.worker)))
+    context.display.say(f"data {config.data}: {facts.summary}")
+    for warning in facts.warnings:
+        context.display.say(f"warning: {warning}")
     if facts.images["train"] < config.batch_size:
         raise UsageError(
-            f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it"
+            f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it, or "
+            "leave it out"
         )
-    counts = f"{facts.images['train']} train, {facts.images['valid']} valid, {len(facts.classes)} classes"
-    context.display.say(f"data {config.data}: {counts}")
     return facts
 
 
@@ -104,8 +120,8 @@ def find_candidates(
 ) -> tuple[Candidates, Candidates]:
     """All members of the space, and the candidates: those that meet the limits on MACs and parameters."""
     only = [space.check(Architecture.parse(word.strip())) for word in config.only.split(",") if word.strip()]
-    needs_largest = config.teacher == "auto" and config.low.kd_loss != "none"  # it becomes the teacher
-    everything = space_members(space, config, facts, () if needs_largest else only)
+    trains_largest = space.start is not None or (config.teacher == "auto" and config.low.kd_loss != "none")
+    everything = space_members(space, config, facts, () if trains_largest else only)
     allowed = space_members(space, config, facts, only) if only else everything
     inside = (allowed.macs >= config.min_macs) & (allowed.macs <= config.max_macs)
     fit = allowed.where(inside & (allowed.params <= config.max_params))
@@ -139,6 +155,38 @@ def space_members(
 def largest_member(everything: Candidates) -> Architecture:
     """The member with the most multiply-accumulates: the default teacher."""
     return everything.architecture(int(everything.macs.argmax()))
+
+
+def needs_teacher(context: RunContext) -> bool:
+    """Whether the run needs a teacher: to distil from, or for the weights that the members of its space inherit."""
+    return context.config.low.kd_loss != "none" or context.space.start is not None
+
+
+def teacher_task(context: RunContext, everything: Candidates, untrained: bool = False) -> TeacherTask:
+    """The task that makes the teacher of a run, or checks its file; `untrained` leaves it as built, to be timed.
+
+    Raises UsageError if the members of the space inherit from their largest one, and another teacher is named.
+    """
+    config, library = context.config, is_library_model(context.config.teacher)
+    if library and context.space.start is not None:
+        raise UsageError(_another_teacher(context, config.teacher, config.teacher))
+    network = config.teacher if library else f"{config.space}#{largest_member(everything)}"
+    path = context.folder.teacher_weights(config)
+    if untrained:
+        return TeacherTask(context.worker, network, path, "untrained")
+    if not fine_tunes_teacher(config):
+        return TeacherTask(context.worker, network, path)
+    weights = Path(config.teacher_weights).absolute() if config.teacher_weights else None
+    return TeacherTask(context.worker, network, path, "finetune", weights)
+
+
+def _another_teacher(context: RunContext, teacher: str, network: str) -> str:
+    space = context.config.space
+    return (
+        f"--teacher {teacher}: the networks of {space} inherit the weights of its largest member, so their teacher "
+        f"must be that, not {network}; leave --teacher out, or give a FILE made by: "
+        f"cli.py teacher --space {space} --data ..."
+    )
 
 
 def limit_latency(context: RunContext, fit: Candidates, folder: RunFolder) -> Candidates:
@@ -192,7 +240,8 @@ class TeacherRequest:
 def make_teacher(settings: RunSettings, request: TeacherRequest, display: Display) -> TeacherFacts:
     """Trains or imports a teacher if its file does not exist, and checks the file against the data.
 
-    Raises UsageError if the file exists and holds another network, or one trained for another number of epochs.
+    Raises UsageError if the file exists and holds another network, or one trained for another number of epochs, or if
+    --teacher-weights are given for a teacher that is not fine-tuned.
     """
     config, path = settings.config, request.path.absolute()
     _check_network(config, request.network)
@@ -200,8 +249,11 @@ def make_teacher(settings: RunSettings, request: TeacherRequest, display: Displa
     with open_context(settings, folder, one_worker(layout(settings.resources)), display) as context:
         existed = path.exists()
         facts = probe(context)
-        network = _network_name(context, facts, request.network)
-        task = TeacherTask(context.worker, network, path, False, request.weights, request.mean, request.std)
+        config = resolve(config, facts.images["train"])
+        context = replace(context, config=config)
+        network, origin = _network_name(context, facts, request.network), _origin(context, request)
+        weights = request.weights or (Path(config.teacher_weights).absolute() if config.teacher_weights else None)
+        task = TeacherTask(context.worker, network, path, origin, weights, request.mean, request.std)
         made = obtain_teacher(context, task)
     same = network == made.network and made.epochs in (0, config.teacher_epochs)  # 0: we did not train it
     if existed and not request.check_only and not same:
@@ -220,6 +272,14 @@ def _check_network(config: SearchConfig, network: str) -> None:
         load_space(config.space).check(Architecture.parse(network))
     except UsageError as error:
         raise UsageError(f"--arch: {error}; or give torchvision:NAME, timm:NAME or FILE.py:NAME") from None
+
+
+def _origin(context: RunContext, request: TeacherRequest) -> TeacherOrigin:
+    """Whether the teacher that is asked for is imported, fine-tuned, or trained from scratch."""
+    if request.weights is not None:
+        return "import"
+    teacher = request.network if request.network == "auto" or is_library_model(request.network) else "another"
+    return "finetune" if fine_tunes_teacher(replace(context.config, teacher=teacher)) else "scratch"
 
 
 def _is_outside_space(network: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import filecmp
 import json
 import math
@@ -11,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config import Plan, SearchConfig, config_at, config_from_dict, config_to_dict
+from engine.config import Plan, SearchConfig, config_at, config_from_dict, config_to_dict, flatten, left_to_auto
 from engine.run_folder import RunFolder
 from engine.search.journal import Journal, read_journal
 from engine.search.setup import SearchSetup
@@ -21,7 +20,8 @@ from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity
 # Settings that affect which trials are proposed, but not the outcome of an evaluation.
 MAY_DIFFER = {"low", "method", "fidelity_study", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives"}
 MAY_DIFFER |= {"proxies", "final", "only"}
-MAY_DIFFER |= {"teacher", "teacher_epochs", *LOSS_WEIGHTS}  # compared per evaluation: some use no teacher
+# Of these, what matters is compared for each evaluation: some use no teacher.
+MAY_DIFFER |= {"teacher", "teacher_epochs", "teacher_weights", "from_scratch", *LOSS_WEIGHTS}
 
 
 def warm_start(study: RunFolder, setup: SearchSetup, journal: Journal) -> None:
@@ -107,16 +107,20 @@ def check_same_data(study: RunFolder, fingerprint: str) -> None:
 
 
 def study_config(study: RunFolder, config: SearchConfig) -> SearchConfig:
-    """The configuration of a study; UsageError if it is missing, or its evaluations would differ from this search's."""
+    """The configuration of a study; UsageError if it is missing, or its evaluations would differ from this search's.
+
+    Settings that this search leaves to auto may have any value in the study.
+    """
     try:
         stored = study.read_config()["config"]
     except EnvironmentUnusable as error:
         raise UsageError(f"--fidelity-study {study} is not the run folder of a fidelity study ({error})") from error
     theirs, mine = {**config_to_dict(SearchConfig()), **stored}, config_to_dict(config)
+    there, here, auto = dict(flatten(theirs)), dict(flatten(mine)), left_to_auto(config)
     changed = [
-        f"{item.name}: {theirs[item.name]} there, {mine[item.name]} here"
-        for item in dataclasses.fields(SearchConfig)
-        if item.name not in MAY_DIFFER and theirs[item.name] != mine[item.name]
+        f"{name}: {there.get(name)} there, {value} here"
+        for name, value in here.items()
+        if name.partition(".")[0] not in MAY_DIFFER and name not in auto and there.get(name) != value
     ]
     if changed:
         raise UsageError(f"--fidelity-study {study} has other settings ({'; '.join(changed)}); use the same ones")

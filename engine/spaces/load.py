@@ -16,8 +16,9 @@ from engine.trial import UsageError
 def load_space(spec: str) -> SearchSpace:
     """The space that `NAME`, `NAME:option=value,...` or `FILE.py:NAME` specifies.
 
-    A built-in NAME is a key of engine.spaces.SPACES, whose function takes the options. In a user's file, NAME is a
-    SearchSpace or a function that returns one. Raises UsageError for anything else.
+    A built-in NAME is a key of engine.spaces.SPACES, whose function takes the options; those without a default come
+    first and without a name: `pretrained:NETWORK,option=value`. In a user's file, NAME is a SearchSpace or a function
+    that returns one. Raises UsageError for anything else.
     """
     head, _, tail = spec.partition(":")
     if head.endswith(".py"):
@@ -26,8 +27,12 @@ def load_space(spec: str) -> SearchSpace:
         raise UsageError(f"no space named '{head}'; choose from {', '.join(sorted(SPACES))}, or give FILE.py:NAME")
     make = SPACES[head]
     parameters = inspect.signature(make).parameters
-    options: dict[str, Any] = {}
-    for pair in filter(None, tail.split(",")):
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    given = list(filter(None, tail.split(",")))
+    if len(given) < len(required):
+        raise UsageError(f"space {head}: give its {required[0]}: {head}:timm:resnet18")
+    options: dict[str, Any] = dict(zip(required, given, strict=False))
+    for pair in given[len(required) :]:
         key, _, value = pair.partition("=")
         if key not in parameters:
             raise UsageError(f"space {head} has no option '{key}'; it has {', '.join(parameters)}")

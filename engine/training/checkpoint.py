@@ -14,7 +14,7 @@ from engine.training.student import Student, status_of
 from engine.training.weights import atomic_file
 from engine.trial import EnvironmentUnusable
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

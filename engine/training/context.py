@@ -16,8 +16,10 @@ from torch import nn
 
 from engine import stop_files
 from engine.config import SearchConfig
+from engine.data.augment import Augmentation
 from engine.data.dataset import Dataset, Split, joined, load, subset
 from engine.data.loader import Batches, eval_batches, train_batches
+from engine.recipes import resolve
 from engine.run_folder import RunFolder
 from engine.tasks import WorkerSettings
 from engine.training import checkpoint
@@ -31,7 +33,7 @@ from engine.trial import Architecture, Drained, Fidelity
 
 @dataclass(frozen=True, eq=False)
 class WorkerContext:
-    """The configuration, its data and its device.
+    """The configuration (without settings left to auto), its data and its device.
 
     `max_cohort` records how many students of a fidelity fit into memory at once, for fidelities at which a full cohort
     did not fit; `costs` holds (MACs, parameters) by (architecture, width, resolution).
@@ -90,6 +92,7 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
             first_epoch=first_epoch,
+            augmentation=Augmentation(self.config.augment, self.config.min_crop_area),
         )
 
     def read(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[Readout | Exception]:
@@ -143,9 +146,14 @@ def _work_wanted() -> bool:
     return folder is None or stop_files.work_wanted(Path(folder))
 
 
+# A probe of the data comes before the configuration has numbers for what is left to auto, so the data have a cache of
+# their own.
+_cached_data = lru_cache(maxsize=1)(load)
+
+
 @lru_cache(maxsize=1)
 def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerContext:
-    data = load(
+    data = _cached_data(
         config.data,
         seed=config.seed,
         valid_fraction=config.valid_fraction,
@@ -155,7 +163,7 @@ def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerCon
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
         keep_freed_memory()
-    return WorkerContext(config, data, torch.device(device), RunFolder(run_dir))
+    return WorkerContext(resolve(config, len(data.train)), data, torch.device(device), RunFolder(run_dir))
 
 
 def open_context(settings: WorkerSettings) -> WorkerContext:

@@ -103,7 +103,7 @@ class Objective(nn.Module):
         """The weighted sum of the terms, a scalar in fp32. `teacher` may be None if no term needs it."""
         config, (logits, features) = self.config, student
         if teacher is None or not self.terms:
-            return nn.functional.cross_entropy(logits.float(), labels)
+            return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
         loss = ce_kd_loss(
             logits,
             teacher.logits,
@@ -111,6 +111,7 @@ class Objective(nn.Module):
             temperature=config.kd_temperature,
             ce_weight=config.ce_weight,
             kd_weight=config.kd_weight if "kd" in self.terms else 0.0,
+            label_smoothing=config.label_smoothing,
         )
         mine, theirs = [features[s] for s, _ in self.pairs], [teacher.features[key] for key in self.feature_keys]
         if "at" in self.terms:

@@ -22,6 +22,7 @@ from engine.training import checkpoint
 from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
+from engine.training.inherit import inherited
 from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Classes, Readout, Stopwatch, train
@@ -104,7 +105,8 @@ def _evaluate(
     if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
         raise ValueError("the trials of a cohort must share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
-        teacher = load_teacher(teacher_file, context) if fidelity.kd_loss != "none" else None
+        inherits = load_space(context.config.space).inherit is not None
+        teacher = load_teacher(teacher_file, context) if fidelity.kd_loss != "none" or inherits else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
         cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
@@ -113,10 +115,11 @@ def _evaluate(
         resumable = is_full(context.config, fidelity) and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
         done = checkpoint.restore(state, students[0]).epochs if state and students else 0
-    if students:
+    if students and fidelity.epochs:
         batches = context.train_batches(fidelity, seed, done)
         save = partial(_save, context, state, students[0], fidelity) if state else None
-        train(students, teacher, batches, context.config, watch, save, resources.execution)
+        guide = teacher if fidelity.kd_loss != "none" else None
+        train(students, guide, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
         found = context.read([student.network for student in trained], context.score_split(fidelity), fidelity)
@@ -138,7 +141,7 @@ def _make_student(
 ) -> Student | Evaluation:
     """A student ready to train, or an evaluation with the reason why not. A user's space may raise anything."""
     try:
-        network = build_student(context.config, trial, len(context.data.classes))
+        network = _network(context, trial, teacher)
         size = context.resolution(trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=context.device).contiguous(memory_format=torch.channels_last)
         full = is_full(context.config, trial.fidelity)
@@ -151,7 +154,7 @@ def _make_student(
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
             network,
-            teacher.network if teacher is not None else None,
+            teacher.network if teacher is not None and trial.fidelity.kd_loss != "none" else None,
             config_at(context.config, trial.fidelity),
             trial.fidelity.kd_loss,
             example,
@@ -163,6 +166,13 @@ def _make_student(
         return student
     except Exception as error:
         return _failed(trial, error)
+
+
+def _network(context: WorkerContext, trial: Trial, teacher: CachedTeacher | None) -> nn.Module:
+    """The network of a trial before its training: with inherited weights, or new ones."""
+    if load_space(context.config.space).inherit is not None and teacher is not None:
+        return inherited(context, trial.architecture, teacher.network)
+    return build_student(context.config, trial, len(context.data.classes))
 
 
 def build_student(config: SearchConfig, trial: Trial, classes: int) -> nn.Module:

@@ -1,16 +1,19 @@
-"""Makes a teacher's weights file: by training, from a library, or from a user's weights."""
+"""Makes a teacher's weights file: by training, by fine-tuning pretrained weights, or from a user's weights."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from engine.config import Resources
 from engine.data.dataset import fingerprint
+from engine.networks import library
+from engine.networks.library import Statistics
+from engine.recipes import teacher_config
 from engine.run_folder import training_state_of
 from engine.tasks import TeacherTask
 from engine.training import checkpoint
@@ -18,27 +21,49 @@ from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext
 from engine.training.student import prepare
-from engine.training.teacher import Statistics
 from engine.training.train import Stopwatch, train
 from engine.trial import Fidelity, NoWinner
 
 # The settings that the training of a teacher depends on, apart from network and data. The others may change on resume.
-DEPENDS_ON = ("teacher_epochs", "batch_size", "lr", "momentum", "weight_decay", "amp_dtype", "data_backend", "seed")
+DEPENDS_ON = (
+    *("teacher_epochs", "batch_size", "optimizer", "lr", "backbone_lr_factor", "warmup_fraction", "momentum"),
+    *("weight_decay", "label_smoothing", "augment", "min_crop_area", "amp_dtype", "data_backend", "seed"),
+)
 
 
-def train_teacher(context: WorkerContext, network: str, path: Path, resources: Resources) -> None:
-    """Trains a network on the whole training split and saves it at `path`.
+def make_teacher(context: WorkerContext, task: TeacherTask) -> None:
+    """Makes the weights file that a task asks for.
+
+    A library's network that knows the classes of the data, as ImageNet's are known, is not fine-tuned.
+    """
+    fine_tuned = task.origin == "finetune"
+    known = fine_tuned and task.weights is None and library.knows(task.network, context.data.classes)
+    if task.origin in ("import", "untrained") or known:
+        start = time.perf_counter()
+        built, statistics = _start(context, task)
+        _save(context, built, task.path, _card(context, task, statistics, time.perf_counter() - start))
+    else:
+        train_teacher(context, task)
+
+
+def train_teacher(context: WorkerContext, task: TeacherTask) -> None:
+    """Trains or fine-tunes a network on the whole training split and saves it at `task.path`.
 
     Its state is saved next to that file after every epoch; an interrupted training with the same settings resumes from
     it. Raises NoWinner if the training fails.
     """
-    start, config, data = time.perf_counter(), context.config, context.data
+    start, path, fine_tuned = time.perf_counter(), task.path, task.origin == "finetune"
+    context = replace(context, config=teacher_config(context.config, fine_tuned))
+    config, data = context.config, context.data
     torch.manual_seed(config.seed)
-    built = teachers.build(network, len(data.classes), data.resolution)
+    built, statistics = _start(context, task)
+    network = teachers.renormalised(built, (data.mean, data.std), statistics)
     example = torch.zeros(2, 3, data.resolution, data.resolution, device=context.device)
-    student = prepare(built, None, config, "none", example)
+    backbone = config.backbone_lr_factor if fine_tuned else 1.0
+    student = prepare(network, None, config, "none", example, backbone=backbone)
     settings = [getattr(config, name) for name in DEPENDS_ON]
-    state, key = training_state_of(path), json.dumps([network, fingerprint(data), data.resolution, *settings])
+    what = [task.network, task.origin, str(task.weights), fingerprint(data), data.resolution]
+    state, key = training_state_of(path), json.dumps([*what, *settings])
     before = now = checkpoint.restore(state, student, key)
     batches = context.train_batches(Fidelity("teacher", epochs=config.teacher_epochs), config.seed, before.epochs)
     total = student.loss_sum.item()
@@ -50,55 +75,49 @@ def train_teacher(context: WorkerContext, network: str, path: Path, resources: R
         now = Progress(epochs, losses, before.seconds + time.perf_counter() - start)
         context.save_progress(state, student, now, config.teacher_epochs, key)
 
-    train([student], None, batches, config, Stopwatch(), save, resources.execution)
+    train([student], None, batches, config, Stopwatch(), save, task.worker.resources.execution)
     if student.status != "ok":
         state.unlink(missing_ok=True)
         raise NoWinner(f"the teacher's training failed: {student.error}; try a lower --lr")
-    seconds = before.seconds + time.perf_counter() - start
-    _save(context, built, network, path, (data.mean, data.std), seconds, config.teacher_epochs, now.losses)
+    card = _card(context, task, statistics, before.seconds + time.perf_counter() - start)
+    _save(context, built, path, replace(card, epochs=config.teacher_epochs, losses=now.losses))
     state.unlink(missing_ok=True)
 
 
-def fetch_teacher(context: WorkerContext, network: str, path: Path) -> None:
-    """Saves a library's network with the library's pretrained weights at `path`."""
-    start, data = time.perf_counter(), context.data
-    built = teachers.build(network, len(data.classes), data.resolution, pretrained=True)
-    statistics = teachers.normalisation(network) or (data.mean, data.std)
-    _save(context, built, network, path, statistics, time.perf_counter() - start)
+def _start(context: WorkerContext, task: TeacherTask) -> tuple[nn.Module, Statistics]:
+    """The network before its training, and the mean and std of the images that it takes.
+
+    A library's network takes images as its weights know them. The largest member of a space takes those of the data,
+    like the members that will inherit from it: BatchNorm adapts to the difference in the first steps.
+    """
+    data, fine_tuned = context.data, task.origin == "finetune"
+    built = teachers.build(task.network, len(data.classes), data.resolution, fine_tuned, task.weights)
+    known = library.normalisation(task.network) if fine_tuned else None
+    mean, std = known or (data.mean, data.std)
+    return built, (task.mean or mean, task.std or std)
 
 
-def import_teacher(context: WorkerContext, task: TeacherTask) -> None:
-    """Saves a network with the weights from a user's file; see TeacherTask."""
-    start, data = time.perf_counter(), context.data
-    built = teachers.build(task.network, len(data.classes), data.resolution, weights=task.weights)
-    statistics = task.mean or data.mean, task.std or data.std
-    _save(context, built, task.network, task.path, statistics, time.perf_counter() - start)
-
-
-def _save(
-    context: WorkerContext,
-    built: nn.Module,
-    network: str,
-    path: Path,
-    statistics: Statistics,
-    seconds: float,
-    epochs: int = 0,
-    losses: tuple[float, ...] = (),
-) -> None:
-    """Scores a teacher on the validation split and saves it with its card."""
-    data, (mean, std), start = context.data, statistics, time.perf_counter()
-    frozen = teachers.freeze(teachers.renormalised(built, (data.mean, data.std), statistics), context.device)
-    card = teachers.Card(
-        network=network,
+def _card(context: WorkerContext, task: TeacherTask, statistics: Statistics, seconds: float) -> teachers.Card:
+    """The card of a teacher that takes images normalised by `statistics`, before it is scored."""
+    data, (mean, std) = context.data, statistics
+    return teachers.Card(
+        network=task.network,
         classes=data.classes,
         data=data.name,
         fingerprint=fingerprint(data),
         resolution=data.resolution,
         mean=mean,
         std=std,
-        epochs=epochs,
-        accuracy=context.accuracy(frozen, data.valid, Fidelity("teacher")),
-        seconds=seconds + time.perf_counter() - start,
-        losses=losses,
+        epochs=0,
+        accuracy=0.0,
+        seconds=seconds,
     )
-    teachers.save(path, built, card)
+
+
+def _save(context: WorkerContext, built: nn.Module, path: Path, card: teachers.Card) -> None:
+    """Scores a teacher on the validation split and saves it with its card."""
+    data, start = context.data, time.perf_counter()
+    adapted = teachers.renormalised(built, (data.mean, data.std), (card.mean, card.std))
+    accuracy = context.accuracy(teachers.freeze(adapted, context.device), data.valid, Fidelity("teacher"))
+    seconds = card.seconds + time.perf_counter() - start
+    teachers.save(path, built, replace(card, accuracy=accuracy, seconds=seconds))

@@ -86,9 +86,7 @@ def _laid_out(images: Tensor) -> Tensor:
 
 def _drawn(split: Split, count: int, seed: int) -> Split:
     rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(split))[:count])
-    images = split.images[rows] if split.images is not None else None
-    files = tuple(split.files[row] for row in rows) if split.files is not None else None
-    return Split(split.labels[rows], images, files)
+    return split.select(rows)
 
 
 def ask_teacher(teacher: nn.Module, batch: ProxyBatch) -> Relations:

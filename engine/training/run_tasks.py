@@ -27,7 +27,7 @@ from engine.tasks import (
 from engine.training import teacher as teachers
 from engine.training.context import WorkerContext, device_name, open_context
 from engine.training.evaluate import evaluate, load_teacher, ready_teacher
-from engine.training.make_teacher import fetch_teacher, import_teacher, train_teacher
+from engine.training.make_teacher import make_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place
@@ -54,10 +54,12 @@ def run_probe(payload: Json) -> Json:
         resolution=data.resolution,
         mean=data.mean,
         std=data.std,
-        images={"train": len(data.train), "valid": len(data.valid)},
+        images={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         files=data.train.files is not None,
         fingerprint=fingerprint(data),
         device=device_name(context.device),
+        notes=data.notes,
+        warnings=data.warnings,
     )
     return task_to_json(facts)
 
@@ -74,12 +76,7 @@ def run_teacher(payload: Json) -> Json:
     task = task_from_json(TeacherTask, payload)
     context, path = open_context(task.worker), task.path
     if not path.exists():
-        if task.weights is not None:
-            import_teacher(context, task)
-        elif task.pretrained:
-            fetch_teacher(context, task.network, path)
-        else:
-            train_teacher(context, task.network, path, task.worker.resources)
+        make_teacher(context, task)
     card = teachers.read_card(path)
     teachers.check_fits(card, context.data.classes)
     elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)
@@ -136,7 +133,10 @@ def _proxy_batch(context: WorkerContext, teacher: Path | None) -> ProxyBatch:
 
 
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device"}. Raises UsageError if the classes, or their order, differ."""
+    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+
+    Raises UsageError if the classes, or their order, differ.
+    """
     task = task_from_json(ScoreTask, payload)
     context, trial, known = open_context(task.worker), task.trial, task.trained_on
     if known is not None:
@@ -154,4 +154,5 @@ def run_score(payload: Json) -> Json:
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
     network, images = place(network, context.device), sum(map(len, splits))
     correct = sum(len(split) * context.accuracy(network, split, trial.fidelity) for split in splits)
-    return {"accuracy": correct / images, "images": images, "device": device_name(context.device)}
+    device, notes = device_name(context.device), [*data.notes, *data.warnings]
+    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ class Student:
     def state(self) -> list[Tensor]:
         """All tensors that a step changes in place."""
         modules = [*self.network.state_dict().values(), *self.objective.state_dict().values()]
-        return [*modules, self.loss_sum, *(entry["momentum_buffer"] for entry in self.optimiser.state.values())]
+        moments = [value for entry in self.optimiser.state.values() for value in entry.values()]
+        return [*modules, self.loss_sum, *moments]
 
 
 @dataclass
@@ -110,8 +112,12 @@ def prepare(
     seed: int = 0,
     average: bool = False,
     compiled: bool = False,
+    backbone: float = 1.0,
 ) -> Student:
-    """A student ready to train on the device of `example`, a batch of images (N, 3, R, R) of the training's size."""
+    """A student ready to train on the device of `example`, a batch of images (N, 3, R, R) of the training's size.
+
+    Layers before the classifier learn at `backbone` times the learning rate.
+    """
     network = place(network, example.device).eval()
     with torch.no_grad():
         teacher_example = teacher(example) if teacher is not None else None
@@ -123,7 +129,7 @@ def prepare(
         network,
         _forward(network, example.device, compiled),
         objective,
-        _optimiser([*network.parameters(), *objective.parameters()], config),
+        make_optimiser(network, objective, config, backbone),
         torch.zeros((), dtype=torch.float64, device=example.device),  # float32 loses digits over a million steps
         seed,
         [value.clone() for value in live] if average else None,
@@ -137,23 +143,58 @@ def _forward(network: nn.Module, device: torch.device, compiled: bool) -> Callab
     return LeanForward(network) if device.type == "cuda" else network
 
 
-def _optimiser(parameters: list[nn.Parameter], config: SearchConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum. Only matrices decay: biases and normalisation, all 1-d, gain nothing from it."""
-    optimiser = torch.optim.SGD(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        fused=True,
-    )
-    # SGD creates a momentum buffer in a parameter's first step, but fails if other parameters have theirs by then, as
-    # after LayerDrop or stochastic depth skipped a layer. A first step from zeros gives the same result.
-    for parameter in parameters if config.momentum > 0 else []:
+def make_optimiser(
+    network: nn.Module, objective: nn.Module, config: SearchConfig, backbone: float = 1.0
+) -> torch.optim.Optimizer:
+    """The optimiser of the configuration. Only matrices decay: biases and normalisation, all 1-d, gain nothing from it.
+
+    Each group has the factor of its learning rate as "lr_scale": `backbone` for all layers of the network but the last.
+    """
+    last = set(_last_layer(network).parameters()) if backbone != 1 else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in [*network.parameters(), *objective.parameters()]:
+        scale = backbone if last and parameter not in last else 1.0
+        groups.setdefault((scale, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    described = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+    return _adamw(described, config) if config.optimizer == "adamw" else _sgd(described, config)
+
+
+def _last_layer(network: nn.Module) -> nn.Module:
+    """The last layer that has parameters of its own: the classifier."""
+    *_, last = (layer for layer in network.modules() if next(layer.parameters(recurse=False), None) is not None)
+    return last
+
+
+# State that an optimiser would create in a parameter's first step is created here: it is restored after the trial steps
+# of a graph (`Student.state`), and the fused SGD fails if only some parameters have theirs, as after LayerDrop or
+# stochastic depth skipped a layer. A first step from zeros gives the same result.
+def _sgd(groups: list[dict[str, Any]], config: SearchConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum."""
+    momentum = config.momentum
+    optimiser = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    for parameter in _parameters(groups) if momentum > 0 else []:
         optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimiser
+
+
+def _adamw(groups: list[dict[str, Any]], config: SearchConfig) -> torch.optim.Optimizer:
+    """AdamW; on a GPU in the form that a graph can capture."""
+    on_gpu = any(parameter.is_cuda for parameter in _parameters(groups))
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=on_gpu)
+    for parameter in _parameters(groups):
+        optimiser.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimiser
+
+
+def _parameters(groups: list[dict[str, Any]]) -> list[nn.Parameter]:
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def compile_network(network: nn.Module) -> Callable[[Tensor], Output]:
@@ -172,7 +213,7 @@ def compile_network(network: nn.Module) -> Callable[[Tensor], Output]:
 def take_step(student: Student, inputs: Inputs) -> None:
     """Forward, loss, backward, update. Reads nothing back from the device, and leaves no gradient behind."""
     for group in student.optimiser.param_groups:
-        group["lr"] = inputs.rate
+        group["lr"] = inputs.rate if group["lr_scale"] == 1 else inputs.rate * group["lr_scale"]
     with autocast(inputs.images):
         output = student.forward(inputs.images)
     loss = student.objective(output, inputs.teacher_output, inputs.labels)

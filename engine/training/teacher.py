@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from engine.config import is_library_model
+from engine.networks import library
+from engine.networks.library import Statistics
 from engine.spaces.load import from_file, load_space
 from engine.training.student import place
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Architecture, EnvironmentUnusable, UsageError, not_installed
-
-TORCHVISION, TIMM = "torchvision:", "timm:"
-
-# Mean and std per channel, of pixels in 0..1.
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+from engine.trial import Architecture, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,42 +49,57 @@ class Card:
 class FeatureExtractor(nn.Module):
     """A classifier that returns only logits, made to return (logits, stage features) like the networks of the spaces.
 
-    The features are the last map of each spatial size larger than 1x1, found by torchvision's feature extraction.
+    The features are the last map of each spatial size larger than 1x1, among the outputs of all modules. They are seen by
+    hooks, since networks with control flow, such as timm's with dynamic padding, cannot be traced.
     """
 
     def __init__(self, model: nn.Module, resolution: int) -> None:
         super().__init__()
-        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
-        try:
-            names = get_graph_node_names(model)[1]
-            probe = create_feature_extractor(model, {name: name for name in names[1:]}).eval()
-        except Exception as error:
-            raise UsageError(
-                f"the stages of {type(model).__name__} cannot be found by tracing it ({_first_line(error)}); let its "
-                "forward return (logits, [features (N, C, H, W), coarsest last])"
-            ) from error
-        with torch.no_grad():
-            shapes = {
-                name: tuple(value.shape)
-                for name, value in probe(torch.zeros(1, 3, resolution, resolution)).items()
-                if isinstance(value, Tensor)
-            }
-        stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and shape[2] == shape[3] > 1}
-        # A map with unequal last dimensions is (N, H, W, C), as some networks have between layers: images are square.
+        self.model = model
+        shapes: dict[str, list[torch.Size]] = {}
+        with _hooks({name: partial(_note_shape, shapes, name) for name, _ in model.named_modules() if name}, model):
+            training, _ = model.training, model.eval()
+            with torch.no_grad():
+                model(torch.zeros(1, 3, resolution, resolution))
+            model.train(training)
+        # A module that is called several times has several outputs. A map with unequal last dimensions is (N, H, W, C),
+        # as some networks have between layers: images are square.
+        single = {name: seen[0] for name, seen in shapes.items() if len(seen) == 1}
+        stages = {size[2:]: name for name, size in single.items() if len(size) == 4 and size[2] == size[3] > 1}
         # At most four stages, as in residual networks; full-size maps of the stem are left out.
-        self.stages = list(stages.values())[-4:]
+        self.stages = sorted(stages.values(), key=list(single).index)[-4:]
         if not self.stages:
             raise UsageError(
                 f"{type(model).__name__} has no feature maps at {resolution} pixels; use a larger --resolution or "
                 "choose a convolutional teacher"
             )
-        self.extract = create_feature_extractor(model, [*self.stages, names[-1]])
-        self.head = names[-1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        out = self.extract(images)
-        return out[self.head], [out[name] for name in self.stages]
+        found: dict[str, Tensor] = {}
+        with _hooks({name: partial(found.__setitem__, name) for name in self.stages}, self.model):
+            logits: Tensor = self.model(images)
+        return logits, [found[name] for name in self.stages]
+
+
+@contextlib.contextmanager
+def _hooks(receivers: Mapping[str, Callable[[Any], None]], model: nn.Module) -> Iterator[None]:
+    """Gives the outputs of submodules to the functions of their names, within the block."""
+
+    def hook(receive: Callable[[Any], None]) -> Callable[..., None]:
+        return lambda module, arguments, output: receive(output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(f)) for name, f in receivers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_shape(shapes: dict[str, list[torch.Size]], name: str, output: Any) -> None:
+    """Appends the shape of a tensor to those of its module, in the order of the last calls."""
+    if isinstance(output, Tensor):
+        shapes[name] = [*shapes.pop(name, []), output.shape]
 
 
 class Renormalised(nn.Module):
@@ -112,15 +128,22 @@ def renormalised(network: nn.Module, here: Statistics, there: Statistics) -> nn.
 def build(
     network: str, classes: int, resolution: int, pretrained: bool = False, weights: Path | None = None
 ) -> nn.Module:
-    """A network by name: SPACE#ARCHITECTURE, torchvision:NAME or timm:NAME (with the library's own weights if
-    `pretrained`), or FILE.py:NAME, a function of the number of classes in a user's file. `weights` is a file for it.
+    """A network by name: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME, or FILE.py:NAME, a function of the number of
+    classes in a user's file.
+
+    Its weights are random, or those in the file `weights`. If `pretrained`, a library's network or the largest member
+    of a pretrained space has its library's weights, or those in `weights`, which may be for other classes, and then
+    gets a new classifier.
 
     Its forward returns (logits (N, classes), [stage features]). Raises UsageError for an unknown name or weights that
     do not fit, EnvironmentUnusable if pretrained weights or timm are not available.
     """
-    model = _create(network, classes, pretrained)
-    if weights is not None:
-        load_weights(weights, model)
+    if pretrained:
+        model = _pretrained(network, classes, weights)
+    else:
+        model = _create(network, classes)
+        if weights is not None:
+            load_weights(weights, model)
     with torch.no_grad():
         training, _ = model.training, model.eval()
         output = _example_output(model, network, resolution)
@@ -148,16 +171,24 @@ def _example_output(model: nn.Module, network: str, resolution: int) -> Tensor |
     return logits, list(features)
 
 
-def _create(network: str, classes: int, pretrained: bool) -> nn.Module:
-    """The network as its library, space or file makes it."""
+def _pretrained(network: str, classes: int, weights: Path | None) -> nn.Module:
+    """A library's network, or the largest member of a space, with pretrained weights."""
+    if is_library_model(network):
+        return library.network(network, classes, pretrained=True, weights=weights)
+    start = load_space(network.partition("#")[0]).start if "#" in network else None
+    if start is None:
+        raise UsageError(f"{network} has no pretrained weights; train it from scratch, or import --weights FILE for it")
+    return start(classes, weights)
+
+
+def _create(network: str, classes: int) -> nn.Module:
+    """The network with random weights, as its library, space or file makes it."""
     if "#" in network:
         spec, _, architecture = network.partition("#")
         space = load_space(spec)
         return space.build(space.check(Architecture.parse(architecture)).choices, classes, 1.0)
-    if network.startswith(TORCHVISION):
-        return _from_torchvision(network, classes, pretrained)
-    if network.startswith(TIMM):
-        return _from_timm(network, classes, pretrained)
+    if is_library_model(network):
+        return library.network(network, classes)
     path, _, name = network.rpartition(":")
     made = from_file(Path(path), name)
     model = made(classes) if callable(made) and not isinstance(made, nn.Module) else made
@@ -168,77 +199,8 @@ def _create(network: str, classes: int, pretrained: bool) -> nn.Module:
     return model
 
 
-def _from_timm(network: str, classes: int, pretrained: bool) -> nn.Module:
-    timm, name = _timm(), network.removeprefix(TIMM)
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:10]
-        raise UsageError(f"timm has no model '{name}'" + (f"; similar names: {', '.join(near)}" if near else ""))
-    if pretrained:
-        known = timm.get_pretrained_cfg(name).num_classes
-        if known != classes:
-            raise UsageError(_other_classes(network, known, classes))
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes)
-    except (OSError, RuntimeError) as error:
-        raise EnvironmentUnusable(
-            f"the weights of {network} could not be downloaded ({_first_line(error)}); put them into the cache of "
-            "timm, or train a teacher"
-        ) from error
-    return model
-
-
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise not_installed("timm is not installed", "timm") from error
-    return timm
-
-
-def normalisation(network: str) -> Statistics | None:
-    """Mean and std of the images that a library's weights were trained on; None if the network is from no library."""
-    if network.startswith(TORCHVISION):
-        from torchvision.models import get_model_weights
-
-        known = get_model_weights(network.removeprefix(TORCHVISION)).DEFAULT.transforms()
-        return tuple(known.mean), tuple(known.std)
-    if network.startswith(TIMM):
-        known = _timm().get_pretrained_cfg(network.removeprefix(TIMM))
-        return tuple(known.mean), tuple(known.std)
-    return None
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _other_classes(network: str, known: int, classes: int) -> str:
-    return (
-        f"the library's weights of {network} know {known} classes, the data has {classes}; "
-        f"train it on your data first: cli.py teacher --arch {network} --data ..., then --teacher FILE"
-    )
-
-
-def _from_torchvision(network: str, classes: int, pretrained: bool) -> nn.Module:
-    from torchvision import models
-
-    name = network.removeprefix(TORCHVISION)
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UsageError(f"torchvision has no classification model '{name}'; it has {', '.join(known)}")
-    if not pretrained:
-        plain: nn.Module = models.get_model(name, weights=None, num_classes=classes)
-        return plain
-    weights = models.get_model_weights(name).DEFAULT
-    if len(weights.meta["categories"]) != classes:
-        raise UsageError(_other_classes(network, len(weights.meta["categories"]), classes))
-    try:
-        model: nn.Module = models.get_model(name, weights=weights)
-        return model
-    except OSError as error:
-        raise EnvironmentUnusable(
-            f"the weights of {name} could not be downloaded ({error}); put them into torch's cache, or train a teacher"
-        ) from error
 
 
 def save(path: Path, network: nn.Module, card: Card) -> None:

@@ -80,7 +80,7 @@ def _identity(batches: Batches) -> tuple[Hashable, ...]:
     """Everything that the images of a step depend on, within one data set. The first and last epoch do not matter."""
     indices = b"" if batches.indices is None else batches.indices.tobytes()
     images = len(batches.split), hashlib.sha256(indices).digest()  # the length tells train from train with valid
-    return *images, batches.seed, batches.batch_size, batches.resolution, batches.source
+    return *images, batches.seed, batches.batch_size, batches.resolution, batches.source, batches.augmentation
 
 
 def _pinned(tensor: Tensor) -> Tensor:

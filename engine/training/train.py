@@ -40,9 +40,9 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Cosine decay to 0 after a linear warm-up over the first twentieth of the steps."""
-    warm_up = max(1, steps // 20)
+def learning_rate(peak: float, step: int, steps: int, warmup: float = 0.05) -> float:
+    """Cosine decay to 0 after a linear warm-up over that fraction of the steps, at least one."""
+    warm_up = max(1, int(steps * warmup))
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
@@ -77,7 +77,8 @@ def train(
                 images = batch.images.to(dtype)
             with watch.phase("teacher"):
                 output = outputs(step, images) if outputs is not None else None
-            inputs = Inputs(images, batch.labels, output, learning_rate(config.lr, step, steps))
+            rate = learning_rate(config.lr, step, steps, config.warmup_fraction)
+            inputs = Inputs(images, batch.labels, output, rate)
             with watch.phase("train"):
                 runner.advance(inputs, step)
             if (step + 1) % batches.steps_per_epoch == 0:

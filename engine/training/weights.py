@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from engine.networks.state_dict import read_state_dict
 from engine.training.student import status_of
 from engine.trial import EnvironmentUnusable, UsageError
 
@@ -59,14 +58,10 @@ def save_weights(path: Path, network: nn.Module, metadata: dict[str, str] | None
 def load_weights(path: Path, network: nn.Module) -> None:
     """Loads a weights file, safetensors or a state dict that torch saved, into a network of the same shape.
 
-    Only tensors are read, no pickled objects. Raises UsageError if the file is missing, is neither of the two, or is
-    for another network.
+    Raises UsageError if the file is missing, is neither of the two, or is for another network.
     """
-    if not path.is_file():
-        raise UsageError(f"no weights file {path}; give an existing one")
     try:
-        stored = torch.load(path, "cpu", weights_only=True) if path.suffix in (".pt", ".pth") else load_file(path)
-        network.load_state_dict(stored)
-    except (SafetensorError, OSError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        network.load_state_dict(read_state_dict(path))
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{path} does not hold weights of this network: {reason}") from error

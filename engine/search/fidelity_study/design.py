@@ -21,7 +21,8 @@ BLOCK = 4
 
 @dataclass(frozen=True)
 class FidelityStudy:
-    """What a study compares: the fidelities `lows` with the full one, over this many `architectures`.
+    """What a study compares: the fidelities `lows` (() stands for some that suit the full one) with the full one, over
+    this many `architectures`.
 
     Each is trained `repeats` times in full and `low_repeats` times at each low fidelity, with different seeds. `drop`:
     stop asking a low fidelity once it is clearly worse than another.

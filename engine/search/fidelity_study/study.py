@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from engine.config import FINAL_SETTINGS, Plan, RunSettings, SearchConfig, config_to_dict
+from engine.recipes import default_config, recipe_of
 from engine.run_folder import RunFolder, write_atomically
 from engine.search.fidelity_study import summary
 from engine.search.fidelity_study.design import FidelityStudy, propose_study, study_scores
@@ -19,7 +19,8 @@ from engine.search.journal import Journal
 from engine.search.progress import Display
 from engine.search.run import RunDefinition, run, visible
 from engine.search.setup import SearchSetup
-from engine.trial import Fidelity, History, NoWinner, UsageError
+from engine.space import Candidates
+from engine.trial import Fidelity, History, NoWinner, Trial, UsageError
 
 Json = dict[str, Any]
 
@@ -29,11 +30,17 @@ Json = dict[str, Any]
 REPEATABLE, LEARNED = 0.3, 0.1
 
 
-def default_lows(high: Fidelity) -> tuple[Fidelity, ...]:
-    """The low fidelities compared by default: no teacher, KD and NST on a ninth of the data, and AT on a 27th.
+def default_lows(config: SearchConfig) -> tuple[Fidelity, ...]:
+    """The low fidelities compared by default, given the epochs of full fidelity.
 
-    These ranked best for their cost in the measurements of the paper's authors (docs/evidence.md).
+    From scratch: no teacher, KD and NST on a ninth of the data, and AT on a 27th, which ranked best for their cost in
+    the measurements of the paper's authors (docs/evidence.md). In fine-tuning: a quarter of the epochs on a third of
+    the data, with and without KD, and KD for longer on less.
     """
+    high = config.high
+    if recipe_of(config) == "finetune":
+        third, less = f"1/3x{max(1, high.epochs // 4)}", f"1/9x{max(1, high.epochs // 2)}"
+        return tuple(map(Fidelity.parse, (f"kd@{third}", f"none@{third}", f"kd@{less}")))
     ninth, less = f"1/9x{max(1, high.epochs // 3)}", f"1/27x{max(1, high.epochs // 2)}"
     return tuple(map(Fidelity.parse, (f"none@{ninth}", f"kd@{ninth}", f"nst@{ninth}", f"at@{less}")))
 
@@ -50,7 +57,7 @@ def study_before_search(settings: RunSettings, run_dir: Path, display: Display) 
         raise UsageError(f"--low auto trains {count} architectures in full first: --max-high must be more than {count}")
     found: Json = json.loads(folder.study_result.read_text()) if folder.study_result.exists() else {}
     if not found.get("complete"):
-        study = FidelityStudy(default_lows(config.high), count)
+        study = FidelityStudy((), count)
         own = replace(settings, config=replace(config, fidelity_study=""))
         found = run_fidelity_study(own, study, folder.path, display)
     if not found["complete"]:
@@ -69,16 +76,23 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
     config, budget = settings.config, settings.budget
     _check(study, config)
     distilled = [low for low in study.lows if low.kd_loss != "none"]
-    # The low fidelity of the settings tells the set-up whether the study needs a teacher.
-    config = replace(config, low=replace((distilled or study.lows)[0], name="low"))
+    # The low fidelity of the settings tells the set-up whether the study needs a teacher, as by default it does.
+    first = (*distilled, *study.lows, Fidelity("low", kd_loss="kd"))[0]
+    config = replace(config, low=replace(first, name="low"))
     lows, highs = study.architectures * study.low_repeats, study.architectures * study.repeats
     budget = replace(budget, target_accuracy=float("inf"), max_low=lows, max_high=highs)
-    plan = Plan(study.lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
+
+    def plan(config: SearchConfig) -> Plan:
+        lows = study.lows or default_lows(config)
+        return Plan(lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
+
+    def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
+        return propose_study(candidates, history, plan, slots, replace(study, lows=plan.lows))
 
     def finish(setup: SearchSetup, history: History, journal: Journal) -> Json:
-        return conclude(setup, study, history)
+        return conclude(setup, replace(study, lows=setup.plan.lows), history)
 
-    definition = RunDefinition("fidelity-study", plan, partial(propose_study, study=study), finish)
+    definition = RunDefinition("fidelity-study", plan, propose, finish)
     return run(definition, replace(settings, config=config, budget=budget), run_dir, display)
 
 
@@ -88,7 +102,6 @@ def _check(study: FidelityStudy, config: SearchConfig) -> None:
         ("architectures", study.architectures, 4),
         ("repeats", study.repeats, 1),
         ("low-repeats", study.low_repeats, 1),
-        ("lows", len(study.lows), 1),
     ):
         if value < least:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
@@ -154,8 +167,9 @@ def recommended(config: SearchConfig, low: Fidelity, study: RunFolder) -> Search
 
 def recommended_yaml(config: SearchConfig, low: Fidelity, study: RunFolder, reason: str) -> str:
     """A file for `search -c`: every setting that differs from its default, and both fidelities."""
-    defaults, wanted = config_to_dict(SearchConfig()), config_to_dict(recommended(config, low, study))
-    kept = {key: value for key, value in wanted.items() if value != defaults[key] or key in ("low", "high")}
+    defaults, wanted = config_to_dict(default_config(config)), config_to_dict(recommended(config, low, study))
+    always = ("low", "high", "space", "recipe")
+    kept = {key: value for key, value in wanted.items() if value != defaults[key] or key in always}
     if "final" in kept:
         kept["final"] = {key: kept["final"][key] for key in FINAL_SETTINGS}
     return f"# {low.name}: {reason}.\n" + yaml.safe_dump(kept, sort_keys=False)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from engine.config import Plan
 from engine.search.methods.estimate import PULL, Estimate, SurrogateInputs, estimate
+from engine.search.methods.opening import best_by_scores, opening_trials
 from engine.search.methods.recommend import noise_variance, posterior
-from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, scores, unasked, worker_count
+from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, find_rows, scores, unasked, worker_count
 from engine.space import Candidates
 from engine.trial import History, Trial
 from surrogate.acquire import expected_hypervolume, expected_improvement, pick_batch, value_of_information
@@ -56,7 +57,7 @@ DEFAULT_OPTIONS = MfkdOptions()
 
 @dataclass(frozen=True)
 class State:
-    """What one decision sees: the scores of each low fidelity, the main one first, and of the full one.
+    """What one decision sees: the scores of each low fidelity, the main one first, of the full one, and of the opening.
 
     A table of recorded results may have no low fidelity.
     """
@@ -66,6 +67,7 @@ class State:
     plan: Plan
     lows: tuple[Scores, ...]
     high: Scores
+    opening: tuple[Scores, ...] = ()
 
     @property
     def low(self) -> Scores:
@@ -110,8 +112,12 @@ def mfkd(
     That is a batch of low-fidelity trials of the most promising candidates of the whole space, a full trial of the
     best, or a repeat of a full trial with another seed.
     """
+    opening = opening_trials(candidates, history, plan, slots)
+    if opening is not None:
+        return opening
     lows = tuple(scores(candidates, history, low) for low in plan.lows)
-    state = State(candidates, history, plan, lows, scores(candidates, history, plan.high))
+    known = tuple(scores(candidates, history, fidelity) for fidelity in plan.below_full[len(lows) :])
+    state = State(candidates, history, plan, lows, scores(candidates, history, plan.high), known)
     if state.highs_left <= 0:
         return []
     first = _first_batch_size(state) if options.inputs.low and lows else 0
@@ -120,10 +126,10 @@ def mfkd(
     # Nothing is decided on a handful of scores while the rest of the batch is pending.
     if lows and len(state.low.pending) > first // 3 and not state.high.trials:
         return []
-    fitted = _fit(candidates, [*map(_refitted, lows), _refitted(state.high)], plan.seed, options.inputs)
+    fitted = _fit(candidates, [*map(_refitted, lows), *known, _refitted(state.high)], plan.seed, options.inputs)
     if lows and state.all_lows_first and not state.lows_left and len(state.low.pending):
         return []
-    low_is_useful = options.inputs.low and fitted.levels and 0 not in fitted.dropped
+    low_is_useful = options.inputs.low and 0 in fitted.used
     if low_is_useful and options.guided and state.lows_left:
         rows, wait = _low_batch(state, fitted, slots, options)
         if rows or wait:
@@ -140,9 +146,13 @@ def _first_batch_size(state: State) -> int:
 
 
 def _first_batch(state: State, size: int, slots: int) -> list[Trial]:
-    """The next low-fidelity trials of the first batch, in random order."""
+    """The next low-fidelity trials of the first batch: what an opening found best, or at random."""
     rng = np.random.default_rng(state.plan.seed)
-    rows = rng.permutation(state.candidates.spread_by_macs(size, rng))
+    if state.opening:
+        none = np.zeros(0, dtype=np.int64)
+        rows = best_by_scores(state.candidates, state.opening[0], state.plan.seed, size, none)
+    else:
+        rows = rng.permutation(state.candidates.spread_by_macs(size, rng))
     rows = rows[unasked(state.candidates, state.low.asked)[rows]]  # some may come from an earlier fidelity study
     rows = rows[: min(slots, size - state.lows_asked)]
     return ask(state.candidates, state.history, state.plan, rows, state.plan.lows[0])
@@ -243,6 +253,10 @@ def _next_improvement(state: State, fitted: Estimate) -> float:
 
 def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOptions) -> list[Trial]:
     """Full trials where the upper bound is highest, or where the front is expected to grow most, and repeats."""
+    first = find_rows(state.candidates, state.plan.first)
+    first = first[(first >= 0) & ~np.isin(first, state.high.asked)][:slots]
+    if len(first):
+        return ask(state.candidates, state.history, state.plan, first[: state.highs_left].tolist(), state.plan.high)
     free = unasked(state.candidates, state.high.asked)
     if options.gate and state.lows and len(state.low):
         free &= ~unasked(state.candidates, state.low.rows)

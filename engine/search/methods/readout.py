@@ -15,7 +15,7 @@ ENOUGH = 12
 
 def by_best_readout(history: History, plan: Plan) -> History:
     """The history with the best readout of each low fidelity in the place of its accuracy."""
-    best = {low: best_readout(history.answered, low, plan.high) for low in plan.lows}
+    best = {low: best_readout(history.answered, low, plan.high) for low in plan.below_full}
     if set(best.values()) <= {"accuracy"}:
         return history
     answered = [replace(e, accuracy=e.readout(best.get(e.trial.fidelity, "accuracy")) or 0.0) for e in history.answered]

@@ -31,7 +31,7 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     if len(high) < ENOUGH_LOW:
         return max(full, key=lambda e: e.accuracy, default=None)
     read = by_best_readout(history, plan)
-    lows = [scores(candidates, read, low) for low in plan.lows]
+    lows = [scores(candidates, read, low) for low in plan.below_full]
     fitted = estimate(candidates, lows, high, plan.seed, SurrogateInputs())
     noise = noise_variance(history, plan, high, fitted)
     mean, _ = posterior(fitted.linear, fitted.y, high.counts, noise)
