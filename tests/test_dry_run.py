@@ -51,6 +51,16 @@ def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     assert (run_dir / "journal.jsonl").read_bytes() == before
 
 
+def test_a_dry_run_mentions_training_free_scores(
+    tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["search", *FLAGS, f"--data={tiny_npz}", f"--run-dir={tmp_path / 'run'}", "--dry-run", "--no-final"]
+    assert cli.main([*arguments, "--high.epochs=20"]) == 0
+    assert "64 training-free scores, which take about as long as 1.0 full trainings" in capsys.readouterr().err
+    assert cli.main([*arguments, "--high.epochs=20", "--proxies=none"]) == 0
+    assert "training-free" not in capsys.readouterr().err
+
+
 def test_a_dry_run_respects_the_latency_limit(
     tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,13 @@ def test_nothing_is_scored_where_it_could_not_help(everything: Candidates) -> No
     assert len(pool(everything, a_plan(epochs=1), IMAGES_PER_SCORE * LEAST)) == LEAST
 
 
+def test_a_method_that_cannot_do_without_scores_has_some(everything: Candidates) -> None:
+    for method in ("proxies", "naswot"):
+        assert len(pool(everything, replace(a_plan(epochs=1), method=method), 1)) == LEAST
+        few = everything.where(np.arange(len(everything)) < 20)
+        assert len(pool(few, replace(a_plan(), method=method), 4000)) == 20
+
+
 # In a search
 
 
@@ -273,7 +280,7 @@ def test_a_stop_while_scoring_keeps_what_has_arrived(tmp_path: Path, monkeypatch
 
 def test_a_search_killed_while_it_scores_comes_to_the_same_end(tmp_path: Path) -> None:
     """Real processes; the space has 64 members."""
-    flags = ("--high.epochs=60", "--max-high=1", "--max-low=2")
+    flags = ("--high.epochs=20", "--max-high=1", "--max-low=2", "--no-final", "--no-baselines")
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     finish(start(whole.path, *flags))
     process = start(killed.path, *flags, TRIAL_S="0.05")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, is_library_model
+from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, is_library_model, search_plan
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.recipes import resolve
@@ -18,6 +18,7 @@ from engine.run_folder import RunFolder
 from engine.search.baseline_networks import baseline_networks
 from engine.search.journal import read_journal
 from engine.search.progress import Display
+from engine.search.proxies import IMAGES_PER_SCORE, to_score
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.search.setup import (
     find_candidates,
@@ -103,6 +104,13 @@ def _samples(
         # A search that has begun keeps its latencies. Until then each call measures again, here in a scratch folder.
         begun = bool(read_journal(folder.journal).asked)
         fit = limit_latency(context, fit, folder if begun else context.folder)
+    scores = len(to_score(context, search_plan(config, budget), facts.images["train"], fit))
+    if scores:
+        share = scores * IMAGES_PER_SCORE / (facts.images["train"] * config.high.cost())
+        context.display.say(
+            f"this estimate does not include {scores:,} training-free scores, which take about as long as {share:.1f} "
+            "full trainings"
+        )
     teacher = folder.teacher_weights(config)
     to_train = needs_teacher(context) and not teacher.exists()
     if to_train:

@@ -22,7 +22,7 @@ from engine.fleet.fleet import TaskLost, submit
 from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search.journal import read_journal
 from engine.search.line_file import LineFile
-from engine.search.methods.propose import USE_TRENDS
+from engine.search.methods.propose import USE_TRENDS, lacks
 from engine.search.methods.scores import find_rows
 from engine.search.run_context import RunContext
 from engine.space import Candidates
@@ -56,9 +56,7 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
                 f"{folder.proxies} is missing or incomplete; decisions depend on it: restore it from a copy"
             )
         return with_trends(candidates, recorded)
-    if context.config.proxies == "none" or context.space.inherit or plan.method not in USE_TRENDS:
-        return candidates  # with inherited weights, untrained networks tell more than with random ones: Plan.opening
-    wanted = pool(candidates, plan, images)
+    wanted = to_score(context, plan, images, candidates)
     waiting = [architecture for architecture in wanted if architecture not in recorded]
     if waiting:
         recorded = _score(context, waiting, recorded)
@@ -67,14 +65,22 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
     return with_trends(candidates, recorded)
 
 
+def to_score(context: RunContext, plan: Plan, images: int, candidates: Candidates) -> list[Architecture]:
+    """The candidates that a search scores, in this order; none where it has no use for scores."""
+    has_use = context.config.proxies == "auto" and plan.method in USE_TRENDS and context.space.start is None
+    return pool(candidates, plan, images) if has_use else []
+
+
 def pool(candidates: Candidates, plan: Plan, images: int) -> list[Architecture]:
     """The candidates to score, in random order: all, or as many as one full training pays for, spread over MACs.
 
-    None, if a search trains all candidates in full anyway, or can only score so few that they say little of the space.
+    None, if a search trains all candidates in full anyway, or can only score so few that they say little of the space,
+    unless its method cannot do without scores.
     """
     affordable = int(images * plan.high.cost() / IMAGES_PER_SCORE)
-    size = min(len(candidates), MOST, affordable)
-    if len(candidates) <= plan.max_high or size < min(LEAST, len(candidates)):
+    size = min(len(candidates), MOST, max(affordable, LEAST))
+    needed = bool(lacks(plan.method, [low.name for low in plan.lows], ()))
+    if not needed and (len(candidates) <= plan.max_high or affordable < size):
         return []
     rng = np.random.default_rng([plan.seed, 0x9207])
     rows = candidates.spread_by_macs(size, rng)

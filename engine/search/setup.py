@@ -97,6 +97,7 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
     first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
     plan = replace(plan, valid_images=facts.images["valid"], first=first)
+    fit = add_proxies(context, plan, facts.images["train"], fit)
     return SearchSetup(context, plan, fit, facts, largest, teacher)
 
 
