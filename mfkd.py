@@ -80,6 +80,7 @@ class Settings(TypedDict, total=False):
     low: Fidelity | str
     high: Fidelity | str
     final: Fidelity | str
+    proxies: Literal["auto", "none"]
     kd_temperature: float
     ce_weight: float
     kd_weight: float

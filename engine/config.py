@@ -75,6 +75,10 @@ class SearchConfig:
         Fidelity("final", epochs=0, kd_loss="kd"),
         "the last training of the winner, on training and validation images together, and of the baselines",
     )
+    proxies: Literal["auto", "none"] = option(
+        "auto",
+        "training-free scores of candidates, for the surrogate; auto computes as many as one full training pays for",
+    )
     kd_temperature: float = option(4.0, "softmax temperature of the distillation loss")
     ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
     kd_weight: float = option(1.0, "weight of the distillation loss (times T^2)")
@@ -244,8 +248,8 @@ def search_plan(config: SearchConfig, budget: Budget) -> Plan:
 def final_fidelity(config: SearchConfig) -> Fidelity:
     """The fidelity of the last training of the winner, and of the baselines that it is compared with.
 
-    It trains as the full fidelity does, but for longer, on training and validation
-    images, and distilled if the search distils.
+    It trains as the full fidelity does, but for longer, on training and validation images, and distilled if the search
+    distils and its teacher is good enough (engine/search/final.py).
     """
     high, final = config.high, config.final
     distils = config.low.kd_loss != "none"

@@ -158,6 +158,37 @@ class LatencyTask(Task):
 
 
 @dataclass(frozen=True, slots=True)
+class ProxyTask(Task):
+    """Score the untrained network of each architecture; the answer is a ProxyScores for each.
+
+    `teacher` is the weights file of the run's teacher, if it has one: one of the scores compares with it. `timeout_s`
+    is the time limit of the whole task in seconds (0: none).
+    """
+
+    function: ClassVar[str] = "run_proxies"
+    worker: WorkerSettings
+    architectures: tuple[Architecture, ...]
+    teacher: Path | None = None
+    timeout_s: float = 0.0
+
+
+PROXIES = ("naswot", "jacobian_covariance", "diswot", "expressivity")
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyScores:
+    """Training-free scores of an architecture by name (PROXIES), greater is better, and the reasons for missing ones.
+
+    `seconds` is the wall time of building and scoring the network.
+    """
+
+    choices: tuple[int, ...]
+    scores: dict[str, float]
+    missing: dict[str, str]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreTask(Task):
     """Score the weights in a file on a split of the data, or on all of it.
 

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "too_slow"]
 
+# What a training is read by (Evaluation.readout).
+READOUTS = ("accuracy", "cross_entropy", "agreement")
 # Settings of the loss that a fidelity may override.
 LOSS_WEIGHTS = (
     "kd_temperature",
@@ -191,6 +193,11 @@ class Evaluation:
 
     A training that includes the validation images is scored on the test split instead; `hits` then tells which test
     images it got right (`engine.search.comparison`).
+
+    Two more readouts come from the same pass over the same images: the mean `cross_entropy` in nats (None if it is not
+    finite), and the `agreement` with the teacher of a distilled training, the share of images (0..1) to which both give
+    the same class (None without a teacher, and on the test split). Evaluations of earlier versions have neither.
+
     `seconds` is the wall time of the whole evaluation on its worker. `costs` splits it into phases (train, teacher,
     data, evaluate, setup; seconds) and also holds images_per_s and peak_memory_bytes. `worker` names the worker and
     `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
@@ -213,10 +220,21 @@ class Evaluation:
     error: str = ""
     execution: str = ""
     hits: str = ""
+    cross_entropy: float | None = None
+    agreement: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    def readout(self, name: str) -> float | None:
+        """One of READOUTS as a score in 0..1, greater is better; None if it was not measured.
+
+        That of cross entropy is exp(-entropy), the geometric mean of the probabilities given to the true classes.
+        """
+        if name == "cross_entropy":
+            return None if self.cross_entropy is None else math.exp(-self.cross_entropy)
+        return self.agreement if name == "agreement" else self.accuracy
 
 
 @dataclass
@@ -280,9 +298,16 @@ def failed(status: str) -> bool:
 
 def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
     """Mean accuracy (0..1) of each architecture over its evaluations, all of which must have succeeded."""
+    return mean_readouts(answers, "accuracy")
+
+
+def mean_readouts(answers: Iterable[Evaluation], name: str) -> dict[Architecture, float]:
+    """Mean of a readout (0..1) of each architecture over its evaluations, all of which must have it."""
     groups: dict[Architecture, list[float]] = {}
     for evaluation in answers:
-        groups.setdefault(evaluation.trial.architecture, []).append(evaluation.accuracy)
+        value = evaluation.readout(name)
+        assert value is not None, f"an evaluation without {name}"
+        groups.setdefault(evaluation.trial.architecture, []).append(value)
     return {architecture: sum(values) / len(values) for architecture, values in groups.items()}
 
 

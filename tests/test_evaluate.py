@@ -32,7 +32,7 @@ from engine.tasks import (
     task_from_json,
     task_to_json,
 )
-from engine.training import checkpoint, evaluate, run_tasks, teacher
+from engine.training import checkpoint, context, evaluate, run_tasks, teacher, train
 from engine.training.checkpoint import Progress
 from engine.training.context import open_context
 from engine.trial import (
@@ -105,6 +105,34 @@ def test_a_trial_gives_a_score_and_its_costs(tiny_run: TinyRun) -> None:
     assert phases == pytest.approx(answer.seconds, rel=0.2)
 
 
+def test_a_distilled_trial_also_tells_how_far_it_agrees_with_the_teacher(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher classifies the validation images once per worker, not once per cohort."""
+    evaluate.load_teacher.cache_clear()
+    asked: list[int] = []
+    monkeypatch.setattr(context, "classify", lambda *how: asked.append(1) or train.classify(*how))
+    first, again = (tiny_run.evaluate(cohort(LOW)) for _ in range(2))
+    assert len(asked) == 1
+    for answer, same in zip(first, again, strict=True):
+        assert answer.cross_entropy == same.cross_entropy > 0
+        assert answer.agreement == same.agreement
+        assert 0 <= answer.agreement <= 1
+    (plain,) = tiny_run.evaluate(cohort(HIGH)[:1])
+    assert plain.cross_entropy is not None
+    assert plain.agreement is None
+    assert len(asked) == 1
+
+
+def test_the_teacher_agrees_with_itself(tiny_run: TinyRun) -> None:
+    here = context.open_context(tiny_run.worker())
+    cached = evaluate.load_teacher(tiny_run.folder.teacher, here)
+    (found,) = here.score([cached.network], LOW, cached)
+    assert isinstance(found, train.Readout)
+    assert found.agreement == 1.0
+    assert found.accuracy == teacher.read_card(tiny_run.folder.teacher).accuracy
+
+
 def test_the_cost_of_an_architecture_is_counted_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
 
@@ -169,10 +197,13 @@ def test_a_final_training_learns_from_the_validation_images_and_is_scored_on_the
     hits = hits_from_text(answer.hits)
     assert len(hits) == test
     assert answer.accuracy == sum(hits) / test
+    assert answer.cross_entropy is not None
+    assert answer.agreement is None, "the teacher's classes are those of validation images"
     tested = run_tasks.run_test(sent(TestTask(tiny_run.worker(), trial)))
     assert (tested["test_accuracy"], tested["hits"]) == (answer.accuracy, answer.hits)
     (plain,) = tiny_run.evaluate([cohort(replace(FINAL, with_valid=False))[0]])
     assert plain.hits == ""
+    assert plain.agreement is not None
     assert tiny_run.evaluate([trial])[0].hits == answer.hits
 
 

@@ -32,6 +32,8 @@ SPACES = {
     "mobilenetv2:width=0.1": "0-1-1-0-0-1-0-0-0-0-0-0-0-1",
     "shufflenetv2:width=0.1": "0-0-0-1-0-2",
     "examples/my_space.py:SPACE": "1-0-0-0-1-1-0-0-2",
+    "pretrained:torchvision:mobilenet_v3_small": "7-1-1-1-1-0-1-3-0",
+    "pretrained:torchvision:resnet18": "7-2-1-1-0-2-1-3-0",
 }
 CLASSES = ("a", "b", "c", "d", 'e "quoted"')
 
@@ -60,6 +62,8 @@ def task_of(run: Path, spec: str, architecture: str) -> ExportTask:
             "images": "5,000 train, 1,000 valid; passed over 1: a|b.psd (not read; convert it to JPEG)",
             "valid_accuracy": 0.9125,
             "test_accuracy": None,
+            "search_test_accuracy": None,
+            "search_training": "",
             "training": "60 epochs",
             "distillation": "none",
             "files": False,

@@ -29,6 +29,7 @@ from engine.search.fidelity_study.study import (
     run_fidelity_study,
     study_before_search,
 )
+from engine.search.fidelity_study.summary import table
 from engine.search.journal import Journal, read_journal
 from engine.search.predictions import load_predictions
 from engine.search.progress import Display
@@ -529,6 +530,37 @@ def test_a_score_that_only_reflects_macs_has_no_tau_given_macs() -> None:
     gap = difference(found, GOOD, NOISE)
     assert gap is not None
     assert gap.value == pytest.approx(good.given_macs.value - plain.given_macs.value)
+
+
+def test_a_study_ranks_by_every_readout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross entropy here ranks as full training does, and agreement at random; only distilled trainings have it."""
+
+    class Reading(Formula):
+        def measure(self, trial: Any, task: dict[str, Any]) -> Evaluation:
+            quality = np.random.default_rng(trial.architecture.choices).random()
+            luck = np.random.default_rng(int(trial.key, 16)).random()
+            distilled = trial.fidelity.kd_loss != "none"
+            more = {"cross_entropy": 2 - quality, "agreement": luck if distilled else None}
+            return replace(super().measure(trial, task), **more)
+
+    fleet = Reading()
+    monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: fleet)
+    result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR), 12, drop=False))
+    undistilled, distilled = (row["readouts"] for row in result["fidelities"])
+    assert set(undistilled) == {"cross_entropy"}
+    assert set(distilled) == {"cross_entropy", "agreement"}
+    assert undistilled["cross_entropy"]["tau"] > 0.9
+    assert abs(distilled["agreement"]["tau"]) < 0.6
+    assert result["fidelities"][0]["tau"] < 0.9, "accuracy is another readout"
+    lines = table(result)
+    assert [line.split()[:3] for line in lines if line.startswith("  by")] == [
+        ["by", "cross", "entropy"], ["by", "cross", "entropy"], ["by", "agreement", "12"]
+    ]  # fmt: skip
+    assert len({len(line) for line in lines if line.startswith("  by")}) == 1, "columns are aligned"
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["cross_entropy"] for row in rows)
+    assert [row["fidelity"] for row in rows if row["agreement"]] == [FAIR.name] * 12
 
 
 def test_intervals_have_their_nominal_coverage() -> None:

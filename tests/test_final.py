@@ -77,6 +77,20 @@ def test_the_winner_is_trained_once_more_on_training_and_validation_images(
     assert open_run(str(tmp_path / "run")).result == result
 
 
+@pytest.mark.parametrize(("accuracy", "kd_loss"), [(0.3, "none"), (0.95, "kd")])
+def test_only_a_teacher_better_than_the_winner_teaches_it_in_the_end(
+    accuracy: float, kd_loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Formula()
+    monkeypatch.setattr(fleet, "run_teacher", lambda task: Formula().run_teacher(task) | {"accuracy": accuracy})
+    result = run(tmp_path, monkeypatch, fleet, budget=EVERYTHING)
+    assert {trial.fidelity.kd_loss for trial in finals(tmp_path / "run")} == {kd_loss}
+    assert [row["kd_loss"] for row in [result["final"], *result["baselines"]]] == [kd_loss, kd_loss]
+    state = open_run(str(tmp_path / "run"))
+    assert state.final is not None
+    assert state.final.trial.fidelity.kd_loss == kd_loss
+
+
 def test_the_final_fidelity_follows_the_search() -> None:
     high = replace(CONFIG.high, width=2.0, resolution=48)
     undistilled = replace(CONFIG, low=replace(CONFIG.low, kd_loss="none"), high=high)
@@ -255,9 +269,9 @@ class Slow(Formula):
 def test_final_trainings_count_towards_the_gpu_hours_of_an_extended_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path, monkeypatch, Slow(), budget=EVERYTHING)
+    run(tmp_path, monkeypatch, Slow(capacity=1), budget=EVERYTHING)
     for seconds, more in ((500, False), (5000, True)):
-        fleet = Slow()
+        fleet = Slow(capacity=1)
         longer = replace(EVERYTHING, max_high=BUDGET.max_high + 2, gpu_hours=seconds / 3600)
         run(tmp_path, monkeypatch, fleet, budget=longer)
         assert bool(fleet.trials) == more

@@ -18,7 +18,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Stopwatch, hits, learning_rate, train
+from engine.training.train import Readout, Stopwatch, classify, learning_rate, read_out, train
 from engine.trial import EnvironmentUnusable, KDLoss
 
 CONFIG = SearchConfig(batch_size=16, lr=0.05)
@@ -109,7 +109,42 @@ def weights(student: Student) -> list[Tensor]:
 def test_a_student_learns(data: Dataset) -> None:
     (student,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert hits([student.network], valid)[0].mean() > 0.9
+    assert read_out([student.network], valid)[0].accuracy > 0.9
+
+
+def test_a_pass_over_a_split_reads_accuracy_cross_entropy_and_agreement(data: Dataset) -> None:
+    """As computed on the whole split at once; the last of its batches is short."""
+    networks, teacher = [Net(0).eval(), Net(1).eval()], make_teacher()
+    batched, whole = (
+        eval_batches(data.valid, data=data, batch_size=size, resolution=16, backend="resident") for size in (7, 1000)
+    )
+    assert len(data.valid) % 7
+    classes = classify(teacher, batched)
+    (batch,) = whole
+    with torch.no_grad():
+        assert torch.equal(classes, teacher(batch.images)[0].argmax(1))
+        for network, found in zip(networks, read_out(networks, batched, classes), strict=True):
+            logits = network(batch.images)[0]
+            assert isinstance(found, Readout)
+            assert found.hits.tolist() == (logits.argmax(1) == batch.labels).tolist()
+            assert found.accuracy == found.hits.mean()
+            assert found.cross_entropy == pytest.approx(nn.functional.cross_entropy(logits, batch.labels).item())
+            assert found.agreement == (logits.argmax(1) == classes).double().mean().item()
+    (alone,) = read_out(networks[:1], batched)
+    assert isinstance(alone, Readout)
+    assert alone.agreement is None
+
+
+def test_a_network_that_raises_does_not_keep_others_from_being_scored(data: Dataset) -> None:
+    valid = eval_batches(data.valid, data=data, batch_size=7, resolution=16, backend="resident")
+    (good,) = read_out([Net(0)], valid)
+    broken = nn.Linear(3, 3)
+    found = read_out([broken, Net(0)], valid)
+    assert isinstance(found[0], RuntimeError)
+    assert isinstance(found[1], Readout)
+    assert isinstance(good, Readout)
+    assert (found[1].hits == good.hits).all()
+    assert found[1].cross_entropy == good.cross_entropy
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
@@ -179,7 +214,7 @@ def test_bfloat16_training_works_on_a_cpu(data: Dataset) -> None:
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
     assert set(seen) == {torch.bfloat16}
     seen.clear()
-    assert hits([student.network], valid)[0].mean() > 0.9
+    assert read_out([student.network], valid)[0].accuracy > 0.9
     assert set(seen) == {torch.float32}, "scored in full precision"
     assert student.network.head.weight.dtype == torch.float32
 

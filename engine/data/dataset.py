@@ -38,6 +38,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: NDArray[np.int64]) -> Split:
+        """The split with some of its rows only."""
+        images = self.images[rows] if self.images is not None else None
+        files = tuple(self.files[row] for row in rows) if self.files is not None else None
+        return replace(self, labels=self.labels[rows], images=images, files=files)
+
     def paths(self, rows: Iterable[int]) -> list[str]:
         """The files to decode for some rows of a split of files."""
         assert self.files is not None
@@ -48,7 +54,7 @@ def joined(one: Split, other: Split) -> Split:
     """Both splits as one. Images keep their positions in `one`, so that their augmentation stays the same."""
     images = None if one.images is None or other.images is None else np.concatenate([one.images, other.images])
     files = None if one.files is None or other.files is None else one.files + other.files
-    return Split(np.concatenate([one.labels, other.labels]), images, files)
+    return replace(one, labels=np.concatenate([one.labels, other.labels]), images=images, files=files)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.report.accuracy_charts import mean_percent
-from engine.report.chart import FULL, MIN_PAIRS, RULE, SOFT, Chart, axis, coloured_by, line, percent, points
+from engine.report.chart import FULL, MIN_PAIRS, RULE, SOFT, Chart, axis, coloured_by, label, line, percent, points
 from engine.search.predictions import Prediction, RunPredictions
 from engine.search.runs import Run
 from engine.trial import Architecture
@@ -95,7 +95,7 @@ def rows_of_full(past: RunPredictions) -> list[int]:
 def scatter(title: str, run: Run, outcomes: Outcomes) -> Chart:
     full, mean, measured = mean_percent(run.at(run.plan.high)), outcomes.mean, outcomes.measured
     about = [
-        f"<b>{a}</b><br>measured {full[a]:.2f} %<br>given {p.low} low and {p.full} full scores"
+        f"{label(run, a)}<br>measured {full[a]:.2f} %<br>given {p.low} low and {p.full} full scores"
         for a, p in zip(outcomes.architectures, outcomes.predictions, strict=True)
     ]
     ends = [float(min(measured.min(), mean.min())), float(max(measured.max(), mean.max()))]

@@ -11,7 +11,7 @@ from engine.report.prediction_charts import learned_to_trust, predicted_against_
 from engine.report.training_charts import cost_by_phase, teacher, timeline
 from engine.run_folder import write_atomically
 from engine.search.predictions import load_predictions
-from engine.search.runs import Run, as_csv, row
+from engine.search.runs import Run, as_csv, rows
 from engine.trial import EnvironmentUnusable, not_installed
 
 
@@ -25,7 +25,7 @@ def write(run: Run, folder: Path) -> Json:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "index.html", page(run, charts, library))
-        write_atomically(folder / "trials.csv", as_csv(map(row, run.answers)))
+        write_atomically(folder / "trials.csv", as_csv(rows(run, run.answers)))
     except OSError as error:
         raise EnvironmentUnusable(f"cannot write {folder}: {error}; choose another folder with --out") from error
     return {

@@ -122,7 +122,8 @@ def _samples(
         compared = baseline_networks(context.space, fit, largest_member(everything))
         ends = 1 + (len(compared) if budget.baselines != "never" else 0)
         final = final_fidelity(config)
-        samples.append(Sample(final, [fit.architecture(int(fit.macs.argmax()))], max(0, ends - done.get(final, 0))))
+        ended = sum(count for fidelity, count in done.items() if fidelity.with_valid)
+        samples.append(Sample(final, [fit.architecture(int(fit.macs.argmax()))], max(0, ends - ended)))
     if to_train and config.teacher == "auto":
         fidelity = Fidelity("teacher", epochs=config.teacher_epochs)
         samples.insert(0, Sample(fidelity, [largest_member(everything)], 1))

@@ -7,7 +7,7 @@ test split, so no decision of the search sees them (`Record.searched`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.config import When, final_fidelity
@@ -17,7 +17,7 @@ from engine.search.journal import Journal, Record, read_journal
 from engine.search.run import evaluate_at_once, used_up
 from engine.search.setup import OVERHEAD_MACS, SearchSetup
 from engine.tasks import TestTask
-from engine.trial import Architecture, Evaluation, History, Trial, failed
+from engine.trial import Architecture, Evaluation, Fidelity, History, Trial, failed
 
 Json = dict[str, Any]
 TEACHER = "the pretrained network, fine-tuned"
@@ -25,9 +25,10 @@ TEACHER = "the pretrained network, fine-tuned"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to train at the final fidelity; `left_out` says why the winner is not trained, or if it is, no baseline."""
+    """What to train at `fidelity`; `left_out` says why the winner is not trained, or if it is, no baseline."""
 
-    winner: Architecture | None
+    fidelity: Fidelity
+    winner: Architecture | None = None
     baselines: Sequence[Baseline] = ()
     left_out: str = ""
 
@@ -47,41 +48,58 @@ class FinalTrainings:
     everything: Sequence[Evaluation] = ()
 
 
-def train_finals(setup: SearchSetup, history: History, winner: Architecture, journal: Journal) -> FinalTrainings:
-    """Trains the winner and the baselines at the final fidelity, as far as the settings and the budget allow.
+def train_finals(setup: SearchSetup, history: History, best: Evaluation, journal: Journal) -> FinalTrainings:
+    """Trains the winner, whose evaluation in the search is `best`, and the baselines at the final fidelity, as far as
+    the settings and the budget allow.
 
     What the journal holds is not trained again, failures included.
     """
     record = read_journal(journal.path)
-    wanted = choose(setup, history, winner, record)
-    trials = final_trials(setup, record, wanted.architectures)
+    wanted = choose(setup, history, best, record)
+    trials = final_trials(setup, record, wanted)
     known = {trial.number for trial in record.asked}
     journal.ask([trial for trial in trials if trial.number not in known], len(history.answered))
     if trials:
         display = setup.context.display
         names = ", ".join(f"{one.architecture} ({one.name})" for one in wanted.baselines)
-        display.say(f"final training: the winner {winner}" + (f"; baselines: {names}" if names else ""))
-        display.expect(trials[0].fidelity.name, len(trials))
+        display.say(f"final training: the winner {wanted.winner}" + (f"; baselines: {names}" if names else ""))
+        if setup.teacher is not None and wanted.fidelity.kd_loss == "none":
+            display.say("final training: not distilled, since the teacher is not clearly better than the winner")
+        display.expect(wanted.fidelity.name, len(trials))
     answers = evaluate_at_once(setup, journal, trials)
     everything = [e for e in read_journal(journal.path).answers.values() if e.trial.fidelity.with_valid]
     return FinalTrainings(wanted, {e.trial.architecture: e for e in answers}, everything)
 
 
-def choose(setup: SearchSetup, history: History, winner: Architecture, record: Record) -> Wanted:
+def fidelity_for(setup: SearchSetup, best: Evaluation) -> Fidelity:
+    """The final fidelity of a search, distilled only from a teacher that is better than the winner was in the search.
+
+    Better on the validation images, by more than a standard error. A long training overtakes a weaker teacher and is
+    then held back by it (docs/report.md has figures).
+    """
+    fidelity, teacher = final_fidelity(setup.context.config), setup.teacher
+    error = standard_error(best.accuracy, setup.facts.images["valid"])
+    if teacher is not None and teacher.accuracy > best.accuracy + error:
+        return fidelity
+    return replace(fidelity, kd_loss="none", weights=())
+
+
+def choose(setup: SearchSetup, history: History, best: Evaluation, record: Record) -> Wanted:
     """What to train, given what the search has cost.
 
     Costs are expected ones (`SearchSetup.cost`), so that a resumed run chooses the same. What the journal `record`
     holds already is never left out for its cost.
     """
-    context, budget = setup.context, setup.context.budget
+    context, budget, fidelity = setup.context, setup.context.budget, fidelity_for(setup, best)
     if budget.final_training == "never":
-        return Wanted(None)
-    asked = {trial.architecture for trial in record.asked if trial.fidelity == final_fidelity(context.config)}
+        return Wanted(fidelity)
+    winner = best.trial.architecture
+    asked = {trial.architecture for trial in record.asked if trial.fidelity == fidelity}
     over, most = used_up(context, sum(e.seconds for e in record.answers.values())), searching_cost(setup, history)
     costs: dict[Architecture, float] = {}
 
     def fits(architecture: Architecture, when: When) -> bool:
-        cost = final_cost(setup, architecture)
+        cost = setup.cost(Trial(0, architecture, fidelity))
         cheap = when == "always" or sum(costs.values()) + cost <= most
         if architecture in asked or architecture in costs or (cheap and not over):
             costs[architecture] = cost
@@ -89,14 +107,15 @@ def choose(setup: SearchSetup, history: History, winner: Architecture, record: R
         return False
 
     if not fits(winner, budget.final_training):
-        return Wanted(None, left_out="the winner was not trained to the end, " + _why_not(over, "--final-training"))
+        why_not = "the winner was not trained to the end, " + _why_not(over, "--final-training")
+        return Wanted(fidelity, left_out=why_not)
     if budget.baselines == "never":
-        return Wanted(winner, left_out="no baseline was trained (--no-baselines)")
+        return Wanted(fidelity, winner, left_out="no baseline was trained (--no-baselines)")
     if len(setup.candidates) == 1:
-        return Wanted(winner, left_out="there was only one candidate")
+        return Wanted(fidelity, winner, left_out="there was only one candidate")
     baselines = baseline_networks(context.space, setup.candidates, setup.largest.architecture(0))
     kept = [one for one in baselines if fits(one.architecture, budget.baselines)]
-    return Wanted(winner, kept, "no baseline was trained, " + _why_not(over, "--baselines"))
+    return Wanted(fidelity, winner, kept, "no baseline was trained, " + _why_not(over, "--baselines"))
 
 
 def _why_not(over: str, flag: str) -> str:
@@ -113,14 +132,9 @@ def searching_cost(setup: SearchSetup, history: History) -> float:
     return cost
 
 
-def final_cost(setup: SearchSetup, architecture: Architecture) -> float:
-    """Expected cost of a final training, in the unit of `SearchSetup.cost`."""
-    return setup.cost(Trial(0, architecture, final_fidelity(setup.context.config), setup.plan.seed))
-
-
-def final_trials(setup: SearchSetup, record: Record, architectures: Sequence[Architecture]) -> list[Trial]:
+def final_trials(setup: SearchSetup, record: Record, wanted: Wanted) -> list[Trial]:
     """A trial at the final fidelity for each architecture: that of the journal, if it has one."""
-    fidelity, seed = final_fidelity(setup.context.config), setup.plan.seed
+    fidelity, seed, architectures = wanted.fidelity, setup.plan.seed, wanted.architectures
     known = {trial.architecture: trial for trial in record.asked if (trial.fidelity, trial.seed) == (fidelity, seed)}
     new = [architecture for architecture in architectures if architecture not in known]
     numbers = {architecture: len(record.asked) + place for place, architecture in enumerate(new)}
@@ -152,6 +166,7 @@ def _row(setup: SearchSetup, evaluation: Evaluation) -> Json:
         "macs": evaluation.macs,
         "params": evaluation.params,
         "epochs": trial.fidelity.epochs,
+        "kd_loss": trial.fidelity.kd_loss,
         "weights": str(setup.context.folder.weights(trial)),
     }
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig, final_fidelity
+from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig
 from engine.fleet.devices import layout
 from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet, submit
@@ -168,15 +168,17 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
             )
         return run.final or run.best
     wanted = load_space(run.config.space).check(Architecture.parse(architecture))
-    everything = [*run.at(run.plan.high), *run.at(final_fidelity(run.config))]
-    trained = [evaluation for evaluation in everything if evaluation.trial.architecture == wanted]
+    finished = [evaluation for evaluation in run.finals if evaluation.trial.architecture == wanted]
+    if finished:
+        return finished[-1]
+    trained = [evaluation for evaluation in run.at(run.plan.high) if evaluation.trial.architecture == wanted]
     if not trained:
         known = dict.fromkeys(str(evaluation.trial.architecture) for evaluation in run.at(run.plan.high))
         raise UsageError(
             f"{wanted} was not trained in full in {run.folder} (trained in full: {', '.join(known) or 'none yet'}); "
             f"train it: cli.py train {run.folder} --arch {wanted} --out FOLDER"
         )
-    return max(trained, key=lambda evaluation: (evaluation.trial.fidelity.with_valid, evaluation.accuracy))
+    return max(trained, key=lambda evaluation: evaluation.accuracy)
 
 
 @contextmanager

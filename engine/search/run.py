@@ -27,6 +27,7 @@ from engine.search.log import LogKind, open_log
 from engine.search.loop import Recorded, VirtualWorkers, drive
 from engine.search.methods.propose import Method
 from engine.search.progress import Display
+from engine.search.proxies import read_scores
 from engine.search.run_context import RunContext, open_context
 from engine.search.setup import SearchSetup, probe, set_up, validated_space
 from engine.search.warm_start import check_same_data, study_config, warm_start
@@ -255,6 +256,7 @@ def write_run_file(folder: RunFolder, facts: DataFacts) -> None:
             "or choose another folder (--run-dir or --out)"
         )
     stored["data"] = data
+    stored["proxies"] = len(read_scores(folder.proxies))
     versions = {name: _version(name) for name in VERSIONED}
     call = {"command": sys.argv, "device": device, "python": platform.python_version(), "versions": versions}
     stored["calls"].append(call)

@@ -46,7 +46,7 @@ def search(
         if best is None:
             raise NoWinner(why_no_winner(history))
         best = next(e for e in history.answered if e.trial == best.trial)
-        finals = train_finals(setup, history, best.trial.architecture, journal)
+        finals = train_finals(setup, history, best, journal)
         result = conclude(setup, history, best, finals) | {"seconds": round(time.monotonic() - start, 1)}
         write_atomically(setup.context.folder.result, json.dumps(result, indent=2) + "\n")
         return result

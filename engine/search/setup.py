@@ -13,10 +13,12 @@ from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_li
 from engine.fleet.devices import layout
 from engine.recipes import fine_tunes_teacher, resolve
 from engine.run_folder import RunFolder
+from engine.search.baseline_networks import family_members
 from engine.search.journal import read_journal
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.propose import METHODS
 from engine.search.progress import Display
+from engine.search.proxies import add_proxies
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
@@ -90,8 +92,12 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
         teacher = obtain_teacher(context, task)
         if context.space.start is not None and teacher.network != task.network:
             raise UsageError(_another_teacher(context, str(task.path), teacher.network))
+    fit = add_proxies(context, plan, facts.images["train"], fit)
     largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
-    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts, largest, teacher)
+    # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
+    first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
+    plan = replace(plan, valid_images=facts.images["valid"], first=first)
+    return SearchSetup(context, plan, fit, facts, largest, teacher)
 
 
 def probe(context: RunContext) -> DataFacts:

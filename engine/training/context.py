@@ -26,7 +26,8 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
-from engine.training.train import Hits, accuracy, hits
+from engine.training.teacher_cache import CachedTeacher
+from engine.training.train import Readout, classify, read_out
 from engine.trial import Architecture, Drained, Fidelity
 
 
@@ -94,11 +95,9 @@ class WorkerContext:
             augmentation=Augmentation(self.config.augment, self.config.min_crop_area),
         )
 
-    def hits(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[Hits | Exception]:
-        """Which images of a split each network classifies right, in one pass, or the exception that it raised."""
-        if not networks:
-            return []
-        batches = eval_batches(
+    def eval_batches(self, split: Split, fidelity: Fidelity) -> Batches:
+        """Each image of a split once, in order, at the resolution of a fidelity."""
+        return eval_batches(
             split,
             data=self.data,
             batch_size=256,
@@ -107,18 +106,31 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
-        return hits(networks, batches)
 
-    def hits_of(self, network: nn.Module, split: Split, fidelity: Fidelity) -> Hits:
-        """Which images of a split one network classifies right (N,); raises what the network raises."""
-        (found,) = self.hits([network], split, fidelity)
+    def score(
+        self, networks: list[nn.Module], fidelity: Fidelity, teacher: CachedTeacher | None = None
+    ) -> list[Readout | Exception]:
+        """Readouts of networks in one pass over the split that a fidelity is scored on; the exception instead if a
+        network raises.
+
+        Agreement with the teacher is read on the validation split alone, for decisions, and final trainings serve none.
+        The teacher sees that split once per worker and resolution.
+        """
+        if not networks:
+            return []
+        batches, side = self.eval_batches(self.score_split(fidelity), fidelity), self.resolution(fidelity)
+        if teacher is None or fidelity.with_valid:
+            return read_out(networks, batches)
+        if side not in teacher.classes:
+            teacher.classes[side] = classify(teacher.network, batches)
+        return read_out(networks, batches, teacher.classes[side])
+
+    def read_out(self, network: nn.Module, split: Split, fidelity: Fidelity) -> Readout:
+        """The readout of one network on a split; raises what the network raises."""
+        (found,) = read_out([network], self.eval_batches(split, fidelity))
         if isinstance(found, Exception):
             raise found
         return found
-
-    def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
-        """Accuracy (0..1) of one network; raises what the network raises."""
-        return accuracy(self.hits_of(network, split, fidelity))
 
     def latency_ms(self, network: nn.Module) -> float:
         """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""

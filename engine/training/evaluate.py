@@ -6,15 +6,12 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,14 +23,13 @@ from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
 from engine.training.inherit import inherited
-from engine.training.student import Student, fatal, prepare, status_of
+from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Hits, Stopwatch, accuracy, train
+from engine.training.train import Readout, Stopwatch, train
 from engine.training.weights import load_weights, save_weights
 from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial, hits_to_text
 
 DEFAULT = Resources()
-NONE = np.zeros(0, dtype=np.bool_)
 # Messages of Python, torch and safetensors when a disk cannot be written; the libraries have error types of their own.
 UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file system", "StreamWriter failed writing")
 
@@ -110,7 +106,8 @@ def _evaluate(
         raise ValueError("the trials of a cohort must share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
         inherits = load_space(context.config.space).inherit is not None
-        teacher = _teacher(teacher_file, context) if fidelity.kd_loss != "none" or inherits else None
+        teacher = load_teacher(teacher_file, context) if fidelity.kd_loss != "none" or inherits else None
+        guide = teacher if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
         cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
@@ -122,14 +119,13 @@ def _evaluate(
     if students and fidelity.epochs:
         batches = context.train_batches(fidelity, seed, done)
         save = partial(_save, context, state, students[0], fidelity) if state else None
-        guide = teacher if fidelity.kd_loss != "none" else None
         train(students, guide, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
-        found = context.hits([student.network for student in trained], context.score_split(fidelity), fidelity)
-        hits = dict(zip(map(id, trained), found, strict=True))
+        found = context.score([student.network for student in trained], fidelity, guide)
+        readouts = dict(zip(map(id, trained), found, strict=True))
         return [
-            _answer(context, trial, entry, hits.get(id(entry), NONE)) if isinstance(entry, Student) else entry
+            _answer(context, trial, entry, readouts.get(id(entry))) if isinstance(entry, Student) else entry
             for trial, entry in zip(trials, cohort, strict=True)
         ]
 
@@ -156,7 +152,7 @@ def _make_student(
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
             network,
-            teacher.network if teacher is not None else None,
+            teacher.network if teacher is not None and trial.fidelity.kd_loss != "none" else None,
             config_at(context.config, trial.fidelity),
             trial.fidelity.kd_loss,
             example,
@@ -190,15 +186,17 @@ def _key(config: SearchConfig, trial: Trial) -> int:
     return int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
 
 
-def _answer(context: WorkerContext, trial: Trial, student: Student, hits: Hits | Exception) -> Evaluation:
+def _answer(
+    context: WorkerContext, trial: Trial, student: Student, readout: Readout | Exception | None
+) -> Evaluation:
     """The evaluation of a trained student; the weights of a full training are saved."""
-    if student.status != "ok":
+    if readout is None:
         if student.status != "oom":  # another job on the device may have caused that, so the training may be repeated
             context.folder.training_state(trial).unlink(missing_ok=True)
         return Evaluation(trial, student.status, error=student.error, execution=student.execution)
     try:
-        if isinstance(hits, Exception):
-            raise hits
+        if isinstance(readout, Exception):
+            raise readout
         macs, params = _cost(context, trial, student.network)
         if is_full(context.config, trial.fidelity):
             save_weights(context.folder.weights(trial), student.network)
@@ -208,10 +206,18 @@ def _answer(context: WorkerContext, trial: Trial, student: Student, hits: Hits |
     except Exception as error:
         return _failed(trial, error)
     costs = {"latency_ms": student.latency_ms} if student.latency_ms else {}
-    measured = Evaluation(
-        trial, "ok", accuracy(hits), macs=macs, params=params, costs=costs, execution=student.execution
+    return Evaluation(
+        trial,
+        "ok",
+        readout.accuracy,
+        macs=macs,
+        params=params,
+        costs=costs,
+        execution=student.execution,
+        cross_entropy=readout.cross_entropy if math.isfinite(readout.cross_entropy) else None,
+        agreement=readout.agreement,
+        hits=hits_to_text(readout.hits) if trial.fidelity.with_valid else "",
     )
-    return replace(measured, hits=hits_to_text(hits)) if trial.fidelity.with_valid else measured
 
 
 def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int, int]:
@@ -223,17 +229,14 @@ def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:
-    if fatal(error):
-        traceback.print_exception(error)  # the supervisor reports the end of the log
-        sys.stderr.flush()
-        os._exit(70)  # a lost CUDA context cannot be recovered in this process; the fleet starts another
+    end_if_fatal(error)
     if any(words in str(error) for words in UNWRITABLE):
         raise EnvironmentUnusable(f"cannot write the run folder: {error}; free space and run the command again")
     return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
 
 
 @lru_cache(maxsize=1)
-def _teacher(path: Path, context: WorkerContext) -> CachedTeacher:
+def load_teacher(path: Path, context: WorkerContext) -> CachedTeacher:
     """The teacher in a weights file, with its cached outputs for this worker's batches."""
     return CachedTeacher(ready_teacher(path, context))
 

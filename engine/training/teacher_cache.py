@@ -33,6 +33,7 @@ class CachedTeacher:
     cache: dict[Hashable, TeacherOutput] = field(default_factory=dict)
     bytes: int = 0
     keys_by_size: dict[int, list[Hashable]] = field(default_factory=dict)  # size in bytes -> keys in `cache`
+    classes: dict[int, Tensor] = field(default_factory=dict)  # resolution -> its class (n,) of each validation image
 
     def outputs_for(
         self, batches: Batches, feature_keys: Collection[FeatureKey]

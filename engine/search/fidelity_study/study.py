@@ -84,7 +84,7 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
 
     def plan(config: SearchConfig) -> Plan:
         lows = study.lows or default_lows(config)
-        return Plan(lows, config.high, config.method, budget.max_low, budget.max_high, config.seed)
+        return Plan(lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
 
     def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
         return propose_study(candidates, history, plan, slots, replace(study, lows=plan.lows))

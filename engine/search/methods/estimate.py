@@ -161,7 +161,8 @@ def candidate_features(key: IdentityKey) -> CandidateFeatures:
         x[:, place] = (values - mean[column]) / std[column]
     trends, variances = {"macs": normal_scores(candidates.macs).astype(np.float32)}, dict[int, Array]()
     for name, values in candidates.trends.items():
-        if np.isfinite(values).sum() >= ENOUGH_LOW and np.ptp(values[np.isfinite(values)]) > 0:
+        known = values[np.isfinite(values)]
+        if len(known) >= ENOUGH_LOW and np.ptp(known) > 0:
             trends[name], variance = _completed(values, trends["macs"][:, None], x)
             if variance.any():
                 variances[len(trends) - 1] = variance
@@ -180,7 +181,7 @@ def _completed(values: Array, macs: Matrix, x: Matrix) -> tuple[Matrix, Array]:
     trend[known] = normal_scores(values[known])
     missing = np.flatnonzero(~np.isfinite(values))
     if len(missing):
-        sample = known[:: -(-len(known) // FILL_FROM)]
+        sample = np.random.default_rng(0).permutation(known)[:FILL_FROM]
         prior = Prior(np.zeros(1), np.ones(1))
         model = xgb.fit(macs[sample], x[sample], trend[sample].astype(np.float64), prior, 0)
         mean, spread = model.predict(macs[missing], x[missing])
