@@ -162,8 +162,8 @@ class Fidelity:
             images = Fraction(fraction)
         except (ValueError, OverflowError, ZeroDivisionError):
             raise UsageError(f"'{text}' is not a fidelity; {example}") from None
-        if int(epochs) < 1:
-            raise UsageError(f"'{text}' trains for no epoch; {example}")
+        if int(epochs) < 1 and loss != "none":
+            raise UsageError(f"'{text}' trains for no epoch, so it has no loss; write none@1x0")
         return cls(text, images, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:

@@ -53,16 +53,18 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 
 def list_spaces() -> dict[str, Any]:
-    """The built-in spaces: choices, architectures, options with their defaults, and a line about each."""
+    """The built-in spaces: choices, architectures (None if a network has to be named), options with their defaults, and a
+    line about each."""
     import inspect
 
     from engine.spaces import SPACES
 
     def facts(make: Any) -> dict[str, Any]:
-        space, module = make(), inspect.getmodule(make)
-        options = {name: p.default for name, p in inspect.signature(make).parameters.items()}
-        about = (module.__doc__ or "").strip().splitlines()[0]
-        return {"choices": len(space.choices), "architectures": space.size, "options": options, "about": about}
+        parameters = inspect.signature(make).parameters
+        options = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        space = make() if len(options) == len(parameters) else None
+        size = {"choices": space and len(space.choices), "architectures": space and space.size}
+        return {**size, "options": options, "about": (inspect.getmodule(make).__doc__ or "").strip().splitlines()[0]}
 
     return {name: facts(make) for name, make in SPACES.items()}
 
@@ -71,7 +73,8 @@ def list_text(found: dict[str, Any]) -> str:
     lines = []
     for name, facts in found.items():
         options = ", ".join(f"{key}={value}" for key, value in facts["options"].items())
-        lines += [f"{name:<14}{facts['architectures']:>10,} architectures; options {options}", f"    {facts['about']}"]
+        size = "by its network" if facts["architectures"] is None else f"{facts['architectures']:>10,} architectures"
+        lines += [f"{name:<14}{size}; options {options}", f"    {facts['about']}"]
     return "\n".join([*lines, "A space of your own is FILE.py:NAME (docs/spaces.md)."])
 
 

@@ -46,8 +46,10 @@ class Run:
     def plan(self) -> Plan:
         """The plan of the search; for a fidelity study, with the low fidelities that it has compared."""
         plan = search_plan(self.config, self.budget)
+        if self.kind == "search":
+            return plan
         asked = dict.fromkeys(t.fidelity for t in self.record.searched.asked if t.fidelity != plan.high)
-        return plan if not asked or self.config.low in asked else replace(plan, lows=tuple(asked))
+        return replace(plan, lows=tuple(asked) or plan.lows, opening=None)
 
     @property
     def data(self) -> DataFacts:

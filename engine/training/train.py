@@ -182,7 +182,7 @@ def _by_image(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
 
 
 def _readout(batches: Sequence[Tensor], has_teacher: bool) -> Readout:
-    right, entropy, agrees = torch.cat(list(batches), 1).cpu().numpy()
+    right, entropy, agrees = np.array(torch.cat(list(batches), 1).tolist())
     return Readout(right.astype(np.bool_), float(entropy.mean()), float(agrees.mean()) if has_teacher else None)
 
 

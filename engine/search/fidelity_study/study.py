@@ -20,6 +20,7 @@ from engine.search.progress import Display
 from engine.search.run import RunDefinition, run, visible
 from engine.search.setup import SearchSetup
 from engine.space import Candidates
+from engine.spaces.load import load_space
 from engine.trial import Fidelity, History, NoWinner, Trial, UsageError
 
 Json = dict[str, Any]
@@ -107,6 +108,9 @@ def _check(study: FidelityStudy, config: SearchConfig) -> None:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
     if len(set(study.lows)) < len(study.lows):
         raise UsageError("--lows names a fidelity twice")
+    untrained = [low.name for low in study.lows if not low.epochs]
+    if untrained and load_space(config.space).inherit is None:
+        raise UsageError(f"--lows {untrained[0]} trains for no epoch; that says something of pretrained spaces only")
     if config.high.kd_loss != "none" and any(low.weights for low in study.lows):
         raise UsageError(
             "--lows with their own weights need --high.kd-loss none, because a search uses one set of weights for both "
