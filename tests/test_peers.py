@@ -25,9 +25,10 @@ from engine.search.journal import Journal
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
 from engine.training import teacher as teachers
+from engine.training.inherit import recalibrate
 from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Trial, UsageError
 
-SPACE = "pretrained:torchvision:mobilenet_v2,min_side=0.7,min_width=0.7"
+SPACE = "pretrained:torchvision:mobilenet_v2,min_side=0.5,min_width=0.7"
 PIXELS = 32
 modelopt = importlib.util.find_spec("modelopt") is not None
 
@@ -234,17 +235,26 @@ def test_a_rebuilt_subnet_is_the_network_that_its_weights_are_from(space: Search
 
 @pytest.mark.skipif(not modelopt, reason="NVIDIA Model Optimizer is not installed (pip install 'mfkd[peers]')")
 def test_fastnas_finds_a_subnet_within_the_cap() -> None:
-    network, generator = tiny(), torch.Generator().manual_seed(0)
-    images, labels = torch.randn(24, 3, 16, 16, generator=generator), torch.arange(24) % 3
+    network, images = tiny(), torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = images[:12], images[12:]
+    recalibrate(network, batches)
+    with torch.no_grad():
+        network.get_parameter("head.bias").sub_(network(images)[0].mean(0))  # so that all classes occur
+        labels = network(images)[0].argmax(1)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    cap = 0.6 * count_cost(network, 16)[0]
-    found = fastnas.rebuilt(network, fastnas.search(network, cap, (images[:12], images[12:]), (images, labels)), 1.0)
-    assert count_cost(found, 16)[0] <= cap
+    whole = count_cost(network, 16)[0]
+    weights = fastnas.search(network, 0.7 * whole, batches, (images, labels))
+    assert weights is not None
+    found = fastnas.rebuilt(network, weights, 1.0)
+    assert count_cost(found, 16)[0] <= 0.7 * whole
     assert set(map(int, fastnas.widths(found).split("-"))) <= {32, 64, 96}
     logits, features = found.train()(images)
     assert (logits.shape, features[-1].shape) == ((24, 3), (24, 32, 8, 8))
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), "the network itself is left as it is"
+    smallest = 55296 + 2 * 32 * (32 + 9 + 32) * 64  # the stem and two blocks of 32 hidden channels, at 8 x 8 pixels
+    for cap in (0.5 * smallest, 1.01 * smallest):
+        assert fastnas.search(network, cap, batches, (images, labels)) is None
 
 
 def test_without_model_optimizer_fastnas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def measure(case: Case, runs: Mapping[int, RunFolder], seeds: Sequence[int], onl
             continue
         contender = find(case, name, runs[seed] if name == OURS else None)
         if contender is None:
-            print(f"{name}: no network has at most {case.max_macs:g} MACs", flush=True)
+            print(f"{name}: found no network of at most {case.max_macs:g} MACs", flush=True)
             continue
         row = {"name": name, "max_macs": case.max_macs, "seed": seed, **finish(case, contender, seed, name != TEACHER)}
         with path.open("a") as file:
@@ -147,7 +147,7 @@ def measure(case: Case, runs: Mapping[int, RunFolder], seeds: Sequence[int], onl
 
 @lru_cache(maxsize=16)
 def find(case: Case, name: str, run: RunFolder | None) -> Contender | None:
-    """A contender; None if no network of its kind is within the cap."""
+    """A contender; None if no network of its kind is found within the cap."""
     if name == TEACHER:
         return Contender("", lambda: case.network)
     if run is not None:
@@ -245,7 +245,7 @@ def member_of_family(case: Case, family: str) -> Contender | None:
     return Contender(str(best), partial(case.member, best), time.perf_counter() - start)
 
 
-def fastnas_subnet(case: Case, name: str) -> Contender:
+def fastnas_subnet(case: Case, name: str) -> Contender | None:
     """The subnet that FastNAS finds; kept in the folder, since its search takes long.
 
     The smaller images have the size that alone would take half of the cut in MACs, on a logarithmic scale.
@@ -259,6 +259,8 @@ def fastnas_subnet(case: Case, name: str) -> Contender:
         small = tuple(map(resize, batches))
         found = fastnas.search(case.network, case.max_macs, small, (resize(valid), labels))
         seconds = time.perf_counter() - start
+        if found is None:
+            return None
         save_weights(path, fastnas.rebuilt(case.network, found, side), {"seconds": str(seconds)})
     with safe_open(path, "pt") as stored:
         seconds = float(stored.metadata()["seconds"])

@@ -24,12 +24,13 @@ SCORED_AT_ONCE = 256
 
 def search(
     network: fx.GraphModule, max_macs: float, train: tuple[Tensor, ...], valid: Labelled
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor] | None:
     """The weights of the subnet of a trained network that FastNAS finds within `max_macs`, for `rebuilt`.
 
     BatchNorm is calibrated on `train`, batches (N, 3, R, R) of the size that the network shall see, as in a search of
-    ours; candidates are scored on `valid`. Raises EnvironmentUnusable without Model Optimizer, ValueError if even the
-    smallest subnet has more MACs.
+    ours; candidates are scored on `valid`. None if it finds nothing: the smallest subnet has more MACs, or only cuts of
+    the most sensitive layer to its smallest width would do, which its bisection never reaches. Raises
+    EnvironmentUnusable without Model Optimizer.
     """
     prune, (images, labels) = _prune(), valid
 
@@ -37,14 +38,19 @@ def search(
         recalibrate(candidate, train)  # Model Optimizer's own calibration does the same, on no less than 50 batches
         return accuracy(candidate, images, labels)
 
-    found, _ = prune(
-        fixed_size(network, images.shape[-1]),
-        mode="fastnas",
-        constraints={"flops": 2 * max_macs},  # it counts a multiply-accumulate as two
-        dummy_input=images[:1],
-        config={"score_func": score, "verbose": False},
-    )
-    return {name: value.detach().clone() for name, value in found.state_dict().items()}
+    try:
+        found, state = prune(
+            fixed_size(network, images.shape[-1]),
+            mode="fastnas",
+            constraints={"flops": 2 * max_macs},  # it counts a multiply-accumulate as two
+            dummy_input=images[:1],
+            config={"score_func": score, "verbose": False},
+        )
+    except ValueError as error:
+        if "NOT all constraints can be satisfied" in str(error):
+            return None
+        raise
+    return dict(found.state_dict()) if state["best"]["is_satisfied"] else None
 
 
 def _prune() -> Any:
