@@ -161,6 +161,8 @@ def test_a_comparison_resumes_and_grows(
     monkeypatch.setattr(compare, "finish", lambda *_: pytest.fail("there is nothing left to train"))
     assert compared("--max-macs", cap, "--only", "uniform width", "--seeds", "1", "0") == rows
     assert compared("--max-macs", "1000", "--only", "uniform width") == rows, "no member is that small"
+    with pytest.raises(UsageError, match="rows of another teacher or last training"):
+        compared("--max-macs", cap, "--epochs", "2")
 
 
 def test_the_subnet_of_fastnas_is_searched_for_once(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -51,7 +52,7 @@ from engine.training.student import prepare
 from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Stopwatch, train
 from engine.training.weights import save_weights
-from engine.trial import Architecture, Fidelity, UsageError
+from engine.trial import Architecture, Fidelity, UsageError, fidelity_to_json
 
 Json = dict[str, Any]
 ROWS = "rows.jsonl"
@@ -61,14 +62,21 @@ TEACHER_OUTPUTS = 2**30  # bytes of the teacher's outputs, which all trainings o
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What all contenders share: settings and data, the fine-tuned network, the cap on MACs, and the last training."""
+    """What all contenders share: settings and data, the fine-tuned network (`digest` tells its weights from others),
+    the cap on MACs, and the last training."""
 
     context: WorkerContext
     teacher: CachedTeacher
+    digest: str
     space: SearchSpace
     max_macs: float
     final: Fidelity
     folder: Path
+
+    @property
+    def settings(self) -> Json:
+        """What all rows of a folder must agree in."""
+        return {"teacher": self.digest, "final": fidelity_to_json(self.final)}
 
     @property
     def network(self) -> fx.GraphModule:
@@ -123,13 +131,16 @@ def open_case(given: argparse.Namespace) -> Case:
     high = context.config.high
     final = dataclasses.replace(high, name="final", epochs=given.epochs or round(FINAL["finetune"] * high.epochs))
     given.out.mkdir(parents=True, exist_ok=True)
-    return Case(context, teacher, space, given.max_macs, final, given.out)
+    digest = hashlib.sha256(given.teacher.read_bytes()).hexdigest()[:8]
+    return Case(context, teacher, digest, space, given.max_macs, final, given.out)
 
 
 def measure(case: Case, runs: Mapping[int, RunFolder], seeds: Sequence[int], only: Sequence[str]) -> None:
     """Appends the rows that are missing."""
     path = case.folder / ROWS
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any({key: row[key] for key in case.settings} != case.settings for row in rows):
+        raise UsageError(f"--out {case.folder} holds rows of another teacher or last training; choose another folder")
     done = {(row["name"], row["max_macs"], row["seed"]) for row in rows}
     names = (TEACHER, *([OURS] if runs else []), *case.space.families, *FASTNAS)
     for name, seed in product([name for name in names if not only or name in only], seeds):
@@ -139,10 +150,11 @@ def measure(case: Case, runs: Mapping[int, RunFolder], seeds: Sequence[int], onl
         if contender is None:
             print(f"{name}: found no network of at most {case.max_macs:g} MACs", flush=True)
             continue
-        row = {"name": name, "max_macs": case.max_macs, "seed": seed, **finish(case, contender, seed, name != TEACHER)}
+        row = {"name": name, "max_macs": case.max_macs, "seed": seed, **case.settings}
+        row |= finish(case, contender, seed, name != TEACHER)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print({key: value for key, value in row.items() if key != "hits"}, flush=True)
+        print({key: value for key, value in row.items() if key not in ("hits", *case.settings)}, flush=True)
 
 
 @lru_cache(maxsize=16)
@@ -252,7 +264,7 @@ def fastnas_subnet(case: Case, name: str) -> Contender | None:
     """
     context, cut = case.context, case.max_macs / count_cost(case.network, case.context.data.resolution)[0]
     side = 1.0 if name == FASTNAS[0] else min(SIDES, key=lambda side: abs(math.log(side) - math.log(cut) / 4))
-    path = case.folder / f"fastnas-{case.max_macs:.0f}-{side}.safetensors"
+    path = case.folder / f"fastnas-{case.digest}-{case.max_macs:.0f}-{side}.safetensors"
     batches = calibration(context)
     if not path.exists():
         start, resize, (valid, labels) = time.perf_counter(), Downsample(side), loaded(context, context.data.valid)
