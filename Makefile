@@ -100,6 +100,7 @@ build/cifar10_small.npz: | install
 # make authors         the measurements of the paper's authors, read as such a study (seconds); TABLE=FILE
 # make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies (hours, resumable)
 # make learned-weights the surrogate's trends in NAS-Bench-201's windows of equal MACs (minutes)
+# make trends          replays with training-free scores, useless ones among them, on NAS-Bench-201 (an hour, resumable)
 # make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
 #                      enough to copy to a GPU machine with the checkout)
 WORKERS  ?= 2
@@ -161,7 +162,7 @@ gpu-evidence:
 	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and copy it here"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
-.PHONY: real-size learned-weights
+.PHONY: real-size learned-weights trends
 # Starts from the trainings kept in docs/evidence, and goes on.
 real-size: | install
 	mkdir -p build/real-size
@@ -173,6 +174,9 @@ real-size: | install
 
 learned-weights: | install
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.learned_weights $(SHARED)
+
+trends: | install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.trends $(SHARED)
 
 build/cifar100.npz: | install
 	mkdir -p build

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from engine import __version__
-from engine.config import Budget, Resources, RunSettings, SearchConfig
+from engine.config import FINAL_SETTINGS, Budget, Resources, RunSettings, SearchConfig
 from engine.space import Choice, SearchSpace
 from engine.trial import Architecture, Drained, EngineError, Evaluation, Fidelity
 
@@ -60,8 +60,9 @@ Progress = Literal["auto", "bar", "lines", "none"]
 class Settings(TypedDict, total=False):
     """Settings of a search, see `search --help`. Their defaults are those of the flags.
 
-    `low` and `high` are fidelities: `mfkd.Fidelity`, or its short form LOSS@FRACTIONxEPOCHS[:name=value,...] like
-    "kd@1/9x20". `low="auto"` runs a fidelity study first. `config` names a YAML file of flags; other settings win.
+    `low`, `high` and `final` are fidelities: `mfkd.Fidelity`, or its short form LOSS@FRACTIONxEPOCHS[:name=value,...]
+    like "kd@1/9x20"; of `final`, only loss and epochs count. `low="auto"` runs a fidelity study first. `config` names a
+    YAML file of flags; other settings win.
     """
 
     config: PathOrName
@@ -78,6 +79,8 @@ class Settings(TypedDict, total=False):
     recipe: Literal["auto", "finetune", "scratch"]
     low: Fidelity | str
     high: Fidelity | str
+    final: Fidelity | str
+    proxies: Literal["auto", "none"]
     kd_temperature: float
     ce_weight: float
     kd_weight: float
@@ -114,6 +117,8 @@ class Settings(TypedDict, total=False):
     wall_time: float
     target_accuracy: float
     max_failures: int
+    final_training: Literal["auto", "always", "never"]
+    baselines: Literal["auto", "always", "never"]
     device: Literal["auto", "cuda", "cpu"]
     gpus: int | str
     students_per_gpu: int | str
@@ -142,10 +147,11 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Network:
-    """A network that was trained in full. Accuracies are fractions of 1; `test_accuracy` is known for a winner only."""
+    """A network that was trained in full. Accuracies are fractions of 1; `test_accuracy` is known for a winner only,
+    and `valid_accuracy` is None for one that was trained on the validation images too."""
 
     architecture: Architecture
-    valid_accuracy: float
+    valid_accuracy: float | None
     macs: int
     params: int
     test_accuracy: float | None = None
@@ -214,8 +220,18 @@ class Run:
         result = self._stored.result
         if result is None:
             return None
-        best = {name: value for name, value in result["winner"].items() if name != "weights"}
-        return Network(**{**best, "architecture": Architecture.parse(best["architecture"])})
+        return _network(result["winner"])
+
+    @cached_property
+    def final(self) -> Network | None:
+        """The winner after its last training, which included the validation images; None if it has had none."""
+        result = self._stored.result
+        return _network(result["final"]) if result and result.get("final") else None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the search was worth it, compared with its baselines; empty until it has finished."""
+        return (self._stored.result or {}).get("verdict", "")
 
     @cached_property
     def front(self) -> list[Network]:
@@ -256,6 +272,12 @@ class Run:
         resources = Resources(device=device)  # type: ignore[arg-type]
         with Display("none") as display:
             return Path(export(self._stored, chosen, folder, resources, display)["folder"])
+
+
+def _network(row: Mapping[str, Any]) -> Network:
+    """The network that a row of result.json describes."""
+    known: dict[str, Any] = {item.name: row.get(item.name) for item in dataclasses.fields(Network)}
+    return Network(**{**known, "architecture": Architecture.parse(row["architecture"])})
 
 
 @dataclass(frozen=True)
@@ -424,14 +446,16 @@ def _parse(parser: Any, run_dir: PathOrName | None, settings: Mapping[str, Any])
 
 def _flags(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Settings as flags and their texts. The weights of a fidelity come first, so that settings of that name win."""
-    fidelities = {name: settings.get(name) for name in ("low", "high")}
+    from engine.commands.flags import FIDELITY_HELP
+
+    fidelities = {name: settings.get(name) for name in ("low", "high", "final")}
     for name, given in fidelities.items():
         if given == "auto":
             yield ("fidelity_study" if name == "low" else name), "auto"
         elif given is not None:
             fidelity = given if isinstance(given, Fidelity) else Fidelity.parse(given)
             yield from ((weight, repr(value)) for weight, value in fidelity.weights)
-            for part in ("fraction", "epochs", "width", "resolution", "kd_loss"):
+            for part in FINAL_SETTINGS if name == "final" else FIDELITY_HELP:
                 yield f"{name}.{part}", str(getattr(fidelity, part))
     for name, value in settings.items():
         if value is None or name in fidelities:

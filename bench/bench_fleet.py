@@ -97,7 +97,7 @@ def drive(fleet: Fleet, workers: int, trials: int, run_dir: Path) -> list[Evalua
     def propose(history: History, free: int) -> list[Trial]:
         return [trial(history.asked + place) for place in range(min(free, trials - history.asked))]
 
-    cohorts = Cohorts(WorkerSettings(SearchConfig(), run_dir, "cuda"), run_dir / "teacher", 1, HIGH)
+    cohorts = Cohorts(WorkerSettings(SearchConfig(), run_dir, "cuda"), run_dir / "teacher", 1)
     virtual = VirtualWorkers(slots_for(workers, 1).total, cost=lambda trial: 1.0)
     with Journal(run_dir / "journal.jsonl") as journal:
         dispatcher = Dispatcher(fleet, cohorts, journal, {}, received=lambda evaluation: None)

@@ -22,6 +22,8 @@ RunKind = Literal["search", "fidelity-study"]
 Recipe = Literal["auto", "finetune", "scratch"]
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["crop", "trivial"]
+When = Literal["auto", "always", "never"]
+FINAL_SETTINGS = ("epochs", "kd_loss")  # of the final fidelity; in all else it is the full one
 
 
 def option(default: T, text: str) -> T:
@@ -69,6 +71,14 @@ class SearchConfig:
         Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the low fidelity: the cheap training that ranks candidates"
     )
     high: Fidelity = option(Fidelity("high", Fraction(1), 60), "the full fidelity: the training that picks the winner")
+    final: Fidelity = option(
+        Fidelity("final", epochs=0, kd_loss="kd"),
+        "the last training of the winner, on training and validation images together, and of the baselines",
+    )
+    proxies: Literal["auto", "none"] = option(
+        "auto",
+        "training-free scores of candidates, for the surrogate; auto computes as many as one full training pays for",
+    )
     kd_temperature: float = option(4.0, "softmax temperature of the distillation loss")
     ce_weight: float = option(1.0, "weight of the cross entropy with the labels")
     kd_weight: float = option(1.0, "weight of the distillation loss (times T^2)")
@@ -125,6 +135,14 @@ class Budget:
     wall_time: float = option(float("inf"), "maximum hours of this call; run the same command again to resume")
     target_accuracy: float = option(float("inf"), "stop once a full training reaches this validation accuracy (0..1)")
     max_failures: int = option(10, "stop with exit code 4 after this many failed evaluations in a row")
+    final_training: When = option(
+        "auto", "train the winner once more, for --final.epochs; auto: if that costs no more than the search has"
+    )
+    baselines: When = option(
+        "auto",
+        "train the largest network and other obvious choices like the winner, to compare with it; auto: as many as "
+        "cost no more than the search has, the last training of the winner included",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +245,30 @@ def search_plan(config: SearchConfig, budget: Budget) -> Plan:
     return dataclasses.replace(plan, opening=opening if method == "mfkd" else None)
 
 
+def final_fidelity(config: SearchConfig) -> Fidelity:
+    """The fidelity of the last training of the winner, and of the baselines that it is compared with.
+
+    It trains as the full fidelity does, but for longer, on training and validation images, and distilled if the search
+    distils and its teacher is good enough (engine/search/final.py).
+    """
+    high, final = config.high, config.final
+    distils = config.low.kd_loss != "none"
+    return dataclasses.replace(
+        high,
+        name="final",
+        fraction=Fraction(1),
+        epochs=final.epochs,
+        kd_loss=final.kd_loss if distils else "none",
+        weights=final.weights,
+        with_valid=True,
+    )
+
+
+def is_full(config: SearchConfig, fidelity: Fidelity) -> bool:
+    """Whether a trial at this fidelity trains alone, resumes after its last epoch, and keeps its weights."""
+    return fidelity == config.high or fidelity.with_valid
+
+
 def is_library_model(teacher: str) -> bool:
     """Whether a teacher is named as a network of torchvision or timm."""
     return teacher.startswith(("torchvision:", "timm:"))
@@ -244,6 +286,8 @@ def check_settings(settings: RunSettings) -> None:
         raise UsageError("--execution graph needs a GPU; leave it out, or leave out --device cpu")
     if config.high.kd_loss != "none" and config.low.kd_loss == "none":
         raise UsageError("--high.kd-loss without --low.kd-loss: the low fidelity must be distilled too")
+    if (config.final.fraction, config.final.width, config.final.resolution) != (1, 1, 0):
+        raise UsageError("final: only its epochs and kd_loss can be set; it has the width and resolution of high")
     parse_bytes("teacher-cache", resources.teacher_cache)
     if resources.time:
         walltime_s(resources.time)
@@ -252,6 +296,8 @@ def check_settings(settings: RunSettings) -> None:
 def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) -> None:
     """Raises UsageError for a number outside its range."""
     for name, value, least in (
+        ("low.epochs", config.low.epochs, 0),
+        ("high.epochs", config.high.epochs, 0),
         ("batch-size", config.batch_size, 0),
         ("teacher-epochs", config.teacher_epochs, 0),
         ("resolution", config.resolution, 0),
@@ -379,7 +425,8 @@ def config_to_dict(config: SearchConfig | Budget | Resources) -> dict[str, Any]:
 
 def config_from_dict(values: dict[str, Any]) -> SearchConfig:
     """The inverse of `config_to_dict` for a SearchConfig."""
-    fidelities = {key: fidelity_from_json({"name": key, **values[key]}) for key in ("low", "high")}
+    known = [key for key in ("low", "high", "final") if key in values]  # earlier versions had no final fidelity
+    fidelities: dict[str, Any] = {key: fidelity_from_json({"name": key, **values[key]}) for key in known}
     return SearchConfig(**{**values, **fidelities})
 
 

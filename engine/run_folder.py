@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "latency.json"
 
     @property
+    def proxies(self) -> Path:
+        """Training-free scores of the candidates; decisions depend on them."""
+        return self.path / "proxies.jsonl"
+
+    @property
     def teacher(self) -> Path:
         """Weights of the teacher, if the run makes it itself."""
         return self.path / "teacher" / "teacher.safetensors"
@@ -113,9 +118,9 @@ class RunFolder:
         return Path(config.teacher).absolute() if config.teacher.endswith(".safetensors") else self.teacher
 
     def has_begun(self) -> bool:
-        """Whether any work was done: there is a teacher, or a trial in the journal."""
+        """Whether any work was done: there is a teacher, a training-free score, or a trial in the journal."""
         asked = self.journal.exists() and self.journal.read_bytes().count(b"\n") > 1
-        return asked or any(self.teacher.parent.glob("*"))
+        return asked or self.proxies.exists() or any(self.teacher.parent.glob("*"))
 
     def forget_settings(self) -> None:
         """Forgets the settings and data of a call that failed before any work was done."""

@@ -48,6 +48,7 @@ class DataFacts:
 
     `resolution` is the side in pixels of the images that a network sees, `images` the size of each split. `files` tells
     whether the images are files of a folder. `fingerprint` identifies the content (engine.data.dataset.fingerprint).
+    `notes` tell how a folder was read and what was passed over, `warnings` what is probably a mistake in it.
     """
 
     classes: tuple[str, ...]
@@ -58,6 +59,14 @@ class DataFacts:
     files: bool = False
     fingerprint: str = ""
     device: str = ""
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: the size of each split, the number of classes, how a folder was read, what was passed over."""
+        sizes = ", ".join(f"{count:,} {split}" for split, count in self.images.items())
+        return "; ".join((f"{sizes}, {len(self.classes)} classes", *self.notes))
 
     @property
     def normalisation(self) -> Normalisation:
@@ -127,12 +136,16 @@ class TrialsTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TestTask(Task):
-    """Score the stored weights of a full-fidelity trial on the test split."""
+    """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
+
+    The answer holds test_accuracy, weights (their file) and hits (engine.trial.hits_to_text).
+    """
 
     __test__ = False  # pytest would take it for a test class
     function: ClassVar[str] = "run_test"
     worker: WorkerSettings
-    trial: Trial
+    trial: Trial | None
+    teacher: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,37 @@ class LatencyTask(Task):
     function: ClassVar[str] = "run_latency"
     worker: WorkerSettings
     architectures: tuple[Architecture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyTask(Task):
+    """Score the untrained network of each architecture; the answer is a ProxyScores for each.
+
+    `teacher` is the weights file of the run's teacher, if it has one: one of the scores compares with it. `timeout_s`
+    is the time limit of the whole task in seconds (0: none).
+    """
+
+    function: ClassVar[str] = "run_proxies"
+    worker: WorkerSettings
+    architectures: tuple[Architecture, ...]
+    teacher: Path | None = None
+    timeout_s: float = 0.0
+
+
+PROXIES = ("naswot", "jacobian_covariance", "diswot", "expressivity")
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyScores:
+    """Training-free scores of an architecture by name (PROXIES), greater is better, and the reasons for missing ones.
+
+    `seconds` is the wall time of building and scoring the network.
+    """
+
+    choices: tuple[int, ...]
+    scores: dict[str, float]
+    missing: dict[str, str]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "too_slow"]
 
+# What a training is read by (Evaluation.readout).
+READOUTS = ("accuracy", "cross_entropy", "agreement")
 # Settings of the loss that a fidelity may override.
 LOSS_WEIGHTS = (
     "kd_temperature",
@@ -106,7 +108,8 @@ class Fidelity:
     It is trained for `epochs` passes over a `fraction` of the training images, at a `width` multiplier and a
     `resolution` in pixels (0: the data's own), with the distillation terms named by `kd_loss`. `weights` are
     (name, value) pairs of LOSS_WEIGHTS that override those of the configuration. In a configuration, 0 epochs stand for
-    a number that engine/recipes.py finds; in a trial, for no training.
+    a number that engine/recipes.py finds; in a trial, for no training. `with_valid`: the validation images are trained
+    on too, so that only the test split is left to score on, and no decision may depend on the score.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Fidelity:
     resolution: int = 0
     kd_loss: KDLoss = "none"
     weights: tuple[tuple[str, float], ...] = ()
+    with_valid: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.fraction, Fraction):  # Python callers write "1/27" or 0.1
@@ -158,6 +162,8 @@ class Fidelity:
             images = Fraction(fraction)
         except (ValueError, OverflowError, ZeroDivisionError):
             raise UsageError(f"'{text}' is not a fidelity; {example}") from None
+        if int(epochs) < 1:
+            raise UsageError(f"'{text}' trains for no epoch; {example}")
         return cls(text, images, int(epochs), width, resolution, loss, tuple(sorted(own.items())))  # type: ignore[arg-type]
 
     def cost(self) -> float:
@@ -185,11 +191,18 @@ class Trial:
 class Evaluation:
     """A measurement: the trial, how it ended, its accuracy in 0..1 on the validation split, and what it cost.
 
+    A training that includes the validation images is scored on the test split instead; `hits` then tells which test
+    images it got right (`engine.search.comparison`).
+
+    Two more readouts come from the same pass over the same images: the mean `cross_entropy` in nats (None if it is not
+    finite), and the `agreement` with the teacher of a distilled training, the share of images (0..1) to which both give
+    the same class (None without a teacher, and on the test split). Evaluations of earlier versions have neither.
+
     `seconds` is the wall time of the whole evaluation on its worker. `costs` splits it into phases (train, teacher,
     data, evaluate, setup; seconds) and also holds images_per_s and peak_memory_bytes. `worker` names the worker and
     `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
     seconds. `test_accuracy` is known only in tables of recorded results, and no method sees it: a search reads the test
-    split once, for its winner. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
+    split only at its end. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
     "eager" with the reason.
     """
 
@@ -206,10 +219,22 @@ class Evaluation:
     started: float = 0.0
     error: str = ""
     execution: str = ""
+    hits: str = ""
+    cross_entropy: float | None = None
+    agreement: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    def readout(self, name: str) -> float | None:
+        """One of READOUTS as a score in 0..1, greater is better; None if it was not measured.
+
+        That of cross entropy is exp(-entropy), the geometric mean of the probabilities given to the true classes.
+        """
+        if name == "cross_entropy":
+            return None if self.cross_entropy is None else math.exp(-self.cross_entropy)
+        return self.agreement if name == "agreement" else self.accuracy
 
 
 @dataclass
@@ -233,7 +258,8 @@ class History:
 
 def fidelity_to_json(fidelity: Fidelity) -> dict[str, Any]:
     values = {**dataclasses.asdict(fidelity), "fraction": str(fidelity.fraction), "weights": dict(fidelity.weights)}
-    return values if fidelity.weights else {key: value for key, value in values.items() if key != "weights"}
+    # Left out where they are empty: the keys of trials, and so the names of weights files, must not change.
+    return {key: value for key, value in values.items() if key not in ("weights", "with_valid") or value}
 
 
 def fidelity_from_json(data: dict[str, Any]) -> Fidelity:
@@ -272,14 +298,33 @@ def failed(status: str) -> bool:
 
 def mean_accuracies(answers: Iterable[Evaluation]) -> dict[Architecture, float]:
     """Mean accuracy (0..1) of each architecture over its evaluations, all of which must have succeeded."""
+    return mean_readouts(answers, "accuracy")
+
+
+def mean_readouts(answers: Iterable[Evaluation], name: str) -> dict[Architecture, float]:
+    """Mean of a readout (0..1) of each architecture over its evaluations, all of which must have it."""
     groups: dict[Architecture, list[float]] = {}
     for evaluation in answers:
-        groups.setdefault(evaluation.trial.architecture, []).append(evaluation.accuracy)
+        value = evaluation.readout(name)
+        assert value is not None, f"an evaluation without {name}"
+        groups.setdefault(evaluation.trial.architecture, []).append(value)
     return {architecture: sum(values) / len(values) for architecture, values in groups.items()}
+
+
+def hits_to_text(hits: Iterable[bool]) -> str:
+    """Which images were classified right, as hexadecimal digits; a leading 1 bit keeps their count."""
+    return f"{int('1' + ''.join('1' if hit else '0' for hit in hits), 2):x}"
+
+
+def hits_from_text(text: str) -> list[bool]:
+    """The inverse of `hits_to_text`."""
+    return [bit == "1" for bit in f"{int(text, 16):b}"[1:]]
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     fields = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)}
+    if not evaluation.hits:
+        del fields["hits"]
     return {**fields, "trial": trial_to_json(evaluation.trial)}
 
 

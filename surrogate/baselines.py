@@ -18,7 +18,14 @@ LENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 5.6)
 NOISES = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 # BORE: the share of the results that are of the better class, and the trees, which have to do with a dozen results.
 BETTER, ROUNDS = 1 / 3, 30
-TREES = {"objective": "binary:logistic", "max_depth": 3, "eta": 0.2, "min_child_weight": 0.1, "nthread": 1, "verbosity": 0}
+TREES = {
+    "objective": "binary:logistic",
+    "max_depth": 3,
+    "eta": 0.2,
+    "min_child_weight": 0.1,
+    "nthread": 1,
+    "verbosity": 0,
+}
 
 
 @dataclass(frozen=True)

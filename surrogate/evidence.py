@@ -2,8 +2,8 @@
 
 Low fidelities, training-free scores, costs: a run has many trends, and which of them rank its space, with which sign,
 is not known before. Here each has a spike at 0 and a slab around it (George and McCulloch 1993), symmetric, so that a
-column and its negative are the same; the average over the models of all subsets (Hoeting et al. 1999, Bayesian model
-averaging) is exact up to a grid of scales.
+column and its negative are the same; the model is the average over all subsets (Hoeting et al. 1999, Bayesian model
+averaging), exact given the variances of signal and noise, which evidence chooses as for `fit_linear`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ from surrogate.linear import INTERCEPT_VARIANCE, NOISE, NOISES, SIGNAL, SIGNALS,
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32] | Array
 
-# Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: probability that
-# it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
+# Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: the probability
+# that it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
 # (docs/evidence/learned-weights.md).
 INCLUDED, SLAB = 0.5, 0.1
 MODELS = 1024  # subsets at most: of more than 10 trends in doubt only the smaller subsets are looked at
@@ -40,13 +40,18 @@ class SpikeAndSlab(Prior):
         variance over the candidates; m may be 0.
 
         It holds mean and covariance over all models, and predictions of the points fitted, each without itself. The
-        features share one variance, as in `fit_linear`, whose grid and prior of scales are used. `noise` (m,) multiplies
-        the noise variance point by point: 1 / r for a mean of r repeats.
+        features share one variance; it and that of the noise have the grid and the prior of `fit_linear`, which gives
+        the same posterior where no trend is in doubt. `noise` (m,) multiplies the noise variance point by point: 1 / r
+        for a mean of r repeats.
         """
-        t = np.asarray(trend, dtype=np.float64)
-        rest = np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64)
-        loud = np.ones(len(y)) if noise is None else noise
-        return _averaged([_given_scales(t, rest, y, loud, self, s, v) for s in SIGNALS for v in NOISES], t.shape[1])
+        points = _Points(
+            t=np.asarray(trend, dtype=np.float64),
+            rest=np.concatenate([np.ones((len(y), 1)), x], axis=1, dtype=np.float64),
+            y=y,
+            loud=np.ones(len(y)) if noise is None else noise,
+        )
+        models = (_all_models(points, self, signal, level) for signal, level in product(SIGNALS, NOISES))
+        return _posterior(points, max(models, key=lambda one: one.log_evidence))
 
     def log_odds(self, index: npt.NDArray[np.intp]) -> Array:
         """Log probabilities (S,), up to a constant, that of the trends in doubt only those of each subset, index
@@ -63,15 +68,13 @@ def unknown(trends: int) -> SpikeAndSlab:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """All subsets together, given the two scales. k trends, p = 1 + d weights of the rest, m points."""
+class _Points:
+    """m points to fit: k trends, the p = 1 + d columns of intercept and features, targets, factors of their noise."""
 
-    log_evidence: float  # times the prior of the scales
-    mean: Array  # (k + p,)
-    covariance: Array  # (k + p, k + p)
-    included: Array  # (k,)
-    noise: float
-    left_out: Array  # (3, m) sums of weight, weight * prediction, weight * its second moment; see `_left_out`
+    t: Array  # (m, k)
+    rest: Array  # (m, p)
+    y: Array  # (m,)
+    loud: Array  # (m,)
 
 
 @dataclass(frozen=True)
@@ -85,31 +88,59 @@ class _Subsets:
     covariance: Array  # (S, size, size)
 
 
-def _given_scales(t: Array, rest: Array, y: Array, loud: Array, prior: SpikeAndSlab, signal: float, level: float) -> _Given:
-    """With the weights of the rest integrated out, y = t @ coefficients + e, e ~ N(0, A)."""
-    k, p = t.shape[1], rest.shape[1]
+@dataclass(frozen=True)
+class _Models:
+    """All subsets, given the variances of features and noise. With the weights of the rest integrated out,
+    y = t @ coefficients + e, e ~ N(0, A)."""
+
+    groups: list[_Subsets]
+    log_evidence: float  # of the variances, times their prior
+    variance: Array  # (p,) of the weights of the rest
+    noise: float
+    inverse: Array  # (m, m) A^-1
+
+
+def _all_models(points: _Points, prior: SpikeAndSlab, signal: float, level: float) -> _Models:
+    p = points.rest.shape[1]
     variance = np.concatenate([[INTERCEPT_VARIANCE], np.full(p - 1, signal / max(p - 1, 1))])
-    factor = np.linalg.inv(np.linalg.cholesky((rest * variance) @ rest.T + np.diag(level * loud)))
+    factor = np.linalg.inv(np.linalg.cholesky((points.rest * variance) @ points.rest.T + np.diag(level * points.loud)))
     inverse = factor.T @ factor
-    whitened, alpha, root = inverse @ t, inverse @ y, variance[:, None] * rest.T
-    groups = _all_subsets(t.T @ whitened, whitened.T @ y, prior)
-    top = max(group.log_weight.max() for group in groups)
-    weights = [np.exp(group.log_weight - top) for group in groups]
+    whitened, white = inverse @ points.t, factor @ points.y
+    groups = _all_subsets(points.t.T @ whitened, whitened.T @ points.y, prior)
+    log_weights = np.concatenate([group.log_weight for group in groups])
+    top = float(log_weights.max())
+    of_subsets = top + math.log(float(np.exp(log_weights - top).sum()))
+    hyperprior = np.log(signal / SIGNAL) ** 2 + np.log(level / NOISE) ** 2
+    log_evidence = of_subsets - 0.5 * float(white @ white + hyperprior) + float(np.log(np.diag(factor)).sum())
+    return _Models(groups, log_evidence, variance, level, inverse)
+
+
+def _posterior(points: _Points, models: _Models) -> Linear:
+    """The average over the models, in the order of `Linear`: intercept, coefficients, weights of the features."""
+    k = points.t.shape[1]
+    top = max(group.log_weight.max() for group in models.groups)
+    weights = [np.exp(group.log_weight - top) for group in models.groups]
     total = float(sum(weight.sum() for weight in weights))
     weights = [weight / total for weight in weights]
-    mean, spread, included = _coefficients(groups, weights, k)
+    mean, spread, included = _coefficients(models.groups, weights, k)
     # The rest is linear in the coefficients: less `moved` for each unit of one.
+    whitened, alpha = models.inverse @ points.t, models.inverse @ points.y
+    root = models.variance[:, None] * points.rest.T
     moved = root @ whitened
     cross = -spread @ moved.T
-    own = np.diag(variance) - root @ inverse @ root.T + moved @ spread @ moved.T
-    believed = np.log(signal / SIGNAL) ** 2 + np.log(level / NOISE) ** 2
-    return _Given(
-        log_evidence=top + math.log(total) - 0.5 * float(y @ alpha + believed) + float(np.log(np.diag(factor)).sum()),
-        mean=np.concatenate([mean, root @ alpha - moved @ mean]),
-        covariance=np.block([[spread, cross], [cross.T, own]]),
+    own = np.diag(models.variance) - root @ models.inverse @ root.T + moved @ spread @ moved.T
+    both = np.concatenate([mean, root @ alpha - moved @ mean])
+    covariance = np.block([[spread, cross], [cross.T, own]])
+    order = np.concatenate([[k], np.arange(k), np.arange(k + 1, len(both))])
+    share, first, second = _left_out(models.groups, weights, np.diag(models.inverse), whitened, alpha, points.y)
+    left_out = first / share
+    return Linear(
+        weights=both[order],
+        covariance=covariance[np.ix_(order, order)],
+        noise=models.noise,
+        left_out=left_out,
+        left_out_variance=second / share - left_out**2,
         included=included,
-        noise=level,
-        left_out=_left_out(groups, weights, np.diag(inverse), whitened, alpha, y),
     )
 
 
@@ -178,23 +209,3 @@ def _left_out(
         predicted = y - error
         sums += np.stack([without, without * predicted, without * (variance + predicted**2)]).sum(axis=1)
     return sums
-
-
-def _averaged(given: list[_Given], k: int) -> Linear:
-    """Mean and covariance over the scales (law of total covariance), in the order of `Linear`."""
-    evidence = np.array([one.log_evidence for one in given])
-    share = np.exp(evidence - evidence.max())
-    share /= share.sum()
-    means = np.stack([one.mean for one in given])
-    mean = share @ means
-    apart = means - mean
-    covariance = np.einsum("s,sij->ij", share, np.stack([one.covariance for one in given]))
-    covariance += (share[:, None] * apart).T @ apart
-    total, first, second = np.einsum("s,sij->ij", share, np.stack([one.left_out for one in given]))
-    left_out = first / total
-    # Intercept, coefficients, feature weights: the intercept is the first of the rest.
-    order = np.concatenate([[k], np.arange(k), np.arange(k + 1, len(mean))])
-    noise = float(share @ [one.noise for one in given])
-    included = share @ np.stack([one.included for one in given])
-    variance = second / total - left_out**2
-    return Linear(mean[order], covariance[np.ix_(order, order)], noise, left_out, variance, included)

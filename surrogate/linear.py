@@ -36,8 +36,8 @@ class Linear:
 
     `weights` (1 + k + d,) and `covariance` (1 + k + d, 1 + k + d) are those of intercept, coefficients and weights
     together; `noise` is a variance. `left_out` (n,) are the predictions of the fitted points, each from all others, and
-    `left_out_variance` (n,) their variances, noise included. `included` (k,) are the probabilities that the coefficients
-    are not 0.
+    `left_out_variance` (n,) their variances, noise included. `included` (k,) are the probabilities that the trends'
+    coefficients are not 0.
     """
 
     weights: Array

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: two test processes with two threads each would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -73,6 +74,18 @@ def heard() -> Iterator[None]:
     yield
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+def final_rows(architecture: str, macs: int) -> dict[str, Any]:
+    """What result.json says of a winner's final training and its baselines, one of which failed."""
+    tested = {"test_accuracy": 0.9012, "test_standard_error": 0.0123, "test_images": 590, "epochs": 40}
+    final = {"architecture": architecture, "macs": macs, "params": 900, "weights": "none", **tested}
+    less = {"difference": 0.021, "difference_standard_error": 0.008, "test_accuracy": 0.8802}
+    one = {**final, "name": "largest within the limits", "within_limits": True, "architecture": "3-3-3-3-3-2", **less}
+    large = {"architecture": "3-3-3-3-3-3", "macs": 2 * macs, "within_limits": False}
+    failure = {"status": "oom", "error": "no memory </script>"}
+    baselines = [one, {**one, **large, "name": "largest network"}, {**large, **failure, "name": "unlucky network"}]
+    return {"final": final, "baselines": baselines, "verdict": "The search was worth it: <it> was."}
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +171,10 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "test_accuracy": 0.8765,
             "macs": best.macs,
             "params": best.params,
+            "valid_standard_error": 0.05,
+            "test_standard_error": 0.01,
         },
+        **final_rows(str(best.trial.architecture), best.macs),
         "evaluations": {
             "low": sum(e.trial.fidelity == config.low for e in ok),
             "high": sum(e.trial.fidelity == config.high for e in ok),

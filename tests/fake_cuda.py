@@ -136,7 +136,8 @@ class Watch(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         if name in WAITS and any(tensor.device.type == "cuda" for tensor in inputs):
             self.device.refuse_waiting(name)
-        out = fused_sgd(*args, **kwargs) if name == "aten::_fused_sgd_" else func(*args, **kwargs)
+        fused = FUSED.get(name)
+        out = fused(*args, **kwargs) if fused else func(*args, **kwargs)
         outputs = tensors(out)
         for tensor in outputs:
             if isinstance(tensor, FakeTensor):
@@ -161,15 +162,28 @@ def tensors(tree: Any) -> tuple[Tensor, ...]:
 
 
 def fused_sgd(params: Any, grads: Any, momenta: Any, *, lr: Any, **_: Any) -> None:
-    """Checks the CUDA kernel's requirements, since fake tensors have no rule for it: one device and dtype, strides that
+    check_fused(params, [grads, momenta], lr)
+
+
+def fused_adamw(params: Any, grads: Any, means: Any, squares: Any, _: Any, steps: Any, *, lr: Any, **__: Any) -> None:
+    check_fused(params, [grads, means, squares], lr)
+    if any((step.shape, step.dtype, step.device) != ((), torch.float32, params[0].device) for step in steps):
+        raise RuntimeError("fused AdamW: the steps must be float32 numbers on the device")
+
+
+def check_fused(params: Any, others: list[Any], lr: Any) -> None:
+    """Checks a CUDA kernel's requirements, since fake tensors have no rule for it: one device and dtype, strides that
     agree in all dimensions of size other than 1, and a learning rate that is a number or on that device."""
     if isinstance(lr, Tensor) and lr.device != params[0].device:
         raise RuntimeError(f"the learning rate is on {lr.device}, the weights are on {params[0].device}")
-    for first, *rest in zip(params, grads, *([momenta] if momenta else []), strict=True):
+    for first, *rest in zip(params, *filter(None, others), strict=True):
         for other in rest:
             same = (first.shape, first.dtype, first.device) == (other.shape, other.dtype, other.device)
             if not same or layout(first) != layout(other):
-                raise RuntimeError(f"fused SGD: {first.shape} {layout(first)} against {other.shape} {layout(other)}")
+                raise RuntimeError(f"fused update: {first.shape} {layout(first)} against {other.shape} {layout(other)}")
+
+
+FUSED = {"aten::_fused_sgd_": fused_sgd, "aten::_fused_adamw_": fused_adamw}
 
 
 def layout(tensor: Tensor) -> tuple[int, ...]:

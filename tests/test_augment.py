@@ -55,9 +55,30 @@ def test_mirror_only_where_it_keeps_the_label(flip: bool) -> None:
     assert augment.resized_crop(0, 0, INDICES, flip)[1].any() == flip
 
 
+def test_each_operation_of_trivial_augment_is_equally_likely_and_keyed() -> None:
+    found = augment.trivial(7, 3, INDICES)
+    identity = np.broadcast_to(np.eye(2, 3, dtype=np.float32), found.matrix.shape)
+    changed = {
+        "geometry": ~np.isclose(found.matrix, identity, atol=1e-6).all((1, 2)),
+        "colour": (found.colour != 1).any(1),
+        "posterize": found.bits[:, 0] != 255,
+        "solarize": found.threshold[:, 0] != 255,
+    }
+    assert np.max(sum(mask.astype(int) for mask in changed.values())) == 1, "an image gets one operation"
+    for name, operations in (("geometry", 5), ("colour", 3), ("posterize", 1), ("solarize", 1)):
+        # The lowest of 31 levels changes nothing; posterize also keeps all bits at the next two.
+        share = operations / 11 * (28 / 31 if name == "posterize" else 30 / 31)
+        assert changed[name].mean() == pytest.approx(share, abs=0.01), name
+    assert found.colour.min() == pytest.approx(0.01, abs=1e-3)
+    assert found.colour.max() == pytest.approx(1.99, abs=1e-3)
+    alone = augment.trivial(7, 3, INDICES[5:6])
+    assert all(np.array_equal(one[0], whole[5]) for one, whole in zip(alone, found, strict=True))
+
+
 def test_resized_crop_keeps_to_its_ranges_and_fills_them() -> None:
     box, mirror = augment.resized_crop(0, 0, INDICES, flip=True)
     np.testing.assert_allclose(box.min(0), [0.08, 3 / 4, 0, 0], atol=0.001)
     np.testing.assert_allclose(box.max(0), [1, 4 / 3, 1, 1], atol=0.001)
     assert np.median(box[:, 1]) == pytest.approx(1, abs=0.01)  # as often wide as tall
+    assert augment.resized_crop(0, 0, INDICES, True, min_area=0.5)[0][:, 0].min() == pytest.approx(0.5, abs=0.001)
     assert abs(mirror.mean() - 0.5) < 0.015

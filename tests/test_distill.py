@@ -66,6 +66,18 @@ def test_the_weights_weigh_the_terms() -> None:
     torch.testing.assert_close(loss(CONFIG, "kd+at"), 0.5 * entropy + 2.0 * divergence + 10 * attention)
 
 
+@pytest.mark.parametrize("kd_loss", ["none", "kd"])
+def test_labels_are_smoothed_with_and_without_a_teacher(kd_loss: str) -> None:
+    smooth = replace(CONFIG, label_smoothing=0.2, ce_weight=1.0)
+
+    def loss(config: SearchConfig) -> torch.Tensor:
+        objective = Objective(config, kd_loss, MINE, THEIRS)  # type: ignore[arg-type]
+        return objective(MINE, teacher_output(THEIRS, []), LABELS)
+
+    entropies = [torch.nn.functional.cross_entropy(MINE[0], LABELS, label_smoothing=share) for share in (0.0, 0.2)]
+    torch.testing.assert_close(loss(smooth) - loss(replace(smooth, label_smoothing=0.0)), entropies[1] - entropies[0])
+
+
 def test_without_a_teacher_it_is_cross_entropy() -> None:
     objective = Objective(CONFIG, "none", MINE, None)
     torch.testing.assert_close(objective(MINE, None, LABELS), torch.nn.functional.cross_entropy(MINE[0], LABELS))

@@ -39,13 +39,26 @@ def test_a_dry_run_counts_what_is_left_and_touches_nothing(
     }  # fmt: skip
     assert {key: planned["high"][key] for key in ("evaluations", "images")} == {"evaluations": 6, "images": 96}
     assert planned["teacher"]["epochs"] == 4
-    kinds = [planned[name] for name in ("teacher", "low", "high")]
+    assert {key: planned["final"][key] for key in ("evaluations", "images", "epochs")} == {
+        "evaluations": 2, "images": 120, "epochs": 4,
+    }  # fmt: skip
+    kinds = [planned[name] for name in ("teacher", "low", "high", "final")]
     assert all(kind["seconds"] > 0 for kind in kinds)
     hours = sum(kind["evaluations"] * kind["seconds"] for kind in kinds) / 3600
     assert planned["worker_hours"] == pytest.approx(hours, abs=1e-3)
     assert "nothing has been started" in err
     assert [path.name for path in run_dir.iterdir()] == ["journal.jsonl"]
     assert (run_dir / "journal.jsonl").read_bytes() == before
+
+
+def test_a_dry_run_mentions_training_free_scores(
+    tiny_npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["search", *FLAGS, f"--data={tiny_npz}", f"--run-dir={tmp_path / 'run'}", "--dry-run", "--no-final"]
+    assert cli.main([*arguments, "--high.epochs=20"]) == 0
+    assert "64 training-free scores, which take about as long as 1.0 full trainings" in capsys.readouterr().err
+    assert cli.main([*arguments, "--high.epochs=20", "--proxies=none"]) == 0
+    assert "training-free" not in capsys.readouterr().err
 
 
 def test_a_dry_run_respects_the_latency_limit(

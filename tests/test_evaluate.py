@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,24 @@ from engine.tasks import (
     task_from_json,
     task_to_json,
 )
-from engine.training import checkpoint, evaluate, run_tasks, teacher
+from engine.training import checkpoint, context, evaluate, run_tasks, teacher, train
 from engine.training.checkpoint import Progress
-from engine.trial import Architecture, Drained, Evaluation, Fidelity, Trial, UsageError, evaluation_from_json
+from engine.training.context import open_context
+from engine.trial import (
+    Architecture,
+    Drained,
+    Evaluation,
+    Fidelity,
+    Trial,
+    UsageError,
+    evaluation_from_json,
+    hits_from_text,
+)
 
 SPACE = "nasbench201:channels=4,cells=1"
 LOW = Fidelity("low", Fraction(1, 2), 2, kd_loss="kd+at")
 HIGH = Fidelity("high", epochs=3)
+FINAL = Fidelity("final", epochs=3, kd_loss="kd", with_valid=True)
 ARCHITECTURES = [Architecture((3, 1, 2, 0, 3, 1)), Architecture((0,) * 6), Architecture((4, 3, 3, 1, 1, 1))]
 
 
@@ -93,6 +105,34 @@ def test_a_trial_gives_a_score_and_its_costs(tiny_run: TinyRun) -> None:
     assert phases == pytest.approx(answer.seconds, rel=0.2)
 
 
+def test_a_distilled_trial_also_tells_how_far_it_agrees_with_the_teacher(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher classifies the validation images once per worker, not once per cohort."""
+    evaluate.load_teacher.cache_clear()
+    asked: list[int] = []
+    monkeypatch.setattr(context, "classify", lambda *how: asked.append(1) or train.classify(*how))
+    first, again = (tiny_run.evaluate(cohort(LOW)) for _ in range(2))
+    assert len(asked) == 1
+    for answer, same in zip(first, again, strict=True):
+        assert answer.cross_entropy == same.cross_entropy > 0
+        assert answer.agreement == same.agreement
+        assert 0 <= answer.agreement <= 1
+    (plain,) = tiny_run.evaluate(cohort(HIGH)[:1])
+    assert plain.cross_entropy is not None
+    assert plain.agreement is None
+    assert len(asked) == 1
+
+
+def test_the_teacher_agrees_with_itself(tiny_run: TinyRun) -> None:
+    here = context.open_context(tiny_run.worker())
+    cached = evaluate.load_teacher(tiny_run.folder.teacher, here)
+    (found,) = here.score([cached.network], LOW, cached)
+    assert isinstance(found, train.Readout)
+    assert found.agreement == 1.0
+    assert found.accuracy == teacher.read_card(tiny_run.folder.teacher).accuracy
+
+
 def test_the_cost_of_an_architecture_is_counted_once(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
 
@@ -139,10 +179,45 @@ def test_the_weights_of_a_full_evaluation_are_saved_and_tested(tiny_run: TinyRun
     assert not tiny_run.folder.weights(cohort(LOW)[1]).exists()
 
 
-def test_a_killed_full_evaluation_resumes_after_its_last_epoch(
+def test_a_final_training_learns_from_the_validation_images_and_is_scored_on_the_test_images(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = Trial(0, ARCHITECTURES[2], HIGH, seed=5)
+    """It also keeps its weights, and its cache of teacher outputs is its own."""
+    context = open_context(tiny_run.worker())
+    train, valid, test = (len(split) for split in (context.data.train, context.data.valid, context.data.test))
+    joined = context.train_split(FINAL)
+    assert joined.images is not None
+    assert context.data.train.images is not None
+    assert (joined.images[:train] == context.data.train.images).all()  # so that their augmentation stays the same
+    assert (joined.labels[train:] == context.data.valid.labels).all()
+    seen = {int(row) for batch in context.train_batches(FINAL, 0) for row in batch.indices}
+    assert seen == set(range(train + valid))
+    trial = cohort(FINAL)[0]
+    (answer,) = tiny_run.evaluate([trial])
+    hits = hits_from_text(answer.hits)
+    assert len(hits) == test
+    assert answer.accuracy == sum(hits) / test
+    assert answer.cross_entropy is not None
+    assert answer.agreement is None, "the teacher's classes are those of validation images"
+    tested = run_tasks.run_test(sent(TestTask(tiny_run.worker(), trial)))
+    assert (tested["test_accuracy"], tested["hits"]) == (answer.accuracy, answer.hits)
+    (plain,) = tiny_run.evaluate([cohort(replace(FINAL, with_valid=False))[0]])
+    assert plain.hits == ""
+    assert plain.agreement is not None
+    assert tiny_run.evaluate([trial])[0].hits == answer.hits
+
+
+def test_the_teacher_is_scored_on_the_test_images(tiny_run: TinyRun) -> None:
+    tested = run_tasks.run_test(sent(TestTask(tiny_run.worker(), None, tiny_run.folder.teacher)))
+    assert tested["test_accuracy"] == sum(hits_from_text(tested["hits"])) / len(hits_from_text(tested["hits"]))
+    assert tested["weights"] == str(tiny_run.folder.teacher)
+
+
+@pytest.mark.parametrize("fidelity", ["high", "final"])
+def test_a_killed_full_evaluation_resumes_after_its_last_epoch(
+    fidelity: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = Trial(0, ARCHITECTURES[2], HIGH if fidelity == "high" else FINAL, seed=5)
     path = tiny_run.folder.weights(trial)
     (whole,) = tiny_run.evaluate([trial])
     weights = load_file(path)

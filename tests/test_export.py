@@ -32,6 +32,8 @@ SPACES = {
     "mobilenetv2:width=0.1": "0-1-1-0-0-1-0-0-0-0-0-0-0-1",
     "shufflenetv2:width=0.1": "0-0-0-1-0-2",
     "examples/my_space.py:SPACE": "1-0-0-0-1-1-0-0-2",
+    "pretrained:torchvision:mobilenet_v3_small": "7-1-1-1-1-0-1-3-0",
+    "pretrained:torchvision:resnet18": "7-2-1-1-0-2-1-3-0",
 }
 CLASSES = ("a", "b", "c", "d", 'e "quoted"')
 
@@ -57,9 +59,11 @@ def task_of(run: Path, spec: str, architecture: str) -> ExportTask:
         card={
             "title": f"{spec} {architecture}",
             "data": "photos",
-            "images": {"train": 5000, "valid": 1000},
+            "images": "5,000 train, 1,000 valid; passed over 1: a|b.psd (not read; convert it to JPEG)",
             "valid_accuracy": 0.9125,
             "test_accuracy": None,
+            "search_test_accuracy": None,
+            "search_training": "",
             "training": "60 epochs",
             "distillation": "none",
             "files": False,
@@ -189,7 +193,10 @@ def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: Ex
     }  # fmt: skip
     card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card
-    facts = ("91.25 %", "not measured", "5,000 training images", "0.4, 0.5, 0.6", 'e "quoted"', f"{report['macs']:,}")
+    facts = (
+        "91.25 %", "not measured", "5,000 train, 1,000 valid; passed over 1: a\\|b.psd", "0.4, 0.5, 0.6", 'e "quoted"',
+        f"{report['macs']:,}",
+    )
     for text in facts:
         assert text in card, text
 

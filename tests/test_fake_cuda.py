@@ -110,6 +110,23 @@ def check_space(space: str) -> None:
                 check_layouts(one)
 
 
+def adamw() -> None:
+    """A step of AdamW is captured, makes the host wait for nothing, and reads its learning rate from the device."""
+    config = replace(CONFIG, optimizer="adamw", label_smoothing=0.1)
+    with fake_cuda() as device:
+        network, example = load_space(SMALL).build((3,) * 6, 100, 1.0), torch.zeros(2, 3, 32, 32, device=CUDA)
+        one = prepare(network, None, config, "none", example, backbone=0.5)
+        train([one], None, feed(), config, Stopwatch(), execution="graph")
+        assert (one.status, one.execution) == ("ok", "graph"), (one.execution, one.error)
+        assert (device.captures, device.replays, device.reads) == (1, STEPS, 1)
+        for weight in network.parameters():
+            assert {value.device.type for value in one.optimiser.state[weight].values()} == {"cuda"}
+        other = prepare(load_space(SMALL).build((3,) * 6, 100, 1.0), None, config, "none", example, backbone=0.5)
+        other.optimiser.load_state_dict(one.optimiser.state_dict())
+        train([other], None, feed(), config, Stopwatch(), execution="graph")
+        assert (other.status, other.execution) == ("ok", "graph"), other.error
+
+
 def check_layouts(one: Student) -> None:
     """Weights of convolutions are channels_last, and momenta have the layout of their weights."""
     for weight in one.network.parameters():
@@ -282,7 +299,7 @@ def kernels_of_a_step() -> None:
         assert len(found) <= most, (space, len(found))
 
 
-CASES = [mobilenetv2, shufflenetv2, nasbench201, eager_steps, falls_back, evaluates_with_our_teacher,
+CASES = [mobilenetv2, shufflenetv2, nasbench201, adamw, eager_steps, falls_back, evaluates_with_our_teacher,
          evaluates_with_a_torchvision_teacher, teacher_outputs_on_the_host, resumes, captures_come_before_the_loader,
          students_wait_only_for_their_inputs, the_doctors_graph_test, kernels_of_a_step, mistakes_raise]  # fmt: skip
 

@@ -29,6 +29,7 @@ from engine.search.fidelity_study.study import (
     run_fidelity_study,
     study_before_search,
 )
+from engine.search.fidelity_study.summary import table
 from engine.search.journal import Journal, read_journal
 from engine.search.predictions import load_predictions
 from engine.search.progress import Display
@@ -49,7 +50,7 @@ from engine.trial import (
     evaluation_to_json,
     trial_from_json,
 )
-from tests.at_once import AtOnce
+from tests.at_once import AtOnce, hits_of
 
 SPACE = "nasbench201:channels=8,cells=1"
 QUIET, TWO_WORKERS = Display("none"), Resources(device="cpu", workers=2)
@@ -87,7 +88,8 @@ class Formula(AtOnce):
         luck = 0.005 if full else LUCK.get(trial.fidelity, 0.1)
         quality = np.random.default_rng(trial.architecture.choices).random()
         score = 0.5 + 0.1 * (quality + luck * np.random.default_rng(int(trial.key, 16)).normal())
-        return Evaluation(trial, "ok", score, seconds=9.0 if full else 1.0, macs=10, params=5)
+        hits = hits_of(trial, score)
+        return Evaluation(trial, "ok", score, seconds=9.0 if full else 1.0, macs=10, params=5, hits=hits)
 
 
 @pytest.fixture
@@ -333,7 +335,7 @@ def test_a_search_imports_only_what_it_may_propose(tmp_path: Path, fleet: Formul
     limit = float(np.median([members.macs[members.row(a)] for a in studied]))
     config = replace(recommended_config(tmp_path / "study"), max_macs=limit)
     run_search(tmp_path / "run", config, Budget(max_low=12, max_high=10))
-    record = read_journal(tmp_path / "run" / "journal.jsonl")
+    record = read_journal(tmp_path / "run" / "journal.jsonl").searched  # the baselines of its end may be larger
     assert all(members.macs[members.row(t.architecture)] <= limit for t in record.asked)
     assert studied & {t.architecture for t in record.asked}
     timed = replace(config, max_macs=float("inf"), max_latency_ms=5.0)
@@ -383,7 +385,7 @@ def _imported(config: SearchConfig, path: Path) -> list[Trial]:
     folder, settings = RunFolder(path), RunSettings(config, Budget(), TWO_WORKERS)
     members = candidates(load_space(SPACE), classes=2, width=1.0, resolution=32)
     with open_context(settings, folder, layout(TWO_WORKERS), QUIET) as context, Journal(folder.journal) as journal:
-        setup = SearchSetup(context, search_plan(config, Budget()), members, probe(context))
+        setup = SearchSetup(context, search_plan(config, Budget()), members, probe(context), members)
         warm_start(RunFolder(Path(config.fidelity_study)), setup, journal)
     return read_journal(folder.journal).asked
 
@@ -487,7 +489,7 @@ def test_low_auto_runs_a_study_first_and_only_once(
     assert counted == [*range(1, 11), *range(1, 21)], "the full trainings of the study, then those of the search"
     found = json.loads((tmp_path / "run" / "fidelity-study" / "fidelity-study.json").read_text())
     assert found["full"] == 10
-    assert found["recommended"] in [low.name for low in default_lows(SearchConfig().high)]
+    assert found["recommended"] in [low.name for low in default_lows(SearchConfig())]
     fleet.asked.clear()
     assert cli.main(command) == 0
     assert fleet.asked == []
@@ -528,6 +530,37 @@ def test_a_score_that_only_reflects_macs_has_no_tau_given_macs() -> None:
     gap = difference(found, GOOD, NOISE)
     assert gap is not None
     assert gap.value == pytest.approx(good.given_macs.value - plain.given_macs.value)
+
+
+def test_a_study_ranks_by_every_readout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross entropy here ranks as full training does, and agreement at random; only distilled trainings have it."""
+
+    class Reading(Formula):
+        def measure(self, trial: Any, task: dict[str, Any]) -> Evaluation:
+            quality = np.random.default_rng(trial.architecture.choices).random()
+            luck = np.random.default_rng(int(trial.key, 16)).random()
+            distilled = trial.fidelity.kd_loss != "none"
+            more = {"cross_entropy": 2 - quality, "agreement": luck if distilled else None}
+            return replace(super().measure(trial, task), **more)
+
+    fleet = Reading()
+    monkeypatch.setattr(run_context, "open_fleet", lambda resources, layout, logs: fleet)
+    result = run(tmp_path / "study", FidelityStudy((NOISE, FAIR), 12, drop=False))
+    undistilled, distilled = (row["readouts"] for row in result["fidelities"])
+    assert set(undistilled) == {"cross_entropy"}
+    assert set(distilled) == {"cross_entropy", "agreement"}
+    assert undistilled["cross_entropy"]["tau"] > 0.9
+    assert abs(distilled["agreement"]["tau"]) < 0.6
+    assert result["fidelities"][0]["tau"] < 0.9, "accuracy is another readout"
+    lines = table(result)
+    assert [line.split()[:3] for line in lines if line.startswith("  by")] == [
+        ["by", "cross", "entropy"], ["by", "cross", "entropy"], ["by", "agreement", "12"]
+    ]  # fmt: skip
+    assert len({len(line) for line in lines if line.startswith("  by")}) == 1, "columns are aligned"
+    with open(tmp_path / "study" / "evaluations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["cross_entropy"] for row in rows)
+    assert [row["fidelity"] for row in rows if row["agreement"]] == [FAIR.name] * 12
 
 
 def test_intervals_have_their_nominal_coverage() -> None:

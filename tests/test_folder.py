@@ -1,14 +1,19 @@
 """Image folders: listing, checks and their record, and errors that name every bad file."""
 
+import errno
 import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data import folder
-from engine.data.dataset import fingerprint, load
+from engine.data import folder, image_files
+from engine.data.dataset import Dataset, fingerprint, load
 from engine.trial import EnvironmentUnusable
 
 
@@ -48,40 +53,107 @@ def test_one_of_five_images_per_class_is_for_validation(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.bincount(data.valid.labels), [1] * 20)
 
 
-def test_hidden_and_other_files_are_ignored(tmp_path: Path) -> None:
+def passed_over(data: Dataset) -> dict[str, str]:
+    """The reason by the name of each file that the last note names."""
+    (note,) = (note for note in data.notes if note.startswith("passed over"))
+    count, _, names = note.removeprefix("passed over ").partition(": ")
+    found = dict(re.fullmatch(r"(.*) \((.*)\)", entry, re.DOTALL).groups() for entry in re.split(r"(?<=\)), ", names))  # type: ignore[union-attr]
+    assert len(found) == int(count)
+    return found
+
+
+def test_what_is_no_image_is_named_and_changes_nothing(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", train=10)
+    before = load(str(root), cache=tmp_path)
+    assert before.notes == ()
+    reasons = {
+        "labels.csv": "not an image",
+        "cover.jpg": "not in a class folder",
+        "train/readme.md": "not an image",
+        "train/cover.jpg": "not in a class folder",
+        "train/class0/notes.txt": "not an image",
+        "train/class0/no ending": "not an image",
+        "train/class0/Thumbs.db": "not an image",
+        "train/class0/.DS_Store": "hidden",
+        "train/class0/.hidden.jpg": "hidden",
+        "train/class0/drawing.psd": "not read; convert it to JPEG",
+        "train/class1/IMG_0001.HEIC": "not read; convert it to JPEG",
+        "train/class1/film.mp4": "not an image",
+        "train/class1/a, b.xml": "not an image",
+        "train/class1/new\\nline.txt": "not an image",
+        "train/class1/\\udcff.txt": "not an image",
+        "train/.cache/": "hidden",
+        "__MACOSX/": "not a class",
+        "train/class2/@eaDir/": "not a class",
+        "train/class2/round/": "a link to a folder above it",
+        "train/class2/pipe.jpg": "not a regular file",
+        "train/class2/gone": "dangling link",
+        "spare/": "1 images, in no split",
+        # With the ending of an image, but it does not decode:
+        "train/class0/empty.jpg": "empty",
+        "train/class0/gone.jpg": "dangling link",
+        "train/class2/404.png": "not an image, despite its name",
+    }
+    for name in reasons:
+        path = root / os.fsdecode(name.replace("\\n", "\n").encode().replace(b"\\udcff", b"\xff"))
+        if name.endswith("/"):
+            picture(path / "small.jpg") if "round" not in name else path.symlink_to(root / "train/class2")
+        elif name.endswith("cover.jpg"):
+            picture(path)
+        elif "gone" in name:
+            path.symlink_to("nothing.jpg")
+        elif "pipe" in name:
+            os.mkfifo(path)
+        else:
+            path.write_text("" if "empty" in name else "not an image")
+    data = load(str(root), cache=tmp_path)
+    assert passed_over(data) == reasons
+    assert fingerprint(data) == fingerprint(before)
+    (note,) = data.notes
+    assert note.startswith("passed over 25: train/class0/empty.jpg (empty), train/class0/gone.jpg (dangling link), ")
+    assert "\n" not in note
+
+
+def test_of_very_many_files_the_line_names_those_that_may_have_been_meant_as_images(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
-    before = fingerprint(load(str(root), cache=tmp_path))
-    for name in (
-        "train/class0/notes.txt",
-        "train/class0/.hidden.jpg",
-        "train/readme.md",
-        "train/.cache/x",
-        "labels.csv",
-    ):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text("not an image")
-    assert fingerprint(load(str(root), cache=tmp_path)) == before
+    for i in range(1000):
+        (root / f"train/class0/{i:04}.xml").touch()
+    (root / "train/class1/photo.heic").touch()
+    (note,) = load(str(root), cache=tmp_path).notes
+    assert note.startswith("passed over 1,001: train/class1/photo.heic (not read; convert it to JPEG), ")
+    assert note.endswith(", and 961 more")
 
 
-def test_every_bad_file_is_named_in_one_error(tmp_path: Path) -> None:
+def test_many_bad_files_are_an_error_that_names_them(tmp_path: Path) -> None:
+    """The images may not have been copied whole; a training on the others would not be what was asked for."""
     root = image_folder(tmp_path / "set")
     cut = picture(root / "train/class0/cut.jpg", size=(200, 200))
     cut.write_bytes(cut.read_bytes()[:3000])
     (root / "train/class1/text.jpg").write_text("no image at all")
     (root / "test/class2/empty.png").touch()
-    picture(root / "train/class2/other.gif").rename(root / "train/class2/gif.png")
     with pytest.raises(EnvironmentUnusable) as caught:
         load(str(root), cache=tmp_path)
     message = str(caught.value)
-    assert "4 of 25 images cannot be read; replace or remove them" in message
+    assert "3 of 24 images cannot be read, too many to pass over; replace or remove them" in message
     assert f"{cut}: " in message
     assert "truncated" in message
-    assert f"{root}/train/class1/text.jpg: is not a JPEG or PNG" in message
-    assert f"{root}/test/class2/empty.png: is empty" in message
-    assert f"{root}/train/class2/gif.png: is not a JPEG or PNG" in message
-    for name in ("train/class0/cut.jpg", "train/class1/text.jpg", "test/class2/empty.png", "train/class2/gif.png"):
-        (root / name).unlink()
-    assert len(load(str(root), cache=tmp_path).test) == 6
+    assert f"{root}/train/class1/text.jpg: not an image, despite its name" in message
+    assert f"{root}/test/class2/empty.png: empty" in message
+    cut.unlink()
+    assert passed_over(load(str(root), cache=tmp_path)) == {
+        "test/class2/empty.png": "empty",
+        "train/class1/text.jpg": "not an image, despite its name",
+    }
+
+
+def test_a_class_of_which_no_image_can_be_read_is_an_error(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", train=20)
+    for split, count in (("train", 2), ("test", 1)):
+        for i in range(count):
+            (root / split / "lost").mkdir(exist_ok=True)
+            (root / split / f"lost/{i}.jpg").symlink_to(f"gone/{i}.jpg")
+    with pytest.raises(EnvironmentUnusable, match=r"no image of the class lost can be read.*\n.*lost/0.jpg: dangling"):
+        load(str(root), cache=tmp_path)
 
 
 def test_a_very_long_list_of_bad_files_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,27 +167,27 @@ def test_a_very_long_list_of_bad_files_is_cut(tmp_path: Path, monkeypatch: pytes
 
 def test_checked_files_are_decoded_again_only_if_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = image_folder(tmp_path / "set")
-    decoded: list[int] = []
-    check = folder.unreadable
-    monkeypatch.setattr(folder, "unreadable", lambda files: decoded.append(len(files)) or check(files))
+    looked: list[str] = []
+    decoded = image_files._decoded
+    monkeypatch.setattr(image_files, "_decoded", lambda file: looked.append(file) or decoded(file))
     load(str(root), cache=tmp_path)
     load(str(root), cache=tmp_path, seed=5)
-    assert decoded == [21]
+    assert len(looked) == 21
     changed = root / "train/class0/0.jpg"
     os.utime(changed, ns=(0, 0))
     load(str(root), cache=tmp_path)
-    assert decoded == [21, 21]
+    assert len(looked) == 42
     changed.write_text("no image")
-    for _ in range(2):  # a check that failed is not remembered
-        with pytest.raises(EnvironmentUnusable, match="1 of 21"):
-            load(str(root), cache=tmp_path)
+    looked.clear()
+    counts = [len(looked) for _ in range(2) if passed_over(load(str(root), cache=tmp_path))]
+    assert counts == [21, 22]  # it may have been a matter of the disk
 
 
 def test_class_folders_that_differ_or_are_empty(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "set")
     (root / "train/class9").mkdir()
     (root / "train/class9/notes.txt").touch()
-    with pytest.raises(EnvironmentUnusable, match=r"no JPEG or PNG file in class9.*remove the empty folders"):
+    with pytest.raises(EnvironmentUnusable, match=r"no image in class9 \(passed over 1: train/class9/notes.txt \("):
         load(str(root), cache=tmp_path)
     picture(root / "train/class9/a.jpg")
     (root / "test/class2").rename(root / "test/classX")
@@ -162,10 +234,8 @@ def test_a_folder_with_another_layout_is_refused_with_instructions(tmp_path: Pat
     with pytest.raises(EnvironmentUnusable, match=r"no folder train/.*arrange the images"):
         load(str(tmp_path / "untested"), cache=tmp_path)
     picture(tmp_path / "half/train/class0/0.jpg")
-    with pytest.raises(EnvironmentUnusable, match=r"no folder test or val/.*arrange the images"):
-        load(str(tmp_path / "half"), cache=tmp_path)
     (tmp_path / "half/test").mkdir()
-    with pytest.raises(EnvironmentUnusable, match="no class folder"):
+    with pytest.raises(EnvironmentUnusable, match=r"train/ has class folders, but no class folder .* is in test/"):
         load(str(tmp_path / "half"), cache=tmp_path)
 
 
@@ -176,3 +246,192 @@ def test_the_fingerprint_of_a_folder_moves_with_it(tmp_path: Path) -> None:
     assert fingerprint(load(str(moved), cache=tmp_path)) == before
     picture(moved / "train/class0/0.jpg", size=(50, 50))
     assert fingerprint(load(str(moved), cache=tmp_path)) != before
+
+
+def flat(root: Path, *classes: str, count: int = 5) -> Path:
+    """`count` pictures in each of some folders."""
+    for c, name in enumerate(classes):
+        for i in range(count):
+            picture(root / name / f"{i}.jpg", seed=1000 * c + i)
+    return root
+
+
+def sizes(data: Dataset) -> tuple[int, int, int]:
+    return len(data.train), len(data.valid), len(data.test)
+
+
+def names(data: Dataset, split: str) -> set[str]:
+    files = getattr(data, split).files
+    return {os.path.relpath(file, data.name) for file in files}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_a_validation_part_beside_train_and_test_is_used(tmp_path: Path, name: str) -> None:
+    root = image_folder(tmp_path / "set")
+    flat(root / name, "class0", "class1", "class2", count=3)
+    data = load(str(root), cache=tmp_path, valid_fraction=0.5)
+    assert sizes(data) == (15, 9, 6)
+    assert names(data, "valid") == {f"{name}/class{c}/{i}.jpg" for c in range(3) for i in range(3)}
+    assert data.notes == (f"{name}/ is the validation part, so --valid-fraction has no effect",)
+    assert fingerprint(load(str(root), cache=tmp_path, seed=7)) == fingerprint(data)
+
+
+def test_a_validation_part_without_a_test_part_serves_as_one(tmp_path: Path) -> None:
+    data = load(str(image_folder(tmp_path / "set", test_name="val")), cache=tmp_path)
+    assert sizes(data) == (12, 3, 6)
+    assert data.notes == ("val/ is the test part",)
+
+
+def test_other_names_of_the_splits(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set", test_name="Testing")
+    (root / "train").rename(root / "Training")
+    assert sizes(load(str(root), cache=tmp_path)) == (12, 3, 6)
+    flat(root / "test", "class0", "class1", "class2")
+    with pytest.raises(EnvironmentUnusable, match=r"Testing/ and test/ are the same split; merge them or remove one"):
+        load(str(root), cache=tmp_path)
+
+
+@pytest.mark.parametrize("names", [("train", "car"), ("train", "test", "car"), ("val", "car", "bus")])
+def test_a_folder_of_images_is_a_class_whatever_its_name(tmp_path: Path, names: tuple[str, ...]) -> None:
+    data = load(str(flat(tmp_path / "set", *names)), cache=tmp_path)
+    assert data.classes == tuple(sorted(names))
+    assert sizes(data) == (3 * len(names), len(names), len(names))
+    assert data.notes == ("a fifth of each class is the test part",)
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentUnusable, match=r"test/ and train/ hold images and no class folders; arrange"):
+        load(str(flat(tmp_path / "set", "train", "test")), cache=tmp_path)
+
+
+def test_a_class_called_train_with_folders_inside_is_not_guessed_at(tmp_path: Path) -> None:
+    root = flat(tmp_path / "set", "train/steam", "train/diesel", "car")
+    with pytest.raises(EnvironmentUnusable, match=r"train/ has folders inside.* but car/ is beside it.*If train/ is a"):
+        load(str(root), cache=tmp_path)
+
+
+@pytest.mark.parametrize("above", ["photos", "photos/photos", "train"])
+def test_classes_in_a_single_folder_are_found(tmp_path: Path, above: str) -> None:
+    root = flat(tmp_path / "set" / above, "cat", "dog")
+    (tmp_path / "set/notes.txt").touch()
+    data = load(str(tmp_path / "set"), cache=tmp_path)
+    assert (data.classes, sizes(data)) == (("cat", "dog"), (6, 2, 2))
+    assert data.notes[:2] == (f"read from {above}/", "a fifth of each class is the test part")
+    assert passed_over(data) == {"notes.txt": "not an image"}
+    assert fingerprint(load(str(root), cache=tmp_path)) == fingerprint(data)
+
+
+def test_splits_in_a_single_folder_are_found(tmp_path: Path) -> None:
+    image_folder(tmp_path / "set/photos")
+    assert sizes(load(str(tmp_path / "set"), cache=tmp_path)) == (12, 3, 6)
+
+
+def test_images_in_folders_of_a_class_belong_to_it(tmp_path: Path) -> None:
+    root = flat(tmp_path / "set", "cat", "cat/2024/may", "cat/2024/june", "dog/all")
+    data = load(str(root), cache=tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert sizes(data) == (13, 3, 4)
+    cats = sum("cat/" in name for split in ("train", "valid", "test") for name in names(data, split))
+    assert cats == 15
+    for split in (data.train, data.valid, data.test):
+        found = [os.path.relpath(file, root).split("/")[0] for file in split.files or ()]
+        assert found == [data.classes[label] for label in split.labels]
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
+    flat(tmp_path / "elsewhere", "tabby")
+    root = flat(tmp_path / "set", "dog")
+    (root / "cat").symlink_to(tmp_path / "elsewhere/tabby")
+    (root / "dog/link.jpg").symlink_to(picture(tmp_path / "single.jpg", seed=9))
+    data = load(str(root), cache=tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert sum(sizes(data)) == 11
+
+
+def test_names_with_spaces_and_other_letters(tmp_path: Path) -> None:
+    root = flat(tmp_path / "meine Fotos ü", "Käse, alt", "小熊 猫", "a 'quoted' one", "train set")
+    picture(root / "train set/IMG 0001 (1).JPEG", seed=50)
+    picture(root / os.fsdecode(b"train set/na\xefve.png"), seed=51)
+    data = load(str(root), cache=tmp_path)
+    assert data.classes == ("Käse, alt", "a 'quoted' one", "train set", "小熊 猫")
+    assert sum(sizes(data)) == 22
+    fingerprint(data)
+
+
+def test_the_same_name_in_two_forms_of_unicode_is_one_class(tmp_path: Path) -> None:
+    """macOS writes é as e and an accent."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = flat(tmp_path / "set", f"train/{composed}", "train/tea", f"test/{decomposed}", "test/tea")
+    assert load(str(root), cache=tmp_path).classes == (composed, "tea")
+    flat(root, f"train/{decomposed}")
+    with pytest.raises(EnvironmentUnusable, match=r"differ only in case or in the form of Unicode; merge them"):
+        load(str(root), cache=tmp_path)
+
+
+def test_class_folders_that_differ_only_in_case(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentUnusable, match=r"the class folders Cat and cat in .* differ only in case"):
+        load(str(flat(tmp_path / "set", "cat", "Cat", "dog")), cache=tmp_path)
+
+
+def test_a_class_name_that_is_not_utf8(tmp_path: Path) -> None:
+    root = flat(tmp_path / "set", "dog", os.fsdecode(b"caf\xe9"))
+    with pytest.raises(EnvironmentUnusable, match=r"caf\\udce9 is not UTF-8; rename it"):
+        load(str(root), cache=tmp_path)
+
+
+def test_a_test_part_that_equals_the_training_part_is_a_warning(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "set")
+    shutil.rmtree(root / "test")
+    shutil.copytree(root / "train", root / "test")
+    assert load(str(root), cache=tmp_path).warnings == (
+        "15 of 15 test images are also training or validation images, byte for byte; accuracies on the test split are "
+        "too high",
+    )
+
+
+def test_equal_files_within_the_training_images(tmp_path: Path) -> None:
+    root = flat(tmp_path / "set", "cat", "dog", count=10)
+    assert load(str(root), cache=tmp_path).warnings == ()
+    for i in range(10):
+        shutil.copy(root / f"cat/{i}.jpg", root / f"cat/{i} (copy).jpg")
+    shutil.copy(root / "cat/0.jpg", root / "dog/zero.jpg")
+    warnings = load(str(root), cache=tmp_path).warnings
+    assert [re.sub(r"^\d+ of \d+", "N", warning) for warning in warnings] == [
+        "N test images are also training or validation images, byte for byte; accuracies on the test split are too "
+        "high",
+        "N valid images are also training images, byte for byte; accuracies on the valid split are too high",
+        "3 images are in more than one class, byte for byte",
+    ]
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = flat(tmp_path / "set", "cat", "dog")
+    scandir = os.scandir
+
+    def forbid(path: str) -> Iterator[os.DirEntry[str]]:  # the tests may run as root, whom no mode keeps out
+        if path.endswith("cat"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    with pytest.raises(EnvironmentUnusable, match=r"cannot list .*cat: Permission denied"):
+        load(str(root), cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("archive", "images", "classes", "note"),
+    [
+        ("photos21.tar", (672, 168, 420), 21, None),
+        ("caltech101_500.tar", (300, 100, 100), 100, "a fifth of each class is the test part"),
+    ],
+)
+def test_folders_of_photographs(
+    shared_data: Path, tmp_path: Path, archive: str, images: tuple[int, int, int], classes: int, note: str | None
+) -> None:
+    with tarfile.open(shared_data / archive) as opened:
+        opened.extractall(tmp_path / "set", filter="data")
+    data = load(str(tmp_path / "set"), cache=tmp_path / "cache")
+    assert (sizes(data), len(data.classes)) == (images, classes)
+    assert data.warnings == ()
+    assert not any(note.startswith("passed over") for note in data.notes)
+    assert note is None or note in data.notes

@@ -161,6 +161,55 @@ def test_backends_resize_alike(resolution: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+def transformed(pixels: torch.Tensor, operations: augment.Operations, row: int) -> torch.Tensor:
+    """The definition of an operation of TrivialAugment, in torch; pixels (3, H, W) in 0..255."""
+    matrix, colour = torch.from_numpy(operations.matrix[row]), operations.colour[row].astype(np.float64)
+    linear, shift = matrix[:, :2], matrix[:, 2] - 0.5 + matrix[:, :2].sum(1) / 2
+    grid = torch.nn.functional.affine_grid(
+        torch.cat([linear, 2 * shift[:, None]], 1)[None], [1, *pixels.shape], align_corners=False
+    )
+    moved = torch.nn.functional.grid_sample(pixels[None], grid, align_corners=False)[0].round().double()
+    grey = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)
+    luma = (moved * grey).sum(0, keepdim=True)
+    coloured = luma + (moved - luma) * colour[2]
+    coloured = (128 + (coloured - 128) * colour[1]) * colour[0]
+    kept = coloured.clamp(0, 255).round().long() & int(operations.bits[row, 0])
+    return torch.where(kept > int(operations.threshold[row, 0]), 255 - kept, kept).double()
+
+
+def test_trivial_augment_follows_its_definition() -> None:
+    data, grid = arrays(400, flip=False), np.indices((32, 32))
+    smooth = (128 + 90 * np.sin(grid[0] / 5) * np.cos(grid[1] / 7)).astype(np.uint8)
+    assert data.train.images is not None
+    data.train.images[:] = (smooth[None, :, :, None] + data.train.images // 16).astype(np.uint8)
+    seen = {}
+    for kind in ("crop", "trivial"):
+        settings = {"epochs": 1, "augmentation": augment.Augmentation(kind), "batch_size": 16}
+        seen[kind] = by_index(list(train(data, **settings)))
+    operations = augment.trivial(5, 0, np.arange(400))
+    std, mean = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (STD, MEAN))
+    for index, image in seen["trivial"].items():
+        plain = ((seen["crop"][index] * std + mean) * 255).round().float()
+        wanted, got = transformed(plain, operations, index), (image * std + mean) * 255
+        wrong = (wanted - got).abs() > 2.5
+        # Rounding differs where bits are dropped, and at the edge of what was uncovered.
+        assert wrong.double().mean() < 0.06, index
+
+
+def test_trivial_augment_does_not_depend_on_the_batch(files: Dataset) -> None:
+    settings = {"epochs": 1, "augmentation": augment.Augmentation("trivial", 0.5)}
+    whole = by_index(list(train(files, **settings)))
+    others = by_index(list(train(files, batch_size=3, **settings)))
+    assert all(torch.equal(others[index], image) for index, image in whole.items() if index in others)
+    plain = by_index(list(train(files, epochs=1, augmentation=augment.Augmentation("crop", 0.5))))
+    assert any(not torch.equal(plain[index], image) for index, image in whole.items())
+
+
+def test_trivial_augment_needs_dali() -> None:
+    with pytest.raises(UsageError, match="--augment trivial is computed by DALI"):
+        train(arrays(), backend="resident", augmentation=augment.Augmentation("trivial"))
+
+
 def test_dali_outputs_are_not_copied_and_not_overwritten(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses: list[int] = []
     convert = torch.from_dlpack
@@ -311,7 +360,19 @@ def test_a_file_that_breaks_after_the_check_is_named(files: Dataset, tmp_path: P
     cut.write_bytes(Path(files.train.files[0]).read_bytes()[:700])
     split = dataclasses.replace(files.train, files=(str(text), str(cut), *files.train.files[2:]))
     batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
-    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: is not a JPEG or PNG\n.*cut.jpg: .*truncated"):
+    with pytest.raises(EnvironmentUnusable, match=r"text.jpg: not an image, despite its name\n.*cut.jpg: .*truncated"):
+        list(batches)
+
+
+def test_a_file_that_only_dali_cannot_decode_is_named(files: Dataset, tmp_path: Path) -> None:
+    """The check converts such a file; here none was made."""
+    picture = tmp_path / "no-end.png"
+    Image.new("RGB", (60, 60)).save(picture)
+    picture.write_bytes(picture.read_bytes()[:-5])
+    assert files.train.files is not None
+    split = dataclasses.replace(files.train, files=(*files.train.files[:22], str(picture)))
+    batches = loader.eval_batches(split, data=files, batch_size=8, resolution=0)
+    with pytest.raises(EnvironmentUnusable, match=r"DALI cannot decode these images.*\n  .*no-end.png$"):
         list(batches)
 
 

@@ -17,7 +17,7 @@ from engine.space import Candidates
 from engine.trial import Evaluation, Fidelity, History, Trial, UsageError
 from surrogate.linear import Linear
 from surrogate.quality import ranks as rankdata
-from surrogate.xgb import SurrogateParts
+from surrogate.xgb import BOTH, SurrogateParts
 
 LOW, OTHER, FULL = Fidelity("low", epochs=1), Fidelity("other", epochs=1), Fidelity("full", epochs=20)
 
@@ -219,13 +219,13 @@ def poor(trial):
     return weak if trial.fidelity == LOW else answer(trial)
 
 
-def some_results(space, inputs=SurrogateInputs()):
+def some_results(space, parts=BOTH):
     """The estimate from random low and full results."""
     history, rows = History(), np.random.default_rng(5).permutation(len(space))
     for fidelity, some in ((LOW, rows[:24]), (FULL, rows[24:54])):
         trials = [Trial(history.asked + i, space.architecture(r), fidelity) for i, r in enumerate(some)]
         history.answered.extend(map(poor, trials))
-    return estimate(space, [scores(space, history, LOW)], scores(space, history, FULL), 0, inputs)
+    return estimate(space, [scores(space, history, LOW)], scores(space, history, FULL), 0, SurrogateInputs(parts=parts))
 
 
 def test_without_further_trends_nothing_is_decided_otherwise():
@@ -239,18 +239,19 @@ def test_without_further_trends_nothing_is_decided_otherwise():
 
 
 def test_a_run_learns_which_trends_to_trust():
-    weights = {weight.name: weight for weight in learned_weights(some_results(SCORED), ["low"])}
+    fitted = some_results(with_trends(0.0, naswot=GOOD, noise=NOISE))
+    weights = {weight.name: weight for weight in learned_weights(fitted, ["low"])}
     assert list(weights) == ["macs", "proxy:naswot", "proxy:noise", "low"]
     good, noise = weights["proxy:naswot"], weights["proxy:noise"]
     assert good.included > 0.9
-    assert good.mean > 2 * good.std
-    assert noise.included < 0.5
-    assert abs(noise.mean) < 0.1
+    assert good.mean > 1.5 * good.std
+    assert abs(noise.mean) < min(0.1, 2 * noise.std)
+    assert noise.included < good.included
     assert weights["macs"].included == weights["low"].included == 1
 
 
 def test_the_sign_of_a_trend_does_not_matter():
-    linear = SurrogateInputs(parts=SurrogateParts(trees=False))
+    linear = SurrogateParts(trees=False)
     one, other = (some_results(with_trends(0.0, it=sign * GOOD), linear) for sign in (1, -1))
     turned = np.where(np.arange(len(one.linear.weights)) == 2, -1, 1)  # after intercept and MACs
     np.testing.assert_allclose(one.linear.weights, turned * other.linear.weights, atol=1e-6)
@@ -269,12 +270,13 @@ def test_an_unknown_value_is_predicted_from_the_others_and_less_certain():
 
 
 def test_a_good_score_of_the_untrained_network_finds_better_architectures():
-    plans = [Plan((LOW,), FULL, max_low=8, max_high=8, seed=s) for s in range(6)]
+    """With low scores that say little: the mean of what is trained in full after the first few results."""
+    plans = [Plan((LOW,), FULL, max_low=8, max_high=16, seed=s) for s in range(5)]
 
-    def best(space):
-        return np.mean([max(e.accuracy for e in full(run(plan, space=space, answer=poor))) for plan in plans])
+    def later(space):
+        return np.mean([e.accuracy for p in plans for e in full(run(p, space=space, answer=poor))[8:]])
 
-    assert best(with_trends(naswot=GOOD)) > best(SPACE)
+    assert later(with_trends(naswot=GOOD)) > later(SPACE) + 0.02
 
 
 def test_proxies_train_what_all_scores_rank_highest_and_naswot_what_its_own_does():

@@ -18,8 +18,9 @@ from engine.data.dataset import load
 from engine.networks import Staged, conv_bn, pooled_classifier
 from engine.space import Choice, SearchSpace
 from engine.spaces.load import load_space
+from engine.tasks import PROXIES
 from engine.training import proxies
-from engine.training.proxies import PROXIES, Codes, ProxyBatch, Relations, make_batch, relations, score_architectures
+from engine.training.proxies import Codes, ProxyBatch, Relations, make_batch, relations, score_architectures
 from engine.trial import Architecture
 from surrogate.quality import kendall_tau
 

@@ -200,6 +200,20 @@ def test_joined_tables_count_as_settings_of_a_run(tmp_path, monkeypatch):
     assert simulated == [("random", 0)]
 
 
+def test_methods_of_training_free_scores_are_for_tables_that_have_them(tmp_path):
+    rows = [dict(row) for row in csv.DictReader(SYNTHETIC.open())]
+    scored = [row | {"proxy:nwot": row["test:full"]} for row in rows]
+    dump(scored, tmp_path / "t.csv")
+    settings = replace(QUICK, table=tmp_path / "t.csv", methods=("naswot", "proxies"), seeds=1, lows=())
+    assert {"naswot", "proxies"} <= set(all_methods(load(settings.table)))
+    best = 100 * max(float(row["test:full"]) for row in rows)
+    assert all(run["recommended"]["mean"] > best - 1 for run in replay(settings)["methods"].values())
+    with pytest.raises(UsageError, match="has no column proxy:nwot, which naswot needs"):
+        replay(replace(settings, table=SYNTHETIC, methods=("naswot",)))
+    with pytest.raises(UsageError, match="has no column proxy:NAME, which proxies needs"):
+        replay(replace(settings, table=SYNTHETIC, methods=("proxies",)))
+
+
 def test_noise_is_drawn_for_each_seed_and_only_at_full_fidelity():
     table = load(SYNTHETIC)
     full, low = Fidelity("full"), Fidelity("low")

@@ -16,14 +16,15 @@ from plotly import graph_objects
 import cli
 from engine.report import accuracy_charts
 from engine.report.architecture_drawing import draw
-from engine.report.prediction_charts import predicted_against_measured
+from engine.report.final_trainings import label_places
+from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import spans_of, timeline
 from engine.search import runs
 from engine.search.predictions import load_predictions
 from engine.spaces.load import load_space
 from engine.trial import Architecture
 
-CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "timeline", "cost", "teacher"]
+CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "weights", "timeline", "cost", "teacher"]
 
 
 @pytest.fixture
@@ -47,7 +48,11 @@ def test_the_page_has_every_chart_and_is_self_contained(copy: Path, capsys: pyte
     assert re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)""", ours) == []
     assert "@import" not in ours
     assert "default-src 'none'" in page  # forbids all requests
-    assert "87.65 %" in page  # the winner's test accuracy
+    assert "87.65 \N{PLUS-MINUS SIGN} 1.0 %" in page  # the winner's test accuracy
+    assert "The search was worth it: &lt;it&gt; was." in page
+    assert "90.1 \N{PLUS-MINUS SIGN} 1.2" in page  # after its final training
+    assert "+2.1 \N{PLUS-MINUS SIGN} 0.8" in page  # its difference from a baseline
+    assert "<td>unlucky network</td><td>oom</td>" in page
     drawn = json.loads(page.split('id="charts">')[1].split("</script>")[0])
     for chart in drawn:
         graph_objects.Figure(data=chart["data"], layout=chart["layout"])  # raises if plotly does not know a property
@@ -117,6 +122,28 @@ def test_the_front_holds_the_points_that_no_other_beats_in_both() -> None:
     assert accuracy_charts.front(x, y) == [1, 2, 0, 5]
 
 
+def test_the_finished_winner_and_its_baselines_are_named_in_the_picture(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    chart = accuracy_charts.pareto(run)
+    (shown,) = [trace for trace in chart.data if trace["visible"] and "error_y" in trace]
+    assert shown["text"] == ["finished winner", "largest within the limits", "largest network"]
+    assert shown["y"] == pytest.approx([90.12, 88.02, 88.02])
+    assert shown["error_y"]["array"] == pytest.approx([1.23] * 3)
+    assert run.result is not None
+    assert shown["x"][2] == pytest.approx(2 * run.result["winner"]["macs"] / 1e6)
+    assert "on the test images, after the final training" in chart.caption
+    without = {key: value for key, value in run.result.items() if key not in ("final", "baselines", "verdict")}
+    plain = accuracy_charts.pareto(replace(run, result=without))  # as an earlier version wrote it
+    assert not any("error_y" in trace for trace in plain.data)
+
+
+def test_labels_in_the_picture_stay_apart() -> None:
+    assert label_places([0.6, 1.2], [88.0, 88.0]) == ["bottom right", "top left"]
+    assert label_places([1.0, 2.0, 1.9, 1.8], [50.0, 70.0, 80.0, 60.0]) == [
+        "bottom right", "middle left", "top left", "bottom left",
+    ]  # fmt: skip
+
+
 def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
     past = load_predictions(run)
@@ -128,6 +155,15 @@ def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> Non
     order = [measured[t.architecture] for t in run.record.asked if t.number in said]
     assert sorted(range(len(order)), key=order.__getitem__) == sorted(range(len(order)), key=dots["y"].__getitem__)
     assert calibration.data[1]["y"] == sorted(calibration.data[1]["y"])
+
+
+def test_the_weights_of_the_last_fit_are_drawn_with_their_intervals(finished_run: Path) -> None:
+    past = load_predictions(runs.open_run(str(finished_run)))
+    dots = learned_to_trust(past).data[1]
+    weights = {weight.name: weight for weight in past.weights()}
+    assert dots["y"] == ["low fidelity", "macs"]
+    assert dots["x"] == [weights[name].mean for name in dots["y"]]
+    assert dots["error_x"]["array"] == [1.645 * weights[name].std for name in dots["y"]]
 
 
 def test_the_report_does_not_claim_that_another_method_asks_the_surrogate(

@@ -125,7 +125,7 @@ def test_paths_into_a_moved_folder_are_updated(tmp_path: Path) -> None:
     assert new.fix_config("search", moved, Budget(), Slots(2, 1)) == slots
 
 
-def test_a_run_has_begun_once_it_has_a_teacher_or_a_trial(folder: RunFolder) -> None:
+def test_a_run_has_begun_once_it_has_a_teacher_a_training_free_score_or_a_trial(folder: RunFolder) -> None:
     assert not folder.has_begun()
     folder.journal.write_text('{"journal":1}\n')
     assert not folder.has_begun()
@@ -135,6 +135,9 @@ def test_a_run_has_begun_once_it_has_a_teacher_or_a_trial(folder: RunFolder) -> 
     folder.teacher.parent.mkdir()
     assert not folder.has_begun()
     folder.teacher.touch()
+    assert folder.has_begun()
+    folder.teacher.unlink()
+    folder.proxies.touch()
     assert folder.has_begun()
 
 

@@ -219,8 +219,13 @@ def test_explain_says_why_an_architecture_was_trained_in_full(
     assert "It was promoted to full training: its upper bound then ranked" in found["why"][0]  # type: ignore[index]
     assert found["predicted_at_the_end"]["fitted_to_its_full_score"]  # type: ignore[index]
     assert found["predicted_when_asked"]["full"] < found["predicted_at_the_end"]["full"]  # type: ignore[index]
+    weights = found["weights"]
+    assert [weight["name"] for weight in weights] == ["macs", "low fidelity"]  # type: ignore[attr-defined]
+    assert all(weight["std"] > 0 and weight["included"] == 1 for weight in weights)  # type: ignore[attr-defined]
     text = command(f"explain {finished_run} {best.trial.architecture}", capsys)
     assert "surrogate when asked for" in text
+    assert "What this run has learned to trust" in text
+    assert f"  macs          {weights[0]['mean']:+.2f} +- {weights[0]['std']:.2f}\n" in text  # type: ignore[index]
     assert "1<-0 = nor_conv" in text
 
 

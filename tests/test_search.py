@@ -29,7 +29,7 @@ from engine.trial import (
     evaluation_to_json,
     trial_from_json,
 )
-from tests.at_once import AtOnce
+from tests.at_once import AtOnce, hits_of
 
 SPACE = "nasbench201:channels=8,cells=1"
 CONFIG = SearchConfig(
@@ -55,7 +55,9 @@ class Formula(AtOnce):
                 continue
             noise = np.random.default_rng(int(trial.key, 16)).normal(0, 0.02)
             quality = sum(trial.architecture.choices) / 24
-            answers.append(Evaluation(trial, "ok", 0.5 + 0.3 * quality + noise, seconds=2.0, macs=10, params=5))
+            accuracy = 0.5 + 0.3 * quality + noise
+            hits = hits_of(trial, accuracy)
+            answers.append(Evaluation(trial, "ok", accuracy, seconds=2.0, macs=10, params=5, hits=hits))
         return [evaluation_to_json(answer) for answer in answers]
 
 
@@ -88,7 +90,7 @@ def test_a_search_asks_low_then_high_and_names_a_winner(tmp_path: Path, monkeypa
     assert names.count("low") >= 1
     assert names.count("high") == BUDGET.max_high
     assert result["winner"]["test_accuracy"] == 0.75
-    assert result["evaluations"] == {"low": names.count("low"), "high": 4, "failed": 0}
+    assert result["evaluations"] == {"low": names.count("low"), "high": 4, "final": names.count("final"), "failed": 0}
     low, high = ({t.architecture for t in record.asked if t.fidelity.name == name} for name in ("low", "high"))
     assert high <= low  # so that low and full scores can be compared
     assert result["tau"]["low_vs_high"] is not None
@@ -238,7 +240,7 @@ def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Formula()
-    sizes: dict[str, list[int]] = {"low": [], "high": []}
+    sizes: dict[str, list[int]] = {"low": [], "high": [], "final": []}
     answers = fleet.run_trials
 
     def counted(task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -246,8 +248,9 @@ def test_low_fidelity_trials_go_in_cohorts_and_full_ones_alone(
         return answers(task)
 
     monkeypatch.setattr(fleet, "run_trials", counted)
-    run(tmp_path, monkeypatch, fleet)
+    run(tmp_path, monkeypatch, fleet, budget=replace(BUDGET, baselines="always"))
     assert set(sizes["high"]) == {1}
+    assert sizes["final"] == [1, 1]
     assert sizes["low"][:2] == [4, 4]
     assert max(sizes["low"]) == 4
 
@@ -266,7 +269,7 @@ def test_only_architectures_within_the_limits_are_asked_for(tmp_path: Path, monk
     limit = 4e6
     run(tmp_path, monkeypatch, Formula(), config=replace(CONFIG, max_macs=limit))
     members = candidates(space, classes=2, width=1.0, resolution=32)
-    for trial in read_journal(tmp_path / "run" / "journal.jsonl").asked:
+    for trial in read_journal(tmp_path / "run" / "journal.jsonl").searched.asked:
         assert members.macs[members.row(trial.architecture)] <= limit
 
 

@@ -63,7 +63,11 @@ def table() -> list[dict[str, str]]:
 
 
 def test_importing_the_spaces_does_not_import_torch() -> None:
-    code = "import sys, engine.spaces as s; [make() for make in s.SPACES.values()]; sys.exit('torch' in sys.modules)"
+    """Only the one that is cut out of a network needs it."""
+    code = (
+        "import sys, engine.spaces as s; [make() for name, make in s.SPACES.items() if name != 'pretrained']; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

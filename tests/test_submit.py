@@ -339,7 +339,7 @@ def test_submit_writes_a_script_and_submits_it(
     [
         (["--nodes=0"], 2, "--nodes is 0; it must be at least 1"),
         (["--time=90"], 2, "write HH:MM:SS"),
-        (["--batch-size=0"], 2, "--batch-size is 0"),
+        (["--batch-size=-1"], 2, "--batch-size is -1"),
         (["--executor=slurm"], 2, "submit does not accept --executor: the search runs on the nodes of its own job"),
         (["--max-nodes=2"], 2, "submit does not accept --max-nodes: --nodes sets"),
         (["--dry-run"], 2, "submit does not accept --dry-run"),

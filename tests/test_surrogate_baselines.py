@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from surrogate.baselines import fit_gp
+from surrogate.baselines import bore, fit_gp
 
 
 def test_gp_interpolates_a_smooth_function_and_is_uncertain_far_away():
@@ -23,3 +23,12 @@ def test_gp_can_be_fitted_to_one_point():
     mean, std = fit_gp(np.zeros((1, 2)), np.array([0.4])).predict(np.ones((3, 2)))
     np.testing.assert_allclose(mean, 0.4)
     assert (std > 0).all()
+
+
+def test_bore_puts_points_like_the_best_third_first():
+    x = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float32)
+    y = (x[:, 0] - 0.5 * x[:, 1]).astype(np.float64)
+    known, rest = np.arange(60), np.arange(60, 300)
+    odds = bore(x, known, y[known], seed=0)[rest]
+    assert y[rest][np.argsort(-odds)[:40]].mean() > y[rest].mean() + y.std()
+    assert (bore(x, known, y[known], seed=0)[rest] == odds).all()

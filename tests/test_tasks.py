@@ -32,6 +32,9 @@ EXAMPLES: list[Any] = [
     tasks.TrialsTask(WORKER, TRIALS, Path("/t.safetensors"), 90.0),
     tasks.TestTask(WORKER, TRIALS[1]),
     tasks.LatencyTask(WORKER, (Architecture((1, 2)), Architecture((0, 3)))),
+    tasks.ProxyTask(WORKER, (Architecture((1, 2)),)),
+    tasks.ProxyTask(WORKER, (Architecture((1, 2)), Architecture((0, 3))), Path("/t.safetensors"), 90.0),
+    tasks.ProxyScores((1, 2), {"naswot": 231.4}, {"diswot": "no teacher"}, 0.07),
     tasks.ScoreTask(WORKER, TRIALS[1], Path("/w.safetensors"), "all"),
     tasks.ScoreTask(WORKER, TRIALS[1], Path("/w.safetensors"), "valid", NORMALISATION),
     tasks.ExportTask(
@@ -68,6 +71,7 @@ def test_every_kind_of_task_and_answer_is_among_the_examples() -> None:
                 tasks.TrialsTask,
                 tasks.TestTask,
                 tasks.LatencyTask,
+                tasks.ProxyTask,
                 tasks.ScoreTask,
             ],
         ),

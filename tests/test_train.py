@@ -18,7 +18,7 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.student import ProcessLost, Student, fatal, prepare, reseed, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Stopwatch, accuracies, learning_rate, train
+from engine.training.train import Readout, Stopwatch, classify, learning_rate, read_out, train
 from engine.trial import EnvironmentUnusable, KDLoss
 
 CONFIG = SearchConfig(batch_size=16, lr=0.05)
@@ -109,7 +109,42 @@ def weights(student: Student) -> list[Tensor]:
 def test_a_student_learns(data: Dataset) -> None:
     (student,) = trained(data, [Net(0)], "none", epochs=12)
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
-    assert accuracies([student.network], valid)[0] > 0.9
+    assert read_out([student.network], valid)[0].accuracy > 0.9
+
+
+def test_a_pass_over_a_split_reads_accuracy_cross_entropy_and_agreement(data: Dataset) -> None:
+    """As computed on the whole split at once; the last of its batches is short."""
+    networks, teacher = [Net(0).eval(), Net(1).eval()], make_teacher()
+    batched, whole = (
+        eval_batches(data.valid, data=data, batch_size=size, resolution=16, backend="resident") for size in (7, 1000)
+    )
+    assert len(data.valid) % 7
+    classes = classify(teacher, batched)
+    (batch,) = whole
+    with torch.no_grad():
+        assert torch.equal(classes, teacher(batch.images)[0].argmax(1))
+        for network, found in zip(networks, read_out(networks, batched, classes), strict=True):
+            logits = network(batch.images)[0]
+            assert isinstance(found, Readout)
+            assert found.hits.tolist() == (logits.argmax(1) == batch.labels).tolist()
+            assert found.accuracy == found.hits.mean()
+            assert found.cross_entropy == pytest.approx(nn.functional.cross_entropy(logits, batch.labels).item())
+            assert found.agreement == (logits.argmax(1) == classes).double().mean().item()
+    (alone,) = read_out(networks[:1], batched)
+    assert isinstance(alone, Readout)
+    assert alone.agreement is None
+
+
+def test_a_network_that_raises_does_not_keep_others_from_being_scored(data: Dataset) -> None:
+    valid = eval_batches(data.valid, data=data, batch_size=7, resolution=16, backend="resident")
+    (good,) = read_out([Net(0)], valid)
+    broken = nn.Linear(3, 3)
+    found = read_out([broken, Net(0)], valid)
+    assert isinstance(found[0], RuntimeError)
+    assert isinstance(found[1], Readout)
+    assert isinstance(good, Readout)
+    assert (found[1].hits == good.hits).all()
+    assert found[1].cross_entropy == good.cross_entropy
 
 
 @pytest.mark.parametrize("kd_loss", ["none", "kd+at", "kd+nst"])
@@ -179,7 +214,7 @@ def test_bfloat16_training_works_on_a_cpu(data: Dataset) -> None:
     valid = eval_batches(data.valid, data=data, batch_size=64, resolution=16, backend="resident")
     assert set(seen) == {torch.bfloat16}
     seen.clear()
-    assert accuracies([student.network], valid)[0] > 0.9
+    assert read_out([student.network], valid)[0].accuracy > 0.9
     assert set(seen) == {torch.float32}, "scored in full precision"
     assert student.network.head.weight.dtype == torch.float32
 
@@ -239,6 +274,45 @@ def test_a_training_resumed_after_any_epoch_equals_the_uninterrupted_one(
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(student), strict=True))
 
 
+def test_a_training_by_adamw_resumes_bit_for_bit(data: Dataset, tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="adamw", lr=0.01, weight_decay=0.05, label_smoothing=0.1, warmup_fraction=0.3)
+    whole, path = prepare(Net(0), None, config, "none", EXAMPLE, backbone=0.5), tmp_path / "state.pt"
+
+    def save(epochs: int) -> None:
+        if epochs == 1:
+            checkpoint.save(path, whole, Progress(epochs))
+
+    train([whole], None, batches(data, epochs=3), config, Stopwatch(), save)
+    student = prepare(Net(7), None, config, "none", EXAMPLE, backbone=0.5)
+    assert checkpoint.restore(path, student) == Progress(1)
+    train([student], None, replace(batches(data, epochs=3), first_epoch=1), config, Stopwatch())
+    assert all(torch.equal(a, b) for a, b in zip(whole.state(), student.state(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_state_of_an_optimiser_exists_before_its_first_step(data: Dataset, optimizer: str) -> None:
+    """A graph restores it after trial steps: what a first step created would be missed."""
+    student = prepare(Net(0), None, replace(CONFIG, optimizer=optimizer), "none", EXAMPLE)  # type: ignore[arg-type]
+    before = len(student.state())
+    train([student], None, batches(data, epochs=1), CONFIG, Stopwatch())
+    assert len(student.state()) == before
+
+
+def test_layers_before_the_classifier_may_learn_more_slowly(data: Dataset) -> None:
+    """By AdamW, whose steps are proportional to the learning rate."""
+    config, moved = replace(CONFIG, optimizer="adamw", lr=1e-3, weight_decay=0.0), {}
+    for backbone in (1.0, 0.1):
+        student = prepare(Net(0), None, config, "none", EXAMPLE, backbone=backbone)
+        before = {name: value.detach().clone() for name, value in student.network.named_parameters()}
+        train([student], None, batches(data, epochs=1), config, Stopwatch())
+        moved[backbone] = {name: (value - before[name]).abs().mean().item()
+                           for name, value in student.network.named_parameters()}  # fmt: skip
+    ratios = {name: moved[0.1][name] / moved[1.0][name] for name in moved[1.0]}
+    *backbone_layers, last = [name for name in ratios if name.endswith("weight")]
+    assert ratios[last] > 0.8
+    assert all(ratios[name] < 0.3 for name in backbone_layers)
+
+
 def test_an_invalid_state_file_is_ignored(tmp_path: Path) -> None:
     student = prepare(Net(0), None, CONFIG, "none", EXAMPLE)
     before = weights(student)
@@ -291,6 +365,7 @@ def test_the_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert max(rates) == pytest.approx(0.1)
     assert rates[-1] < 0.001
     assert learning_rate(0.1, 0, 1) == pytest.approx(0.1)
+    assert learning_rate(0.1, 9, 100, 0.2) == pytest.approx(0.05)
 
 
 def test_only_matrices_have_weight_decay() -> None:

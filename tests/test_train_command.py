@@ -47,6 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder made by `train` on a folder of images."""
     base = tmp_path_factory.mktemp("own")
     data = photos(base / "photos", 16)
+    (data / "train/dark/drawing.psd").touch()
     out = base / "run"
     line = ["train", "--space", "examples/my_space.py:SPACE", "--arch", SMALL, "--data", data, "--resolution", "32"]
     line += ["--epochs", "6", "--lr", "0.05", "--batch-size", "8", "--out", out, "--workers", "1", *HERE]
@@ -62,6 +63,21 @@ def test_train_makes_a_run_with_a_winner(run: Path) -> None:
     assert found.result is not None
     assert found.result["winner"]["test_accuracy"] > 0.8  # of three classes
     assert Path(found.result["winner"]["weights"]).is_file()
+
+
+def test_a_run_tells_what_images_it_found(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In run.json, in the report, and for the data that `eval` reads."""
+    passed = "passed over 1: train/dark/drawing.psd (not read; convert it to JPEG)"
+    summary = f"38 train, 10 valid, 24 test, 3 classes; {passed}"
+    assert open_run(str(run)).data.summary == summary
+    assert cli.main(["report", str(run)]) == 0
+    assert summary in (run / "report/index.html").read_text()
+    capsys.readouterr()
+    newer = photos(tmp_path / "newer", 4)
+    (newer / "test").rename(newer / "val")
+    (newer / "train/dark/.DS_Store").touch()
+    found = called(capsys, "eval", run, "--data", newer, *HERE)
+    assert found["notes"] == ["val/ is the test part", "passed over 1: train/dark/.DS_Store (hidden)"]
 
 
 def test_another_data_set_with_the_same_classes_can_be_scored(
@@ -100,6 +116,7 @@ def test_the_export_of_a_run_is_complete(run: Path, capsys: pytest.CaptureFixtur
     card = (run / "export" / SMALL / "README.md").read_text()
     winner = open_run(str(run)).result["winner"]
     for text in (
+        "38 train, 10 valid, 24 test, 3 classes; passed over 1: train/dark/drawing.psd",
         f"{100 * winner['valid_accuracy']:.2f} %",
         f"{100 * winner['test_accuracy']:.2f} %",
         "6 epochs on all images",

@@ -183,17 +183,18 @@ def photos(tmp_path: Path) -> Path:
 
 def test_an_unreadable_image_is_named(ends: Ends, photos: Path) -> None:
     (photos / "train" / "cat" / "9.png").write_bytes(b"no image")
-    ends(["search", *SMALL, f"--data={photos}"], 3, "cat/9.png: is not a JPEG or PNG")
+    (photos / "test" / "dog" / "0.png").write_bytes(b"")
+    ends(["search", *SMALL, f"--data={photos}"], 3, "cat/9.png: not an image, despite its name")
 
 
 def test_an_empty_class_folder(ends: Ends, photos: Path) -> None:
     for part in ("train", "test"):
         (photos / part / "bird").mkdir()
-    ends(["search", *SMALL, f"--data={photos}"], 3, "no JPEG or PNG file in bird")
+    ends(["search", *SMALL, f"--data={photos}"], 3, "no image in bird; remove the empty folders")
 
 
 def test_a_folder_of_images_without_classes(ends: Ends, photos: Path) -> None:
-    ends(["search", *SMALL, f"--data={photos / 'train' / 'cat'}"], 3, "<class>/*.jpg alone\n")
+    ends(["search", *SMALL, f"--data={photos / 'train' / 'cat'}"], 3, "cat has no class folder; arrange the images as")
 
 
 def test_one_class_only(ends: Ends, photos: Path) -> None:

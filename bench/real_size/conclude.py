@@ -22,7 +22,8 @@ import numpy.typing as npt
 from bench.real_size.study import LOSSES, ROOT, SPLITS, drawn, read, read_window
 from bench.real_size.untrained import SCORES, SEEDS, SIZES, read_cifar100, sample
 from engine.spaces.load import load_space
-from engine.training.proxies import IMAGES, NOISE_IMAGES, PROXIES
+from engine.tasks import PROXIES
+from engine.training.proxies import IMAGES, NOISE_IMAGES
 from surrogate.quality import kendall_taus, normal_scores, partial_taus
 
 Array = npt.NDArray[np.float64]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.search.runs import Run
 
 EXAMPLES = """\
-# the winner of runs/photos on the validation split, then on another data set with the same classes
+# the winner of runs/photos on images that it has not seen, then on another data set with the same classes
 photos
 photos --split all --data newer-photos/
 # weights without a run
@@ -41,7 +41,8 @@ def parser() -> ArgumentParser:
     )
     parser = command_parser(text, EXAMPLES)
     add_optional_run(parser)
-    parser.add_argument("--split", type=SplitName, default="valid", help="split of the data to score on")
+    split = "split of the data to score on; by default valid, or test for a network that was trained on both others"
+    parser.add_argument("--split", type=SplitName | None, default=None, help=split)
     parser.add_argument(
         "--weights", type=str | None, default=None, help="FILE of weights to score, instead of those of RUN"
     )
@@ -80,10 +81,16 @@ def run(values: Namespace) -> dict[str, Any]:
             raise UsageError("nothing to score: give a RUN, or --space, --arch, --weights and --data")
         trial, weights, known = Trial(0, Architecture.parse(values.arch), Fidelity("high")), values.weights, None
     with Display(values.progress) as display:
-        result = score(config, gather(Resources, values), trial, Path(weights), values.split, known)
-        scored_on = "all images" if values.split == "all" else f"the {values.split} split"
+        seen = trial.fidelity.with_valid and not values.weights
+        split: SplitName = values.split or ("test" if seen else "valid")
+        if seen and split != "test" and config.data == found.config.data:
+            display.say(f"this network was trained on the {split} split too: --split test shows how good it is")
+        result = score(config, gather(Resources, values), trial, Path(weights), split, known)
+        scored_on = "all images" if split == "all" else f"the {split} split"
         display.say(
             f"{trial.architecture} on {scored_on} of {config.data} ({result['images']} images): "
             f"accuracy {result['accuracy']:.4f}"
         )
+        for note in result["notes"]:
+            display.say(f"{config.data}: {note}")
         return result

@@ -11,6 +11,7 @@ from engine.commands.flags import add_run_argument, command_parser
 
 if TYPE_CHECKING:
     from engine.search.predictions import Prediction, RunPredictions
+    from engine.search.runs import Run
     from engine.trial import Architecture, Evaluation
 
 
@@ -67,11 +68,26 @@ def explain(past: RunPredictions, architecture: Architecture) -> dict[str, Any]:
         "architecture": str(architecture),
         "choices": [f"{choice.name} = {choice.options[option]}" for choice, option in choices],
         "evaluations": [row(e) | {"place": place(past, e)} for e in known.evaluations],
+        "training_free_scores": training_free(past.run, architecture),
         "predicted_when_asked": known.when_asked and asdict(known.when_asked),
         "predicted_at_the_end": known.at_the_end and asdict(known.at_the_end) | {"fitted_to_its_full_score": fitted},
         "why": why(past, known),
-        "weights": [asdict(weight) for weight in past.weights()] if past.run.kind == "search" else [],
+        "weights": [asdict(weight) for weight in past.weights()],
     }
+
+
+def training_free(run: Run, architecture: Architecture) -> dict[str, Any] | None:
+    """The training-free scores of an architecture with their ranks, and the reasons for missing ones; None if it was
+    not scored."""
+    from engine.search.proxies import ranks
+
+    known = run.proxies.get(architecture)
+    if known is None:
+        return None
+    own = ranks(run.proxies)[architecture]
+    among = {name: sum(name in other.scores for other in run.proxies.values()) for name in own}
+    scores = {name: {"score": known.scores[name], "place": f"{own[name]} of {among[name]:,}"} for name in own}
+    return {"scores": scores, "missing": known.missing, "standing": run.standing.get(architecture)}
 
 
 def known_of(past: RunPredictions, architecture: Architecture) -> Known:
@@ -202,8 +218,14 @@ def explanation_text(explanation: dict[str, Any]) -> str:
     for one in explanation["evaluations"]:
         score = f"{one['accuracy']:.4f} ({one['place']})" if one["accuracy"] is not None else one["status"]
         trial = f"trial {one['number']}: {one['fidelity']} fidelity, seed {one['seed']}"
+        score += f", cross entropy {one['cross_entropy']:.3f}" if one["cross_entropy"] is not None else ""
+        score += f", agreement with the teacher {one['agreement']:.4f}" if one["agreement"] is not None else ""
         lines.append(f"{trial}: {score}  {one['error']}".rstrip())
     lines += ["not evaluated"] * (not explanation["evaluations"])
+    untrained = explanation["training_free_scores"]
+    if untrained:
+        lines += [f"untrained: {name} {one['score']:.4g} ({one['place']})" for name, one in untrained["scores"].items()]
+        lines += [f"untrained: no {name}: {why}" for name, why in untrained["missing"].items()]
     for key, when in (("predicted_when_asked", "when asked for"), ("predicted_at_the_end", "at the end")):
         said = explanation[key]
         if said:

@@ -39,8 +39,8 @@ def parser() -> ArgumentParser:
         if item.name in HELP:
             flag = f"--{item.name.replace('_', '-')}"
             group.add_argument(flag, type=type(item.default), default=item.default, help=HELP[item.name])
-    add_options(parser, SearchConfig, skip=("low", "method", "objectives"))
-    add_options(parser, Budget, skip=("max_low", "max_high", "target_accuracy"))
+    add_options(parser, SearchConfig, skip=("low", "final", "method", "objectives", "proxies"))
+    add_options(parser, Budget, skip=("max_low", "max_high", "target_accuracy", "final_training", "baselines"))
     add_options(parser, Resources)
     add_run_options(parser, name="fidelity-study")
     return parser

@@ -43,6 +43,11 @@ FIDELITY_HELP = {
     "resolution": "image size in pixels; 0 means that of the data",
     "kd_loss": "distillation terms added to the cross entropy",
 }
+# By FINAL_SETTINGS.
+FINAL_HELP = {
+    "epochs": "passes over the training and validation images; 0 means twice --high.epochs",
+    "kd_loss": "distillation terms added to the cross entropy, if the low fidelity has any",
+}
 # Title and description of the flags that come from a configuration class.
 GROUPS = {
     SearchConfig: ("What results depend on", "Fixed for the life of a run folder."),
@@ -225,7 +230,7 @@ def add_options(parser: ArgumentParser, kind: type, skip: tuple[str, ...] = ()) 
 def add_fidelity(group: Any, flag: str, default: Any) -> None:
     """Adds the flags of a fidelity, such as --low.epochs."""
     hints = get_type_hints(Fidelity)
-    for name, text in FIDELITY_HELP.items():
+    for name, text in (FINAL_HELP if flag == "final" else FIDELITY_HELP).items():
         group.add_argument(
             f"--{flag}.{name.replace('_', '-')}",
             type=hints[name],

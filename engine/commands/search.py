@@ -28,6 +28,12 @@ def parser() -> ArgumentParser:
     parser = command_parser("Start a search. Run the same command again to resume it.", EXAMPLES)
     add_options(parser, SearchConfig)
     add_options(parser, Budget)
+    for flag, dest, text in (
+        ("--no-final", "final_training", "neither train the winner once more nor the baselines"),
+        ("--no-baselines", "baselines", "train no baselines"),
+    ):
+        short = f"{text}: --{dest.replace('_', '-')} never"
+        parser.add_argument(flag, dest=dest, action="store_const", const="never", default="auto", help=short)
     add_options(parser, Resources)
     group = add_run_options(parser)
     group.add_argument(
@@ -63,15 +69,34 @@ def run(values: Namespace) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result for people: the winner, the evaluations, and how well the low fidelity ranked."""
-    best, counts = result["winner"], result["evaluations"]
+    best, counts, final = result["winner"], result["evaluations"], result["final"]
     tau = {name: "unknown (fewer than 3 pairs)" if value is None else value for name, value in result["tau"].items()}
+    searched = f"valid {_accuracy(best, 'valid')}, test {_accuracy(best, 'test')}"
+    finished = f"\n            after its final training of {final['epochs']} epochs: test" if final else ""
+    rows = [f"\n            baseline {_baseline(row)}" for row in result["baselines"]]
     return (
-        f"winner {best['architecture']}: valid {best['valid_accuracy']:.4f}, test {best['test_accuracy']:.4f}, "
-        f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters\n"
-        f"            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
+        f"winner {best['architecture']}: {searched}, "
+        f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters"
+        + (f"{finished} {_accuracy(final, 'test')}" if final else "")
+        + "".join(rows)
+        + (f"\n            {result['verdict']}" if result["verdict"] else "")
+        + f"\n            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
         f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
         f"MACs alone {tau['macs_vs_high']}" + _front(result.get("front", []))
     )
+
+
+def _accuracy(row: dict[str, Any], split: str) -> str:
+    return f"{row[f'{split}_accuracy']:.4f} +- {row[f'{split}_standard_error']:.4f}"
+
+
+def _baseline(row: dict[str, Any]) -> str:
+    """A baseline in one line, with its test accuracy and cost."""
+    network = f" ({row['architecture']})" if "architecture" in row else ""
+    if "test_accuracy" not in row:
+        return f"{row['name']}{network}: {row['status']}: {row['error']}"
+    size = f", {row['macs'] / 1e6:.2f} million MACs" if row["macs"] else ""
+    return f"{row['name']}{network}: test {_accuracy(row, 'test')}{size}"
 
 
 def _front(front: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,13 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
-    machine); `idle_seconds` counts from the last line of the journal."""
+    machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores."""
+    from engine.search.proxies import seconds
     from engine.trial import failed
 
     path = run.folder.journal
     best, plan = run.best, run.plan
+    final = evaluation_counts(run, {t.fidelity for t in run.record.asked if t.fidelity.with_valid})
     return {
         "run_dir": str(run.folder),
         "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
@@ -74,7 +76,9 @@ def summary(run: Run) -> dict[str, Any]:
         "evaluations": {
             "low": evaluation_counts(run, plan.lows) | {"limit": plan.max_low * len(plan.lows)},
             "high": evaluation_counts(run, (plan.high,)) | {"limit": plan.max_high},
+            **({"final": final | {"limit": sum(final.values())}} if any(final.values()) else {}),
         },
+        "proxies": {"candidates": len(run.proxies), "seconds": round(seconds(run.proxies), 1)} if run.proxies else None,
         "statuses": dict(Counter(e.status for e in run.answers)),
         "best": best
         and {
@@ -84,13 +88,15 @@ def summary(run: Run) -> dict[str, Any]:
             "params": best.params,
         },
         "winner": run.result and run.result["winner"],
+        "final": run.result and run.result.get("final"),
+        "verdict": run.result and run.result.get("verdict"),
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
-        "idle_seconds": round(max(0.0, time.time() - path.stat().st_mtime), 1),
+        "idle_seconds": round(max(0.0, time.time() - max(map(modified, (path, run.folder.proxies)))), 1),
         "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if failed(e.status)), None),
     }
 
 
-def evaluation_counts(run: Run, fidelities: Sequence[Fidelity]) -> dict[str, int]:
+def evaluation_counts(run: Run, fidelities: Collection[Fidelity]) -> dict[str, int]:
     """The evaluations at some fidelities, by status."""
     from engine.trial import failed
 
@@ -101,6 +107,11 @@ def evaluation_counts(run: Run, fidelities: Sequence[Fidelity]) -> dict[str, int
         "too_slow": statuses.count("too_slow"),
         "pending": sum(trial.fidelity in fidelities for trial in run.pending),
     }
+
+
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if there is none."""
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def is_locked(inode: int) -> bool:
@@ -125,8 +136,13 @@ def screen(state: dict[str, Any]) -> Table:
     stopped = "not running on this machine" if state["state"] == "stopped" else state["state"]
     lines.add_row("run", f"{os.path.relpath(state['run_dir'])}: {stopped}, {idle}")
     lines.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
-    for name, label in (("low", "low fidelity"), ("high", "full")):
-        lines.add_row(label, _progress(state["evaluations"][name]))
+    if state["proxies"]:
+        scored = state["proxies"]
+        took = duration(scored["seconds"])
+        lines.add_row("training-free", f"{scored['candidates']:,} candidates scored, {took} of work")
+    for name, label in (("low", "low fidelity"), ("high", "full"), ("final", "final")):
+        if name in state["evaluations"]:
+            lines.add_row(label, _progress(state["evaluations"][name]))
     best, winner = state["best"], state["winner"]
     if best:
         test = f", test {winner['test_accuracy']:.4f}" if winner else ""
@@ -135,6 +151,10 @@ def screen(state: dict[str, Any]) -> Table:
             f"{best['architecture']}\nvalid {best['valid_accuracy']:.4f}{test}, {best['macs'] / 1e6:.2f} million MACs, "
             f"{best['params']:,} parameters",
         )
+    if state["final"]:
+        lines.add_row("finished", f"test {state['final']['test_accuracy']:.4f} after {state['final']['epochs']} epochs")
+    if state["verdict"]:
+        lines.add_row("verdict", state["verdict"])
     lines.add_row("workers", f"{duration(state['worker_seconds'])} of work")
     if state["last_failure"]:
         lines.add_row("last failure", state["last_failure"][:200])

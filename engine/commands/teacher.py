@@ -15,7 +15,7 @@ from engine.trial import LOSS_WEIGHTS, UsageError
 
 # Settings for choosing among architectures, and for students.
 LEFT_OUT = (
-    *("teacher", "low", "high", "method", "objectives", "only", "initial_weights", "fidelity_study"),
+    *("teacher", "low", "high", "final", "method", "objectives", "only", "initial_weights", "fidelity_study"),
     *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
 )
 SEARCH_ONLY = (

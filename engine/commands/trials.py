@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_run_argument, command_parser
+from engine.config import final_fidelity
 from engine.trial import Status, failed
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
 
-SHOWN = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params", "seconds", "worker")
+MEASURED = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params")
+SHOWN = (*MEASURED, "standing", "seconds", "worker")
 
 
 def parser() -> ArgumentParser:
     """Flags of the command."""
     parser = command_parser("List the evaluations of a run, including those still running.")
     add_run_argument(parser)
-    parser.add_argument("--fidelity", type=Literal["all", "low", "high"], default="all", help="only this fidelity")
+    names = Literal["all", "low", "high", "final"]
+    parser.add_argument("--fidelity", type=names, default="all", help="only this fidelity")
     parser.add_argument(
         "--status",
         type=Literal["all", "failed", "pending", Status],
@@ -29,12 +32,13 @@ def parser() -> ArgumentParser:
         help="only this status; failed means every one from diverged to timeout",
     )
     parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
-    keys = Literal["number", "accuracy", "seconds", "macs", "params"]
+    keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params"]
     parser.add_argument(
         "--sort",
         type=keys,
         default="number",
-        help="sort by this column: accuracy from the highest, others from the lowest",
+        help="sort by this column: accuracy and standing (by training-free scores) from the highest, others from the "
+        "lowest",
     )
     parser.add_argument("--limit", type=int, default=0, help="at most this many rows; 0 means all")
     parser.add_argument("--csv", action="store_true", help="print CSV with every column of the report's trials.csv")
@@ -58,24 +62,24 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
     """The rows that the flags select, in the order they ask for."""
-    from engine.search.runs import row, row_of_trial
+    from engine.search.runs import proxy_columns, row_of_trial, rows
 
-    rows = [row(e) for e in run.answers] + [row_of_trial(t) for t in run.pending]
-    rows = [
+    own = (run.plan.high.name, final_fidelity(run.config).name)  # those of a fidelity study have names like kd@1/9x20
+    pending = [row_of_trial(trial) | proxy_columns(run, trial) for trial in run.pending]
+    found = [
         one
-        for one in rows
-        if values.fidelity in ("all", "high" if one["fidelity"] == run.plan.high.name else "low")
+        for one in rows(run, run.answers) + pending
+        if values.fidelity in ("all", one["fidelity"] if one["fidelity"] in own else "low")
         and _has_status(one["status"], values.status)
         and fnmatch.fnmatchcase(one["architecture"], values.arch)
     ]
-    sign = -1 if values.sort == "accuracy" else 1
+    sign = -1 if values.sort in ("accuracy", "standing") else 1
 
     def order(one: dict[str, Any]) -> tuple[bool, float]:
         value = one.get(values.sort)
         return value is None, sign * (value or 0)  # rows without a value come last
 
-    rows.sort(key=order)
-    return rows[: values.limit or None]
+    return sorted(found, key=order)[: values.limit or None]
 
 
 def _has_status(status: str, wanted: str) -> bool:
@@ -87,11 +91,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in SHOWN:
+    shown = [name for name in SHOWN if name != "standing" or any(name in one for one in rows)]
+    for name in shown:
         text = name in ("architecture", "fidelity", "status", "worker")
         table.add_column(name, justify="left" if text else "right", no_wrap=name == "architecture")
     for one in rows:
-        table.add_row(*(_text(name, one.get(name)) for name in SHOWN))
+        table.add_row(*(_text(name, one.get(name)) for name in shown))
     # Output to a pipe is not cut to the width of a terminal.
     Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
 
@@ -99,8 +104,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name == "accuracy":
-        return f"{value:.4f}"
+    if name in ("accuracy", "standing"):
+        return f"{value:.4f}" if name == "accuracy" else f"{value:.2f}"
     if name == "seconds":
         return f"{value:.1f}"
     return f"{value:,}" if name in ("macs", "params") else str(value)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -24,20 +25,42 @@ Statistic = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Split:
-    """A labelled split: either `images` or `files`, of the same length as `labels`."""
+    """A labelled split: either `images` or `files`, of the same length as `labels`.
+
+    `converted` names the PNG file to decode in place of a file that the loader cannot read as it is.
+    """
 
     labels: NDArray[np.int64]  # (N,)
     images: NDArray[np.uint8] | None  # (N, H, H, 3) RGB, C-contiguous
-    files: tuple[str, ...] | None  # N paths of JPEG or PNG files
+    files: tuple[str, ...] | None  # N paths of image files
+    converted: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, rows: NDArray[np.int64]) -> Split:
+        """The split with some of its rows only."""
+        images = self.images[rows] if self.images is not None else None
+        files = tuple(self.files[row] for row in rows) if self.files is not None else None
+        return replace(self, labels=self.labels[rows], images=images, files=files)
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """The files to decode for some rows of a split of files."""
+        assert self.files is not None
+        return [self.converted.get(self.files[row], self.files[row]) for row in rows]
+
+
+def joined(one: Split, other: Split) -> Split:
+    """Both splits as one. Images keep their positions in `one`, so that their augmentation stays the same."""
+    images = None if one.images is None or other.images is None else np.concatenate([one.images, other.images])
+    files = None if one.files is None or other.files is None else one.files + other.files
+    return replace(one, labels=np.concatenate([one.labels, other.labels]), images=images, files=files)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A data set and its splits. `mean` and `std` are per channel, of pixels in 0..1; `flip`: mirroring keeps the
-    label."""
+    label. `notes` tell how a folder was read and what was passed over, `warnings` what is probably a mistake."""
 
     name: str
     train: Split
@@ -48,6 +71,8 @@ class Dataset:
     std: Statistic
     resolution: int  # side in pixels of the network input, unless a fidelity asks for another
     flip: bool
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def load(
@@ -135,7 +160,7 @@ def fingerprint(data: Dataset) -> str:
                 digest.update(split.images[i].tobytes())
             elif split.files is not None:
                 file = Path(split.files[i])
-                digest.update(f"{file.parent.name}/{file.name} {file.stat().st_size}".encode())
+                digest.update(os.fsencode(f"{file.parent.name}/{file.name} {file.stat().st_size}"))
     return digest.hexdigest()[:16]
 
 
@@ -174,17 +199,56 @@ def _from_arrays(name: str, arrays: Arrays, seed: int, valid_fraction: float, re
 
 
 def _from_folder(root: Path, seed: int, valid_fraction: float, resolution: int, cache: Path) -> Dataset:
-    from engine.data.folder import checked_folder  # imports Pillow, which arrays do not need
+    from engine.data.folder import LabelledFiles, read_folder  # imports Pillow, which arrays do not need
 
-    listed = checked_folder(root, cache)
-    _check_classes(listed.classes)
-    paths = np.array(listed.train_files, dtype=object)
-    train, valid = (
-        Split(listed.train_labels[rows], None, tuple(paths[rows]))
-        for rows in train_valid_rows(listed.train_labels, valid_fraction, seed, listed.classes)
+    folder = read_folder(root, cache)
+    _check_classes(folder.classes)
+    train, valid, test = folder.train, folder.valid, folder.test
+    if valid is None:
+        rows = train_valid_rows(train.labels, valid_fraction, seed, folder.classes)
+        paths = np.array(train.files, dtype=object)
+        train, valid = (LabelledFiles(tuple(paths[these]), train.labels[these]) for these in rows)
+    splits = {
+        name: Split(part.labels, None, part.files, folder.converted)
+        for name, part in {"train": train, "valid": valid, "test": test}.items()
+    }
+    return Dataset(
+        str(root),
+        splits["train"],
+        splits["valid"],
+        splits["test"],
+        folder.classes,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        resolution,
+        flip=True,
+        notes=folder.notes,
+        warnings=_copied(splits, folder.copies),
     )
-    test = Split(listed.test_labels, None, listed.test_files)
-    return Dataset(str(root), train, valid, test, listed.classes, IMAGENET_MEAN, IMAGENET_STD, resolution, flip=True)
+
+
+def _copied(splits: Mapping[str, Split], copies: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Warnings of images that are in two splits or in two classes; `copies` are groups of equal files."""
+    if not copies:
+        return ()
+    home = {
+        file: (name, label)
+        for name, split in splits.items()
+        for file, label in zip(split.files or (), split.labels.tolist(), strict=True)
+    }
+    groups = [[home[file] for file in group] for group in copies]
+    warnings = []
+    for name, before in (("test", ("train", "valid")), ("valid", ("train",))):
+        leaked = sum(split == name for group in groups if any(s in before for s, _ in group) for split, _ in group)
+        if leaked:
+            where = "training" if name == "valid" else "training or validation"
+            warnings.append(
+                f"{leaked} of {len(splits[name])} {name} images are also {where} images, byte for byte; accuracies on "
+                f"the {name} split are too high"
+            )
+    if torn := sum(len(group) for group in groups if len({label for _, label in group}) > 1):
+        warnings.append(f"{torn} images are in more than one class, byte for byte")
+    return tuple(warnings)
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[Statistic, Statistic]:

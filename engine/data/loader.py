@@ -140,17 +140,40 @@ def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
     """DALI's error, with the names of unreadable files, which its own message often lacks."""
     if any(words in str(error) for words in ("out of memory", "MemoryAllocation", "Can't allocate")):
         return torch.OutOfMemoryError(f"DALI: {error}")  # a smaller cohort leaves it more memory
-    from engine.data.folder import unreadable
+    from engine.data.image_files import unreadable
 
     if batches.split.files is not None:
         ahead = range(step, min(step + _PREFETCH + 1, len(batches)))
-        rows = np.unique(np.concatenate([batches.at(s)[1] for s in ahead]))
-        bad = unreadable([batches.split.files[row] for row in rows])
+        paths = batches.split.paths(np.unique(np.concatenate([batches.at(s)[1] for s in ahead])))
+        bad = unreadable(paths)
         if bad:
             return EnvironmentUnusable(
                 "images became unreadable after they were checked; replace or remove them:\n  " + "\n  ".join(bad)
             )
+        bad = [path for path in paths if not _decodes(path)]
+        if bad:
+            return EnvironmentUnusable(
+                "DALI cannot decode these images, though Pillow can; save them anew or remove them:\n  "
+                + "\n  ".join(bad)
+            )
     return EnvironmentUnusable(f"DALI stopped: {error}")
+
+
+def _decodes(path: str) -> bool:
+    """Whether DALI can decode a file on the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    def graph() -> Any:
+        encoded, _ = fn.readers.file(files=[path], labels=[0])
+        return fn.decoders.image(encoded, device="cpu")
+
+    pipeline = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None)
+    try:
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _array_pipeline(batches: Batches) -> Any:
@@ -194,10 +217,9 @@ def _array_pipeline(batches: Batches) -> Any:
 def _file_pipeline(batches: Batches, steps: range) -> Any:
     """Files through readers.file, which gets the paths of all `steps`; its labels carry positions in the split."""
     fn, types = _import_dali()
-    files, training, side = batches.split.files, batches.indices is not None, batches.resolution
-    assert files is not None
+    training, side = batches.indices is not None, batches.resolution
     rows = np.concatenate([batches.at(step)[1] for step in steps])
-    paths = [files[row] for row in rows]
+    paths = batches.split.paths(rows)
 
     def source(info: Any) -> tuple[NDArray[Any], ...]:
         if info.iteration >= len(steps):

@@ -63,13 +63,13 @@ def model_card(report: Json, task: ExportTask) -> str:
         ("architecture", f"`{report['architecture']}` of the space `{task.space}`"),
         ("input", f"(N, 3, {resolution}, {resolution}), RGB, normalised as below"),
         ("output", f"logits (N, {len(classes)}), one per class"),
-        ("accuracy, validation split", _percent(facts["valid_accuracy"])),
-        ("accuracy, test split", _percent(facts["test_accuracy"])),
+        *_accuracies(facts),
         ("multiply-accumulates", f"{report['macs']:,}"),
         ("parameters", f"{report['params']:,}"),
-        ("data", f"`{facts['data']}`: {facts['images']['train']:,} training images, {len(classes)} classes"),
+        ("data", f"`{facts['data']}`: {facts['images']}".replace("|", "\\|")),
         ("training", facts["training"]),
         ("teacher", facts["distillation"]),
+        *([("training in the search", facts["search_training"])] if facts["search_training"] else []),
     ]
     shorter = _shorter(resolution)
     cropped = f"the centre of images whose shorter side was resized to {shorter} pixels" if facts["files"] else "images"
@@ -108,6 +108,16 @@ def model_card(report: Json, task: ExportTask) -> str:
             f"- exported with: {_named(facts['versions'])}\n",
         ]
     )
+
+
+def _accuracies(facts: Json) -> list[tuple[str, str]]:
+    """Rows of accuracies: of these weights, and of those from the search if these were trained once more."""
+    test = ("accuracy, test split", _percent(facts["test_accuracy"]))
+    valid = ("accuracy, validation split", _percent(facts["valid_accuracy"]))
+    if not facts["search_training"]:
+        return [valid, test]
+    before = f"{_percent(facts['valid_accuracy'])} validation, {_percent(facts['search_test_accuracy'])} test"
+    return [test, ("accuracy after the training in the search", before)]
 
 
 def with_onnx(resolution: int, files: bool) -> str:

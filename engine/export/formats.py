@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from engine.export.card import model_card
+from engine.export.graph_code import OWN, graph_class
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
 from engine.networks import count_cost
 from engine.run_folder import RunFolder
@@ -147,7 +148,7 @@ def write_formats(
     formats: dict[str, Forward] = {}
     reason = ""
     try:
-        (folder / "model.py").write_text(standalone(space, architecture, width, task))
+        (folder / "model.py").write_text(standalone(model.network, space, architecture, width, task))
         formats["model.py"] = _import(folder / "model.py").load()
     except Exception as error:  # a user's file may contain anything
         (folder / "model.py").unlink(missing_ok=True)
@@ -176,13 +177,20 @@ def write_formats(
     }
 
 
-def standalone(space: SearchSpace, architecture: Architecture, width: float, task: ExportTask) -> str:
-    """The text of model.py: the code that the space's `build` needs, its call, and a reader of the weights.
+def standalone(
+    network: nn.Module, space: SearchSpace, architecture: Architecture, width: float, task: ExportTask
+) -> str:
+    """The text of model.py: the code that the space's `build` needs, its call, and a reader of the weights. A network
+    cut out of a library's is written layer by layer instead.
 
-    Raises NotSelfContained if `build` needs more than torch.
+    Raises NotSelfContained if that needs more than torch.
     """
-    build, first = call_of(space.build)
-    closure = closure_of(build)
+    if isinstance(network, fx.GraphModule):
+        closure, call, written = closure_of(*OWN), "Network()", "\n\n\n" + graph_class(network, "Network")
+    else:
+        build, first = call_of(space.build)
+        closure, written = closure_of(build), ""
+        call = f"{build.__name__}({first}ARCHITECTURE, len(CLASSES), {width})"
     loader_imports = {
         Imported("json", "", "json"),
         Imported("pathlib", "Path", "Path"),
@@ -194,8 +202,7 @@ def standalone(space: SearchSpace, architecture: Architecture, width: float, tas
     closure.add_imports(loader_imports, constants | {"Model", "load", "preprocess", "read_safetensors"})
     head = f'"""{space.name}, architecture {architecture}: `load()` returns the trained model. Needs only torch."""'
     imports = ["from __future__ import annotations", "", *closure.import_lines()]
-    call = f"{build.__name__}({first}ARCHITECTURE, len(CLASSES), {width})"
-    lines = [head, "", *imports, "", *_constants(architecture, task), "", "", closure.text()]
+    lines = [head, "", *imports, "", *_constants(architecture, task), "", "", closure.text() + written]
     return "\n".join(lines) + "\n" + LOADER.format(call=call)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -119,13 +120,14 @@ def call_of(build: Callable[..., Any]) -> tuple[Callable[..., Any], str]:
     return function, "".join(f"{value!r}, " for value in arguments)
 
 
-def closure_of(function: Callable[..., Any]) -> Closure:
-    """Everything that a module-level function needs, apart from torch and the standard library.
+def closure_of(*definitions: Callable[..., Any]) -> Closure:
+    """Everything that module-level functions and classes need, apart from torch and the standard library.
 
     Raises NotSelfContained, with the file and the name, if it needs another library.
     """
     closure = Closure()
-    _add_definition(closure, Path(function.__code__.co_filename), function.__name__)
+    for one in definitions:
+        _add_definition(closure, Path(inspect.getfile(one)), one.__name__)
     return closure
 
 

@@ -17,16 +17,19 @@ from engine.report.chart import (
     Json,
     axis,
     coloured_by,
+    label,
     line,
     percent,
     points,
     time_unit,
 )
+from engine.report.final_trainings import marks, trained_rows
 from engine.search.runs import Run
 from engine.trial import Architecture, Evaluation, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
+SEARCHED = "winner, as searched"
 NONE_YET = "No full-fidelity evaluation has succeeded yet."
 
 
@@ -50,24 +53,26 @@ def incumbent(run: Run) -> Chart:
         + (" (training the teacher included)" if before else "")
         + ". Low-fidelity accuracies, in the lower panel, come from short trainings: only their order matters."
     )
-    data = [step, _dots(full, when, unit, "full", FULL)]
+    data = [step, _dots(run, full, when, (unit, "full", FULL))]
     layout = {
         "xaxis": axis(f"{unit} of worker time", rangemode="tozero", anchor="y2" if low else "y"),
         "yaxis": axis("full, %", domain=[0.36 if low else 0, 1]),
         "yaxis2": axis("low fidelity, %", domain=[0, 0.28]),
     }
     if low:
-        data.append(_dots(low, when, unit, "low fidelity", LOW) | {"yaxis": "y2"})
+        data.append(_dots(run, low, when, (unit, "low fidelity", LOW)) | {"yaxis": "y2"})
     return Chart("incumbent", title, caption, data, layout, wide=True, height=440)
 
 
-def _dots(answers: Sequence[Evaluation], when: dict[int, float], unit: str, name: str, colour: str) -> Json:
-    """Evaluations at the times `when` they finished (in `unit`), by trial number."""
+def _dots(run: Run, answers: Sequence[Evaluation], when: dict[int, float], style: tuple[str, str, str]) -> Json:
+    """Evaluations at the times `when` they finished, by trial number; `style` is the unit, the name and the colour."""
+    unit, name, colour = style
     hover = "%{text}<br>" + name + ": %{y:.2f} %<br>after %{x:.3g} " + unit + "<extra></extra>"
     x = [when[e.trial.number] for e in answers]
     y = [percent(e.accuracy) for e in answers]
     size = {"size": 7 if colour == LOW else 9}
-    return points(x, y, [e.trial.architecture for e in answers], name, colour, hovertemplate=hover, marker=size)
+    about = [label(run, e.trial.architecture) for e in answers]
+    return points(x, y, about, name, colour, hovertemplate=hover, marker=size)
 
 
 def own_teacher_seconds(run: Run) -> float:
@@ -93,7 +98,8 @@ def low_against_full(run: Run) -> Chart:
     size = np.array([macs[a] for a in both])
     colour = coloured_by((size / 1e6).tolist(), "million<br>MACs")
     hover = "%{text}<br>low %{x:.2f} %, full %{y:.2f} %<br>%{marker.color:.1f} million MACs<extra></extra>"
-    data = [points(x.tolist(), y.tolist(), both, "architectures", None, marker=colour, hovertemplate=hover)]
+    about = [label(run, architecture) for architecture in both]
+    data = [points(x.tolist(), y.tolist(), about, "architectures", None, marker=colour, hovertemplate=hover)]
     layout = {"xaxis": axis("low-fidelity accuracy, %"), "yaxis": axis("full accuracy, %"), "showlegend": False}
     caption = (
         "A low fidelity is worth its cost if it ranks (dots rising from left to right) better than size (colour) does. "
@@ -130,19 +136,26 @@ def pareto(run: Run) -> Chart:
     costs = {"million MACs": [e.macs / 1e6 for e in full], "million parameters": [e.params / 1e6 for e in full]}
     if all("latency_ms" in e.costs for e in full):
         costs["latency, ms"] = [e.costs["latency_ms"] for e in full]
-    name_of_best = "winner" if run.result else "best so far"
-    groups = [_against(name, x, full, run.best, name_of_best) for name, x in costs.items()]
+    finals = trained_rows(run)
+    name_of_best = SEARCHED if finals else "winner" if run.result else "best so far"
+    groups = [_against(run, name, x, full, name_of_best) + marks(finals, name) for name, x in costs.items()]
     data = [trace | {"visible": place == 0} for place, group in enumerate(groups) for trace in group]
     layout = {
         "xaxis": axis(next(iter(costs)), rangemode="tozero"),
-        "yaxis": axis("validation accuracy, %"),
+        "yaxis": axis("accuracy, %" if finals else "validation accuracy, %"),
         "updatemenus": [_cost_menu(list(costs), [len(group) for group in groups])],
         "showlegend": False,
     }
     caption = (
-        f"Full accuracy against the cost of a network; the star is the {name_of_best}. The line joins the networks "
-        "that no other one beats in both: choose among them if the star is too large."
+        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. "
+        "The line joins the networks that no other one beats in both: choose among them if the star is too large."
     )
+    if finals:
+        caption += (
+            " These are accuracies on the validation images, after the trainings of the search. The marks with names "
+            "are the finished winner and what it is compared with: accuracies on the test images, after the final "
+            "training, with one standard error each way."
+        )
     return Chart("pareto", title, caption, data, layout)
 
 
@@ -163,26 +176,24 @@ def _cost_menu(names: Sequence[str], traces: Sequence[int]) -> Json:
     return {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False, **place}
 
 
-def _against(
-    name: str, x: Sequence[float], full: Sequence[Evaluation], best: Evaluation | None, name_of_best: str
-) -> list[Json]:
+def _against(run: Run, name: str, x: Sequence[float], full: Sequence[Evaluation], name_of_best: str) -> list[Json]:
     """The front, the evaluations and the best of them against one cost x (n,)."""
-    y = [percent(e.accuracy) for e in full]
-    architectures = [e.trial.architecture for e in full]
+    y, best = [percent(e.accuracy) for e in full], run.best
+    about = [label(run, e.trial.architecture) for e in full]
     hover = "%{text}<br>%{y:.2f} %, %{x:.4g} " + name + "<extra></extra>"
     kept = front(x, y)
     won = [i for i, e in enumerate(full) if best and e.trial == best.trial]
     star = points(
         [x[i] for i in won],
         [y[i] for i in won],
-        [architectures[i] for i in won],
+        [about[i] for i in won],
         name_of_best,
         BEST,
-        marker={"symbol": "star", "size": 15},
+        marker={"symbol": "star-open" if name_of_best == SEARCHED else "star", "size": 15},
         hovertemplate=hover,
     )
     edge = line([x[i] for i in kept], [y[i] for i in kept], "front", BEST, line={"shape": "hv"})
-    return [edge, points(x, y, architectures, "full", FULL, hovertemplate=hover), star]
+    return [edge, points(x, y, about, "full", FULL, hovertemplate=hover), star]
 
 
 def front(x: Sequence[float], y: Sequence[float]) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.search.runs import Run
 from engine.trial import Architecture
 
 Json = dict[str, Any]
@@ -34,19 +35,25 @@ def axis(title: str, **more: Any) -> Json:
     return {"title": {"text": title}, **more}
 
 
-def points(x: Sequence[Any], y: Sequence[Any], names: Sequence[Any], name: str, colour: Any, **more: Any) -> Json:
-    """A trace of markers; hovering shows `names`, architectures in bold."""
+def points(x: Sequence[Any], y: Sequence[Any], names: Sequence[str], name: str, colour: Any, **more: Any) -> Json:
+    """A trace of markers; hovering shows `names`."""
     marker = {"color": colour, "size": 9, "line": {"width": 1, "color": "var(--card)"}, **more.pop("marker", {})}
     return {
         "type": "scatter",
         "mode": "markers",
         "x": list(x),
         "y": list(y),
-        "text": [f"<b>{one}</b>" if isinstance(one, Architecture) else str(one) for one in names],
+        "text": list(names),
         "name": name,
         "marker": marker,
         **more,
     }
+
+
+def label(run: Run, architecture: Architecture) -> str:
+    """An architecture as hover text, with its standing by training-free scores if it has some."""
+    standing = run.standing.get(architecture)
+    return f"<b>{architecture}</b>" + (f"<br>standing before training {standing:.2f}" if standing is not None else "")
 
 
 def coloured_by(values: Sequence[float], title: str) -> Json:

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from engine.config import config_to_dict, flatten
+from engine.report import final_trainings
 from engine.report.accuracy_charts import mean_percent
 from engine.report.architecture_drawing import draw
 from engine.report.chart import Chart, Json
@@ -32,14 +33,15 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
     return Template(_asset("page.html")).substitute(
         title=escape(f"{run.folder.path.name}: search report"),
         name=escape(run.folder.path.name),
-        about=escape(f"{method} in {config.space} on {config.data}; {state}"),
+        about=escape("; ".join((f"{method} in {config.space} on {config.data}", state, *_warnings(run)))),
         claim="Winner" if run.result else "Best so far",
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),
         drawing=draw(load_space(config.space), best.trial.architecture) if best else "",
         charts="\n".join(map(_figure, charts)),
+        final=_final(run),
         best=_table(run),
-        settings=_pairs(flatten(config_to_dict(config) | config_to_dict(run.budget))),
+        settings=_pairs(_settings(run)),
         calls=_commands(run),
         footer=f"Written on {datetime.now():%-d %B %Y at %H:%M}. trials.csv, beside this page, holds every evaluation.",
         # The data contain text from elsewhere (errors, paths): none of it may end the script element.
@@ -56,15 +58,21 @@ def _asset(name: str) -> str:
 
 def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
     if best is not None:
-        tested = run.result["winner"]["test_accuracy"] if run.result else None
-        if tested is not None:
-            yield "test accuracy", f"{100 * tested:.2f} %"
-        yield "validation accuracy", f"{100 * best.accuracy:.2f} %"
+        result = run.result or {"winner": {}}
+        if result.get("final"):
+            yield "test accuracy, finished", _percent(result["final"], "test")
+        if "test_accuracy" in result["winner"]:
+            yield "test accuracy" + (", as searched" if result.get("final") else ""), _percent(result["winner"], "test")
+        searched = {"valid_standard_error": None, **result["winner"], "valid_accuracy": best.accuracy}
+        yield "validation accuracy", _percent(searched, "valid")
         yield "multiply-accumulates", f"{best.macs / 1e6:.2f} M"
         yield "parameters", f"{best.params / 1e6:.3f} M" if best.params >= 1e5 else f"{best.params:,}"
     low = sum(e.trial.fidelity in run.plan.lows for e in run.answers)
+    final = sum(e.trial.fidelity.with_valid for e in run.answers)
     yield "low-fidelity evaluations", f"{low}"
-    yield "full evaluations", f"{len(run.answers) - low}"
+    yield "full evaluations", f"{len(run.answers) - low - final}"
+    if final:
+        yield "final trainings", f"{final}"
     for name, count in (
         ("of these failed", sum(failed(e.status) for e in run.answers)),
         ("of these too slow", sum(e.status == "too_slow" for e in run.answers)),
@@ -73,6 +81,22 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
             yield name, f"{count}"
     seconds = sum(e.seconds for e in run.answers)
     yield "worker time", f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _warnings(run: Run) -> Iterable[str]:
+    return [f"warning: {warning}" for warning in run.data.warnings] if "data" in run.facts else []
+
+
+def _settings(run: Run) -> Iterable[tuple[str, Any]]:
+    """What the run was asked to do, and the images that it found."""
+    if "data" in run.facts:
+        yield "images", "; ".join((run.data.summary, *run.data.warnings))
+    yield from flatten(config_to_dict(run.config) | config_to_dict(run.budget))
+def _percent(row: Json, split: str) -> str:
+    """An accuracy with its standard error, which results of earlier versions lack."""
+    error = row.get(f"{split}_standard_error")
+    around = f" \N{PLUS-MINUS SIGN} {100 * error:.1f}" if error is not None else ""
+    return f"{100 * row[f'{split}_accuracy']:.2f}{around} %"
 
 
 def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
@@ -85,6 +109,12 @@ def _figure(chart: Chart) -> str:
         f'<figure class="card{" wide" if chart.wide else ""}"><h2>{escape(chart.title)}</h2>{picture}'
         f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
     )
+
+
+def _final(run: Run) -> str:
+    """The section on the finished winner and its baselines; "" if the search has not come to it."""
+    content = final_trainings.table(run)
+    return f'<section class="card wide"><h2>Was the search worth it?</h2>{content}</section>' if content else ""
 
 
 def _table(run: Run) -> str:

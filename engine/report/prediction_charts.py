@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.report.accuracy_charts import mean_percent
-from engine.report.chart import FULL, MIN_PAIRS, RULE, SOFT, Chart, axis, coloured_by, line, percent, points
+from engine.report.chart import FULL, MIN_PAIRS, RULE, SOFT, Chart, axis, coloured_by, label, line, percent, points
 from engine.search.predictions import Prediction, RunPredictions
 from engine.search.runs import Run
 from engine.trial import Architecture
@@ -51,6 +51,29 @@ def predicted_against_measured(past: RunPredictions) -> list[Chart]:
     return [scatter(titles["predicted"], past.run, outcomes), calibration(titles["calibration"], outcomes)]
 
 
+def learned_to_trust(past: RunPredictions) -> Chart:
+    """The weights that the surrogate gives to what is known of the candidates, with their uncertainty."""
+    title = "What this run has learned to trust"
+    weights = past.weights()[::-1]  # the first at the top
+    if not weights:
+        return Chart("weights", title, "No full result of a search yet, from which weights could be learned.")
+    about = [f"<b>{w.name}</b><br>says something with probability {w.included:.2f}" for w in weights]
+    mean, names = [w.mean for w in weights], [w.name for w in weights]
+    bars = {"type": "data", "array": [1.645 * w.std for w in weights], "color": RULE, "thickness": 1.5, "width": 0}
+    style = {"error_x": bars, "hovertemplate": "%{text}<br>weight %{x:.2f} ± %{error_x.array:.2f}<extra></extra>"}
+    data = [
+        line([0, 0], [names[0], names[-1]], "no weight", SOFT, line={"dash": "dot", "width": 1}),
+        points(mean, names, about, "weights", FULL, **style),
+    ]
+    layout = {"xaxis": axis("weight in full accuracy"), "yaxis": axis("", automargin=True), "showlegend": False}
+    caption = (
+        "By how many standard deviations full accuracy rises with one of each quantity, all others fixed, as the last "
+        "fit has it; bars are 90 % intervals. It starts from what was believed of MACs and low fidelities, and from "
+        "nothing for training-free scores, and follows the full trainings. A weight around 0 is not trusted."
+    )
+    return Chart("weights", title, caption, data, layout)
+
+
 def outcomes_of(past: RunPredictions) -> Outcomes:
     """The predictions made at ask time whose architectures have been measured since."""
     measured = dict(zip(rows_of_full(past), past.at_the_end.y.tolist(), strict=True))
@@ -72,7 +95,7 @@ def rows_of_full(past: RunPredictions) -> list[int]:
 def scatter(title: str, run: Run, outcomes: Outcomes) -> Chart:
     full, mean, measured = mean_percent(run.at(run.plan.high)), outcomes.mean, outcomes.measured
     about = [
-        f"<b>{a}</b><br>measured {full[a]:.2f} %<br>given {p.low} low and {p.full} full scores"
+        f"{label(run, a)}<br>measured {full[a]:.2f} %<br>given {p.low} low and {p.full} full scores"
         for a, p in zip(outcomes.architectures, outcomes.predictions, strict=True)
     ]
     ends = [float(min(measured.min(), mean.min())), float(max(measured.max(), mean.max()))]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from engine.config import is_full
 from engine.report.accuracy_charts import own_teacher_seconds
-from engine.report.chart import FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, line, percent, time_unit
+from engine.report.chart import BEST, FAILED, FULL, LOW, SOFT, WAIT, Chart, Json, axis, line, percent, time_unit
 from engine.search.runs import PHASES, Run
 from engine.trial import Evaluation, Fidelity, failed
 
@@ -85,8 +86,9 @@ def spans_of(timed: Sequence[Evaluation]) -> tuple[list[Span], int]:
 def _by_status(answers: Sequence[Evaluation], run: Run) -> dict[str, tuple[str, list[Evaluation]]]:
     """Evaluations grouped by how they are coloured: name -> (colour, evaluations)."""
     return {
-        "low fidelity": (LOW, [e for e in answers if e.ok and e.trial.fidelity != run.plan.high]),
+        "low fidelity": (LOW, [e for e in answers if e.ok and not is_full(run.config, e.trial.fidelity)]),
         "full": (FULL, [e for e in answers if e.ok and e.trial.fidelity == run.plan.high]),
+        "final": (BEST, [e for e in answers if e.ok and e.trial.fidelity.with_valid]),
         "failed": (FAILED, [e for e in answers if failed(e.status)]),
         "too slow": (SOFT, [e for e in answers if e.status == "too_slow"]),
     }
@@ -156,14 +158,17 @@ def cost_by_phase(run: Run) -> Chart:
 
 
 def seconds_by_phase(run: Run) -> dict[str, dict[str, float]]:
-    """Seconds of each phase for low-fidelity trainings, full trainings and the run's own teacher."""
+    """Seconds of each phase for low-fidelity, full and final trainings and the run's own teacher."""
     groups: dict[str, Callable[[Fidelity], bool]] = {
         "low fidelity": lambda fidelity: fidelity in run.plan.lows,
         "full": lambda fidelity: fidelity == run.plan.high,
+        "final": lambda fidelity: fidelity.with_valid,
     }
     totals: dict[str, dict[str, float]] = {}
     for name, belongs in groups.items():
         answers = [e for e in run.answers if belongs(e.trial.fidelity)]
+        if name == "final" and not answers:
+            continue
         phases = {phase: sum(e.costs.get(phase, 0.0) for e in answers) for phase in PHASES}
         phases["other"] = max(0.0, sum(e.seconds for e in answers) - sum(phases.values()))
         totals[name] = phases

@@ -7,11 +7,11 @@ from pathlib import Path
 from engine.report.accuracy_charts import incumbent, low_against_full, pareto
 from engine.report.chart import Chart, Json
 from engine.report.page import page
-from engine.report.prediction_charts import predicted_against_measured
+from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import cost_by_phase, teacher, timeline
 from engine.run_folder import write_atomically
 from engine.search.predictions import load_predictions
-from engine.search.runs import Run, as_csv, row
+from engine.search.runs import Run, as_csv, rows
 from engine.trial import EnvironmentUnusable, not_installed
 
 
@@ -25,7 +25,7 @@ def write(run: Run, folder: Path) -> Json:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "index.html", page(run, charts, library))
-        write_atomically(folder / "trials.csv", as_csv(map(row, run.answers)))
+        write_atomically(folder / "trials.csv", as_csv(rows(run, run.answers)))
     except OSError as error:
         raise EnvironmentUnusable(f"cannot write {folder}: {error}; choose another folder with --out") from error
     return {
@@ -39,11 +39,13 @@ def write(run: Run, folder: Path) -> Json:
 
 def all_charts(run: Run) -> list[Chart]:
     """The charts, in the order of the page."""
+    past = load_predictions(run)
     return [
         incumbent(run),
         low_against_full(run),
         pareto(run),
-        *predicted_against_measured(load_predictions(run)),
+        *predicted_against_measured(past),
+        learned_to_trust(past),
         timeline(run),
         cost_by_phase(run),
         teacher(run),

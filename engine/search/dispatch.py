@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config import is_full
 from engine.fleet.fleet import Fleet, TaskLost, submit
 from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search.journal import Journal
 from engine.tasks import TrialsTask, WorkerSettings
-from engine.trial import Evaluation, Fidelity, Status, Trial, evaluation_from_json
+from engine.trial import Evaluation, Status, Trial, evaluation_from_json
 
 OpenTrial = tuple[Trial, "Future[Evaluation]"]
 MAX_DEATHS = 2  # a trial is given up when its worker dies this often, the last time while it runs alone
@@ -23,25 +24,27 @@ STATUS: dict[type[Exception], Status] = {WorkerDied: "crashed", TimedOut: "timeo
 
 @dataclass(frozen=True)
 class Cohorts:
-    """How trials are grouped into tasks: up to `size` together, but those at the fidelity `alone` one by one.
+    """How trials are grouped into tasks: up to `size` together, but full trainings one by one.
 
-    `teacher` is the teacher's weights file, `timeout_s` the time limit per trial in seconds (0: none).
+    `teacher` is the teacher's weights file, `timeout_s` the time limit per trial in seconds (0: none); a final training
+    gets more, as it is longer than a full one.
     """
 
     worker: WorkerSettings
     teacher: Path
     size: int
-    alone: Fidelity
     timeout_s: float = 0.0
 
     def task(self, trials: Sequence[Trial]) -> TrialsTask:
-        return TrialsTask(self.worker, tuple(trials), self.teacher, self.timeout_s * len(trials))
+        fidelity, high = trials[0].fidelity, self.worker.config.high
+        longer = fidelity.cost() / high.cost() if fidelity.with_valid else 1.0
+        return TrialsTask(self.worker, tuple(trials), self.teacher, self.timeout_s * len(trials) * longer)
 
     def split(self, waiting: Sequence[OpenTrial]) -> Iterator[list[OpenTrial]]:
         """Groups of trials that can share the batches of a worker: one fidelity, one seed."""
         mates: dict[Any, list[OpenTrial]] = {}
         for trial, answer in waiting:
-            apart = trial.number if trial.fidelity == self.alone else None
+            apart = trial.number if is_full(self.worker.config, trial.fidelity) else None
             mates.setdefault((trial.fidelity, trial.seed, apart), []).append((trial, answer))
         for group in mates.values():
             for start in range(0, len(group), self.size):

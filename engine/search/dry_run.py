@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import RunSettings, check_paths, cohort_size, is_library_model
+from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, is_library_model, search_plan
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.recipes import resolve
 from engine.run_folder import RunFolder
+from engine.search.baseline_networks import baseline_networks
 from engine.search.journal import read_journal
 from engine.search.progress import Display
+from engine.search.proxies import IMAGES_PER_SCORE, to_score
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.search.setup import (
     find_candidates,
@@ -65,8 +67,9 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
     """What a search with these settings has left to do, and its expected cost on this machine.
 
     A worker times a few steps of real trainings: a cohort of low-fidelity students over the whole range of MACs, a full
-    training of a student of median size, and the teacher. The numbers of evaluations are the most that the budget
-    allows. Raises EngineError as a search does, and NoWinner if a timed training fails.
+    training of a student of median size, a final one of the largest candidate, and the teacher. The numbers of
+    evaluations are the most that the budget allows. Raises EngineError as a search does, and NoWinner if a timed
+    training fails.
     """
     validated_space(settings)
     config, resources = settings.config, settings.resources
@@ -101,6 +104,13 @@ def _samples(
         # A search that has begun keeps its latencies. Until then each call measures again, here in a scratch folder.
         begun = bool(read_journal(folder.journal).asked)
         fit = limit_latency(context, fit, folder if begun else context.folder)
+    scores = len(to_score(context, search_plan(config, budget), facts.images["train"], fit))
+    if scores:
+        share = scores * IMAGES_PER_SCORE / (facts.images["train"] * config.high.cost())
+        context.display.say(
+            f"this estimate does not include {scores:,} training-free scores, which take about as long as {share:.1f} "
+            "full trainings"
+        )
     teacher = folder.teacher_weights(config)
     to_train = needs_teacher(context) and not teacher.exists()
     if to_train:
@@ -116,6 +126,12 @@ def _samples(
         Sample(config.low, evenly_spaced(fit, side), max(0, lows - done.get(config.low, 0))),
         Sample(config.high, evenly_spaced(fit, 1), max(0, budget.max_high - done.get(config.high, 0))),
     ]
+    if budget.final_training != "never":
+        compared = baseline_networks(context.space, fit, largest_member(everything))
+        ends = 1 + (len(compared) if budget.baselines != "never" else 0)
+        final = final_fidelity(config)
+        ended = sum(count for fidelity, count in done.items() if fidelity.with_valid)
+        samples.append(Sample(final, [fit.architecture(int(fit.macs.argmax()))], max(0, ends - ended)))
     if to_train and config.teacher == "auto":
         fidelity = Fidelity("teacher", epochs=config.teacher_epochs)
         samples.insert(0, Sample(fidelity, [largest_member(everything)], 1))
@@ -140,6 +156,7 @@ def time_sample(context: RunContext, facts: DataFacts, sample: Sample, teacher: 
     """Estimates an evaluation: its steps are extrapolated from a short training, its other phases are as measured."""
     fidelity, members = sample.fidelity, sample.members
     train, classes = facts.images["train"], len(facts.classes)
+    train += facts.images["valid"] if fidelity.with_valid else 0
     images = max(round(fidelity.fraction * train), classes)
     batch = min(context.config.batch_size, images)
     short = replace(fidelity, fraction=min(fidelity.fraction, Fraction(max(TIMED_BATCHES * batch, classes), train)))
@@ -167,7 +184,7 @@ def _train(
 def hours(estimates: dict[str, WorkEstimate], workers: int) -> float:
     """Wall time: the teacher is trained first and alone, then all workers are busy."""
     alone = estimates["teacher"].hours if "teacher" in estimates else 0.0
-    return alone + (estimates["low"].hours + estimates["high"].hours) / workers
+    return alone + sum(work.hours for name, work in estimates.items() if name != "teacher") / workers
 
 
 def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, machines: str) -> str:

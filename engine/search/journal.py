@@ -7,13 +7,13 @@ import fcntl
 import gc
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from engine.search.line_file import LineFile
 from engine.trial import (
     EnvironmentUnusable,
     Evaluation,
@@ -34,81 +34,57 @@ class Record:
     order of arrival.
 
     When `asked[i]` was asked, `known[i]` evaluations had arrived, and `seen[i]` of them were visible to the method
-    (-1: unknown).
+    (-1: unknown). `final_seconds` are those of evaluations that `searched` has left out.
     """
 
     asked: list[Trial]
     answers: dict[int, Evaluation]
     known: list[int]
     seen: list[int]
+    final_seconds: float = 0.0
+
+    @property
+    def searched(self) -> Record:
+        """The trials that decisions may depend on: not those that were trained on the validation images too."""
+        keep = [place for place, trial in enumerate(self.asked) if not trial.fidelity.with_valid]
+        answers = {number: e for number, e in self.answers.items() if not e.trial.fidelity.with_valid}
+        return Record(
+            [self.asked[place] for place in keep],
+            answers,
+            [self.known[place] for place in keep],
+            [self.seen[place] for place in keep],
+            sum(e.seconds for number, e in self.answers.items() if number not in answers),
+        )
 
 
-class Journal:
+class Journal(LineFile):
     """Appends to a journal, and holds its lock from `__enter__` to `__exit__`.
 
     The first line is {"journal": SCHEMA}; the others are {"asked": trial, "seen": count} or {"answered": evaluation}.
-    Only the last line can be cut short by a crash; it is removed when the journal is next opened. A broken line
-    elsewhere is an error: something other than this program wrote it.
+    A broken line other than the last is an error: something other than this program wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: FileIO | None = None
-        self._lock = threading.Lock()  # trials come from the loop, evaluations from the fleet's threads
-
-    def __enter__(self) -> Journal:
-        self._file = open(self.path, "a+b", buffering=0)
+    def _begin(self, file: FileIO) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
             raise UsageError(
                 f"another search is running in {self.path.parent}; wait for it, "
                 "or choose another folder (--name, --run-dir or --out)"
             ) from None
-        self._drop_torn_tail()
-        if self._file.seek(0, os.SEEK_END) == 0:
-            self._append({"journal": SCHEMA})
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        super()._begin(file)
+        if file.seek(0, os.SEEK_END) == 0:
+            self.append({"journal": SCHEMA})
 
     def ask(self, trials: Iterable[Trial], seen: int = -1) -> None:
         """Records trials before they are sent to a worker, with the number of evaluations that were visible to the
         method (-1: it was not asked)."""
         for trial in trials:
-            self._append({"asked": trial_to_json(trial), "seen": seen})
+            self.append({"asked": trial_to_json(trial), "seen": seen})
 
     def answer(self, evaluation: Evaluation) -> None:
         """Records an evaluation."""
-        self._append({"answered": evaluation_to_json(evaluation)})
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None, "the journal is not open"
-        line = memoryview(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
-        with self._lock:
-            before = self._file.seek(0, os.SEEK_END)
-            try:
-                while line:
-                    line = line[self._file.write(line) :]
-                os.fsync(self._file.fileno())
-            except OSError:
-                # A full disk may take part of a line. Truncating needs no space; if it fails, the tail is cut later.
-                with contextlib.suppress(OSError):
-                    self._file.truncate(before)
-                raise
-
-    def _drop_torn_tail(self) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            self._file.truncate(whole)
-            self._file.seek(whole)
+        self.append({"answered": evaluation_to_json(evaluation)})
 
 
 _decode = json.JSONDecoder().raw_decode

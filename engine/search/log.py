@@ -47,6 +47,8 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
         return {f"{fidelity}/failed": 1.0}
     costs = {name: evaluation.costs[name] for name in COSTS if name in evaluation.costs}
     values = {"accuracy": evaluation.accuracy, "seconds": evaluation.seconds, "macs": float(evaluation.macs), **costs}
+    readouts = {"cross_entropy": evaluation.cross_entropy, "agreement": evaluation.agreement}
+    values |= {name: value for name, value in readouts.items() if value is not None}
     return {f"{fidelity}/{name}": value for name, value in values.items()}
 
 

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def train(settings: RunSettings, architecture: str, out: Path, display: Display)
     load_space(config.space).check(Architecture.parse(architecture))  # before workers start and data are read
     low = replace(config.high, name="low")  # never asked for; a distilled low fidelity makes the run obtain a teacher
     config = replace(config, low=low, only=architecture, method="random", objectives="accuracy", fidelity_study="")
-    budget = Budget(max_low=0, max_high=1, max_failures=1)
+    budget = Budget(max_low=0, max_high=1, max_failures=1, final_training="never")
     alone = replace(settings, config=replace(config, **NO_LIMITS), budget=budget)
     result = search(alone, out, display, method=until_one_succeeds)
     return {"run_dir": result["run_dir"], **result["winner"], "seconds": result["seconds"]}
@@ -99,14 +99,15 @@ def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, di
 def card_facts(run: Run, evaluation: Evaluation) -> Json:
     """What a run knows about an evaluation, for its model card."""
     config, trial, call = run.config, evaluation.trial, run.facts["calls"][0]
-    winner = (run.result or {}).get("winner", {})
-    tested = winner.get("architecture") == str(trial.architecture) and winner["valid_accuracy"] == evaluation.accuracy
+    final, searched = trial.fidelity.with_valid, _searched(run, evaluation)
     return {
         "title": f"{config.space} {trial.architecture}",
         "data": config.data,
-        "images": asdict(run.data)["images"],
-        "valid_accuracy": evaluation.accuracy,
-        "test_accuracy": winner["test_accuracy"] if tested else None,
+        "images": "; ".join((run.data.summary, *run.data.warnings)),
+        "valid_accuracy": searched.accuracy if searched else None,
+        "test_accuracy": evaluation.accuracy if final else _tested(run, evaluation),
+        "search_test_accuracy": _tested(run, searched) if final and searched else None,
+        "search_training": _training(config, searched.trial) if final and searched else "",
         "training": _training(config, trial),
         "distillation": _distillation(config, trial.fidelity),
         "files": run.data.files,
@@ -117,13 +118,30 @@ def card_facts(run: Run, evaluation: Evaluation) -> Json:
     }
 
 
+def _searched(run: Run, evaluation: Evaluation) -> Evaluation | None:
+    """The training in the search, with a validation accuracy, of the network in an evaluation."""
+    if not evaluation.trial.fidelity.with_valid:
+        return evaluation
+    full = [e for e in run.at(run.plan.high) if e.trial.architecture == evaluation.trial.architecture]
+    return max(full, key=lambda e: e.accuracy, default=None)
+
+
+def _tested(run: Run, evaluation: Evaluation) -> float | None:
+    """The test accuracy of a training in the search: only that of the winner is known."""
+    winner: Json = (run.result or {}).get("winner", {})
+    same = winner.get("architecture") == str(evaluation.trial.architecture)
+    return winner["test_accuracy"] if same and winner["valid_accuracy"] == evaluation.accuracy else None
+
+
 def _training(config: SearchConfig, trial: Trial) -> str:
     fidelity = trial.fidelity
     images = "all images" if fidelity.fraction == 1 else f"{fidelity.fraction} of the images"
+    images += ", those of the validation split included" if fidelity.with_valid else ""
     start = f", starting from the weights {config.initial_weights}" if config.initial_weights else ""
+    optimiser = "AdamW with" if config.optimizer == "adamw" else f"SGD with momentum {config.momentum:g},"
     return (
-        f"{fidelity.epochs} epochs on {images}, batch size {config.batch_size}, SGD with momentum "
-        f"{config.momentum:g}, peak learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
+        f"{fidelity.epochs} epochs on {images}, batch size {config.batch_size}, {optimiser} "
+        f"peak learning rate {config.lr:g} and weight decay {config.weight_decay:g}, "
         f"seed {trial.seed}{start}"
     )
 
@@ -138,7 +156,9 @@ def _distillation(config: SearchConfig, fidelity: Fidelity) -> str:
 
 
 def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
-    """The full training of the named architecture, or of the winner if none is named; UsageError if there is none."""
+    """The training whose weights stand for the named architecture, or for the winner if none is named: the final one,
+    else the best of the full ones. UsageError if there is none.
+    """
     if architecture is None:
         if run.kind == "fidelity-study":
             raise UsageError(f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch")
@@ -146,16 +166,19 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
             raise UsageError(
                 f"{run.folder} has no winner yet; let its search finish, or name an architecture with --arch"
             )
-        return run.best
+        return run.final or run.best
     wanted = load_space(run.config.space).check(Architecture.parse(architecture))
-    full = [evaluation for evaluation in run.at(run.plan.high) if evaluation.trial.architecture == wanted]
-    if not full:
+    finished = [evaluation for evaluation in run.finals if evaluation.trial.architecture == wanted]
+    if finished:
+        return finished[-1]
+    trained = [evaluation for evaluation in run.at(run.plan.high) if evaluation.trial.architecture == wanted]
+    if not trained:
         known = dict.fromkeys(str(evaluation.trial.architecture) for evaluation in run.at(run.plan.high))
         raise UsageError(
             f"{wanted} was not trained in full in {run.folder} (trained in full: {', '.join(known) or 'none yet'}); "
             f"train it: cli.py train {run.folder} --arch {wanted} --out FOLDER"
         )
-    return max(full, key=lambda evaluation: evaluation.accuracy)
+    return max(trained, key=lambda evaluation: evaluation.accuracy)
 
 
 @contextmanager

@@ -15,8 +15,10 @@ import numpy as np
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.estimate import Estimate, SurrogateInputs, Weight, estimate, learned_weights
 from engine.search.methods.mfkd import BETA
+from engine.search.methods.readout import by_best_readout
 from engine.search.methods.scores import find_rows, scores
 from engine.search.progress import Display
+from engine.search.proxies import with_trends
 from engine.search.runs import Run
 from engine.search.setup import find_candidates
 from engine.space import Candidates, SearchSpace
@@ -65,15 +67,19 @@ class RunPredictions:
 
     def estimate(self, answers: Sequence[Evaluation]) -> Estimate:
         """The surrogate fitted to these evaluations."""
-        plan, history = self.run.plan, History(list(answers), [])
+        plan = self.run.plan
+        history = by_best_readout(History(list(answers), []), plan)
         lows = [scores(self.candidates, history, low) for low in plan.below_full]
         full = scores(self.candidates, history, plan.high)
         return estimate(self.candidates, lows, full, plan.seed, SurrogateInputs())
 
     def weights(self) -> list[Weight]:
-        """What the last fit has learned to trust."""
+        """What the last fit has learned to trust; nothing before there is a full result, or in a fidelity study."""
         plan = self.run.plan
-        names = [low.name for low in plan.below_full] if len(plan.lows) > 1 else ["low fidelity"]
+        if self.run.kind == "fidelity-study" or not len(self.at_the_end.y):
+            return []
+        names = [low.name for low in plan.lows] if len(plan.lows) > 1 else ["low fidelity"]
+        names += [fidelity.name for fidelity in plan.below_full[len(plan.lows) :]]
         return learned_weights(self.at_the_end, names)
 
     def predict(
@@ -134,6 +140,7 @@ def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredict
     if run.config.max_latency_ms < math.inf:
         limit, stored = run.config.max_latency_ms, run.folder.latencies
         fit, _ = within_latency_limit(fit, limit, stored, True, 0, _measured_already)
+    fit = with_trends(fit, run.proxies)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
     keep[wanted[wanted >= 0]] = True

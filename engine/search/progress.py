@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from engine.search.log import Log
 from engine.trial import Evaluation
 
+EVERY_S = 20.0  # between lines of a phase that counts up
+
 Style = Literal["auto", "bar", "lines", "none"]
 
 
@@ -41,6 +43,7 @@ class Display(AbstractContextManager["Display"]):
         self._start = time.monotonic()
         self.log: Log = lambda evaluation: None  # also called with each evaluation
         self._best = 0.0
+        self._said = 0.0  # when `advance` last printed a line
         self._tasks: dict[str, TaskID] = {}
         self._counts: dict[str, int] = {}
         self._bars = Progress(
@@ -69,10 +72,20 @@ class Display(AbstractContextManager["Display"]):
     def expect(self, phase: str, total: int) -> None:
         """A bar for a phase of `total` evaluations, starting at 0: an earlier study may have had one of that name."""
         self._counts.pop(phase, None)
+        self._said = time.monotonic()
         if phase in self._tasks:
             self._bars.reset(self._tasks[phase], total=total, note="")
         else:
             self._tasks[phase] = self._bars.add_task(phase, total=total, note="")
+
+    def advance(self, phase: str, done: int) -> None:
+        """Moves the bar of a phase; without bars, a line says so every `EVERY_S` seconds."""
+        if phase in self._tasks:
+            self._bars.update(self._tasks[phase], completed=done)
+        now = time.monotonic()
+        if self._style == "lines" and now - self._said >= EVERY_S:
+            self.say(f"{phase}: {done:,} of {self._bars.tasks[self._tasks[phase]].total:,.0f}")
+            self._said = now
 
     def show(self, evaluation: Evaluation, full: bool) -> None:
         """Shows and logs a new evaluation; `full` ones count towards the best so far."""
@@ -88,7 +101,8 @@ class Display(AbstractContextManager["Display"]):
             total = max(bar.total or 0, self._counts[phase])
             self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {rate:,.0f} images/s")
         if self._style == "lines":
-            result = f"{evaluation.accuracy:.4f}" if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
+            accuracy = f"{'test ' if evaluation.trial.fidelity.with_valid else ''}{evaluation.accuracy:.4f}"
+            result = accuracy if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
             self.say(
                 f"{phase} {self._counts[phase]:>3}  {evaluation.trial.architecture}  {result}  "
                 f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}".rstrip()

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from typing import Any
 from engine.config import Plan, RunKind, RunSettings, SearchConfig, Slots, check_paths, cohort_size, slots_for
 from engine.fleet.deadline import remaining
 from engine.fleet.devices import describe, layout
-from engine.fleet.drain import Drain
+from engine.fleet.drain import Drain, answer_of
 from engine.fleet.fleet import FleetLost
 from engine.recipes import resolve
 from engine.run_folder import RunFolder, write_atomically
@@ -27,6 +27,7 @@ from engine.search.log import LogKind, open_log
 from engine.search.loop import Recorded, VirtualWorkers, drive
 from engine.search.methods.propose import Method
 from engine.search.progress import Display
+from engine.search.proxies import read_scores
 from engine.search.run_context import RunContext, open_context
 from engine.search.setup import SearchSetup, probe, set_up, validated_space
 from engine.search.warm_start import check_same_data, study_config, warm_start
@@ -48,7 +49,7 @@ class RunDefinition:
     kind: RunKind
     plan: Callable[[SearchConfig], Plan]
     method: Method
-    finish: Callable[[SearchSetup, History], Json]
+    finish: Callable[[SearchSetup, History, Journal], Json]
 
 
 def run(
@@ -84,7 +85,7 @@ def run(
                 if study:
                     warm_start(study, setup, journal)
                 history = evaluate_all(setup, journal, slots, definition.method)
-                return definition.finish(setup, history)
+                return definition.finish(setup, history, journal)
 
 
 def make_folder(run_dir: Path) -> RunFolder:
@@ -122,28 +123,52 @@ def unwritable(folder: RunFolder, error: OSError) -> EnvironmentUnusable:
 
 def evaluate_all(setup: SearchSetup, journal: Journal, slots: Slots, method: Method) -> History:
     """Evaluates everything that the method asks for; returns all evaluations of the run, in virtual-clock order."""
-    context, drain = setup.context, setup.context.drain
+    context = setup.context
     plan = replace(setup.plan, cohort=slots.cohort)
-    record = read_journal(journal.path)
+    whole = read_journal(journal.path)
+    record = whole.searched
     _announce(context.display, plan, record)
-    dispatcher = _dispatcher(context, plan, journal, record)
+    dispatcher = _dispatcher(context, plan, journal, whole)
 
     def propose(history: History, free: int) -> list[Trial]:
-        return method(setup.candidates, visible(history, setup), plan, free)
+        trials = method(setup.candidates, visible(history, setup), plan, free)
+        return [replace(trial, number=_number(trial.number, record, whole)) for trial in trials]
 
     def stop(history: History) -> bool:
         return should_stop(context, plan, record, history)
 
     recorded = Recorded(record.asked, record.seen)
+    with _settled(context.drain, dispatcher):
+        return drive(propose, dispatcher, _virtual_workers(setup, plan, slots), recorded, journal.ask, stop)
+
+
+def _number(place: int, record: Record, whole: Record) -> int:
+    """The number in the journal of the trial that a method numbers by its place among those that it knows of."""
+    known = len(record.asked)
+    return record.asked[place].number if place < known else len(whole.asked) + place - known
+
+
+def evaluate_at_once(setup: SearchSetup, journal: Journal, trials: Sequence[Trial]) -> list[Evaluation]:
+    """Evaluates trials on which no decision depends, in any order; those that the journal knows are not repeated."""
+    record = read_journal(journal.path)
+    dispatcher = _dispatcher(setup.context, setup.plan, journal, record)
+    with _settled(setup.context.drain, dispatcher):
+        answers = [dispatcher.submit(trial) for trial in trials]
+        dispatcher.flush()
+        return [answer_of(answer) for answer in answers]
+
+
+@contextmanager
+def _settled(drain: Drain, dispatcher: Dispatcher) -> Iterator[None]:
+    """Once the run is asked to stop, waits for what can still be saved, and raises Drained."""
     try:
-        history = drive(propose, dispatcher, _virtual_workers(setup, plan, slots), recorded, journal.ask, stop)
+        yield
     except (Drained, FleetLost):
         if not drain.asked:
             raise
     if drain.asked:
         drain.settle(dispatcher.open())
         raise drain.drained()
-    return history
 
 
 def _announce(display: Display, plan: Plan, record: Record) -> None:
@@ -159,7 +184,7 @@ def _dispatcher(context: RunContext, plan: Plan, journal: Journal, record: Recor
         context.display.show(evaluation, evaluation.trial.fidelity == plan.high)
 
     teacher = context.folder.teacher_weights(context.config)
-    cohorts = Cohorts(context.worker, teacher, plan.cohort, plan.high, context.resources.trial_timeout)
+    cohorts = Cohorts(context.worker, teacher, plan.cohort, context.resources.trial_timeout)
     return Dispatcher(context.fleet, cohorts, journal, record.answers, received)
 
 
@@ -178,20 +203,23 @@ def should_stop(context: RunContext, plan: Plan, record: Record, history: Histor
 
     Raises NoWinner after too many failures in a row.
     """
-    budget, drain = context.budget, context.drain
-    if history.asked < len(record.asked) and not drain.asked:
+    budget = context.budget
+    if history.asked < len(record.asked) and not context.drain.asked:
         return False  # lowering a budget does not undo what has been measured
     full = [e.accuracy for e in history.answered if e.ok and e.trial.fidelity == plan.high]
     # Only failures of this call count: the user may have fixed the cause of earlier ones.
     last = [e for e in history.answered if e.trial.number not in record.answers][-budget.max_failures :]
     if len(last) == budget.max_failures and all(failed(e.status) for e in last):
         raise NoWinner(f"{budget.max_failures} evaluations in a row failed; {why_no_winner(history)}")
-    return (
-        drain.asked
-        or history.seconds() >= budget.gpu_hours * 3600
-        or time.monotonic() - context.started >= budget.wall_time * 3600
-        or max(full, default=0.0) >= budget.target_accuracy
-    )
+    spent = bool(used_up(context, history.seconds() + record.final_seconds))
+    return context.drain.asked or spent or max(full, default=0.0) >= budget.target_accuracy
+
+
+def used_up(context: RunContext, seconds: float) -> str:
+    """The flag of the time limit that is used up, given the worker `seconds` so far; "" if none is."""
+    if seconds >= context.budget.gpu_hours * 3600:
+        return "--gpu-hours"
+    return "--wall-time" if time.monotonic() - context.started >= context.budget.wall_time * 3600 else ""
 
 
 def visible(history: History, setup: SearchSetup) -> History:
@@ -228,6 +256,7 @@ def write_run_file(folder: RunFolder, facts: DataFacts) -> None:
             "or choose another folder (--run-dir or --out)"
         )
     stored["data"] = data
+    stored["proxies"] = len(read_scores(folder.proxies))
     versions = {name: _version(name) for name in VERSIONED}
     call = {"command": sys.argv, "device": device, "python": platform.python_version(), "versions": versions}
     stored["calls"].append(call)

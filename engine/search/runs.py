@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
 from engine.run_folder import RunFolder
 from engine.search.journal import Record, read_journal
-from engine.tasks import DataFacts, task_from_json
-from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
+from engine.search.proxies import PREFIX, read_scores, standing
+from engine.tasks import DataFacts, ProxyScores, task_from_json
+from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
 
@@ -44,7 +46,7 @@ class Run:
     def plan(self) -> Plan:
         """The plan of the search; for a fidelity study, with the low fidelities that it has compared."""
         plan = search_plan(self.config, self.budget)
-        asked = dict.fromkeys(trial.fidelity for trial in self.record.asked if trial.fidelity != plan.high)
+        asked = dict.fromkeys(t.fidelity for t in self.record.searched.asked if t.fidelity != plan.high)
         return plan if not asked or self.config.low in asked else replace(plan, lows=tuple(asked))
 
     @property
@@ -80,6 +82,16 @@ class Run:
         """Whether a surrogate chooses the architectures that are trained in full."""
         return self.kind == "search" and self.plan.method in SURROGATE_METHODS
 
+    @cached_property
+    def proxies(self) -> dict[Architecture, ProxyScores]:
+        """Training-free scores of the candidates that have some."""
+        return read_scores(self.folder.proxies)
+
+    @cached_property
+    def standing(self) -> dict[Architecture, float]:
+        """Where each architecture with training-free scores stands by them, from 0 to 1."""
+        return standing(self.proxies)
+
     @property
     def imported(self) -> set[int]:
         """The numbers of trials imported from a fidelity study (--fidelity-study)."""
@@ -100,8 +112,21 @@ class Run:
         return card
 
     @property
+    def final(self) -> Evaluation | None:
+        """The last training of the winner, which `export` and `eval` take; None if there is none."""
+        if self.result is None or self.kind != "search":
+            return None
+        name = self.result["winner"]["architecture"]
+        return next((e for e in reversed(self.finals) if str(e.trial.architecture) == name), None)
+
+    @property
+    def finals(self) -> list[Evaluation]:
+        """The successful final trainings."""
+        return [e for e in self.answers if e.ok and e.trial.fidelity.with_valid]
+
+    @property
     def best(self) -> Evaluation | None:
-        """The winner, or the best full-fidelity evaluation so far; None if there is none yet."""
+        """The winner's training in the search, or the best full-fidelity evaluation so far; None if there is none."""
         full = self.at(self.plan.high)
         if self.result is not None:
             name = self.result["winner"]["architecture"]
@@ -166,14 +191,30 @@ def _read(path: Path) -> Json | None:
     return content
 
 
+def rows(run: Run, answers: Iterable[Evaluation]) -> list[Json]:
+    """Evaluations as the rows of trials.csv: plain values, one level deep."""
+    return [row(evaluation) | proxy_columns(run, evaluation.trial) for evaluation in answers]
+
+
+def proxy_columns(run: Run, trial: Trial) -> Json:
+    """The training-free scores of a trial's architecture, and where it stands by them, as columns."""
+    known = run.proxies.get(trial.architecture)
+    if known is None:
+        return {}
+    scores = {PREFIX + name: value for name, value in known.scores.items()}
+    return {"standing": run.standing.get(trial.architecture), **scores}
+
+
 def row(evaluation: Evaluation) -> Json:
-    """An evaluation as the columns of trials.csv: plain values, one level deep."""
+    """What was measured for a trial, as columns."""
     trial = evaluation.trial
     fidelity = trial.fidelity
     return {
         **row_of_trial(trial),
         "status": evaluation.status,
         "accuracy": evaluation.accuracy if evaluation.ok else None,
+        "cross_entropy": evaluation.cross_entropy,
+        "agreement": evaluation.agreement,
         "macs": evaluation.macs if evaluation.ok else None,
         "params": evaluation.params if evaluation.ok else None,
         "latency_ms": evaluation.costs.get("latency_ms"),

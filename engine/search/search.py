@@ -12,6 +12,9 @@ import numpy as np
 
 from engine.config import Plan, RunSettings, SearchConfig, search_plan
 from engine.run_folder import write_atomically
+from engine.search.comparison import images_in, standard_error
+from engine.search.final import FinalTrainings, final_rows, train_finals
+from engine.search.journal import Journal
 from engine.search.log import LogKind
 from engine.search.methods import propose as methods
 from engine.search.progress import Display
@@ -38,12 +41,15 @@ def search(
     """
     start = time.monotonic()
 
-    def finish(setup: SearchSetup, history: History) -> Json:
+    def finish(setup: SearchSetup, history: History, journal: Journal) -> Json:
         best = methods.winner(setup.candidates, visible(history, setup), setup.plan)
         if best is None:
             raise NoWinner(why_no_winner(history))
         best = next(e for e in history.answered if e.trial == best.trial)
-        return conclude(setup, history, best, time.monotonic() - start)
+        finals = train_finals(setup, history, best, journal)
+        result = conclude(setup, history, best, finals) | {"seconds": round(time.monotonic() - start, 1)}
+        write_atomically(setup.context.folder.result, json.dumps(result, indent=2) + "\n")
+        return result
 
     def plan(config: SearchConfig) -> Plan:
         return search_plan(config, settings.budget)
@@ -74,11 +80,13 @@ def unpaired(history: History, plan: Plan) -> list[Trial]:
     ]
 
 
-def conclude(setup: SearchSetup, history: History, best: Evaluation, seconds: float) -> Json:
-    """Scores the winner on the test split, which is read only here, and writes result.json."""
+def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: FinalTrainings) -> Json:
+    """What the search has found. Its winner is scored on the test split here, and final trainings were before."""
     context = setup.context
     tested = context.answer(TestTask(context.worker, best.trial))
     winner = _described(best) | {"test_accuracy": tested["test_accuracy"], "weights": tested["weights"]}
+    winner["valid_standard_error"] = standard_error(best.accuracy, setup.facts.images["valid"])
+    winner["test_standard_error"] = standard_error(tested["test_accuracy"], images_in(tested["hits"]))
     if "latency_ms" in best.costs:
         winner["latency_ms"] = round(best.costs["latency_ms"], 3)
     ok = [e for e in history.answered if e.ok]
@@ -86,13 +94,12 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, seconds: fl
         "run_dir": str(context.folder),
         "status": "finished",
         "winner": winner,
-        "evaluations": _counts(history, setup.plan),
+        **final_rows(setup, finals),
+        "evaluations": _counts([*history.answered, *finals.everything], setup.plan),
         "tau": taus(ok, setup.plan),
-        "seconds": round(seconds, 1),
     }
     if setup.plan.method == "mfkd-front":
         result["front"] = [_described(e) for e in methods.front(history, setup.plan)]
-    write_atomically(context.folder.result, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -105,13 +112,14 @@ def _described(evaluation: Evaluation) -> Json:
     }
 
 
-def _counts(history: History, plan: Plan) -> Json:
+def _counts(answers: Sequence[Evaluation], plan: Plan) -> Json:
     """How many evaluations succeeded at each fidelity, failed, or were too slow."""
-    too_slow = sum(e.status == "too_slow" for e in history.answered)
+    too_slow = sum(e.status == "too_slow" for e in answers)
     return {
-        "low": sum(e.ok and e.trial.fidelity in plan.lows for e in history.answered),
-        "high": sum(e.ok and e.trial.fidelity == plan.high for e in history.answered),
-        "failed": sum(failed(e.status) for e in history.answered),
+        "low": sum(e.ok and e.trial.fidelity in plan.lows for e in answers),
+        "high": sum(e.ok and e.trial.fidelity == plan.high for e in answers),
+        "final": sum(e.ok and e.trial.fidelity.with_valid for e in answers),
+        "failed": sum(failed(e.status) for e in answers),
         **({"too_slow": too_slow} if too_slow else {}),
     }
 

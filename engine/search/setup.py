@@ -13,10 +13,12 @@ from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_li
 from engine.fleet.devices import layout
 from engine.recipes import fine_tunes_teacher, resolve
 from engine.run_folder import RunFolder
+from engine.search.baseline_networks import family_members
 from engine.search.journal import read_journal
 from engine.search.latency_limit import within_latency_limit
 from engine.search.methods.propose import METHODS
 from engine.search.progress import Display
+from engine.search.proxies import add_proxies
 from engine.search.run_context import RunContext, one_worker, open_context
 from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
@@ -38,12 +40,18 @@ OVERHEAD_MACS = 1e6
 
 @dataclass(frozen=True)
 class SearchSetup:
-    """A run whose data, candidates and teacher are known, ready to ask for trials."""
+    """A run whose data, candidates and teacher are known, ready to ask for trials.
+
+    `largest` holds only the largest member of the space, which may exceed the limits. `teacher` is None if nothing is
+    distilled.
+    """
 
     context: RunContext
     plan: Plan
     candidates: Candidates
     facts: DataFacts
+    largest: Candidates
+    teacher: TeacherFacts | None = None
 
     def cost(self, trial: Trial) -> float:
         """Expected cost of a trial, up to a constant factor: passes over the data times MACs.
@@ -51,11 +59,17 @@ class SearchSetup:
         It drives the virtual clock, and methods see it as seconds. Measured seconds would be more accurate, but they
         change when a run resumes on another machine, and its decisions must not.
         """
-        fidelity = trial.fidelity
-        row = self.candidates.row(trial.architecture)
-        macs = self.candidates.macs[row] if row is not None else float(np.median(self.candidates.macs))
+        fidelity, images = trial.fidelity, self.facts.images
         scale = fidelity.width * (fidelity.resolution or self.facts.resolution) / self.facts.resolution
-        return fidelity.cost() * scale**2 * (macs + OVERHEAD_MACS)
+        passes = fidelity.cost() * (1 + images["valid"] / images["train"] if fidelity.with_valid else 1)
+        return passes * scale**2 * (self._macs(trial.architecture) + OVERHEAD_MACS)
+
+    def _macs(self, architecture: Architecture) -> float:
+        for members in (self.candidates, self.largest):
+            row = members.row(architecture)
+            if row is not None:
+                return float(members.macs[row])
+        return float(np.median(self.candidates.macs))
 
 
 def validated_space(settings: RunSettings) -> SearchSpace:
@@ -72,25 +86,33 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if config.max_latency_ms < math.inf:
         fit = limit_latency(context, fit, context.folder)
+    teacher = None
     if needs_teacher(context):
         task = teacher_task(context, everything)
-        facts_of_teacher = obtain_teacher(context, task)
-        if context.space.start is not None and facts_of_teacher.network != task.network:
-            raise UsageError(_another_teacher(context, str(task.path), facts_of_teacher.network))
-    return SearchSetup(context, replace(plan, valid_images=facts.images["valid"]), fit, facts)
+        teacher = obtain_teacher(context, task)
+        if context.space.start is not None and teacher.network != task.network:
+            raise UsageError(_another_teacher(context, str(task.path), teacher.network))
+    fit = add_proxies(context, plan, facts.images["train"], fit)
+    largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
+    # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
+    first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
+    plan = replace(plan, valid_images=facts.images["valid"], first=first)
+    fit = add_proxies(context, plan, facts.images["train"], fit)
+    return SearchSetup(context, plan, fit, facts, largest, teacher)
 
 
 def probe(context: RunContext) -> DataFacts:
     """Has a worker check data and device; returns its findings."""
     config = context.config
     facts = task_from_json(DataFacts, context.answer(ProbeTask(context.worker)))
+    context.display.say(f"data {config.data}: {facts.summary}")
+    for warning in facts.warnings:
+        context.display.say(f"warning: {warning}")
     if facts.images["train"] < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it, or "
             "leave it out"
         )
-    counts = f"{facts.images['train']} train, {facts.images['valid']} valid, {len(facts.classes)} classes"
-    context.display.say(f"data {config.data}: {counts}")
     return facts
 
 

@@ -20,7 +20,8 @@ from engine.trial import LOSS_WEIGHTS, EnvironmentUnusable, Evaluation, Fidelity
 # Settings that affect which trials are proposed, but not the outcome of an evaluation.
 MAY_DIFFER = {"low", "method", "fidelity_study", "min_macs", "max_macs", "max_params", "max_latency_ms", "objectives"}
 # Of these, what matters is compared for each evaluation: some use no teacher.
-MAY_DIFFER |= {"only", "teacher", "teacher_epochs", "teacher_weights", "from_scratch", *LOSS_WEIGHTS}
+MAY_DIFFER |= {"final", "only", "teacher", "teacher_epochs", "teacher_weights", "from_scratch", *LOSS_WEIGHTS}
+MAY_DIFFER |= {"proxies"}
 
 
 def warm_start(study: RunFolder, setup: SearchSetup, journal: Journal) -> None:

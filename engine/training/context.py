@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 from engine import stop_files
 from engine.config import SearchConfig
 from engine.data.augment import Augmentation
-from engine.data.dataset import Dataset, Split, load, subset
+from engine.data.dataset import Dataset, Split, joined, load, subset
 from engine.data.loader import Batches, eval_batches, train_batches
 from engine.recipes import resolve
 from engine.run_folder import RunFolder
@@ -26,7 +26,8 @@ from engine.training import checkpoint
 from engine.training.checkpoint import Progress
 from engine.training.latency import measure
 from engine.training.student import Student
-from engine.training.train import accuracies
+from engine.training.teacher_cache import CachedTeacher
+from engine.training.train import Readout, classify, read_out
 from engine.trial import Architecture, Drained, Fidelity
 
 
@@ -50,9 +51,22 @@ class WorkerContext:
         """Threads of the loader: one on a CPU, on a GPU the worker's share of the cores (set by its supervisor)."""
         return 1 if self.device.type == "cpu" else int(os.environ.get("MFKD_CORES", "1"))
 
+    @cached_property
+    def train_and_valid(self) -> Split:
+        """The training and validation images, kept: a copy of all arrays takes time."""
+        return joined(self.data.train, self.data.valid)
+
+    def train_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity draw from."""
+        return self.train_and_valid if fidelity.with_valid else self.data.train
+
+    def score_split(self, fidelity: Fidelity) -> Split:
+        """The images that trainings of a fidelity are scored on, which they have not seen."""
+        return self.data.test if fidelity.with_valid else self.data.valid
+
     def subset(self, fidelity: Fidelity) -> tuple[npt.NDArray[np.int64], int]:
         """Indices of the training images of a fidelity, and the batch size: as configured, or all images if fewer."""
-        indices = subset(self.data.train.labels, fidelity.fraction, self.config.seed)
+        indices = subset(self.train_split(fidelity).labels, fidelity.fraction, self.config.seed)
         return indices, min(self.config.batch_size, len(indices))
 
     def images(self, fidelity: Fidelity) -> int:
@@ -67,7 +81,7 @@ class WorkerContext:
         """The batches of a training at a fidelity, starting at an epoch."""
         indices, batch_size = self.subset(fidelity)
         return train_batches(
-            self.data.train,
+            self.train_split(fidelity),
             indices,
             data=self.data,
             batch_size=batch_size,
@@ -81,11 +95,9 @@ class WorkerContext:
             augmentation=Augmentation(self.config.augment, self.config.min_crop_area),
         )
 
-    def scores(self, networks: list[nn.Module], split: Split, fidelity: Fidelity) -> list[float | Exception]:
-        """Accuracies (0..1) of networks in one pass over a split, or the exception that a network raised."""
-        if not networks:
-            return []
-        batches = eval_batches(
+    def eval_batches(self, split: Split, fidelity: Fidelity) -> Batches:
+        """Each image of a split once, in order, at the resolution of a fidelity."""
+        return eval_batches(
             split,
             data=self.data,
             batch_size=256,
@@ -94,14 +106,31 @@ class WorkerContext:
             backend=self.config.data_backend,
             threads=self.threads,
         )
-        return accuracies(networks, batches)
 
-    def accuracy(self, network: nn.Module, split: Split, fidelity: Fidelity) -> float:
-        """Accuracy (0..1) of one network; raises what the network raises."""
-        (score,) = self.scores([network], split, fidelity)
-        if isinstance(score, Exception):
-            raise score
-        return score
+    def score(
+        self, networks: list[nn.Module], fidelity: Fidelity, teacher: CachedTeacher | None = None
+    ) -> list[Readout | Exception]:
+        """Readouts of networks in one pass over the split that a fidelity is scored on; the exception instead if a
+        network raises.
+
+        Agreement with the teacher is read on the validation split alone, for decisions, and final trainings serve none.
+        The teacher sees that split once per worker and resolution.
+        """
+        if not networks:
+            return []
+        batches, side = self.eval_batches(self.score_split(fidelity), fidelity), self.resolution(fidelity)
+        if teacher is None or fidelity.with_valid:
+            return read_out(networks, batches)
+        if side not in teacher.classes:
+            teacher.classes[side] = classify(teacher.network, batches)
+        return read_out(networks, batches, teacher.classes[side])
+
+    def read_out(self, network: nn.Module, split: Split, fidelity: Fidelity) -> Readout:
+        """The readout of one network on a split; raises what the network raises."""
+        (found,) = read_out([network], self.eval_batches(split, fidelity))
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def latency_ms(self, network: nn.Module) -> float:
         """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""

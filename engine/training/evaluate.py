@@ -6,9 +6,7 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.config import Resources, SearchConfig, cohort_size, config_at, parse_bytes
+from engine.config import Resources, SearchConfig, cohort_size, config_at, is_full, parse_bytes
 from engine.networks import count_cost
 from engine.spaces.load import load_space
 from engine.training import checkpoint
@@ -25,11 +23,11 @@ from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
 from engine.training.inherit import inherited
-from engine.training.student import Student, fatal, prepare, status_of
+from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
-from engine.training.train import Stopwatch, train
+from engine.training.train import Readout, Stopwatch, train
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial
+from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial, hits_to_text
 
 DEFAULT = Resources()
 # Messages of Python, torch and safetensors when a disk cannot be written; the libraries have error types of their own.
@@ -39,7 +37,7 @@ UNWRITABLE = ("No space left on device", "Disk quota exceeded", "Read-only file 
 def evaluate(
     context: WorkerContext, teacher_file: Path, trials: list[Trial], resources: Resources = DEFAULT
 ) -> list[Evaluation]:
-    """Trains trials of one fidelity and one seed side by side and scores each on the validation split."""
+    """Trains trials of one fidelity and one seed side by side and scores each on images that it has not seen."""
     started, start, watch = time.time(), time.perf_counter(), Stopwatch()
     if context.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(context.device)
@@ -108,26 +106,26 @@ def _evaluate(
         raise ValueError("the trials of a cohort must share fidelity and seed: they train on the same batches")
     with watch.phase("setup"):
         inherits = load_space(context.config.space).inherit is not None
-        teacher = _teacher(teacher_file, context) if fidelity.kd_loss != "none" or inherits else None
+        teacher = load_teacher(teacher_file, context) if fidelity.kd_loss != "none" or inherits else None
+        guide = teacher if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
         cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
         students = [entry for entry in cohort if isinstance(entry, Student)]
         # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
-        resumable = fidelity == context.config.high and len(trials) == 1
+        resumable = is_full(context.config, fidelity) and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
         done = checkpoint.restore(state, students[0]).epochs if state and students else 0
     if students and fidelity.epochs:
         batches = context.train_batches(fidelity, seed, done)
         save = partial(_save, context, state, students[0], fidelity) if state else None
-        guide = teacher if fidelity.kd_loss != "none" else None
         train(students, guide, batches, context.config, watch, save, resources.execution)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
-        found = context.scores([student.network for student in trained], context.data.valid, fidelity)
-        scores = dict(zip(map(id, trained), found, strict=True))
+        found = context.score([student.network for student in trained], fidelity, guide)
+        readouts = dict(zip(map(id, trained), found, strict=True))
         return [
-            _answer(context, trial, entry, scores.get(id(entry), 0.0)) if isinstance(entry, Student) else entry
+            _answer(context, trial, entry, readouts.get(id(entry))) if isinstance(entry, Student) else entry
             for trial, entry in zip(trials, cohort, strict=True)
         ]
 
@@ -144,17 +142,17 @@ def _make_student(
         network = _network(context, trial, teacher)
         size = context.resolution(trial.fidelity)
         example = torch.zeros(2, 3, size, size, device=context.device).contiguous(memory_format=torch.channels_last)
-        full = trial.fidelity == context.config.high
+        full = is_full(context.config, trial.fidelity)
         if full and context.config.initial_weights:
             load_weights(Path(context.config.initial_weights), network)
         limit = context.config.max_latency_ms
         latency = context.latency_ms(network) if full and limit < math.inf else 0.0
-        if latency > limit:
+        if latency > limit and not trial.fidelity.with_valid:  # the winner has been measured before
             reason = f"measured {latency:.3g} ms, over --max-latency-ms {limit:g}"
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})
         student = prepare(
             network,
-            teacher.network if teacher is not None else None,
+            teacher.network if teacher is not None and trial.fidelity.kd_loss != "none" else None,
             config_at(context.config, trial.fidelity),
             trial.fidelity.kd_loss,
             example,
@@ -188,17 +186,19 @@ def _key(config: SearchConfig, trial: Trial) -> int:
     return int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
 
 
-def _answer(context: WorkerContext, trial: Trial, student: Student, score: float | Exception) -> Evaluation:
+def _answer(
+    context: WorkerContext, trial: Trial, student: Student, readout: Readout | Exception | None
+) -> Evaluation:
     """The evaluation of a trained student; the weights of a full training are saved."""
-    if student.status != "ok":
+    if readout is None:
         if student.status != "oom":  # another job on the device may have caused that, so the training may be repeated
             context.folder.training_state(trial).unlink(missing_ok=True)
         return Evaluation(trial, student.status, error=student.error, execution=student.execution)
     try:
-        if isinstance(score, Exception):
-            raise score
+        if isinstance(readout, Exception):
+            raise readout
         macs, params = _cost(context, trial, student.network)
-        if trial.fidelity == context.config.high:
+        if is_full(context.config, trial.fidelity):
             save_weights(context.folder.weights(trial), student.network)
             context.folder.training_state(trial).unlink(missing_ok=True)
     except EnvironmentUnusable:
@@ -206,7 +206,18 @@ def _answer(context: WorkerContext, trial: Trial, student: Student, score: float
     except Exception as error:
         return _failed(trial, error)
     costs = {"latency_ms": student.latency_ms} if student.latency_ms else {}
-    return Evaluation(trial, "ok", score, macs=macs, params=params, costs=costs, execution=student.execution)
+    return Evaluation(
+        trial,
+        "ok",
+        readout.accuracy,
+        macs=macs,
+        params=params,
+        costs=costs,
+        execution=student.execution,
+        cross_entropy=readout.cross_entropy if math.isfinite(readout.cross_entropy) else None,
+        agreement=readout.agreement,
+        hits=hits_to_text(readout.hits) if trial.fidelity.with_valid else "",
+    )
 
 
 def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int, int]:
@@ -218,19 +229,21 @@ def _cost(context: WorkerContext, trial: Trial, network: nn.Module) -> tuple[int
 
 
 def _failed(trial: Trial, error: Exception) -> Evaluation:
-    if fatal(error):
-        traceback.print_exception(error)  # the supervisor reports the end of the log
-        sys.stderr.flush()
-        os._exit(70)  # a lost CUDA context cannot be recovered in this process; the fleet starts another
+    end_if_fatal(error)
     if any(words in str(error) for words in UNWRITABLE):
         raise EnvironmentUnusable(f"cannot write the run folder: {error}; free space and run the command again")
     return Evaluation(trial, status_of(error), error=f"{type(error).__name__}: {error}"[:2000])
 
 
 @lru_cache(maxsize=1)
-def _teacher(path: Path, context: WorkerContext) -> CachedTeacher:
+def load_teacher(path: Path, context: WorkerContext) -> CachedTeacher:
     """The teacher in a weights file, with its cached outputs for this worker's batches."""
+    return CachedTeacher(ready_teacher(path, context))
+
+
+def ready_teacher(path: Path, context: WorkerContext) -> nn.Module:
+    """The network in a teacher's weights file, frozen, for images as this worker normalises them."""
     card, data = teachers.read_card(path), context.data
     teachers.check_fits(card, data.classes)
     built = teachers.renormalised(teachers.load(path), (data.mean, data.std), (card.mean, card.std))
-    return CachedTeacher(teachers.freeze(built, context.device))
+    return teachers.freeze(built, context.device)

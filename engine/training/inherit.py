@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.data.dataset import Split
 from engine.data.loader import eval_batches
 from engine.spaces.load import load_space
 from engine.training.context import WorkerContext
@@ -36,13 +35,8 @@ def calibration(context: WorkerContext) -> tuple[Tensor, ...]:
     """Batches (N, 3, R, R) of training images as they are scored, without augmentation; the same for all members."""
     train = context.data.train
     rows = np.sort(np.random.default_rng([context.config.seed, 0xBA7C]).permutation(len(train))[:IMAGES])
-    drawn = Split(
-        train.labels[rows],
-        train.images[rows] if train.images is not None else None,
-        tuple(train.files[row] for row in rows) if train.files is not None else None,
-    )
     batches = eval_batches(
-        drawn,
+        train.select(rows),
         data=context.data,
         batch_size=min(BATCH, len(rows)),
         resolution=context.data.resolution,

@@ -118,6 +118,6 @@ def _save(context: WorkerContext, built: nn.Module, path: Path, card: teachers.C
     """Scores a teacher on the validation split and saves it with its card."""
     data, start = context.data, time.perf_counter()
     adapted = teachers.renormalised(built, (data.mean, data.std), (card.mean, card.std))
-    accuracy = context.accuracy(teachers.freeze(adapted, context.device), data.valid, Fidelity("teacher"))
+    accuracy = context.read_out(teachers.freeze(adapted, context.device), data.valid, Fidelity("teacher")).accuracy
     seconds = card.seconds + time.perf_counter() - start
     teachers.save(path, built, replace(card, accuracy=accuracy, seconds=seconds))

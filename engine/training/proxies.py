@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from engine.data.dataset import Dataset, Split
 from engine.data.loader import Backend, eval_batches
 from engine.space import SearchSpace
+from engine.tasks import PROXIES, ProxyScores
 from engine.training.student import fatal, place
 from engine.trial import Architecture
 
-PROXIES = ("naswot", "jacobian_covariance", "diswot", "expressivity")
 # The largest size in docs/evidence/real-size.md that takes a tenth of a second per cell of NAS-Bench-201.
 IMAGES, NOISE_IMAGES = 16, 4
 RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
@@ -35,19 +35,6 @@ NO_GRADIENT = "the output does not depend on the images"
 
 class Missing(Exception):
     """Raised if a network does not have a score; the message gives the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProxyScores:
-    """Training-free scores of an architecture by name, and the reasons for missing ones. All are JSON values.
-
-    `seconds` is the wall time of building and scoring the network.
-    """
-
-    choices: tuple[int, ...]
-    scores: dict[str, float]
-    missing: dict[str, str]
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,9 +86,7 @@ def _laid_out(images: Tensor) -> Tensor:
 
 def _drawn(split: Split, count: int, seed: int) -> Split:
     rows = np.sort(np.random.default_rng([seed, 0x9207]).permutation(len(split))[:count])
-    images = split.images[rows] if split.images is not None else None
-    files = tuple(split.files[row] for row in rows) if split.files is not None else None
-    return Split(split.labels[rows], images, files)
+    return split.select(rows)
 
 
 def ask_teacher(teacher: nn.Module, batch: ProxyBatch) -> Relations:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from engine.tasks import (
     DataFacts,
     LatencyTask,
     ProbeTask,
+    ProxyTask,
     ScoreTask,
     TeacherFacts,
     TeacherTask,
@@ -22,13 +25,14 @@ from engine.tasks import (
     task_to_json,
 )
 from engine.training import teacher as teachers
-from engine.training.context import device_name, open_context
-from engine.training.evaluate import evaluate
+from engine.training.context import WorkerContext, device_name, open_context
+from engine.training.evaluate import evaluate, load_teacher, ready_teacher
 from engine.training.make_teacher import make_teacher
+from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
-from engine.training.student import place
+from engine.training.student import end_if_fatal, place
 from engine.training.weights import load_weights
-from engine.trial import EnvironmentUnusable, UsageError, evaluation_to_json
+from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
 Json = dict[str, Any]
 
@@ -50,10 +54,12 @@ def run_probe(payload: Json) -> Json:
         resolution=data.resolution,
         mean=data.mean,
         std=data.std,
-        images={"train": len(data.train), "valid": len(data.valid)},
+        images={"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         files=data.train.files is not None,
         fingerprint=fingerprint(data),
         device=device_name(context.device),
+        notes=data.notes,
+        warnings=data.warnings,
     )
     return task_to_json(facts)
 
@@ -78,16 +84,20 @@ def run_teacher(payload: Json) -> Json:
 
 
 def run_test(payload: Json) -> Json:
-    """TestTask -> {"test_accuracy", "weights" (their file)}."""
+    """TestTask -> {"test_accuracy", "weights" (their file), "hits"}."""
     task = task_from_json(TestTask, payload)
     context, trial = open_context(task.worker), task.trial
-    space = load_space(context.config.space)
-    network = space.build(trial.architecture.choices, len(context.data.classes), trial.fidelity.width)
-    weights = context.folder.weights(trial)
-    load_weights(weights, network)
-    network = place(network, context.device)
-    accuracy = context.accuracy(network, context.data.test, trial.fidelity)
-    return {"test_accuracy": accuracy, "weights": str(weights)}
+    if trial is None:
+        weights, fidelity = task.teacher, Fidelity("teacher")
+        network = ready_teacher(weights, context)
+    else:
+        weights, fidelity = context.folder.weights(trial), trial.fidelity
+        space = load_space(context.config.space)
+        network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
+        load_weights(weights, network)
+        network = place(network, context.device)
+    found = context.read_out(network, context.data.test, fidelity)
+    return {"test_accuracy": found.accuracy, "weights": str(weights), "hits": hits_to_text(found.hits)}
 
 
 def run_latency(payload: Json) -> list[float]:
@@ -98,8 +108,35 @@ def run_latency(payload: Json) -> list[float]:
     return [context.latency_ms(space.build(one.choices, classes, width)) for one in task.architectures]
 
 
+def run_proxies(payload: Json) -> list[Json]:
+    """ProxyTask -> a ProxyScores for each architecture, at full fidelity's width and resolution."""
+    task = task_from_json(ProxyTask, payload)
+    context = open_context(task.worker)
+    config, space = context.config, load_space(context.config.space)
+    try:
+        batch = _proxy_batch(context, task.teacher)
+        classes, width = len(context.data.classes), config.high.width
+        found = score_architectures(space, task.architectures, batch, classes, width, config.seed)
+    except Exception as error:
+        end_if_fatal(error)
+        raise
+    return [task_to_json(scores) for scores in found]
+
+
+@lru_cache(maxsize=1)
+def _proxy_batch(context: WorkerContext, teacher: Path | None) -> ProxyBatch:
+    """The inputs that all architectures of a run are scored on; the teacher sees them once per worker."""
+    config = context.config
+    network = load_teacher(teacher, context).network if teacher is not None else None
+    side = context.resolution(config.high)
+    return make_batch(context.data, config.seed, context.device, network, side, config.data_backend)
+
+
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device"}. Raises UsageError if the classes, or their order, differ."""
+    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+
+    Raises UsageError if the classes, or their order, differ.
+    """
     task = task_from_json(ScoreTask, payload)
     context, trial, known = open_context(task.worker), task.trial, task.trained_on
     if known is not None:
@@ -116,5 +153,6 @@ def run_score(payload: Json) -> Json:
     load_weights(task.weights, network)
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
     network, images = place(network, context.device), sum(map(len, splits))
-    correct = sum(len(split) * context.accuracy(network, split, trial.fidelity) for split in splits)
-    return {"accuracy": correct / images, "images": images, "device": device_name(context.device)}
+    correct = sum(int(context.read_out(network, split, trial.fidelity).hits.sum()) for split in splits)
+    device, notes = device_name(context.device), [*data.notes, *data.warnings]
+    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,3 +269,12 @@ def status_of(error: BaseException) -> Status:
 def fatal(error: BaseException) -> bool:
     """Whether the error has destroyed the CUDA context, and with it the process. Running out of memory has not."""
     return isinstance(error, ProcessLost) or (isinstance(error, torch.AcceleratorError) and status_of(error) != "oom")
+
+
+def end_if_fatal(error: BaseException) -> None:
+    """Ends the process if the error is fatal. A lost CUDA context cannot be recovered in it; the fleet starts another
+    process."""
+    if fatal(error):
+        traceback.print_exception(error)  # the supervisor reports the end of the log
+        sys.stderr.flush()
+        os._exit(70)

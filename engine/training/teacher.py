@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,42 +49,57 @@ class Card:
 class FeatureExtractor(nn.Module):
     """A classifier that returns only logits, made to return (logits, stage features) like the networks of the spaces.
 
-    The features are the last map of each spatial size larger than 1x1, found by torchvision's feature extraction.
+    The features are the last map of each spatial size larger than 1x1, among the outputs of all modules. Hooks
+    see them: networks with control flow, such as timm's with dynamic padding, cannot be traced.
     """
 
     def __init__(self, model: nn.Module, resolution: int) -> None:
         super().__init__()
-        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
-        try:
-            names = get_graph_node_names(model)[1]
-            probe = create_feature_extractor(model, {name: name for name in names[1:]}).eval()
-        except Exception as error:
-            raise UsageError(
-                f"the stages of {type(model).__name__} cannot be found by tracing it ({_first_line(error)}); let its "
-                "forward return (logits, [features (N, C, H, W), coarsest last])"
-            ) from error
-        with torch.no_grad():
-            shapes = {
-                name: tuple(value.shape)
-                for name, value in probe(torch.zeros(1, 3, resolution, resolution)).items()
-                if isinstance(value, Tensor)
-            }
-        stages = {shape[2:]: name for name, shape in shapes.items() if len(shape) == 4 and shape[2] == shape[3] > 1}
-        # A map with unequal last dimensions is (N, H, W, C), as some networks have between layers: images are square.
+        self.model = model
+        shapes: dict[str, list[torch.Size]] = {}
+        with _hooks({name: partial(_note_shape, shapes, name) for name, _ in model.named_modules() if name}, model):
+            training, _ = model.training, model.eval()
+            with torch.no_grad():
+                model(torch.zeros(1, 3, resolution, resolution))
+            model.train(training)
+        # A module that is called several times has several outputs. A map with unequal last dimensions is (N, H, W, C),
+        # as some networks have between layers: images are square.
+        single = {name: seen[0] for name, seen in shapes.items() if len(seen) == 1}
+        stages = {size[2:]: name for name, size in single.items() if len(size) == 4 and size[2] == size[3] > 1}
         # At most four stages, as in residual networks; full-size maps of the stem are left out.
-        self.stages = list(stages.values())[-4:]
+        self.stages = sorted(stages.values(), key=list(single).index)[-4:]
         if not self.stages:
             raise UsageError(
                 f"{type(model).__name__} has no feature maps at {resolution} pixels; use a larger --resolution or "
                 "choose a convolutional teacher"
             )
-        self.extract = create_feature_extractor(model, [*self.stages, names[-1]])
-        self.head = names[-1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        out = self.extract(images)
-        return out[self.head], [out[name] for name in self.stages]
+        found: dict[str, Tensor] = {}
+        with _hooks({name: partial(found.__setitem__, name) for name in self.stages}, self.model):
+            logits: Tensor = self.model(images)
+        return logits, [found[name] for name in self.stages]
+
+
+@contextlib.contextmanager
+def _hooks(receivers: Mapping[str, Callable[[Any], None]], model: nn.Module) -> Iterator[None]:
+    """Gives the outputs of submodules to the functions of their names, within the block."""
+
+    def hook(receive: Callable[[Any], None]) -> Callable[..., None]:
+        return lambda module, arguments, output: receive(output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(f)) for name, f in receivers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_shape(shapes: dict[str, list[torch.Size]], name: str, output: Any) -> None:
+    """Appends the shape of a tensor to those of its module, in the order of the last calls."""
+    if isinstance(output, Tensor):
+        shapes[name] = [*shapes.pop(name, []), output.shape]
 
 
 class Renormalised(nn.Module):

@@ -33,6 +33,7 @@ class CachedTeacher:
     cache: dict[Hashable, TeacherOutput] = field(default_factory=dict)
     bytes: int = 0
     keys_by_size: dict[int, list[Hashable]] = field(default_factory=dict)  # size in bytes -> keys in `cache`
+    classes: dict[int, Tensor] = field(default_factory=dict)  # resolution -> its class (n,) of each validation image
 
     def outputs_for(
         self, batches: Batches, feature_keys: Collection[FeatureKey]
@@ -76,8 +77,8 @@ class CachedTeacher:
 def _identity(batches: Batches) -> tuple[Hashable, ...]:
     """Everything that the images of a step depend on, within one data set. The first and last epoch do not matter."""
     indices = b"" if batches.indices is None else batches.indices.tobytes()
-    which = hashlib.sha256(indices).digest()
-    return which, batches.seed, batches.batch_size, batches.resolution, batches.source, batches.augmentation
+    images = len(batches.split), hashlib.sha256(indices).digest()  # the length tells train from train with valid
+    return *images, batches.seed, batches.batch_size, batches.resolution, batches.source, batches.augmentation
 
 
 def _pinned(tensor: Tensor) -> Tensor:

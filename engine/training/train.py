@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
 
 Runner = SequentialRunner | StreamRunner
+Hits = npt.NDArray[np.bool_]  # (N,), one for each image of a split
 
 
 @dataclass
@@ -126,26 +129,64 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
             student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
 
 
-@torch.no_grad()
-def accuracies(networks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[float | Exception]:
-    """Accuracy (0..1) of each network, in one pass over the batches; the exception instead if a network raises.
+@dataclass(frozen=True, slots=True, eq=False)
+class Readout:
+    """What one pass over a split of N images says of a network: which images it classifies right (N,), its mean cross
+    entropy with the labels in nats, and its agreement with the teacher, the share (0..1) of the images to which both
+    give the same class (None without a teacher)."""
 
-    Leaves the networks in evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may
-    make the two largest logits equal.
+    hits: Hits
+    cross_entropy: float
+    agreement: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """The share (0..1) of images that are classified right."""
+        return float(self.hits.mean())
+
+
+@torch.no_grad()
+def read_out(
+    networks: Sequence[nn.Module], batches: Iterable[Batch], teacher_classes: Tensor | None = None
+) -> list[Readout | Exception]:
+    """The readout of each network, in one pass over the batches; the exception instead if a network raises.
+
+    `teacher_classes` (N,) is the teacher's class of each image, in the order of the batches. Leaves the networks in
+    evaluation mode. Computed in float32 even if they were trained in bfloat16, whose 8 bits may make the two largest
+    logits equal.
     """
-    hits: list[Tensor | Exception] = [torch.zeros((), dtype=torch.int64)] * len(networks)
+    found: list[list[Tensor] | Exception] = [[] for _ in networks]
     total = 0
     for batch in batches:
         images = batch.images.float()
+        theirs = None if teacher_classes is None else teacher_classes[total : total + len(batch.labels)]
         for index, network in enumerate(networks):
-            before = hits[index]
+            before = found[index]
             if isinstance(before, Exception):
                 continue
             try:
                 network.eval()
-                logits, _ = network(images)
-                hits[index] = (logits.argmax(1) == batch.labels).sum() + before.to(images.device)
+                before.append(_by_image(network(images)[0], batch.labels, theirs))
             except Exception as error:
-                hits[index] = error
+                found[index] = error
         total += len(batch.labels)
-    return [hit if isinstance(hit, Exception) else int(hit) / max(1, total) for hit in hits]
+    return [each if isinstance(each, Exception) else _readout(each, teacher_classes is not None) for each in found]
+
+
+def _by_image(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
+    """For each image of a batch: whether its class is right, its cross entropy, whether the teacher agrees; (3, N)."""
+    classes = logits.argmax(1)
+    agrees = torch.zeros_like(classes) if theirs is None else classes == theirs
+    entropy = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return torch.stack([(classes == labels).double(), entropy, agrees.double()])
+
+
+def _readout(batches: Sequence[Tensor], has_teacher: bool) -> Readout:
+    right, entropy, agrees = torch.cat(list(batches), 1).cpu().numpy()
+    return Readout(right.astype(np.bool_), float(entropy.mean()), float(agrees.mean()) if has_teacher else None)
+
+
+@torch.no_grad()
+def classify(network: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """The class (N,) that a network in evaluation mode gives to each image."""
+    return torch.cat([network(batch.images.float())[0].argmax(1) for batch in batches])

@@ -13,7 +13,7 @@ from engine.config import Plan
 from engine.search.fidelity_study.ranking import StudyScores, clearly_worse
 from engine.search.methods.scores import IdentityKey
 from engine.space import Candidates
-from engine.trial import Architecture, Evaluation, Fidelity, History, Trial
+from engine.trial import READOUTS, Architecture, Evaluation, Fidelity, History, Trial
 
 # Architectures that are asked at every fidelity before the next ones, so that early scores are of all fidelities.
 BLOCK = 4
@@ -93,12 +93,20 @@ def study_scores(candidates: Candidates, history: History, plan: Plan, study: Fi
     rows = _spread_by_macs(IdentityKey(candidates), study.architectures, plan.seed)
     trained = {row: a for row in rows if (plan.high, a := candidates.architecture(row)) in table}
     answers = {f: [table.get((f, a), []) for a in trained.values()] for f in (plan.high, *study.lows)}
+
+    def read(name: str) -> dict[Fidelity, list[list[float]]]:
+        return {
+            f: [[value for e in own if (value := e.readout(name)) is not None] for own in column]
+            for f, column in answers.items()
+        }
+
     return StudyScores(
         architectures=list(trained.values()),
         macs=candidates.macs[list(trained)],
         high=plan.high,
-        accuracies={f: [[e.accuracy for e in own] for own in column] for f, column in answers.items()},
+        accuracies=read("accuracy"),
         seconds={
             f: [sum(e.seconds for e in own) / max(1, len(own)) for own in column] for f, column in answers.items()
         },
+        other_readouts={name: read(name) for name in READOUTS if name != "accuracy"},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ class StudyScores:
     """What a study has measured: n architectures with `macs` (n,), all of them trained at the full fidelity `high`.
 
     `accuracies[fidelity][i]` holds one accuracy per seed, possibly none; `seconds[fidelity][i]` is their mean cost.
+    `other_readouts` holds the same for what else the trainings were read by (READOUTS), greater is better.
     """
 
     architectures: list[Architecture]
@@ -45,6 +46,11 @@ class StudyScores:
     high: Fidelity
     accuracies: dict[Fidelity, list[list[float]]]
     seconds: dict[Fidelity, list[float]]
+    other_readouts: dict[str, dict[Fidelity, list[list[float]]]] = field(default_factory=dict)
+
+    def read_by(self, readout: str) -> StudyScores:
+        """The same study with another readout of the low fidelities in the place of their accuracy."""
+        return replace(self, accuracies={**self.other_readouts[readout], self.high: self.accuracies[self.high]})
 
     @property
     def lows(self) -> list[Fidelity]:

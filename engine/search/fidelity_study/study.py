@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from engine.config import Plan, RunSettings, SearchConfig, config_to_dict
+from engine.config import FINAL_SETTINGS, Plan, RunSettings, SearchConfig, config_to_dict
 from engine.recipes import default_config, recipe_of
 from engine.run_folder import RunFolder, write_atomically
 from engine.search.fidelity_study import summary
 from engine.search.fidelity_study.design import FidelityStudy, propose_study, study_scores
 from engine.search.fidelity_study.ranking import StudyScores, clearly_worse, repeatability
+from engine.search.journal import Journal
 from engine.search.progress import Display
 from engine.search.run import RunDefinition, run, visible
 from engine.search.setup import SearchSetup
@@ -78,17 +79,17 @@ def run_fidelity_study(settings: RunSettings, study: FidelityStudy, run_dir: Pat
     # The low fidelity of the settings tells the set-up whether the study needs a teacher, as by default it does.
     first = (*distilled, *study.lows, Fidelity("low", kd_loss="kd"))[0]
     config = replace(config, low=replace(first, name="low"))
-    counts = {"max_low": study.architectures * study.low_repeats, "max_high": study.architectures * study.repeats}
-    budget = replace(budget, target_accuracy=float("inf"), **counts)
+    lows, highs = study.architectures * study.low_repeats, study.architectures * study.repeats
+    budget = replace(budget, target_accuracy=float("inf"), max_low=lows, max_high=highs)
 
     def plan(config: SearchConfig) -> Plan:
         lows = study.lows or default_lows(config)
-        return Plan(lows, config.high, config.method, budget.max_low, budget.max_high, config.seed)
+        return Plan(lows, config.high, "fidelity-study", budget.max_low, budget.max_high, config.seed)
 
     def propose(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
         return propose_study(candidates, history, plan, slots, replace(study, lows=plan.lows))
 
-    def finish(setup: SearchSetup, history: History) -> Json:
+    def finish(setup: SearchSetup, history: History, journal: Journal) -> Json:
         return conclude(setup, replace(study, lows=setup.plan.lows), history)
 
     definition = RunDefinition("fidelity-study", plan, propose, finish)
@@ -169,4 +170,6 @@ def recommended_yaml(config: SearchConfig, low: Fidelity, study: RunFolder, reas
     defaults, wanted = config_to_dict(default_config(config)), config_to_dict(recommended(config, low, study))
     always = ("low", "high", "space", "recipe")
     kept = {key: value for key, value in wanted.items() if value != defaults[key] or key in always}
+    if "final" in kept:
+        kept["final"] = {key: kept["final"][key] for key in FINAL_SETTINGS}
     return f"# {low.name}: {reason}.\n" + yaml.safe_dump(kept, sort_keys=False)

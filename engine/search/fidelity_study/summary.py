@@ -23,6 +23,8 @@ from engine.trial import Evaluation, Fidelity
 
 Json = dict[str, Any]
 
+READOUT_FIGURES = ("n", "tau", "tau_stderr", "tau_interval", "spearman", "tau_given_macs", "stderr", "interval")
+
 
 def summarise(scores: StudyScores, dropped: Collection[Fidelity] = ()) -> Json | None:
     """All figures of a study (docs/fidelity-study.md); None if no fidelity was measured on three architectures."""
@@ -36,10 +38,23 @@ def summarise(scores: StudyScores, dropped: Collection[Fidelity] = ()) -> Json |
         "full": len(scores.architectures),
         "repeatability": repeatability(scores),
         "macs": statistic_to_json(macs_alone(scores)),
-        "fidelities": [ranking_to_json(r) | {"dropped": r.fidelity in dropped} for r in rankings],
+        "fidelities": [
+            ranking_to_json(r) | {"readouts": by_readout(scores, r.fidelity), "dropped": r.fidelity in dropped}
+            for r in rankings
+        ],
         "distilled_less_undistilled": [difference_to_json(d) for d in against_undistilled(scores)],
         "recommended": best.fidelity.name,
         "reason": reason,
+    }
+
+
+def by_readout(scores: StudyScores, fidelity: Fidelity) -> Json:
+    """How well the other readouts of a low fidelity rank, where it has them."""
+    found = {name: rank(scores.read_by(name), fidelity) for name in scores.other_readouts}
+    return {
+        name: {key: value for key, value in ranking_to_json(ranking).items() if key in READOUT_FIGURES}
+        for name, ranking in found.items()
+        if ranking is not None
     }
 
 
@@ -123,13 +138,12 @@ def table(result: Json) -> list[str]:
     for row in result["fidelities"]:
         top = "" if row["tau_top_fifth"] is None else f"{row['tau_top_fifth']:.2f}"
         per_tau = "" if row["cost_per_tau"] is None else f"{row['cost_per_tau']:.3f}"
-        low, high = row["tau_interval"]
         lines.append(
-            f"{row['name']:<28}{row['n']:>3}  {row['accuracy']:>5.3f}  {row['tau']:>5.2f} "
-            f"{f'{low:.2f} to {high:.2f}':>14}  {row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} "
-            f"± {row['stderr']:>5.2f}  {top:>5}  {row['seconds']:>8.1f}  {row['relative_cost']:>13.3f}  {per_tau:>8}"
+            _figures(row["name"], f"{row['accuracy']:.3f}", row)
+            + f"  {top:>5}  {row['seconds']:>8.1f}  {row['relative_cost']:>13.3f}  {per_tau:>8}"
             + ("  dropped" if row["dropped"] else "")
         )
+        lines += [_figures(f"  by {name.replace('_', ' ')}", "", own) for name, own in row["readouts"].items()]
     lines.append(f"{'MACs alone':<28}{result['full']:>3}  {'':>5}  {result['macs']['tau']:>5.2f}")
     if result["repeatability"] is not None:
         lines.append(f"{'full, another seed':<28}{result['full']:>3}  {'':>5}  {result['repeatability']:>5.2f}")
@@ -139,14 +153,25 @@ def table(result: Json) -> list[str]:
     return [*lines, f"recommended: {result['recommended']}: {result['reason']}"]
 
 
+def _figures(name: str, score: str, row: Json) -> str:
+    """The columns of a line that belong to a ranking."""
+    low, high = row["tau_interval"]
+    return (
+        f"{name:<28}{row['n']:>3}  {score:>5}  {row['tau']:>5.2f} {f'{low:.2f} to {high:.2f}':>14}  "
+        f"{row['spearman']:>8.2f}  {row['tau_given_macs']:>5.2f} ± {row['stderr']:>5.2f}"
+    )
+
+
 def evaluations_csv(answers: list[Evaluation]) -> str:
     """Every evaluation as it was measured, a row each, in the order of the virtual clock."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["architecture", "fidelity", "seed", "status", "accuracy", "seconds", "macs", "params"])
+    head = ["architecture", "fidelity", "seed", "status", "accuracy", "seconds", "macs", "params"]
+    writer.writerow([*head, "cross_entropy", "agreement"])
     for e in answers:
         row = [e.trial.architecture, e.trial.fidelity.name, e.trial.seed, e.status]
-        writer.writerow([*row, f"{e.accuracy:.6f}", f"{e.seconds:.3f}", e.macs, e.params])
+        others = ["" if value is None else f"{value:.6f}" for value in (e.cross_entropy, e.agreement)]
+        writer.writerow([*row, f"{e.accuracy:.6f}", f"{e.seconds:.3f}", e.macs, e.params, *others])
     return text.getvalue()
 
 

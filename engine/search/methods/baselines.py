@@ -71,8 +71,8 @@ def _found(candidates: Candidates, names: Sequence[str], method: str) -> list[st
 
 
 def bore_search(candidates: Candidates, history: History, plan: Plan, slots: int) -> list[Trial]:
-    """BORE (Tiao et al. 2021) on the full fidelity: full trials of the candidates that boosted trees most probably class
-    with the best third of the results so far."""
+    """BORE (Tiao et al. 2021) on the full fidelity: full trials of the candidates that boosted trees, with the most
+    confidence, class with the best third of the results so far."""
     high = scores(candidates, history, plan.high)
     if high.trials < min(RANDOM_START, worker_count(plan, history, slots)) or len(high) < 2:
         return random(candidates, history, plan, slots)

@@ -44,7 +44,7 @@ LITTLE_WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class SurrogateInputs:
-    """What the surrogate may use: everything, except in an ablation. `trends` are the columns of `Candidates.trends`."""
+    """What the surrogate may use: everything, except in an ablation. `trends` are those of `Candidates.trends`."""
 
     low: bool = True
     macs: bool = True
@@ -77,8 +77,8 @@ class CandidateFeatures:
         return replace(self, trends=trends, names=self.names[: trends.shape[1]], trend_variance=variance)
 
     def prior(self, slope_of_macs: tuple[float, float], levels: int = 0) -> Prior:
-        """The prior of the coefficients of the trends, of which nothing but MACs is known to matter, and of `levels` low
-        fidelities, which share theirs."""
+        """The prior of the coefficients of the trends, of which only MACs are known to matter, and of `levels` low
+        fidelities, which share theirs. Without further trends no coefficient is in doubt."""
         others = len(self.names) - 1
         mean = [self.macs_weight * slope_of_macs[0], *[0.0] * others, *[LOW_ON_FULL[0] / max(levels, 1)] * levels]
         variance = [slope_of_macs[1], *[evidence.SLAB] * others, *[LOW_ON_FULL[1]] * levels]
@@ -161,7 +161,8 @@ def candidate_features(key: IdentityKey) -> CandidateFeatures:
         x[:, place] = (values - mean[column]) / std[column]
     trends, variances = {"macs": normal_scores(candidates.macs).astype(np.float32)}, dict[int, Array]()
     for name, values in candidates.trends.items():
-        if np.isfinite(values).sum() >= ENOUGH_LOW and np.ptp(values[np.isfinite(values)]) > 0:
+        known = values[np.isfinite(values)]
+        if len(known) >= ENOUGH_LOW and np.ptp(known) > 0:
             trends[name], variance = _completed(values, trends["macs"][:, None], x)
             if variance.any():
                 variances[len(trends) - 1] = variance
@@ -180,7 +181,7 @@ def _completed(values: Array, macs: Matrix, x: Matrix) -> tuple[Matrix, Array]:
     trend[known] = normal_scores(values[known])
     missing = np.flatnonzero(~np.isfinite(values))
     if len(missing):
-        sample = known[:: -(-len(known) // FILL_FROM)]
+        sample = np.random.default_rng(0).permutation(known)[:FILL_FROM]
         prior = Prior(np.zeros(1), np.ones(1))
         model = xgb.fit(macs[sample], x[sample], trend[sample].astype(np.float64), prior, 0)
         mean, spread = model.predict(macs[missing], x[missing])

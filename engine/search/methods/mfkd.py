@@ -87,6 +87,13 @@ class State:
         """Full trials that the plan and the candidates still allow."""
         return min(self.plan.max_high - self.high.trials, len(self.candidates) - len(self.high.asked))
 
+    @cached_property
+    def eligible(self) -> Mask:
+        """True (n,) for the candidates that may be trained: after an opening, those that it has scored."""
+        if not self.opening:
+            return np.ones(len(self.candidates), dtype=bool)
+        return ~unasked(self.candidates, self.opening[0].rows)
+
     @property
     def planned_cost(self) -> float:
         """Cost of a low-fidelity trial relative to a full one, by images and epochs."""
@@ -214,7 +221,7 @@ def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tu
     """
     level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
     pending = _refitted(state.low).pending
-    free = unasked(state.candidates, state.low.asked)
+    free = unasked(state.candidates, state.low.asked) & state.eligible
     free[state.high.asked] = False
     rows = np.concatenate([pending, _shortlist(fitted, free, options.beta)])
     covariance = level.linear.joint(fitted.features.trends[rows], fitted.features.x[rows])
@@ -225,7 +232,7 @@ def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tu
     bound = mean + options.beta * np.sqrt(rest)
     picks = pick_batch(bound, slope**2 * covariance, options.beta, own, len(pending), LOW_BATCH)
     batch = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
-    others = unasked(state.candidates, np.concatenate([state.high.asked, rows[batch]]))
+    others = unasked(state.candidates, np.concatenate([state.high.asked, rows[batch]])) & state.eligible
     rivals = (fitted.mean[others], np.sqrt(fitted.variance[others]))
     best = _score_to_beat(fitted)
 
@@ -246,7 +253,7 @@ def _score_to_beat(fitted: Estimate) -> float:
 
 def _next_improvement(state: State, fitted: Estimate) -> float:
     """The expected improvement by the next full trial."""
-    free = unasked(state.candidates, state.high.asked)
+    free = unasked(state.candidates, state.high.asked) & state.eligible
     std = np.sqrt(fitted.variance[free])
     return float(expected_improvement(fitted.mean[free], std, _score_to_beat(fitted)).max(initial=0.0))
 
@@ -257,7 +264,7 @@ def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOption
     first = first[(first >= 0) & ~np.isin(first, state.high.asked)][:slots]
     if len(first):
         return ask(state.candidates, state.history, state.plan, first[: state.highs_left].tolist(), state.plan.high)
-    free = unasked(state.candidates, state.high.asked)
+    free = unasked(state.candidates, state.high.asked) & state.eligible
     if options.gate and state.lows and len(state.low):
         free &= ~unasked(state.candidates, state.low.rows)
     for_front = options.front and len(fitted.y) > 0

@@ -15,9 +15,9 @@ from engine.space import Candidates
 from engine.trial import History, Trial
 from surrogate.acquire import pick_batch
 
-# How many candidates are scored: as many as cost this many full trainings, within bounds. The first half is spread over
-# MACs, the others are those that promise most, in rounds.
-COST, BOUNDS, ROUND = 4.0, (64, 512), 16
+# How many candidates are scored: as many as cost this many full trainings, within bounds. The first third is spread
+# over MACs, the others are those that promise most, in rounds.
+COST, BOUNDS, ROUND = 8.0, (64, 512), 16
 # Weight of the standard deviation in the upper confidence bound.
 BETA = 0.5
 SHORTLIST = 512
@@ -39,7 +39,7 @@ def opening_trials(candidates: Candidates, history: History, plan: Plan, slots: 
     own = scores(candidates, history, fidelity)
     if own.trials >= size:
         return [] if len(own.pending) else None
-    first = _spread(candidates, size // 2, plan.seed)
+    first = _spread(candidates, size // 3, plan.seed)
     rows = first[unasked(candidates, own.asked)[first]]
     if not len(rows):
         rows = _promising(candidates, own, plan.seed)

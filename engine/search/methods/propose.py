@@ -9,12 +9,13 @@ from engine.config import Plan
 from engine.search.methods import baselines
 from engine.search.methods.estimate import SurrogateInputs
 from engine.search.methods.mfkd import MfkdOptions, mfkd
+from engine.search.methods.readout import by_best_readout
 from engine.search.methods.recommend import front, winner
 from engine.space import Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "BASELINES", "METHODS", "NEED_LOW", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
+__all__ = ["ABLATIONS", "BASELINES", "METHODS", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
@@ -80,7 +81,7 @@ def propose(candidates: Candidates, history: History, plan: Plan, slots: int) ->
     """At most `slots` new trials of plan.method, numbered from history.asked.
 
     An empty list means: wait for pending trials or, if there are none, the search is done. Raises UsageError for an
-    unknown method.
+    unknown method. The method sees the best readout of the low fidelities.
     """
     method = find_method(plan.method)
-    return method(candidates, history, plan, slots) if slots > 0 else []
+    return method(candidates, by_best_readout(history, plan), plan, slots) if slots > 0 else []

@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.config import Plan
 from engine.search.methods.estimate import ENOUGH_LOW, Estimate, SurrogateInputs, estimate
+from engine.search.methods.readout import by_best_readout
 from engine.search.methods.scores import Array, Scores, scores
 from engine.space import Candidates
 from engine.trial import Evaluation, History
@@ -29,7 +30,8 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     high = scores(candidates, history, plan.high)
     if len(high) < ENOUGH_LOW:
         return max(full, key=lambda e: e.accuracy, default=None)
-    lows = [scores(candidates, history, low) for low in plan.below_full]
+    read = by_best_readout(history, plan)
+    lows = [scores(candidates, read, low) for low in plan.below_full]
     fitted = estimate(candidates, lows, high, plan.seed, SurrogateInputs())
     noise = noise_variance(history, plan, high, fitted)
     mean, _ = posterior(fitted.linear, fitted.y, high.counts, noise)
