@@ -26,12 +26,12 @@ def inherited(context: WorkerContext, architecture: Architecture, teacher: nn.Mo
     inherit = load_space(context.config.space).inherit
     assert inherit is not None
     network = place(inherit(teacher, architecture.choices), context.device).requires_grad_(True)
-    recalibrate(network, _calibration(context))
+    recalibrate(network, calibration(context))
     return network
 
 
 @lru_cache(maxsize=1)
-def _calibration(context: WorkerContext) -> tuple[Tensor, ...]:
+def calibration(context: WorkerContext) -> tuple[Tensor, ...]:
     """Batches (N, 3, R, R) of training images as they are scored, without augmentation; the same for all members."""
     train = context.data.train
     rows = np.sort(np.random.default_rng([context.config.seed, 0xBA7C]).permutation(len(train))[:IMAGES])
