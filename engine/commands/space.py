@@ -53,8 +53,8 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 
 def list_spaces() -> dict[str, Any]:
-    """The built-in spaces: choices, architectures (None if a network has to be named), options with their defaults, and a
-    line about each."""
+    """The built-in spaces: choices and architectures (None if a network has to be named), options with their defaults,
+    and a line about each."""
     import inspect
 
     from engine.spaces import SPACES
