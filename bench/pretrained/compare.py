@@ -158,20 +158,26 @@ def smaller(case: Case) -> float:
 def fastnas_row(case: Case, side: float, folder: Path) -> Json | None:
     """FastNAS on images of a share of the side. Its subnet is kept in the folder, because the search takes long."""
     path = folder / f"fastnas-{side}{str(case.run.folder).replace('/', '-')}.safetensors"
-    if not path.exists():
-        start, resize = time.perf_counter(), Downsample(side)
-        images, labels = loaded(case.context, case.context.data.valid)
-        batches = tuple(map(resize, calibration(case.context)))
-        found = fastnas.search(case.network, case.run.config.max_macs, batches, (resize(images), labels))
-        if found is None:
-            return None
-        spent = {"seconds": str(time.perf_counter() - start)}
-        save_weights(path, fastnas.rebuilt(case.network, found, side), spent)
+    if not path.exists() and not save_subnet(case, side, path):
+        return None
     network = fastnas.rebuilt(case.network, read_state_dict(path), side).requires_grad_(True)
     recalibrate(network, calibration(case.context))
     finish(case, network)
     with safe_open(path, "pt") as stored:
         return measured(case, network, f"side {side}, {fastnas.widths(network)}", float(stored.metadata()["seconds"]))
+
+
+def save_subnet(case: Case, side: float, path: Path) -> bool:
+    """Saves the weights of the subnet that FastNAS finds, with the seconds that it took; False if it finds none."""
+    start, resize = time.perf_counter(), Downsample(side)
+    images, labels = loaded(case.context, case.context.data.valid)
+    batches = tuple(map(resize, calibration(case.context)))
+    found = fastnas.search(case.network, case.run.config.max_macs, batches, (resize(images), labels))
+    if found is None:
+        return False
+    spent = {"seconds": str(time.perf_counter() - start)}
+    save_weights(path, fastnas.rebuilt(case.network, found, side), spent)
+    return True
 
 
 def loaded(context: WorkerContext, split: Split) -> fastnas.Labelled:
