@@ -1,4 +1,4 @@
-"""The comparison of a search in a pretrained space with its peers: same cap, same last training, one row for each."""
+"""The comparison of searches in pretrained spaces with FastNAS, and the table of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,32 @@ import torch
 from torch import Tensor, fx, nn
 
 from bench.pretrained import compare, conclude, fastnas
-from engine.config import Budget, SearchConfig, Slots
+from engine.config import Budget, SearchConfig, Slots, final_fidelity
+from engine.data.batches import Batches
 from engine.data.dataset import fingerprint, load
 from engine.networks import count_cost
 from engine.networks.anatomy import add_features, anatomy
 from engine.networks.plain import plain
+from engine.recipes import default_config
 from engine.run_folder import RunFolder
 from engine.search.journal import Journal
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
 from engine.training import teacher as teachers
 from engine.training.inherit import recalibrate
-from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Trial, UsageError
+from engine.trial import (
+    EnvironmentUnusable,
+    Evaluation,
+    Fidelity,
+    Trial,
+    UsageError,
+    hits_from_text,
+    hits_to_text,
+)
 
 SPACE = "pretrained:torchvision:mobilenet_v2,min_side=0.5,min_width=0.7"
 PIXELS = 32
+HITS = hits_to_text([True] * 27 + [False] * 3)
 modelopt = importlib.util.find_spec("modelopt") is not None
 
 
@@ -77,128 +89,128 @@ def space() -> SearchSpace:
     return load_space(SPACE)
 
 
-@pytest.fixture(scope="module")
-def teacher(data: Path, space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uncut network, untrained, in a weights file."""
-    torch.manual_seed(0)
-    largest, found = space.at(space.size - 1), load(str(data))
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    card = teachers.Card(
-        network=f"{SPACE}#{largest}",
-        classes=found.classes,
-        data=str(data),
-        fingerprint=fingerprint(found),
-        resolution=PIXELS,
-        mean=found.mean,
-        std=found.std,
-        epochs=1,
-        accuracy=0.5,
-        seconds=1.0,
-    )
-    teachers.save(path, space.build(largest.choices, 3, 1.0), card)
-    return path
+@pytest.fixture
+def searched(data: Path, space: SearchSpace, tmp_path: Path) -> Callable[..., RunFolder]:
+    """Makes the folder of a finished search: its teacher is untrained, its evaluations are made up."""
+
+    def make(name: str, max_macs: float, seed: int = 0) -> RunFolder:
+        run, largest, found = RunFolder(tmp_path / name), space.at(space.size - 1), load(str(data), seed=seed)
+        high, final = Fidelity("high", epochs=1, kd_loss="kd"), Fidelity("final", epochs=2, kd_loss="kd")
+        recipe = replace(default_config(SearchConfig(space=SPACE)), batch_size=16, teacher_epochs=1)
+        config = replace(recipe, data=str(data), seed=seed, max_macs=max_macs, high=high, final=final)
+        run.path.mkdir()
+        run.fix_config("search", config, Budget(), Slots(1, 1))
+        low, last = (Trial(n, space.at(0), fid, seed) for n, fid in enumerate((config.low, final_fidelity(config))))
+        evaluations = [
+            Evaluation(low, "ok", 0.5, seconds=30.0),
+            Evaluation(last, "ok", 0.9, macs=5, params=2, seconds=90.0, hits=HITS),
+        ]
+        with Journal(run.journal) as journal:
+            for evaluation in evaluations:
+                journal.ask([evaluation.trial], 0)
+                journal.answer(evaluation)
+        broken = {"name": "uniform width", "architecture": str(largest), "status": "oom", "error": "no memory"}
+        lower = {"name": "lower resolution", "architecture": str(space.at(0)), "macs": 5, "test_accuracy": 0.9}
+        result = {"evaluations": {"low": 1, "final": 1}, "final": lower, "baselines": [broken, lower]}
+        run.result.write_text(json.dumps(result))
+        card = teachers.Card(
+            network=f"{SPACE}#{largest}",
+            classes=found.classes,
+            data=str(data),
+            fingerprint=fingerprint(found),
+            resolution=PIXELS,
+            mean=found.mean,
+            std=found.std,
+            epochs=1,
+            accuracy=0.5,
+            seconds=1.0,
+        )
+        torch.manual_seed(seed)
+        teachers.save(run.teacher, space.build(largest.choices, 3, 1.0), card)
+        return run
+
+    return make
 
 
 @pytest.fixture
-def compared(data: Path, teacher: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Runs a comparison with further arguments, in a folder of its own; returns all rows."""
+def stub(monkeypatch: pytest.MonkeyPatch, space: SearchSpace) -> list[tuple[int, ...]]:
+    """Stands in for Model Optimizer: halves the hidden channels of one stage, unless the cap is tiny. Returns the list
+    of the sizes of images that it is called with."""
+    calls: list[tuple[int, ...]] = []
 
-    def run(*arguments: str) -> list[dict[str, Any]]:
-        common = ["--data", str(data), "--resolution", str(PIXELS), "--teacher", str(teacher), "--epochs", "1"]
-        compare.main([*common, *arguments, "--out", str(tmp_path / "out")])
-        return [json.loads(line) for line in (tmp_path / "out" / compare.ROWS).read_text().splitlines()]
+    def search(network: fx.GraphModule, max_macs: float, train: tuple[Tensor, ...], valid: Any) -> Any:
+        calls.append((train[0].shape[-1], valid[0].shape[-1], len(valid[0])))
+        assert space.inherit is not None
+        thin = [0 if choice.name == "width3" else len(choice.options) - 1 for choice in space.choices]
+        return dict(space.inherit(network, tuple(thin)).state_dict()) if max_macs > 1000 else None
 
-    return run
-
-
-def macs(space: SearchSpace, choices: tuple[int, ...]) -> float:
-    assert space.cost is not None
-    return float(space.cost(np.array([choices], dtype=np.int8), 3, 1.0, PIXELS)[0][0])
-
-
-def searched(folder: Path, seed: int, architecture: object) -> str:
-    """The run folder of a finished search, as far as a comparison reads it."""
-    run, config = RunFolder(folder), SearchConfig(space=SPACE, seed=seed)
-    folder.mkdir()
-    run.fix_config("search", config, Budget(), Slots(1, 1))
-    trial = Trial(0, Architecture.parse(str(architecture)), config.low)
-    with Journal(run.journal) as journal:
-        journal.ask([trial], 0)
-        journal.answer(Evaluation(trial, "ok", 0.5, seconds=30.0))
-    run.result.write_text(json.dumps({"winner": {"architecture": str(architecture)}}))
-    return str(folder)
+    monkeypatch.setattr(fastnas, "search", search)
+    return calls
 
 
-def test_every_contender_within_the_cap_gets_a_row(
-    compared: Callable[..., list[dict[str, Any]]], space: SearchSpace, tmp_path: Path
+def rows_of(folder: Path, *runs: RunFolder) -> list[dict[str, Any]]:
+    compare.main([*map(str, runs), "--out", str(folder)])
+    return [json.loads(line) for line in (folder / compare.ROWS).read_text().splitlines()]
+
+
+def test_a_run_brings_its_own_rows_and_fastnas_is_added(
+    searched: Callable[..., RunFolder], stub: list[tuple[int, ...]], tmp_path: Path, space: SearchSpace
 ) -> None:
-    smallest = space.at(0)
-    run, cap = searched(tmp_path / "run", 5, smallest), 0.7 * macs(space, space.at(space.size - 1).choices)
-    only = ("--only", compare.TEACHER, compare.OURS, *space.families)
-    rows = compared("--max-macs", str(cap), "--run", run, *only)
-    assert [row["name"] for row in rows] == [compare.TEACHER, compare.OURS, *space.families]
-    assert {row["seed"] for row in rows} == {5}
+    rows = rows_of(tmp_path / "out", searched("run", 4e6, seed=3))
     found = {row["name"]: row for row in rows}
-    assert (found[compare.OURS]["network"], found[compare.OURS]["search_seconds"]) == (str(smallest), 30.0)
-    assert found[compare.TEACHER]["epochs"] == 0
-    for name, row in found.items():
-        assert row["test_accuracy"] == row["hits"].count("1") / 30
-        assert (row["macs"] <= cap) == (name != compare.TEACHER)
-        if name in space.families:
-            choices = Architecture.parse(row["network"]).choices
-            assert choices in map(tuple, space.families[name].tolist())
-            assert row["macs"] == macs(space, choices)
+    assert list(found) == [compare.TEACHER, compare.OURS, "lower resolution", compare.FASTNAS, compare.FASTNAS_SMALLER]
+    assert {(row["max_macs"], row["seed"]) for row in rows} == {(4e6, 3)}
+    ours = found[compare.OURS]
+    assert (ours["network"], ours["macs"], ours["hits"]) == (str(space.at(0)), 5, HITS)
+    assert ours["seconds"] == 30.0, "without the last trainings"
+    assert all(len(hits_from_text(row["hits"])) == 30 for row in rows)
+    whole = space.build(space.at(space.size - 1).choices, 3, 1.0)
+    assert (found[compare.TEACHER]["macs"], found[compare.TEACHER]["params"]) == count_cost(whole, PIXELS)
+    small = found[compare.FASTNAS_SMALLER]
+    assert small["macs"] < found[compare.FASTNAS]["macs"] < found[compare.TEACHER]["macs"]
+    assert small["network"].startswith("side 0.86, 32-")
+    assert stub == [(32, 32, 12), (24, 24, 12)], "a fifth of the training images is for validation"
+
+
+def test_the_subnet_is_trained_to_the_end_as_the_winner_was(
+    searched: Callable[..., RunFolder], stub: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def note(cohort: Any, teacher: Any, batches: Batches, *rest: Any) -> None:
+        trained.append((batches.epochs, batches.seed, len(batches.split), teacher is not None))
+
+    monkeypatch.setattr(compare, "train", note)
+    rows_of(tmp_path / "out", searched("run", 4e6, seed=3))
+    assert trained == [(2, 3, 60, True)] * 2, "on training and validation images, distilled"
 
 
 def test_a_comparison_resumes_and_grows(
-    compared: Callable[..., list[dict[str, Any]]], space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+    searched: Callable[..., RunFolder], stub: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cap = str(0.9 * macs(space, space.at(space.size - 1).choices))
-    first = compared("--max-macs", cap, "--only", "uniform width")
-    rows = compared("--max-macs", cap, "--only", "uniform width", "--seeds", "0", "1")
-    assert rows[0] == first[0], "nothing is trained twice"
-    assert [row["seed"] for row in rows] == [0, 1]
-    monkeypatch.setattr(compare, "finish", lambda *_: pytest.fail("there is nothing left to train"))
-    assert compared("--max-macs", cap, "--only", "uniform width", "--seeds", "1", "0") == rows
-    assert compared("--max-macs", "1000", "--only", "uniform width") == rows, "no member is that small"
-    with pytest.raises(UsageError, match="rows of another teacher or last training"):
-        compared("--max-macs", cap, "--epochs", "2")
+    monkeypatch.setattr(compare, "finish", lambda case, network: None)
+    first, second, out = searched("first", 4e6), searched("second", 4e6, seed=1), tmp_path / "out"
+    rows = rows_of(out, first)
+    (out / compare.ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    again = rows_of(out, first, second)
+    assert again[: len(rows)] == rows
+    assert [row["seed"] for row in again] == [0] * 5 + [1] * 5
+    assert len(stub) == 4, "no subnet is searched for twice"
 
 
-def test_the_subnet_of_fastnas_is_searched_for_once(
-    compared: Callable[..., list[dict[str, Any]]], space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+def test_what_fastnas_cannot_find_has_no_row(
+    searched: Callable[..., RunFolder], stub: list[tuple[int, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Model Optimizer itself is stood in for: half of the hidden channels of one stage, on images of a smaller size."""
-    searches = []
-
-    def half(network: fx.GraphModule, max_macs: float, train: tuple[Tensor, ...], valid: Any) -> dict[str, Tensor]:
-        searches.append((valid[0].shape[-1], train[0].shape[-1], len(valid[0])))
-        assert space.inherit is not None
-        thin = [0 if choice.name == "width3" else len(choice.options) - 1 for choice in space.choices]
-        return dict(space.inherit(network, tuple(thin)).state_dict())
-
-    monkeypatch.setattr(fastnas, "search", half)
-    cap = str(0.5 * macs(space, space.at(space.size - 1).choices))
-    only = ("--max-macs", cap, "--only", "FastNAS on smaller images", "--seeds")
-    rows = compared(*only, "0")
-    compare.find.cache_clear()  # as in another process
-    rows = compared(*only, "0", "1")
-    assert searches == [(24, 24, 12)], "0.86 of 32 pixels, in steps of 8; a fifth of the images is for validation"
-    assert [row["seed"] for row in rows] == [0, 1]
-    assert rows[0]["network"].startswith("side 0.86, 32-")
-    assert rows[0]["macs"] < macs(space, space.at(space.size - 1).choices)
+    rows = rows_of(tmp_path / "out", searched("run", 1000.0))
+    assert [row["name"] for row in rows] == [compare.TEACHER, compare.OURS, "lower resolution"]
+    assert "FastNAS finds no network of at most 1000 MACs" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_together_is_refused(
-    compared: Callable[..., list[dict[str, Any]]], space: SearchSpace, tmp_path: Path
-) -> None:
-    run = searched(tmp_path / "run", 0, space.at(space.size - 1))
-    with pytest.raises(UsageError, match="its winner is not in .* within 1000 MACs"):
-        compared("--max-macs", "1000", "--run", run, "--only", compare.OURS)
-    with pytest.raises(UsageError, match="searches of different seeds"):
-        compared("--max-macs", "1e9", "--run", run, run)
-    with pytest.raises(UsageError, match="was not fine-tuned on .* at this --resolution"):
-        compared("--max-macs", "1e9", "--resolution", "64")
+def test_a_run_without_a_finished_winner_is_refused(searched: Callable[..., RunFolder], tmp_path: Path) -> None:
+    run = searched("run", 4e6)
+    run.result.write_text(json.dumps(json.loads(run.result.read_text()) | {"final": None}))
+    with pytest.raises(UsageError, match="no finished winner; run its search again with --final-training always"):
+        rows_of(tmp_path / "out", run)
 
 
 # ---- FastNAS -------------------------------------------------------------
@@ -227,7 +239,7 @@ def test_a_rebuilt_subnet_is_the_network_that_its_weights_are_from(space: Search
     network = space.build(largest, 3, 1.0)
     thin = tuple(0 if c.name.startswith(("width", "side")) else v for c, v in zip(space.choices, largest, strict=True))
     member = space.inherit(network, thin).eval()
-    found = fastnas.rebuilt(network, dict(member.state_dict()), 0.71).eval()
+    found = fastnas.rebuilt(network, dict(member.state_dict()), 0.5).eval()
     images = torch.randn(2, 3, PIXELS, PIXELS)
     with torch.no_grad():
         for one, other in zip(found(images)[1], member(images)[1], strict=True):
@@ -275,8 +287,9 @@ def test_the_table_compares_on_the_same_seeds_and_images(tmp_path: Path) -> None
         "FastNAS": {0: "1100", 1: "1100", 2: "0000"},
         compare.TEACHER: {0: "1111", 1: "1111"},
     }
+    about = {"max_macs": 2e6, "macs": 1.5e6, "seconds": 60.0}
     lines = [
-        {"name": name, "max_macs": 2e6, "seed": seed, "macs": 1.5e6, "search_seconds": 60.0, "hits": text}
+        {"name": name, "seed": seed, **about, "hits": hits_to_text(digit == "1" for digit in text)}
         for name, seeds in hits.items()
         for seed, text in seeds.items()
     ]

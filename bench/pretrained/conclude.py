@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.pretrained.compare import OURS, ROWS, TEACHER
+from engine.trial import hits_from_text
 
 Array = npt.NDArray[np.float64]
 Rows = dict[int, dict[str, Any]]  # by seed
@@ -50,7 +51,7 @@ def table(cap: float, contenders: dict[str, Rows]) -> list[str]:
     return [
         f"## At most {cap / 1e6:.1f} million MACs",
         "",
-        "| network | million MACs | seeds | seconds to find | test accuracy, % | our search minus this, points |",
+        "| network | million MACs | runs | seconds to find | test accuracy, % | our search minus this, points |",
         "| --- | --- | --- | --- | --- | --- |",
         *(line(name, contenders[name], {} if name == OURS else ours) for name in order),
         "",
@@ -58,7 +59,7 @@ def table(cap: float, contenders: dict[str, Rows]) -> list[str]:
 
 
 def line(name: str, rows: Rows, ours: Rows) -> str:
-    macs, seconds = (np.mean([row[key] for row in rows.values()]) for key in ("macs", "search_seconds"))
+    macs, seconds = (np.mean([row[key] for row in rows.values()]) for key in ("macs", "seconds"))
     accuracy, shared = hits(rows).mean(0), sorted(rows.keys() & ours.keys())
     compared = ""
     if shared:
@@ -71,7 +72,7 @@ def line(name: str, rows: Rows, ours: Rows) -> str:
 
 def hits(rows: Rows) -> Array:
     """1 where a test image is classified right, else 0 (seeds, images)."""
-    return np.array([[int(digit) for digit in rows[seed]["hits"]] for seed in sorted(rows)], dtype=np.float64)
+    return np.array([hits_from_text(rows[seed]["hits"]) for seed in sorted(rows)], dtype=np.float64)
 
 
 def error(values: Array) -> float:

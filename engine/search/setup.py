@@ -92,7 +92,6 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
         teacher = obtain_teacher(context, task)
         if context.space.start is not None and teacher.network != task.network:
             raise UsageError(_another_teacher(context, str(task.path), teacher.network))
-    fit = add_proxies(context, plan, facts.images["train"], fit)
     largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
     # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
     first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
