@@ -67,7 +67,7 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
 
 def to_score(context: RunContext, plan: Plan, images: int, candidates: Candidates) -> list[Architecture]:
     """The candidates that a search scores, in this order; none where it has no use for scores."""
-    has_use = context.config.proxies == "auto" and plan.method in USE_TRENDS and context.space.start is None
+    has_use = context.config.proxies == "auto" and plan.method in USE_TRENDS and context.space.inherit is None
     return pool(candidates, plan, images) if has_use else []
 
 
