@@ -89,7 +89,7 @@ def test_the_report_and_the_export_of_such_a_search(
     for command in (["report", str(folder)], ["trials", str(folder)], ["status", str(folder)]):
         assert cli.main(command) == 0
         capsys.readouterr()
-    assert cli.main(["export", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
     exported = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert exported["architecture"] == result["final"]["architecture"]
     assert set(exported["differences"]) == {"model.py", "model.pt2", "model.onnx"}
