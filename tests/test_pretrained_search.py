@@ -17,6 +17,7 @@ import cli
 from engine.networks import library
 from engine.run_folder import RunFolder
 from engine.search.journal import read_journal
+from engine.search.runs import open_run
 from tests.searches import ROOT, finish, measured, processes, until
 
 SPACE = "pretrained:torchvision:mobilenet_v3_small,min_side=0.5"
@@ -76,6 +77,7 @@ def test_a_search_ends_with_a_finished_network_and_its_baselines(whole: tuple[Pa
     assert all(row["macs"] <= 2.1e6 for row in rows if row.get("within_limits", True))
     assert Path(result["final"]["weights"]).is_file()
     assert result["verdict"]
+    assert open_run(str(folder)).result is not None, "it covers all evaluations"
     names = [trial.fidelity.name for trial in read_journal(RunFolder(folder).journal).asked]
     opening = names.count("inherited")
     assert opening >= 64

@@ -132,20 +132,27 @@ def contenders(case: Case, folder: Path) -> dict[str, Callable[[], Json | None]]
 
 def recorded(evaluation: Evaluation, spent: float) -> Json:
     """The row of a network that the search has trained to the end, and the worker seconds that it took to find."""
-    network, macs, params = str(evaluation.trial.architecture), evaluation.macs, evaluation.params
-    return {"network": network, "macs": macs, "params": params, "seconds": round(spent, 1), "hits": evaluation.hits}
+    return {
+        "network": str(evaluation.trial.architecture),
+        "macs": evaluation.macs,
+        "params": evaluation.params,
+        "seconds": round(spent, 1),
+        "test_accuracy": evaluation.accuracy,
+        "hits": evaluation.hits,
+    }
 
 
 def measured(case: Case, network: nn.Module, described: str, spent: float) -> Json:
     """The row of another network."""
-    hits = case.context.read_out(network, case.context.data.test, case.winner.trial.fidelity).hits
+    found = case.context.read_out(network, case.context.data.test, case.winner.trial.fidelity)
     macs, params = count_cost(network, case.side)
     return {
         "network": described,
         "macs": macs,
         "params": params,
         "seconds": round(spent, 1),
-        "hits": hits_to_text(hits.tolist()),
+        "test_accuracy": found.accuracy,
+        "hits": hits_to_text(found.hits.tolist()),
     }
 
 
