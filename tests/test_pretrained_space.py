@@ -175,7 +175,7 @@ def test_what_cannot_be_cut_is_refused_by_name(network: str, reason: str) -> Non
 
 @pytest.mark.parametrize(
     "spec",
-    ["pretrained:", "pretrained:resnet18", "pretrained:torchvision:vgg11_bn,min_width=2", "pretrained:timm:resnet18,y=1"],
+    ["pretrained:", "pretrained:resnet18", "pretrained:torchvision:vgg11_bn,min_width=2", "pretrained:timm:x,y=1"],
 )
 def test_wrong_specifications_are_usage_errors(spec: str) -> None:
     with pytest.raises(UsageError):
