@@ -52,7 +52,7 @@ class SearchConfig:
     method: str = option(
         "mfkd",
         "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
-        "asha, macs",
+        "asha, macs, bore, proxies, naswot",
     )
     teacher: str = option(
         "auto",

@@ -261,7 +261,7 @@ def test_an_error_while_an_evaluation_is_shown_reaches_the_search(raised: type[B
 
     with Journal(tmp_path / "journal.jsonl") as journal:
         worker = WorkerSettings(SearchConfig(), tmp_path, "cpu")
-        cohorts = Cohorts(worker, tmp_path / "no-teacher", 1, Fidelity("high"))
+        cohorts = Cohorts(worker, tmp_path / "no-teacher", 1)
         dispatcher = Dispatcher(InAThread(), cohorts, journal, {}, received)
         answer = dispatcher.submit(TRIAL)
         dispatcher.flush()

@@ -210,6 +210,7 @@ def test_trivial_augment_needs_dali() -> None:
         train(arrays(), backend="resident", augmentation=augment.Augmentation("trivial"))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_dali_outputs_are_not_copied_and_not_overwritten(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses: list[int] = []
     convert = torch.from_dlpack

@@ -120,6 +120,11 @@ def test_a_teacher_of_another_network_is_refused(weights: Path, tmp_path: Path) 
     assert "inherit the weights of its largest member" in message
 
 
+def test_a_width_multiplier_is_refused(weights: Path, tmp_path: Path) -> None:
+    _, message = finish(start(tmp_path, weights, "--low.width=0.5"), code=2, seconds=300)
+    assert "leave out --low.width" in message
+
+
 def test_missing_weights_are_named_with_where_they_may_come_from(tmp_path: Path) -> None:
     _, message = finish(start(tmp_path, tmp_path / "none.safetensors"), code=2, seconds=300)
     assert "--teacher-weights" in message

@@ -173,7 +173,10 @@ def test_what_cannot_be_cut_is_refused_by_name(network: str, reason: str) -> Non
     assert network.split(":")[1] in str(refusal.value)
 
 
-@pytest.mark.parametrize("spec", ["pretrained:", "pretrained:torchvision:resnet18,min_width=2", "pretrained:x,y=1"])
+@pytest.mark.parametrize(
+    "spec",
+    ["pretrained:", "pretrained:resnet18", "pretrained:torchvision:vgg11_bn,min_width=2", "pretrained:timm:x,y=1"],
+)
 def test_wrong_specifications_are_usage_errors(spec: str) -> None:
     with pytest.raises(UsageError):
         load_space(spec)

@@ -80,6 +80,7 @@ def summary(result: dict[str, Any]) -> str:
         + (f"{finished} {_accuracy(final, 'test')}" if final else "")
         + "".join(rows)
         + (f"\n            {result['verdict']}" if result["verdict"] else "")
+        + (f"\n            {counts['inherited']} scored with inherited weights" if "inherited" in counts else "")
         + f"\n            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
         f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
         f"MACs alone {tau['macs_vs_high']}" + _front(result.get("front", []))

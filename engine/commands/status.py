@@ -58,6 +58,9 @@ def run(values: Namespace) -> dict[str, Any] | None:
     return None
 
 
+LABELS = {"inherited": "inherited weights", "low": "low fidelity", "high": "full", "final": "final"}
+
+
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
     machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores."""
@@ -66,6 +69,7 @@ def summary(run: Run) -> dict[str, Any]:
 
     path = run.folder.journal
     best, plan = run.best, run.plan
+    opening = evaluation_counts(run, plan.below_full[len(plan.lows) :])
     final = evaluation_counts(run, {t.fidelity for t in run.record.asked if t.fidelity.with_valid})
     return {
         "run_dir": str(run.folder),
@@ -74,6 +78,7 @@ def summary(run: Run) -> dict[str, Any]:
         "data": run.config.data,
         "method": run.config.method if run.kind == "search" else "fidelity study",
         "evaluations": {
+            **({"inherited": opening | {"limit": sum(opening.values())}} if any(opening.values()) else {}),
             "low": evaluation_counts(run, plan.lows) | {"limit": plan.max_low * len(plan.lows)},
             "high": evaluation_counts(run, (plan.high,)) | {"limit": plan.max_high},
             **({"final": final | {"limit": sum(final.values())}} if any(final.values()) else {}),
@@ -140,7 +145,7 @@ def screen(state: dict[str, Any]) -> Table:
         scored = state["proxies"]
         took = duration(scored["seconds"])
         lines.add_row("training-free", f"{scored['candidates']:,} candidates scored, {took} of work")
-    for name, label in (("low", "low fidelity"), ("high", "full"), ("final", "final")):
+    for name, label in LABELS.items():
         if name in state["evaluations"]:
             lines.add_row(label, _progress(state["evaluations"][name]))
     best, winner = state["best"], state["winner"]

@@ -25,6 +25,7 @@ from engine.search.dispatch import Cohorts, Dispatcher
 from engine.search.journal import Journal, Record, read_journal
 from engine.search.log import LogKind, open_log
 from engine.search.loop import Recorded, VirtualWorkers, drive
+from engine.search.methods.opening import opening_size
 from engine.search.methods.propose import Method
 from engine.search.progress import Display
 from engine.search.proxies import read_scores
@@ -127,7 +128,7 @@ def evaluate_all(setup: SearchSetup, journal: Journal, slots: Slots, method: Met
     plan = replace(setup.plan, cohort=slots.cohort)
     whole = read_journal(journal.path)
     record = whole.searched
-    _announce(context.display, plan, record)
+    _announce(context.display, plan, record, opening_size(setup.candidates, plan))
     dispatcher = _dispatcher(context, plan, journal, whole)
 
     def propose(history: History, free: int) -> list[Trial]:
@@ -171,9 +172,11 @@ def _settled(drain: Drain, dispatcher: Dispatcher) -> Iterator[None]:
         raise drain.drained()
 
 
-def _announce(display: Display, plan: Plan, record: Record) -> None:
+def _announce(display: Display, plan: Plan, record: Record, opening: int) -> None:
     if record.answers:
         display.say(f"resuming: {len(record.answers)} evaluations in the journal")
+    if plan.opening is not None:
+        display.expect(plan.opening.name, opening)
     for low in plan.lows:
         display.expect(low.name, plan.max_low)
     display.expect(plan.high.name, plan.max_high)

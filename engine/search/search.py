@@ -115,13 +115,12 @@ def _described(evaluation: Evaluation) -> Json:
 def _counts(answers: Sequence[Evaluation], plan: Plan) -> Json:
     """How many evaluations succeeded at each fidelity, failed, or were too slow."""
     too_slow = sum(e.status == "too_slow" for e in answers)
-    opening = sum(e.ok and e.trial.fidelity == plan.opening for e in answers)
     return {
+        **({"inherited": sum(e.ok and e.trial.fidelity == plan.opening for e in answers)} if plan.opening else {}),
         "low": sum(e.ok and e.trial.fidelity in plan.lows for e in answers),
         "high": sum(e.ok and e.trial.fidelity == plan.high for e in answers),
         "final": sum(e.ok and e.trial.fidelity.with_valid for e in answers),
         "failed": sum(failed(e.status) for e in answers),
-        **({"opening": opening} if opening else {}),
         **({"too_slow": too_slow} if too_slow else {}),
     }
 

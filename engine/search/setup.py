@@ -77,7 +77,10 @@ def validated_space(settings: RunSettings) -> SearchSpace:
     check_settings(settings)
     if settings.config.method not in METHODS:
         raise UsageError(f"no method named '{settings.config.method}'; choose from {', '.join(METHODS)}")
-    return load_space(settings.config.space)
+    space, config = load_space(settings.config.space), settings.config
+    if space.inherit is not None and not config.low.width == config.high.width == 1:
+        raise UsageError(f"networks of {config.space} have no width multiplier; leave out --low.width, --high.width")
+    return space
 
 
 def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
