@@ -75,11 +75,13 @@ def fidelity_for(setup: SearchSetup, best: Evaluation) -> Fidelity:
     """The final fidelity of a search, distilled only from a teacher that is better than the winner was in the search.
 
     Better on the validation images, by more than a standard error. A long training overtakes a weaker teacher and is
-    then held back by it (docs/report.md has figures).
+    then held back by it (docs/report.md has figures). In a pretrained space the teacher is the winner uncut, so the
+    winner cannot overtake it.
     """
     fidelity, teacher = final_fidelity(setup.context.config), setup.teacher
     error = standard_error(best.accuracy, setup.facts.images["valid"])
-    if teacher is not None and teacher.accuracy > best.accuracy + error:
+    uncut = setup.context.space.inherit is not None
+    if teacher is not None and (uncut or teacher.accuracy > best.accuracy + error):
         return fidelity
     return replace(fidelity, kd_loss="none", weights=())
 
