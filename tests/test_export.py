@@ -32,8 +32,8 @@ SPACES = {
     "mobilenetv2:width=0.1": "0-1-1-0-0-1-0-0-0-0-0-0-0-1",
     "shufflenetv2:width=0.1": "0-0-0-1-0-2",
     "examples/my_space.py:SPACE": "1-0-0-0-1-1-0-0-2",
-    "pretrained:torchvision:mobilenet_v3_small": "8-1-1-1-1-0-1-3-0",
-    "pretrained:torchvision:resnet18": "8-2-1-1-0-2-1-3-0",
+    "pretrained:torchvision:mobilenet_v3_small": "7-1-1-1-1-0-1-3-0",
+    "pretrained:torchvision:resnet18": "7-2-1-1-0-2-1-3-0",
 }
 CLASSES = ("a", "b", "c", "d", 'e "quoted"')
 

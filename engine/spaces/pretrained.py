@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.networks.cut import Cut
 
 # Options, as shares: of the side of the images, and of the hidden channels of a stage.
-SIDES = (0.29, 0.36, 0.43, 0.5, 0.57, 0.64, 0.71, 0.86, 1.0)
+SIDES = (0.36, 0.43, 0.5, 0.57, 0.64, 0.71, 0.86, 1.0)
 WIDTHS = (0.4, 0.55, 0.7, 0.85, 1.0)
 POOL = 2**16
 
