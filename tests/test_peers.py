@@ -225,6 +225,7 @@ def tiny() -> fx.GraphModule:
 
 
 def test_a_network_for_images_of_one_size_computes_the_same(space: SearchSpace) -> None:
+    pytest.importorskip("timm", reason="the network is timm's")
     padded = load_space("pretrained:timm:tf_efficientnet_lite0")  # it pads by the size of its input
     for made in (space, padded):
         network = made.build(made.at(made.size - 1).choices, 3, 1.0).eval()
