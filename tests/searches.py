@@ -36,7 +36,12 @@ QUICK = [
 
 def start(run_dir: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """Starts `cli.py search` on the space of tests/faulty_space.py; its environment names the run, see `processes`."""
-    command = [sys.executable, "cli.py", "search", *QUICK, f"--run-dir={run_dir}", *more]
+    return launch(run_dir, *QUICK, *more, **environment)
+
+
+def launch(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts `cli.py search`; its environment names the run, see `processes`."""
+    command = [sys.executable, "cli.py", "search", f"--run-dir={run_dir}", *arguments]
     told = {**os.environ, "RUN_OF_A_TEST": str(run_dir), **environment}
     return subprocess.Popen(
         command, cwd=ROOT, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

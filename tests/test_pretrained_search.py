@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from engine.networks import library
 from engine.run_folder import RunFolder
 from engine.search.journal import read_journal
 from engine.search.runs import open_run
-from tests.searches import ROOT, finish, measured, processes, until
+from tests.searches import finish, launch, measured, processes, until
 
 SPACE = "pretrained:torchvision:mobilenet_v3_small,min_side=0.5"
 QUICK = [
@@ -52,12 +50,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(run_dir: Path, weights: Path, *more: str) -> subprocess.Popen[str]:
-    given = [*QUICK, f"--teacher-weights={weights}", f"--run-dir={run_dir}", *more]
-    command = [sys.executable, "cli.py", "search", *given]
-    told = {**os.environ, "RUN_OF_A_TEST": str(run_dir), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return launch(run_dir, *QUICK, f"--teacher-weights={weights}", *more, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
