@@ -13,7 +13,18 @@ from engine.config import Plan
 from engine.search.methods.estimate import PULL, Estimate, SurrogateInputs, estimate
 from engine.search.methods.opening import best_by_scores, opening_trials
 from engine.search.methods.recommend import noise_variance, posterior
-from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, find_rows, scores, unasked, worker_count
+from engine.search.methods.scores import (
+    Array,
+    IdentityKey,
+    Rows,
+    Scores,
+    ask,
+    find_rows,
+    scores,
+    top,
+    unasked,
+    worker_count,
+)
 from engine.space import Candidates
 from engine.trial import History, Trial
 from surrogate.acquire import expected_hypervolume, expected_improvement, pick_batch, value_of_information
@@ -27,9 +38,6 @@ FIRST_BATCH = (8, 24)
 LOW_BATCH = 8
 # Weight of the standard deviation in the upper confidence bound.
 BETA = 0.25
-# Only this many candidates of highest upper bound are compared: conditioning on trials shrinks variances, so that the
-# others cannot overtake them.
-SHORTLIST = 512
 # The surrogate is refitted at each of the first results of a fidelity, then at every REFIT-th one.
 REFIT_ALWAYS, REFIT = 8, 4
 # Architectures that must have a full result before one of them is trained again.
@@ -302,7 +310,7 @@ def _extend_front(state: State, fitted: Estimate, free: Mask, count: int) -> lis
         y, known_cost = map(np.array, zip(*front, strict=True))
         return expected_hypervolume(fitted.mean[rows], std[rows], cost[rows], y, known_cost)
 
-    rows = _top(np.where(free, growth(np.arange(len(free))), -np.inf))
+    rows = top(np.where(free, growth(np.arange(len(free))), -np.inf))
     picks: list[int] = []
     while len(picks) < min(count, len(rows)):
         picks.append(int(rows[np.argmax(np.where(np.isin(rows, picks), -np.inf, growth(rows)))]))
@@ -336,12 +344,4 @@ def _repeat(state: State, fitted: Estimate) -> list[Trial]:
 
 def _shortlist(fitted: Estimate, free: Mask, beta: float) -> Rows:
     """Free rows of highest upper bound, in descending order."""
-    return _top(np.where(free, fitted.mean + beta * np.sqrt(fitted.variance), -np.inf))
-
-
-def _top(value: Array) -> Rows:
-    """Rows of the SHORTLIST greatest finite values (n,), in descending order."""
-    count = min(SHORTLIST, len(value))
-    rows = np.argpartition(-value, count - 1)[:count]
-    rows = rows[np.isfinite(value[rows])]
-    return np.asarray(rows[np.lexsort((rows, -value[rows]))], dtype=np.int64)
+    return top(np.where(free, fitted.mean + beta * np.sqrt(fitted.variance), -np.inf))

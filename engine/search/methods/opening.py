@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.config import Plan
-from engine.search.methods.estimate import ENOUGH_LOW, SurrogateInputs, candidate_features, fit_level
-from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, scores, unasked
+from engine.search.methods.estimate import SurrogateInputs, candidate_features, fit_level
+from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, scores, top, unasked
 from engine.space import Candidates
 from engine.trial import History, Trial
 from surrogate.acquire import pick_batch
@@ -20,7 +20,6 @@ from surrogate.acquire import pick_batch
 COST, BOUNDS, ROUND = 8.0, (64, 512), 16
 # Weight of the standard deviation in the upper confidence bound.
 BETA = 0.5
-SHORTLIST = 512
 
 
 def opening_size(candidates: Candidates, plan: Plan) -> int:
@@ -53,8 +52,7 @@ def _spread(candidates: Candidates, count: int, seed: int) -> Rows:
 
 def _promising(candidates: Candidates, own: Scores, seed: int) -> Rows:
     """The next round, most promising first; none before the last one is known well enough."""
-    count = len(own) - len(own) % ROUND
-    if count < ENOUGH_LOW or len(own.pending) >= 2 * ROUND:
+    if len(own) < ROUND or len(own.pending) >= 2 * ROUND:
         return np.zeros(0, dtype=np.int64)
     return best_by_scores(candidates, own, seed, ROUND, own.asked)
 
@@ -65,7 +63,7 @@ def best_by_scores(candidates: Candidates, own: Scores, seed: int, count: int, e
     level = fit_level(candidates, own, seed, SurrogateInputs())
     bound: Array = level.mean + BETA * np.sqrt(level.variance)
     bound[~unasked(candidates, excluded)] = -np.inf
-    rows = np.argsort(-bound, kind="stable")[: min(SHORTLIST, int(np.isfinite(bound).sum()))]
+    rows = top(bound)
     features = candidate_features(IdentityKey(candidates))
     covariance = level.linear.joint(features.trends[rows], features.x[rows])
     picks = pick_batch(level.mean[rows], covariance, BETA, level.noise, 0, count)

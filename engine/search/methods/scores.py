@@ -16,6 +16,10 @@ from engine.trial import Architecture, Fidelity, History, Trial
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
+# Only this many candidates of highest upper bound are compared: conditioning on trials shrinks variances, so that the
+# others cannot overtake them.
+SHORTLIST = 512
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -113,6 +117,14 @@ def unasked(candidates: Candidates, asked: Rows) -> npt.NDArray[np.bool_]:
     free = np.ones(len(candidates), dtype=bool)
     free[asked] = False
     return free
+
+
+def top(value: Array) -> Rows:
+    """Rows of the SHORTLIST greatest finite values (n,), in descending order."""
+    count = min(SHORTLIST, len(value))
+    rows = np.argpartition(-value, count - 1)[:count]
+    rows = rows[np.isfinite(value[rows])]
+    return np.asarray(rows[np.lexsort((rows, -value[rows]))], dtype=np.int64)
 
 
 def worker_count(plan: Plan, history: History, free: int) -> float:
