@@ -121,11 +121,13 @@ def costs(
     """
     sizes = [shapes_of(network, side) for side in sides]
     made_by = {str(node.target): node.name for node in network.graph.nodes if node.op in ("call_module", "get_attr")}
+    modules = dict(network.named_modules())
     in_blocks = {name for stage in stages for block in stage for name in block.layers}
 
     def cost(name: str, kept: dict[str, tuple[int, int]]) -> FloatArray:
+        layer = modules[name] if name in modules else network.get_parameter(name)
         areas = [shapes[made_by[name]][2:].numel() for shapes in sizes]
-        return np.stack([_layer_cost(network, name, area, kept) for area in areas], axis=1)
+        return np.stack([_layer_cost(layer, area, kept.get(name, (0, 0))) for area in areas], axis=1)
 
     zero = np.zeros((3, len(sides)))
     outside = sum((cost(name, {}) for name in made_by if name not in in_blocks), zero)
@@ -151,10 +153,12 @@ def _kept(block: Block, width: float) -> dict[str, tuple[int, int]]:
     return kept
 
 
-def _layer_cost(network: fx.GraphModule, name: str, area: int, kept: dict[str, tuple[int, int]]) -> FloatArray:
-    """(MACs, parameters, activations) (3,) of a layer whose output has `area` positions."""
-    layer = network.get_submodule(name) if name in dict(network.named_modules()) else None
-    read, made = kept.get(name, (0, 0))
+def _layer_cost(layer: nn.Module | nn.Parameter, area: int, kept: tuple[int, int]) -> FloatArray:
+    """(MACs, parameters, activations) (3,) of a layer, or a parameter of its own, whose output has `area` positions.
+
+    `kept` are the channels that it reads and makes, 0 where they are not cut.
+    """
+    read, made = kept
     if isinstance(layer, nn.Conv2d):
         read, made = read or layer.in_channels, made or layer.out_channels
         depthwise = layer.groups == layer.in_channels == layer.out_channels
@@ -166,5 +170,5 @@ def _layer_cost(network: fx.GraphModule, name: str, area: int, kept: dict[str, t
         return np.array([weights, weights + (layer.out_features if layer.bias is not None else 0), 0.0])
     if isinstance(layer, nn.BatchNorm2d):
         return np.array([0.0, 2.0 * (made or layer.num_features) * layer.affine, 0.0])
-    parameters = layer.parameters() if layer is not None else [network.get_parameter(name)]
+    parameters = layer.parameters() if isinstance(layer, nn.Module) else [layer]
     return np.array([0.0, float(sum(value.numel() for value in parameters)), 0.0])

@@ -79,6 +79,8 @@ def _create(name: str, classes: int) -> nn.Module:
             raise UsageError(f"timm has no model '{short}'" + (f"; similar names: {', '.join(near)}" if near else ""))
         made = timm.create_model(short, num_classes=classes)
         return made
+    if not name.startswith(TORCHVISION):
+        raise UsageError(f"'{name}' names no library; write torchvision:NAME or timm:NAME")
     from torchvision import models
 
     short = name.removeprefix(TORCHVISION)

@@ -30,7 +30,7 @@ def load_space(spec: str) -> SearchSpace:
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     given = list(filter(None, tail.split(",")))
     if len(given) < len(required):
-        raise UsageError(f"space {head}: give its {required[0]}: {head}:timm:resnet18")
+        raise UsageError(f"space {head} needs a {required[0]}: {head}:{required[0].upper()}")
     options: dict[str, Any] = dict(zip(required, given, strict=False))
     for pair in given[len(required) :]:
         key, _, value = pair.partition("=")

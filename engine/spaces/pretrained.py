@@ -86,8 +86,6 @@ def pretrained(network: str, min_side: float = SIDES[0], min_width: float = WIDT
     its hidden channels, at least `min_width`, and the number of its blocks. Raises UsageError for a network that cannot
     be cut.
     """
-    if not network.startswith(("torchvision:", "timm:")):
-        raise UsageError(f"space pretrained:{network}: write pretrained:torchvision:NAME or pretrained:timm:NAME")
     options = {"min_side": (min_side, SIDES[0]), "min_width": (min_width, WIDTHS[0])}
     for name, (value, _) in options.items():
         if not 0 < value <= 1:
