@@ -201,10 +201,9 @@ class Plan:
 
     `lows` holds the low fidelities, the main one first; most methods use only that one. `opening` is the fidelity at
     which a search in a pretrained space scores many candidates before it trains any, and `first` are the architectures
-    that it trains in full before others. Repeats of the best few (the
-    same architecture at full fidelity with another seed) count towards `max_high`. A worker has `cohort` slots: it
-    trains that many low-fidelity trials side by side, while a full training takes all of them. Scores are accuracies
-    on `valid_images` images (0: unknown).
+    that it trains in full before others. Repeats of the best few (the same architecture at full fidelity with another
+    seed) count towards `max_high`. A worker has `cohort` slots: it trains that many low-fidelity trials side by side,
+    while a full training takes all of them. Scores are accuracies on `valid_images` images (0: unknown).
     """
 
     lows: tuple[Fidelity, ...]

@@ -153,7 +153,7 @@ def _explained(batches: Batches, step: int, error: RuntimeError) -> Exception:
         bad = [path for path in paths if not _decodes(path)]
         if bad:
             return EnvironmentUnusable(
-                "DALI cannot decode these images, though Pillow can; save them anew or remove them:\n  "
+                "DALI cannot decode these images, though Pillow can; re-save or remove them:\n  "
                 + "\n  ".join(bad)
             )
     return EnvironmentUnusable(f"DALI stopped: {error}")

@@ -35,7 +35,7 @@ PREFIX = "proxy:"  # of the columns' names, as in tables of recorded results
 # Scoring takes about as long as training on this many images: 21 to 34 on a CPU core, over the built-in spaces at 16 to
 # 112 pixels (docs/surrogate.md). So all scores together cost at most about one full training.
 IMAGES_PER_SCORE = 30
-# At most this many candidates are scored, which includes all of NAS-Bench-201, and from a large space at least so many.
+# The most candidates that are scored (all of NAS-Bench-201 is less), and the fewest in a large space.
 MOST, LEAST = 10_000, 64
 # A space whose networks take long to build ends the scoring earlier: after this many worker seconds, or this share of
 # --gpu-hours or --wall-time.
@@ -66,7 +66,7 @@ def add_proxies(context: RunContext, plan: Plan, images: int, candidates: Candid
 
 
 def to_score(context: RunContext, plan: Plan, images: int, candidates: Candidates) -> list[Architecture]:
-    """The candidates that a search scores, in this order; none where it has no use for scores."""
+    """The candidates that a search scores, in order; none if it cannot use scores."""
     has_use = context.config.proxies == "auto" and plan.method in USE_TRENDS and context.space.inherit is None
     return pool(candidates, plan, images) if has_use else []
 

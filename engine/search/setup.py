@@ -96,7 +96,7 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
         if context.space.start is not None and teacher.network != task.network:
             raise UsageError(_another_teacher(context, str(task.path), teacher.network))
     largest = everything.where(np.arange(len(everything)) == everything.macs.argmax())
-    # A search is never behind what one would have chosen without it: the best of each family is trained in full first.
+    # What one would have chosen without a search, the best of each family, is among the full trainings.
     first = tuple(fit.architecture(row) for row in family_members(context.space, fit).values())
     plan = replace(plan, valid_images=facts.images["valid"], first=first)
     fit = add_proxies(context, plan, facts.images["train"], fit)

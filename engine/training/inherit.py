@@ -21,7 +21,7 @@ IMAGES, BATCH = 128, 64
 def inherited(context: WorkerContext, architecture: Architecture, teacher: nn.Module) -> nn.Module:
     """A member of the space with weights cut out of the trained largest one, ready to be scored or trained.
 
-    Channels and blocks are missing, so the statistics of its BatchNorm layers are measured anew.
+    Its BatchNorm layers are recalibrated, because channels and blocks are missing.
     """
     inherit = load_space(context.config.space).inherit
     assert inherit is not None
