@@ -16,7 +16,8 @@ from engine.spaces.load import load_space
 from engine.trial import Architecture, EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
 
 T = TypeVar("T")
-BUILT_IN_DATA = ("glyphs", "cifar10", "cifar100")  # generated or downloaded; every other name is a path
+# Generated, shipped, or downloaded; every other name is a path.
+BUILT_IN_DATA = ("glyphs", "caltech21", "cifar10", "cifar100")
 Execution = Literal["auto", "graph", "eager"]
 RunKind = Literal["search", "fidelity-study"]
 Recipe = Literal["auto", "finetune", "scratch"]
@@ -41,7 +42,7 @@ class SearchConfig:
     """The settings that results depend on. They are fixed for the life of a run folder."""
 
     space: str = option("nasbench201", "search space: NAME[:option=value,...] or FILE.py:NAME")
-    data: str = option("glyphs", "glyphs[:N], cifar10, cifar100, a .npz file, or a folder of images")
+    data: str = option("glyphs", "glyphs[:N], caltech21, cifar10, cifar100, a .npz file, or a folder of images")
     resolution: int = option(0, "image size in pixels; 0 means the native size of the data, and 224 for a folder")
     valid_fraction: float = option(0.2, "fraction of the training images held out for validation")
     flip: Literal["auto", "always", "never"] = option(

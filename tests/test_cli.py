@@ -203,7 +203,7 @@ def test_text_in_a_file_of_flags_needs_no_quotes(tmp_path: Path, capsys: pytest.
 
 def test_a_search_without_settings_is_the_demo() -> None:
     demo = cli.parse(["search", "--workers=2"])[1]
-    assert (demo.space, demo.max_low) == ("nasbench201:channels=8,cells=1", 24)
+    assert (demo.space, demo.data) == ("pretrained:timm:tf_efficientnet_lite0", "caltech21")
     assert cli.parse(["search", "--data=cifar10"])[1].max_low == Budget().max_low
 
 

@@ -295,7 +295,7 @@ def test_a_baseline_that_fails_does_not_fail_the_search(tmp_path: Path, monkeypa
     assert (row["architecture"], row["status"], row["error"]) == ("3-3-3-3-3-3", "oom", "no memory")
     assert result["final"]["test_accuracy"] > 0
     assert "is not known: every baseline failed (largest network: oom)" in result["verdict"]
-    assert "baseline largest network (3-3-3-3-3-3): oom: no memory" in summary(result)
+    assert re.search(r"\n  largest network +oom", summary(result))
     assert result["evaluations"]["failed"] == 1
     assert open_run(str(tmp_path / "run")).finished
 
@@ -359,9 +359,11 @@ def test_the_verdict_is_one_plain_sentence(rows: list[dict[str, Any]], says: str
 def test_the_summary_names_both_networks_and_the_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(tmp_path, monkeypatch, Formula(), budget=EVERYTHING)
     said = summary(result)
-    assert f"test {result['winner']['test_accuracy']:.4f} +- " in said
-    assert f"after its final training of 8 epochs: test {result['final']['test_accuracy']:.4f} +- " in said
-    assert "baseline largest network (3-3-3-3-3-3): test " in said
+    assert f", test {100 * result['winner']['test_accuracy']:.1f} ± " in said
+    assert re.search(rf"\n  the winner +{100 * result['final']['test_accuracy']:.1f} ± ", said)
+    (row,) = result["baselines"]
+    gap = f"{-100 * row['difference']:+.1f} ± {100 * row['difference_standard_error']:.1f}"
+    assert re.search(rf"\n  largest network +{100 * row['test_accuracy']:.1f} ± \S+ % +{re.escape(gap)} ", said)
     assert result["verdict"] in said
 
 

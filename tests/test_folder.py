@@ -435,3 +435,15 @@ def test_folders_of_photographs(
     assert data.warnings == ()
     assert not any(note.startswith("passed over") for note in data.notes)
     assert note is None or note in data.notes
+
+
+def test_the_photos_that_come_with_the_project_are_unpacked_once(tmp_path: Path) -> None:
+    data = load("caltech21", cache=tmp_path)
+    assert (len(data.train) + len(data.valid), len(data.test), len(data.classes)) == (21 * 28, 21 * 20, 21)
+    assert (data.name, data.resolution) == ("caltech21", 96)
+    (folder,) = tmp_path.glob("caltech21-*")
+    assert "CC BY 4.0" in (folder / "ATTRIBUTION.txt").read_text()
+    assert [note for note in data.notes if "passed over" in note] == []
+    before = folder.stat().st_mtime_ns
+    assert fingerprint(load("caltech21", cache=tmp_path)) == fingerprint(data)
+    assert folder.stat().st_mtime_ns == before

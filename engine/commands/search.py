@@ -68,42 +68,49 @@ def run(values: Namespace) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result for people: the winner, the evaluations, and how well the low fidelity ranked."""
-    best, counts, final = result["winner"], result["evaluations"], result["final"]
+    """The result for people: the winner beside the networks it is compared with, and how well low fidelity ranked."""
+    best, counts = result["winner"], result["evaluations"]
     tau = {name: "unknown (fewer than 3 pairs)" if value is None else value for name, value in result["tau"].items()}
-    searched = f"valid {_accuracy(best, 'valid')}, test {_accuracy(best, 'test')}"
-    finished = f"\n            after its final training of {final['epochs']} epochs: test" if final else ""
-    rows = [f"\n            baseline {_baseline(row)}" for row in result["baselines"]]
-    return (
-        f"winner {best['architecture']}: {searched}, "
-        f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters"
-        + (f"{finished} {_accuracy(final, 'test')}" if final else "")
-        + "".join(rows)
-        + (f"\n            {result['verdict']}" if result["verdict"] else "")
-        + (f"\n            {counts['inherited']} scored with inherited weights" if "inherited" in counts else "")
-        + f"\n            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
-        f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
-        f"MACs alone {tau['macs_vs_high']}" + _front(result.get("front", []))
+    return "\n".join(
+        [
+            f"winner {best['architecture']}: valid {_accuracy(best, 'valid')}, test {_accuracy(best, 'test')}, "
+            f"{best['macs'] / 1e6:.2f} million MACs, {best['params']:,} parameters",
+            *_table(result["final"], result["baselines"]),
+            *([result["verdict"]] if result["verdict"] else []),
+            *([f"{counts['inherited']} networks scored with inherited weights"] if "inherited" in counts else []),
+            f"{counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, {counts['failed']} failed; "
+            f"Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, MACs alone {tau['macs_vs_high']}",
+            *map(_front_line, result.get("front", [])),
+        ]
     )
 
 
 def _accuracy(row: dict[str, Any], split: str) -> str:
-    return f"{row[f'{split}_accuracy']:.4f} +- {row[f'{split}_standard_error']:.4f}"
+    return f"{100 * row[f'{split}_accuracy']:.1f} ± {100 * row[f'{split}_standard_error']:.1f} %"
 
 
-def _baseline(row: dict[str, Any]) -> str:
-    """A baseline in one line, with its test accuracy and cost."""
-    network = f" ({row['architecture']})" if "architecture" in row else ""
-    if "test_accuracy" not in row:
-        return f"{row['name']}{network}: {row['status']}: {row['error']}"
-    size = f", {row['macs'] / 1e6:.2f} million MACs" if row["macs"] else ""
-    return f"{row['name']}{network}: test {_accuracy(row, 'test')}{size}"
+def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table of the networks that were trained to the end; none if the winner was not."""
+    if final is None:
+        return []
+    rows = [("after the last training", "test accuracy", "to the winner", "million MACs", "parameters")]
+    for row in [{"name": "the winner", **final}, *baselines]:
+        if "test_accuracy" not in row:
+            rows.append((row["name"], row["status"], "", "", ""))
+            continue
+        compared = "difference" in row  # the winner is not compared with itself
+        gap = f"{-100 * row['difference']:+.1f} ± {100 * row['difference_standard_error']:.1f}" if compared else ""
+        size = (f"{row['macs'] / 1e6:.2f}", f"{row['params']:,}") if row["macs"] else ("", "")
+        rows.append((row["name"], _accuracy(row, "test"), gap, *size))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
 
 
-def _front(front: list[dict[str, Any]]) -> str:
-    """One line for each network of the front."""
-    lines = [f"{e['macs'] / 1e6:.2f} million MACs: {e['valid_accuracy']:.4f}, {e['architecture']}" for e in front]
-    return "".join(f"\n            front {line}" for line in lines)
+def _front_line(row: dict[str, Any]) -> str:
+    return f"front {row['macs'] / 1e6:.2f} million MACs: {row['valid_accuracy']:.4f}, {row['architecture']}"
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:

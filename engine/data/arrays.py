@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from engine.trial import EnvironmentUnusable, UsageError
 
 ACCEPTED = (
-    "glyphs, glyphs:N, cifar10, cifar100, a .npz file, or a folder with <class>/ in it or in its train/ and test/"
+    "glyphs, glyphs:N, caltech21, cifar10, cifar100, a .npz file, or a folder with <class>/ in it or in its train/ and "
+    "test/"
 )
 
 # The *binary* archives of CIFAR: records of plain bytes, so no pickle is loaded. Digests are from the web page.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.data import arrays as sources
+from engine.data import caltech21
 from engine.data.arrays import Arrays
 from engine.trial import EnvironmentUnusable, UsageError
 
@@ -106,6 +107,9 @@ def _named(spec: str, seed: int, valid_fraction: float, resolution: int, cache: 
         arrays = sources.glyphs(spec, cache)
     elif spec in sources.CIFAR:
         arrays = sources.cifar(spec, cache)
+    elif spec == "caltech21":
+        data = _from_folder(caltech21.unpacked(cache), seed, valid_fraction, resolution or caltech21.RESOLUTION, cache)
+        return replace(data, name=spec)
     elif path.is_dir():
         return _from_folder(path, seed, valid_fraction, resolution or 224, cache)
     elif spec.endswith(".npz"):
