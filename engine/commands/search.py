@@ -103,10 +103,8 @@ def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> lis
         size = (f"{row['macs'] / 1e6:.2f}", f"{row['params']:,}") if row["macs"] else ("", "")
         rows.append((row["name"], _accuracy(row, "test"), gap, *size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    name, *others = widths
+    return [f"  {row[0]:{name}}  " + "  ".join(map(str.rjust, row[1:], others)) for row in rows]
 
 
 def _front_line(row: dict[str, Any]) -> str:
