@@ -351,9 +351,18 @@ def row(difference: float, macs: float = 100.0, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_verdict_is_one_plain_sentence(rows: list[dict[str, Any]], says: str) -> None:
-    said = verdict({"architecture": "1-2", "macs": 50}, rows, "some reason")
+    final = {"architecture": "1-2", "macs": 50, "test_accuracy": 0.7, "test_images": 200}
+    said = verdict(final, rows, "some reason", classes=10)
     assert re.search(says, said), said
     assert said.endswith(".")
+
+
+@pytest.mark.parametrize(("accuracy", "known"), [(0.14, False), (0.15, True)])
+def test_a_winner_at_chance_level_was_not_worth_anything(accuracy: float, known: bool) -> None:
+    """On 200 images, a guess among ten classes gets 0.10 ± 0.021."""
+    final = {"architecture": "1-2", "macs": 50, "test_accuracy": accuracy, "test_images": 200}
+    said = verdict(final, [row(0.05)], "", classes=10)
+    assert ("no better than a guess among 10 classes" not in said) == known
 
 
 def test_the_summary_names_both_networks_and_the_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

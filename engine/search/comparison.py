@@ -37,17 +37,24 @@ def difference(one: str, other: str) -> tuple[float, float]:
     return mean, math.sqrt(max(0.0, variance) / len(pairs))
 
 
-def verdict(final: Json, baselines: list[Json], left_out: str) -> str:
+def verdict(final: Json, baselines: list[Json], left_out: str, classes: int) -> str:
     """Whether the search was worth it, in one sentence: the finished winner against the best baseline that meets the
     limits of the search, or if there is none, against the best of the others.
 
-    The rows are those of result.json; `left_out` says why there is no baseline.
+    The rows are those of result.json; `left_out` says why there is no baseline. Where the winner is not clearly better
+    than a guess among the `classes`, no comparison means anything.
     """
     trained = [row for row in baselines if "test_accuracy" in row]
     if not trained:
         failures = [f"{row['name']}: {row['status']}" for row in baselines]
         reason = f"every baseline failed ({', '.join(failures)})" if failures else left_out
         return f"Whether the search was worth it is not known: {reason}."
+    if final["test_accuracy"] <= 1 / classes + CLEAR * standard_error(1 / classes, final["test_images"]):
+        return (
+            f"Whether the search was worth it is not known: on the {final['test_images']:,} test images the finished "
+            f"winner is no better than a guess among {classes} classes; train for longer (--high.epochs, "
+            "--final.epochs), or on more images."
+        )
     best = max(trained, key=lambda row: (row["within_limits"], row["test_accuracy"]))
     if best.get("architecture") == final["architecture"]:
         return f"The search was not needed: its winner is the baseline '{best['name']}'."

@@ -155,7 +155,8 @@ def final_rows(setup: SearchSetup, trained: FinalTrainings) -> Json:
     rows = [_baseline_row(one, winner, trained.found[one.architecture], setup) for one in wanted.baselines]
     if setup.context.space.families and setup.teacher is not None and setup.context.budget.baselines != "never":
         rows.append(_teacher_row(setup, winner))
-    return {"final": final, "baselines": rows, "verdict": verdict(final, rows, wanted.left_out)}
+    classes = len(setup.facts.classes)
+    return {"final": final, "baselines": rows, "verdict": verdict(final, rows, wanted.left_out, classes)}
 
 
 def _row(setup: SearchSetup, evaluation: Evaluation) -> Json:
