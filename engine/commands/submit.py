@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.commands import search
-from engine.commands.flags import example_text, gather_settings, recipe_defaults, run_dir_of
+from engine.commands.flags import Parser, example_text, gather_settings, recipe_defaults, run_dir_of
 from engine.config import Resources
 from engine.fleet.supervisor import ROOT
 from engine.run_folder import write_atomically
@@ -26,6 +26,11 @@ slurm --gpus 8 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 
 # write it for two nodes, and submit it
 slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 --name photos --go
 kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
+EVERYDAY = (
+    *("space", "data", "teacher", "max-macs", "max-low", "max-high", "name", "gpus", "partition", "account", "time"),
+    *("cpus", "memory-gb", "job-options", "worker-init", "image", "claim"),
+    *("nodes", "requeues", "script", "go"),
+)
 # Flags of `search` that make no sense in a job, with the reason.
 REFUSED = {
     "executor": "the search runs on the nodes of its own job",
@@ -45,7 +50,7 @@ SUBMIT = {
 with_defaults = search.with_defaults
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command: those of `search`, and those of the job."""
     parser = search.parser()
     parser.usage = "%(prog)s SCHEDULER [options]"
@@ -54,10 +59,11 @@ def parser() -> ArgumentParser:
         "search has finished. The flags are those of `search`; those from --partition to --claim describe the job."
     )
     parser.epilog = example_text(EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
     parser.add_argument("scheduler", type=Literal["slurm", "pbs", "lsf", "kubernetes"], help="scheduler of the job")
     group = parser.add_argument_group("The job")
-    group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one requires Slurm")
-    group.add_argument("--requeues", type=int, default=20, help="maximum number of times that the job is requeued")
+    group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one needs Slurm")
+    group.add_argument("--requeues", type=int, default=20, help="maximum number of requeues of the job")
     group.add_argument(
         "--script", type=str | None, default=None, help="file to write, instead of one in the run folder"
     )
