@@ -12,10 +12,10 @@ from jsonargparse import Namespace
 
 from engine.commands import search
 from engine.commands.flags import Parser, example_text, gather_settings, recipe_defaults, run_dir_of
-from engine.config import Resources
+from engine.config import Resources, SearchConfig, check_paths
 from engine.fleet.supervisor import ROOT
 from engine.run_folder import write_atomically
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.trial import EngineError, EnvironmentUnusable, UsageError
 
 if TYPE_CHECKING:
     from engine.fleet.submit import Job
@@ -29,7 +29,7 @@ kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work 
 EVERYDAY = (
     *("space", "data", "teacher", "max-macs", "max-low", "max-high", "name", "gpus", "partition", "account", "time"),
     *("cpus", "memory-gb", "job-options", "worker-init", "image", "claim"),
-    *("nodes", "requeues", "script", "go"),
+    *("nodes", "requeues", "script", "no-check", "go"),
 )
 # Flags of `search` that make no sense in a job, with the reason.
 REFUSED = {
@@ -67,6 +67,7 @@ def parser() -> Parser:
     group.add_argument(
         "--script", type=str | None, default=None, help="file to write, instead of one in the run folder"
     )
+    group.add_argument("--no-check", action="store_true", help="accept --data and --teacher that only the nodes have")
     group.add_argument("--go", action="store_true", help="submit the job too")
     return parser
 
@@ -80,6 +81,7 @@ def run(values: Namespace) -> dict[str, Any]:
     _check(values)
     job = make_job(values, settings.resources)
     script, text = Path(job.script), render(values.scheduler, job)
+    _check_files(values, settings.config)
     try:
         for folder in (Path(job.output), script.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,17 @@ def _check(values: Namespace) -> None:
     for name, least in (("nodes", 1), ("requeues", 0)):
         if values[name] < least:
             raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
+
+
+def _check_files(values: Namespace, config: SearchConfig) -> None:
+    """Raises EngineError for --data or --teacher that are not here; says so where that cannot be known."""
+    if values.scheduler == "kubernetes":
+        print(f"--data {config.data} was not checked: only pods see the volume {values.claim}", file=sys.stderr)
+    elif not values.no_check:
+        try:
+            check_paths(config)
+        except EngineError as error:
+            raise type(error)(f"{error}; if only the nodes have it, add --no-check") from None
 
 
 def make_job(values: Namespace, resources: Resources) -> Job:
