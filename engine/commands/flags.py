@@ -19,6 +19,7 @@ from jsonargparse.typing import register_type
 
 from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten, is_library_model
 from engine.recipes import recipe_values
+from engine.shipped import shipped
 from engine.trial import Fidelity, UsageError, WrongFlags
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class ConfigFile(ActionConfigFile):
     """The action of `-c`: its errors name the file, and the key or line in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        parser.reading = f"-c {values}"
+        parser.reading, values = f"-c {values}", str(shipped(values))
         try:
             if Path(values).is_file():
                 check_sections(yaml.safe_load(parser.quote_text(Path(values).read_text())), parser)

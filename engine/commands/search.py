@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import Parser, add_options, add_run_options, command_parser, gather_settings, run_dir_of
 from engine.config import Budget, Resources, SearchConfig
+from engine.shipped import shipped
 
 EXAMPLES = """\
 # the demo: a few minutes, no downloads
@@ -28,7 +28,7 @@ EVERYDAY = (
     *("objectives", "max-low", "max-high", "wall-time", "device", "gpus", "workers"),
     *("name", "log", "dry-run", "quiet", "verbose"),
 )
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+DEMO = "configs/demo.yaml"
 
 
 def parser() -> Parser:
@@ -133,5 +133,6 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     if given & settings:
         return arguments
     parser.parse_args(arguments)  # a misspelt setting is an error, not a call for the demo
-    print(f"no settings given: running the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
-    return ["-c", str(DEMO), *arguments]
+    demo = shipped(DEMO)
+    print(f"no settings given: running the demo ({demo.name}); see search --help for your own data", file=sys.stderr)
+    return ["-c", str(demo), *arguments]
