@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import engine
 
@@ -121,6 +123,13 @@ def test_a_wheel_has_the_configurations_and_examples(mfkd: Path, elsewhere: Path
     done = run([str(mfkd), "config", *words, "--json"], elsewhere)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["data"]["from"] == str(package / "configs" / "demo.yaml")
+
+
+def test_the_version_is_that_of_the_changelog_and_the_citation() -> None:
+    newest = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert newest[1] == cited == engine.__version__
 
 
 def test_the_demo_starts_from_a_wheel(mfkd: Path, elsewhere: Path) -> None:
