@@ -58,7 +58,7 @@ Progress = Literal["auto", "bar", "lines", "none"]
 
 
 class Settings(TypedDict, total=False):
-    """Settings of a search, see `search --help`. Their defaults are those of the flags.
+    """Settings of a search, see `search --help-all`. Their defaults are those of the flags.
 
     `low`, `high` and `final` are fidelities: `mfkd.Fidelity`, or its short form LOSS@FRACTIONxEPOCHS[:name=value,...]
     like "kd@1/9x20"; of `final`, only loss and epochs count. `low="auto"` runs a fidelity study first. `config` names a

@@ -6,4 +6,4 @@ worker (`data`, `training`, `export`, `selftest`) never imports the driver. `net
 spaces build.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -42,31 +42,34 @@ class SearchConfig:
     """The settings that results depend on. They are fixed for the life of a run folder."""
 
     space: str = option("nasbench201", "search space: NAME[:option=value,...] or FILE.py:NAME")
-    data: str = option("glyphs", "glyphs[:N], caltech21, cifar10, cifar100, a .npz file, or a folder of images")
-    resolution: int = option(0, "image size in pixels; 0 means the native size of the data, and 224 for a folder")
+    data: str = option(
+        "glyphs",
+        "glyphs, caltech21, cifar10, cifar100, a .npz file or a folder of images; glyphs:N generates N images",
+    )
+    resolution: int = option(0, "image size in pixels; 0 means the size of the data, and 224 for a folder")
     valid_fraction: float = option(0.2, "fraction of the training images held out for validation")
     flip: Literal["auto", "always", "never"] = option(
         "auto",
-        "mirror training images at random; auto follows the data, and mirrors images from a folder. Use never if a "
+        "mirror training images at random; auto follows the data, and mirrors images from a folder; use never if a "
         "mirror image belongs to another class: digits, text, signs",
     )
     method: str = option(
         "mfkd",
-        "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
-        "asha, macs, bore, proxies, naswot",
+        "search method; one of mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, asha, macs, "
+        "bore, proxies, naswot (docs/surrogate.md)",
     )
     teacher: str = option(
         "auto",
-        "auto (train the largest member of the space), a weights FILE written by the teacher command, or "
-        "torchvision:NAME or timm:NAME, fine-tuned from the library's weights",
+        "auto, FILE, torchvision:NAME or timm:NAME; auto trains the largest member of the space, a FILE comes from the "
+        "command teacher, and a library's network is fine-tuned from its weights",
     )
-    teacher_weights: str = option("", "FILE of weights to fine-tune a teacher from, instead of the library's")
+    teacher_weights: str = option("", "weights to fine-tune a teacher from, instead of the library's")
     from_scratch: bool = option(False, "train a torchvision, timm or pretrained teacher from random weights instead")
-    teacher_epochs: int = option(20, "epochs of a teacher that the run trains itself; 0 means auto, as below")
+    teacher_epochs: int = option(20, "epochs of a teacher that the run trains itself; 0 lets the recipe choose")
     recipe: Recipe = option(
         "auto",
-        "defaults of the settings of trainings (docs/training.md), shown by the command config: finetune for networks "
-        "that start from pretrained weights, scratch for others; auto chooses by the space",
+        "defaults of the training settings; finetune is for networks that start from pretrained weights, scratch for "
+        "others, and auto chooses by the space (docs/training.md; the command config shows the values)",
     )
     low: Fidelity = option(
         Fidelity("low", Fraction(1, 9), 20, kd_loss="kd"), "the low fidelity: the cheap training that ranks candidates"
@@ -98,51 +101,53 @@ class SearchConfig:
     momentum: float = option(0.9, "Nesterov momentum of SGD")
     weight_decay: float = option(5e-4, "weight decay of all weights except biases and normalisation")
     augment: Augment = option(
-        "crop", "crop: random crops and mirror images; trivial: also a random TrivialAugment operation for each image"
+        "crop", "random crops and mirror images; trivial adds a random TrivialAugment operation for each image"
     )
     min_crop_area: float = option(0.08, "smallest share of an image file that a random crop covers")
     ema_decay: float = option(
-        0.0, "decay of the moving average of the weights, which full trainings then score and save; 0 turns it off"
+        0.0, "decay of a moving average of the weights; full trainings then score and save the average; 0 turns it off"
     )
     amp_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "precision of the forward pass in training; auto is bfloat16 on CUDA and float32 on CPU"
+        "auto", "precision of the forward pass; auto means bfloat16 on CUDA and float32 on CPU"
     )
-    data_backend: Literal["dali", "resident", "synthetic"] = option("dali", "data loader")
-    min_macs: float = option(0.0, "minimum multiply-accumulates (MACs) of a candidate")
-    max_macs: float = option(float("inf"), "maximum multiply-accumulates (MACs) of a candidate")
+    data_backend: Literal["dali", "resident", "synthetic"] = option(
+        "dali", "data loader; resident holds the images in memory, synthetic makes them up, to time training alone"
+    )
+    min_macs: float = option(0.0, "minimum MACs (multiply-accumulates) of a candidate")
+    max_macs: float = option(float("inf"), "maximum MACs (multiply-accumulates) of a candidate")
     max_params: float = option(float("inf"), "maximum number of parameters of a candidate")
     max_latency_ms: float = option(
-        float("inf"), "maximum latency of a candidate's forward pass on this device, in milliseconds"
+        float("inf"), "maximum milliseconds of a candidate's forward pass, measured on this device"
     )
     latency_batch: int = option(1, "batch size at which --max-latency-ms is measured")
     objectives: Literal["accuracy", "accuracy,macs"] = option(
-        "accuracy", "accuracy: find the most accurate network; accuracy,macs: find the Pareto front of the two"
+        "accuracy", "what to optimise; accuracy,macs finds the Pareto front of the two"
     )
-    only: str = option("", "comma-separated ARCHITECTUREs to choose from; empty means the whole space")
-    initial_weights: str = option("", "FILE of weights that full trainings start from; they fit one architecture")
+    only: str = option("", "comma-separated architectures to choose from; empty means the whole space")
+    initial_weights: str = option("", "weights that full trainings start from; they fit one architecture (--only)")
     fidelity_study: str = option(
-        "", "run folder of a fidelity study whose evaluations this search starts with; auto runs such a study first"
+        "", "fidelity study whose evaluations the search starts with, a run folder; auto runs such a study first"
     )
-    seed: int = option(0, "seed of everything: data split, subsets, weights, order, augmentation, surrogate")
+    seed: int = option(0, "seed of everything; data split, subsets, weights, order, augmentation, surrogate")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """When to stop: at the first limit reached, counted over the life of the run folder. Limits can be raised later."""
 
-    max_low: int = option(50, "maximum number of low-fidelity evaluations")
-    max_high: int = option(20, "maximum number of full-fidelity evaluations")
+    max_low: int = option(50, "low-fidelity evaluations, at most")
+    max_high: int = option(20, "full-fidelity evaluations, at most")
     gpu_hours: float = option(float("inf"), "maximum worker-hours, summed over all workers")
-    wall_time: float = option(float("inf"), "maximum hours of this call; run the same command again to resume")
-    target_accuracy: float = option(float("inf"), "stop once a full training reaches this validation accuracy (0..1)")
+    wall_time: float = option(float("inf"), "maximum hours of this call; the same command resumes the run")
+    target_accuracy: float = option(float("inf"), "stop at this validation accuracy of a full training, like 0.95")
     max_failures: int = option(10, "stop with exit code 4 after this many failed evaluations in a row")
     final_training: When = option(
-        "auto", "train the winner once more, for --final.epochs; auto: if that costs no more than the search has"
+        "auto", "train the winner once more, for --final.epochs; auto does so if it costs no more than the search has"
     )
     baselines: When = option(
         "auto",
-        "train the largest network and other obvious choices like the winner, to compare with it; auto: as many as "
-        "cost no more than the search has, the last training of the winner included",
+        "train baselines to compare the winner with; the largest network and other obvious choices, trained like the "
+        "winner; auto trains as many as cost no more than the search has, the winner's last training included",
     )
 
 
@@ -150,40 +155,42 @@ class Budget:
 class Resources:
     """Where and how a run is computed. It may differ from call to call."""
 
-    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto uses the GPUs if there are any, else the CPU cores")
-    gpus: str = option("auto", "auto, a count (8), or a choice among the visible GPUs (0,2)")
+    device: Literal["auto", "cuda", "cpu"] = option(
+        "auto", "what to train on; auto means the GPUs if there are any, else the CPU cores"
+    )
+    gpus: str = option("auto", "GPUs to use; auto for all, a count (8), or a choice among the visible ones (0,2)")
     students_per_gpu: str = option(
         "auto",
-        "low-fidelity students that one worker trains side by side on the same batches; auto is 8 on a GPU, memory "
-        "permitting, and 4 on a CPU core",
+        "low-fidelity students that a worker trains side by side; they share batches and teacher; auto means 8 on a "
+        "GPU, memory permitting, and 4 on a CPU core",
     )
     execution: Execution = option(
-        "auto", "how a GPU runs training steps: as CUDA graphs, eagerly, or (auto) as graphs where that is faster"
+        "auto", "how a GPU runs training steps; as CUDA graphs, eagerly, or (auto) as graphs where that is faster"
     )
     teacher_cache: str = option("2GiB", "memory per worker for teacher outputs that later students reuse; 0 means none")
     compile: bool = option(False, "torch.compile the networks of full trainings")
-    workers: int = option(0, "worker processes per machine; 0 means one per GPU, or one per CPU core")
+    workers: int = option(0, "worker processes per machine; 0 means one per GPU or CPU core")
     executor: Literal["local", "slurm", "pbs", "lsf", "kubernetes"] = option(
-        "local", "where workers run: on this machine (or all of its Slurm allocation), or in jobs of a cluster"
+        "local", "where workers run; local means this machine, or all of its Slurm allocation; else in cluster jobs"
     )
     min_nodes: int = job_option(1, "minimum number of one-node jobs, kept even while idle")
     max_nodes: int = job_option(1, "maximum number of one-node jobs; --gpus and --workers are per node")
     partition: str = job_option("", "partition (Slurm), queue (PBS, LSF) or namespace (Kubernetes)")
     account: str = job_option("", "account or project to charge")
     qos: str = job_option("", "quality of service (Slurm)")
-    time: str = job_option("", "time limit of a job: HH:MM:SS")
+    time: str = job_option("", "time limit of a job, like 24:00:00")
     cpus: int = job_option(0, "cores per node; 0 requests the whole node (Slurm only)")
-    memory_gb: int = job_option(0, "memory per node; 0 is the scheduler's default")
-    job_options: str = job_option("", "extra options for sbatch, qsub or bsub: '--constraint=h100'")
-    worker_init: str = job_option("", "shell command to run first in a job: 'module load cuda'")
+    memory_gb: int = job_option(0, "memory per node in GB; 0 means the scheduler's default")
+    job_options: str = job_option("", "extra options for sbatch, qsub or bsub, like '--constraint=h100'")
+    worker_init: str = job_option("", "shell command to run first in a job, like 'module load cuda'")
     image: str = job_option("", "container image that contains this package (Kubernetes)")
-    claim: str = job_option("", "volume claim for data and runs, and its mount point (Kubernetes): work:/work")
+    claim: str = job_option("", "volume claim for data and runs, and where it is mounted, like work:/work (Kubernetes)")
     trial_timeout: float = option(0.0, "time limit of an evaluation in seconds; 0 means none")
-    grace_s: float = option(60.0, "grace period for running trials, in seconds, once the search is asked to stop")
+    grace_s: float = option(60.0, "seconds for running trials to finish once the search is asked to stop")
     time_limit: str = option(
-        "auto", "time by which the search must have stopped: seconds from the start, none, or auto (ask the scheduler)"
+        "auto", "seconds after which the search must have stopped; none for no limit, auto to ask the scheduler"
     )
-    address: str = option("", "address of this machine as seen from the nodes; by default, that of its host name")
+    address: str = option("", "address of this machine as seen from the nodes; by default that of its host name")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,7 @@ LOSS_WEIGHTS = (
     "hint_weight",
     "similarity_weight",
 )
-
-
+MAX_WIDTH = 10.0  # of a width multiplier: with more, no device holds the networks
 # Cost of a score without a training, in epochs: BatchNorm's statistics and the score take forward passes only.
 UNTRAINED = 0.2
 
@@ -132,8 +131,8 @@ class Fidelity:
             raise UsageError(f"{self.name}.fraction is {self.fraction}; it must be greater than 0 and at most 1")
         if self.epochs < 0:
             raise UsageError(f"{self.name}.epochs is {self.epochs}; it must be at least 0")
-        if not 0 < self.width < math.inf:
-            raise UsageError(f"{self.name}.width is {self.width}; it must be greater than 0")
+        if not 0 < self.width <= MAX_WIDTH:
+            raise UsageError(f"{self.name}.width is {self.width}; it must be greater than 0 and at most {MAX_WIDTH:g}")
         if self.resolution < 0:
             raise UsageError(f"{self.name}.resolution is {self.resolution}; it is in pixels, 0 for the data's own")
         for name, value in self.weights:

@@ -19,6 +19,7 @@ import yaml
 
 import cli
 import engine
+from engine.commands.flags import Parser
 from engine.config import Budget, SearchConfig, flatten
 from engine.search.journal import read_journal
 from engine.search.methods.propose import METHODS
@@ -75,14 +76,40 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_explains_every_flag_and_gives_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A flag whose entry shows no default is required, a switch, or a text that is empty by default."""
+def parser_of(command: str) -> Parser:
+    parser: Parser = importlib.import_module(f"engine.commands.{command.replace('-', '_')}").parser()
+    return parser
+
+
+def help_text(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        cli.main([command, flag])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    parser = importlib.import_module(f"engine.commands.{command.replace('-', '_')}").parser()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_a_screen_or_two_of_everyday_flags(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With examples, in 80 columns; the command's other flags are left to --help-all."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text, parser = help_text(command, "--help", capsys), parser_of(command)
+    assert max(map(len, text.splitlines())) <= 80
+    shown = set(re.findall(r"^  (?:-\w[^-]*, )?(--[\w.-]+)", text, re.MULTILINE))
+    assert len(shown) <= 26
+    assert set(parser.everyday) <= {option for action in parser._actions for option in action.option_strings}
+    if parser.everyday:
+        assert shown == parser.everyday
+        assert len(re.findall(rf"^  \S+ {command} .*", text, re.MULTILINE)) >= 2, "no examples"
+        assert ";" not in text.partition("\noptions:")[2], "details are for --help-all"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_all_explains_every_flag_and_gives_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag whose entry shows no default is required, a switch, or a text that is empty by default."""
+    parser = parser_of(command)
+    text = help_text(command, "--help-all" if parser.everyday else "--help", capsys)
     entries = re.split(r"\n  (?=\S)", text)
     for action in parser._actions:
         assert action.help, action.dest
@@ -225,9 +252,7 @@ def test_low_auto_is_short_for_a_fidelity_study() -> None:
 
 
 def test_help_separates_choices_that_contain_commas(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["search", "--help"])
-    assert "--objectives {accuracy | accuracy,macs}" in capsys.readouterr().out
+    assert "--objectives {accuracy | accuracy,macs}" in help_text("search", "--help", capsys)
 
 
 def test_the_help_names_every_method() -> None:

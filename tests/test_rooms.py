@@ -18,7 +18,7 @@ from engine.trial import Architecture, Fidelity, Trial
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"engine", "kernels", "surrogate", "cli", "mfkd", "bench", "tests"}
 # The rooms of engine, and what each may import beside itself and the core.
-CORE = {"config", "recipes", "run_folder", "space", "spaces", "stop_files", "tasks", "trial"}
+CORE = {"config", "recipes", "run_folder", "shipped", "space", "spaces", "stop_files", "tasks", "trial"}
 DRIVER = {"commands", "doctor", "fleet", "report", "search"}  # never imports torch
 WORKER = {"data", "export", "selftest", "training"}
 NETWORKS = {"networks"}  # imports torch, and of ours only the errors; spaces import it when they build a network

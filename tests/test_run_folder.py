@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from engine.config import Budget, SearchConfig, Slots, slots_for
 from engine.run_folder import RunFolder, write_atomically
+from engine.training.weights import save_weights
 from engine.trial import Architecture, EnvironmentUnusable, Fidelity, Trial, UsageError
 
 CONFIG = SearchConfig(low=Fidelity("low", Fraction(1, 27), 30, kd_loss="kd+at"))
@@ -160,3 +163,13 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_weights_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    """In a folder that people share: safetensors alone would write them for their owner."""
+    before = os.umask(0o027)
+    try:
+        save_weights(tmp_path / "weights.safetensors", nn.Linear(2, 2))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import cli
+from engine.space import candidates
+from engine.spaces.load import load_space
 from engine.tasks import SpaceCheckTask, task_to_json
 from engine.training.spacecheck import run_check
 from engine.trial import UsageError
@@ -54,7 +56,9 @@ def test_a_good_space_passes(tmp_path: Path) -> None:
     assert found["cost"] == "closed form"
     assert found["features"] == [[8, 8, 8], [16, 4, 4]]
     assert found["pairs"] == [[[8, 8, 8], [12, 8, 8]], [[16, 4, 4], [24, 4, 4]]]
-    assert found["macs"][0] < found["macs"][1]  # type: ignore[index]
+    assert found["cost_of"] == "space"
+    everything = candidates(load_space(f"{tmp_path / 'own.py'}:SPACE"), 3, 1.0, 16)
+    assert found["macs"] == [everything.macs.min(), everything.macs.max()]
     assert check(tmp_path, GOOD, "torchvision:resnet18")["pairs"] == [[[8, 8, 8], [64, 8, 8]], [[16, 4, 4], [64, 4, 4]]]
 
 
@@ -104,7 +108,9 @@ def test_features_that_match_none_of_the_teacher_are_named(tmp_path: Path) -> No
 def test_the_command_checks_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     """As in docs/spaces.md."""
     assert cli.main(["space", "check", "examples/my_space.py:SPACE", "--resolution", "8"]) == 0
-    assert "13,824 architectures, ready to search" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "13,824 architectures, ready to search" in out
+    assert "counted on built networks; the 6 checked have 0.18 to" in out
     assert cli.main(["space", "check", "examples/none.py:SPACE"]) == 2
     assert "no file examples/none.py" in capsys.readouterr().err
 

@@ -174,8 +174,8 @@ def test_evaluation_does_not_depend_on_the_batch(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nasbench201:channels=0", "channels=0, cells=5; both must be at least 1"),
-        ("nasbench201:cells=-1", "at least 1"),
+        ("nasbench201:channels=0", "channels=0; it must be 1 to 512"),
+        ("nasbench201:cells=-1", "cells=-1; it must be 1 to 50"),
         ("mobilenetv2:width=0", "must be greater than 0"),
         ("mobilenetv2:stem_stride=3", "use 1 .* or 2"),
         ("shufflenetv2:width=-1", "must be greater than 0"),

@@ -334,6 +334,15 @@ def test_submit_writes_a_script_and_submits_it(
     assert "invalid partition specified: gpu" in err
 
 
+def test_the_data_of_a_pod_are_not_looked_for_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data=photos", "--gpus=8", "--cpus=64", "--memory-gb=400", "--image=mfkd:1", "--claim=work:/work"]
+    assert cli.main(["submit", "kubernetes", *words]) == 0
+    assert "--data photos was not checked: only pods see the volume work:/work" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -344,6 +353,9 @@ def test_submit_writes_a_script_and_submits_it(
         (["--max-nodes=2"], 2, "submit does not accept --max-nodes: --nodes sets"),
         (["--dry-run"], 2, "submit does not accept --dry-run"),
         (["--run-dir=my run"], 2, "choose another --run-dir"),
+        (["--data=photos"], 3, "--data photos: no such file or folder"),
+        (["--teacher=t.safetensors"], 2, "if only the nodes have it, add --no-check"),
+        (["--data=photos", "--no-check", "--go"], 3, "no sbatch here"),
         (["--go"], 3, "no sbatch here"),
     ],
 )

@@ -99,6 +99,13 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --space=magic", 2, "no space named 'magic'; choose from"),
         ("search --space=nasbench201:depth=3", 2, "no option 'depth'; it has"),
         ("search --space=nowhere.py:SPACE", 2, "no file nowhere.py"),
+        ("search --space=nasbench201:channels=100000", 2, "channels=100000; it must be 1 to 512"),
+        ("search --space=nasbench201:cells=0", 2, "cells=0; it must be 1 to 50"),
+        ("search --space=mobilenetv2:width=500", 2, "width=500.0; it must be greater than 0 and at most 10"),
+        ("search --space=shufflenetv2:width=nan", 2, "width=nan; it must be greater than 0 and at most 10"),
+        ("search --low.width=11", 2, "low.width is 11.0; it must be greater than 0 and at most 10"),
+        ("search --device=cpu --workers=99999", 2, "--workers 99999: this machine has"),
+        ("search --device=cpu --workers=99999 --dry-run", 2, "--workers 99999: this machine has"),
         ("search --gpus=8", 2, "--gpus 8: no GPU is visible"),
         ("search --gpus=-1", 2, "cannot be negative"),
         ("search --gpus=0,1", 2, "no GPU is visible"),
@@ -252,6 +259,29 @@ def again(run: Path, tmp_path: Path) -> Path:
 def test_a_teacher_of_other_classes(ends: Ends, run: Path, photos: Path) -> None:
     teacher = run / "teacher" / "teacher.safetensors"
     ends(["search", *SMALL, f"--data={photos}", "--batch-size=4", f"--teacher={teacher}"], 2, "knows 3 classes")
+
+
+def test_a_dry_run_with_a_teacher_of_other_classes_trains_nothing(
+    ends: Ends, run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.training import run_tasks
+
+    monkeypatch.setattr(run_tasks, "run_trials", None)
+    teacher = run / "teacher" / "teacher.safetensors"
+    words = ["search", *SMALL, f"--data={photos}", "--batch-size=4", f"--teacher={teacher}", "--dry-run"]
+    ends(words, 2, "knows 3 classes")
+
+
+def test_a_teacher_that_does_not_fit_into_memory(
+    ends: Ends, tiny_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.training import make_teacher
+
+    def build(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 360000000000 bytes.")
+
+    monkeypatch.setattr(make_teacher.teachers, "build", build)
+    ends(["search", *SMALL, f"--data={tiny_npz}"], 3, "does not fit into memory; use a smaller --space")
 
 
 def test_a_teacher_whose_weights_are_not_numbers(ends: Ends, run: Path, tiny_npz: Path, tmp_path: Path) -> None:

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.commands import search
-from engine.commands.flags import example_text, gather_settings, recipe_defaults
+from engine.commands.flags import Parser, example_text, gather_settings, recipe_defaults
 from engine.run_folder import write_atomically
 from engine.trial import EnvironmentUnusable
 
 EXAMPLES = """\
 -c configs/cifar100-mobilenetv2.yaml --max-high 10
 --data photos/ --low.fraction 1/27 --yaml photos.yaml"""
+EVERYDAY = (*search.EVERYDAY, "yaml", "json")
 with_defaults = search.with_defaults
 OWN = ("config", "yaml", "json", "dry_run")  # not settings of the search
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command: those of `search`, --yaml and --json."""
     parser = search.parser()
     parser.description = (
@@ -31,6 +32,7 @@ def parser() -> ArgumentParser:
         "value: the default, a YAML file, or the command line."
     )
     parser.epilog = example_text(EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
     parser.add_argument(
         "--yaml", type=str | None, default=None, help="write the YAML to this FILE instead of printing it"
     )

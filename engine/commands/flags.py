@@ -19,6 +19,7 @@ from jsonargparse.typing import register_type
 
 from engine.config import Budget, Resources, RunSettings, SearchConfig, flatten, is_library_model
 from engine.recipes import recipe_values
+from engine.shipped import shipped
 from engine.trial import Fidelity, UsageError, WrongFlags
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ register_type(Fraction, serializer=str, deserializer=_fraction)
 
 FIDELITY_HELP = {
     "fraction": "fraction of the training images, like 1/27",
-    "epochs": "passes over these images",
+    "epochs": "passes over its training images",
     "width": "width multiplier of the networks",
-    "resolution": "image size in pixels; 0 means that of the data",
+    "resolution": "image size in pixels; 0 means the size of the data",
     "kd_loss": "distillation terms added to the cross entropy",
 }
 # By FINAL_SETTINGS.
@@ -58,13 +59,47 @@ GROUPS = {
     Resources: ("Resources", "May differ from call to call."),
 }
 METAVARS: dict[Any, str] = {int: "N", float: "X", Fraction: "P/Q"}
+# Those of text flags whose own name would say nothing.
+TEXT_METAVARS = {
+    **dict.fromkeys(("teacher_weights", "initial_weights", "weights", "check", "script", "out", "yaml"), "FILE"),
+    **dict.fromkeys(("gpus", "students_per_gpu"), "N"),
+    **dict.fromkeys(("mean", "std"), "R,G,B"),
+    "fidelity_study": "RUN",
+    "run_dir": "FOLDER",
+    "only": "ARCHITECTURES",
+    "teacher_cache": "SIZE",
+    "time": "HH:MM:SS",
+    "time_limit": "SECONDS",
+    "job_options": "OPTIONS",
+    "worker_init": "COMMAND",
+    "claim": "CLAIM:PATH",
+    "address": "HOST",
+}
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Shows the text and default of each flag, without its type, which the text, default or choices make clear."""
+    """Shows the text and default of each flag, without its type, which the text, default or choices make clear.
+
+    If it is `brief`, only the options named there, without the descriptions of their groups, and the text of each up to
+    its first semicolon, where details begin.
+    """
+
+    brief: frozenset[str] = frozenset()
+
+    def add_text(self, text: str | None) -> None:
+        if not self.brief or self._current_section is self._root_section:
+            super().add_text(text)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not self.brief or not action.option_strings or self.brief & {*action.option_strings}:
+            super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        if self.brief:
+            text, _, details = text.partition(";")
+            if action.default == math.inf or (action.default == 0 and "0 " in details):
+                return text
         if action.required:
             return f"{text} (required)"
         silent = any(action.default is none for none in (None, "", argparse.SUPPRESS))
@@ -74,22 +109,46 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = action.type or getattr(action, "_typehint", None)
-        return METAVARS[kind] if kind in METAVARS else super()._get_default_metavar_for_optional(action)
+        if kind in METAVARS:
+            return METAVARS[kind]
+        return TEXT_METAVARS.get(action.dest) or super()._get_default_metavar_for_optional(action)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         """Wraps at spaces only: a flag named in a help text stays in one piece."""
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Wraps text, but not examples, which are indented."""
+        """Wraps text, and examples, which are indented, as a shell reads them."""
         wrapper = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent)
-        return "\n".join(line if line.startswith("  ") else wrapper.fill(line) for line in text.splitlines())
+        lines = text.splitlines()
+        return "\n".join(wrap_example(line, width) if line.startswith("  ") else wrapper.fill(line) for line in lines)
+
+
+class HelpAll(argparse._HelpAction):
+    """The action of --help-all, for parsers that show only everyday options under --help."""
+
+    def __call__(self, parser: Any, *arguments: Any) -> None:
+        parser.everyday = frozenset()
+        super().__call__(parser, *arguments)
 
 
 class Parser(ArgumentParser):
     """An argument parser whose errors are one sentence, with the nearest flag or the right way to write a value."""
 
     reading = ""  # the YAML file being read
+    everyday: frozenset[str] = frozenset()  # the options that --help shows; if empty, all
+
+    def show_everyday(self, *flags: str) -> None:
+        """Makes --help show only these flags, and adds --help-all for the rest; a later call changes which."""
+        if not self.everyday:
+            self.add_argument("--help-all", action=HelpAll, help="show every flag, with all details, and exit")
+        self.everyday = frozenset({"--help", "--help-all", "--config", *(f"--{flag}" for flag in flags)})
+
+    def _get_formatter(self) -> HelpFormatter:
+        formatter = super()._get_formatter()
+        assert isinstance(formatter, HelpFormatter)
+        formatter.brief = self.everyday
+        return formatter
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises a WrongFlags that says what is wrong and what to write instead."""
@@ -177,7 +236,7 @@ class ConfigFile(ActionConfigFile):
     """The action of `-c`: its errors name the file, and the key or line in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        parser.reading = f"-c {values}"
+        parser.reading, values = f"-c {values}", str(shipped(values))
         try:
             if Path(values).is_file():
                 check_sections(yaml.safe_load(parser.quote_text(Path(values).read_text())), parser)
@@ -253,7 +312,7 @@ def gather_settings(values: Namespace) -> RunSettings:
     return RunSettings(gather(SearchConfig, values), gather(Budget, values), gather(Resources, values))
 
 
-def command_parser(description: str, examples: str = "") -> ArgumentParser:
+def command_parser(description: str, examples: str = "") -> Parser:
     """The parser of a command, with `-c` for a YAML file of flags. `examples` are lines of arguments, or comments."""
     parser = Parser(
         usage="%(prog)s [options]",
@@ -271,8 +330,23 @@ def command_parser(description: str, examples: str = "") -> ArgumentParser:
 
 def example_text(examples: str) -> str:
     """Examples as `--help` prints them: each line is the arguments of a call, or a comment (#)."""
-    lines = (line if line.startswith("#") else f"%(prog)s {line}" for line in examples.splitlines())
+    lines = (line if line.startswith("#") else f"%(prog)s {line}".rstrip() for line in examples.splitlines())
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])
+
+
+def wrap_example(line: str, width: int) -> str:
+    """An example, indented by two spaces, in lines of at most `width` characters: a comment (#), or a command, which is
+    broken before flags."""
+    if line.startswith("  #"):
+        return textwrap.fill(line, width, subsequent_indent="  # ")
+    first, *parts = re.split(r" (?=--)", line)
+    lines = [first]
+    for part in parts:
+        if len(f"{lines[-1]} {part} \\") <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}")
+    return " \\\n".join(lines)
 
 
 def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "search") -> Any:
@@ -285,7 +359,7 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "s
         "--progress",
         type=Literal["auto", "bar", "lines", "none"],
         default="auto",
-        help="progress display on stderr; auto is bars on a terminal and lines elsewhere",
+        help="progress on stderr; auto means bars on a terminal and lines elsewhere",
     )
     group.add_argument(
         "-q",
@@ -294,7 +368,7 @@ def add_run_options(parser: ArgumentParser, run_dir: bool = True, name: str = "s
         action="store_const",
         const="none",
         default="auto",
-        help="only errors on stderr: --progress none",
+        help="print only errors to stderr; short for --progress none",
     )
     group.add_argument("-v", "--verbose", action="store_true", help="also show library logs, and tracebacks of errors")
     return group

@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings, run_dir_of
+from engine.commands.flags import Parser, add_options, add_run_options, command_parser, gather_settings, run_dir_of
 from engine.config import Budget, Resources, SearchConfig
+from engine.shipped import shipped
 
 EXAMPLES = """\
-# search on your own images, then resume on eight GPUs
+# the demo: a few minutes, no downloads
+
+# what a search on your own images would cost here, then the search
+--data photos/ --space mobilenetv2:stem_stride=2 --name photos --dry-run
 --data photos/ --space mobilenetv2:stem_stride=2 --name photos
---data photos/ --space mobilenetv2:stem_stride=2 --name photos --gpus 8
-# the paper's setting, restricted to small networks
+# a network of at most 60 million MACs, with the paper's settings
 -c configs/cifar100-mobilenetv2.yaml --max-macs 60e6
-# estimate the cost on this machine
--c my.yaml --dry-run"""
-DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+# a front of networks, on two of eight GPUs
+--data photos/ --objectives accuracy,macs --gpus 0,1 --name front"""
+# The flags that --help shows.
+EVERYDAY = (
+    *("space", "data", "resolution", "teacher", "low.epochs", "high.epochs", "max-macs", "max-latency-ms"),
+    *("objectives", "max-low", "max-high", "wall-time", "device", "gpus", "workers"),
+    *("name", "log", "dry-run", "quiet", "verbose"),
+)
+DEMO = "configs/demo.yaml"
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command."""
     parser = command_parser("Start a search. Run the same command again to resume it.", EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
     add_options(parser, SearchConfig)
     add_options(parser, Budget)
     for flag, dest, text in (
         ("--no-final", "final_training", "neither train the winner once more nor the baselines"),
         ("--no-baselines", "baselines", "train no baselines"),
     ):
-        short = f"{text}: --{dest.replace('_', '-')} never"
+        short = f"{text}; short for --{dest.replace('_', '-')} never"
         parser.add_argument(flag, dest=dest, action="store_const", const="never", default="auto", help=short)
     add_options(parser, Resources)
     group = add_run_options(parser)
@@ -40,12 +49,13 @@ def parser() -> ArgumentParser:
         "--log",
         type=Literal["none", "tensorboard", "mlflow"],
         default="none",
-        help="also log metrics to event files in RUN/tensorboard, or to the MLflow server of MLFLOW_TRACKING_URI",
+        help="where to log metrics too; tensorboard writes event files to RUN/tensorboard, mlflow sends to the server "
+        "of MLFLOW_TRACKING_URI",
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="do not search: time a few steps on this machine and print what the search would cost",
+        help="only time a few steps here, and print what the search would cost",
     )
     return parser
 
@@ -121,12 +131,13 @@ def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     elif "--low" in arguments and arguments[arguments.index("--low") + 1 :][:1] == ["auto"]:
         place = arguments.index("--low")
         arguments = [*arguments[:place], "--fidelity-study", *arguments[place + 1 :]]
-    settings = {"-c", "--config", "--help", "-h"}
+    settings = {"-c", "--config", "--help", "--help-all", "-h"}
     for kind in (SearchConfig, Budget):
         settings |= {f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)}
     given = {word.split("=")[0].split(".")[0] for word in arguments if word.startswith("-")}
     if given & settings:
         return arguments
     parser.parse_args(arguments)  # a misspelt setting is an error, not a call for the demo
-    print(f"no settings given: running the demo ({DEMO.name}); see search --help for your own data", file=sys.stderr)
-    return ["-c", str(DEMO), *arguments]
+    demo = shipped(DEMO)
+    print(f"no settings given: running the demo ({demo.name}); see search --help for your own data", file=sys.stderr)
+    return ["-c", str(demo), *arguments]

@@ -141,12 +141,13 @@ def check_space(values: Namespace) -> dict[str, Any]:
 
 def check_text(found: dict[str, Any]) -> str:
     pairs = ", ".join(f"{_shape(mine)} with {_shape(theirs)}" for mine, theirs in found["pairs"])
+    few = "," if found["cost_of"] == "space" else f"; the {len(found['checked'])} checked have"
     return "\n".join(
         [
             f"{found['space']}: {found['architectures']:,} architectures, ready to search",
             f"  checked   {', '.join(found['checked'])}",
             f"  features  {', '.join(map(_shape, found['features']))}",
-            f"  cost      {found['cost']}: {_range(found).strip()}",
+            f"  cost      {found['cost']}{few} {_range(found).strip()}",
             f"  teacher   {found['teacher']}; features paired with the first member: {pairs}",
         ]
     )

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.commands import search
-from engine.commands.flags import example_text, gather_settings, recipe_defaults, run_dir_of
-from engine.config import Resources
+from engine.commands.flags import Parser, example_text, gather_settings, recipe_defaults, run_dir_of
+from engine.config import Resources, SearchConfig, check_paths
 from engine.fleet.supervisor import ROOT
 from engine.run_folder import write_atomically
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.trial import EngineError, EnvironmentUnusable, UsageError
 
 if TYPE_CHECKING:
     from engine.fleet.submit import Job
@@ -26,6 +26,11 @@ slurm --gpus 8 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 
 # write it for two nodes, and submit it
 slurm --gpus 8 --nodes 2 --time 24:00:00 --data photos/ --space mobilenetv2:stem_stride=2 --name photos --go
 kubernetes --gpus 8 --cpus 64 --memory-gb 400 --image mfkd:1 --claim work:/work --data photos/"""
+EVERYDAY = (
+    *("space", "data", "teacher", "max-macs", "max-low", "max-high", "name", "gpus", "partition", "account", "time"),
+    *("cpus", "memory-gb", "job-options", "worker-init", "image", "claim"),
+    *("nodes", "requeues", "script", "no-check", "go"),
+)
 # Flags of `search` that make no sense in a job, with the reason.
 REFUSED = {
     "executor": "the search runs on the nodes of its own job",
@@ -45,7 +50,7 @@ SUBMIT = {
 with_defaults = search.with_defaults
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command: those of `search`, and those of the job."""
     parser = search.parser()
     parser.usage = "%(prog)s SCHEDULER [options]"
@@ -54,13 +59,15 @@ def parser() -> ArgumentParser:
         "search has finished. The flags are those of `search`; those from --partition to --claim describe the job."
     )
     parser.epilog = example_text(EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
     parser.add_argument("scheduler", type=Literal["slurm", "pbs", "lsf", "kubernetes"], help="scheduler of the job")
     group = parser.add_argument_group("The job")
-    group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one requires Slurm")
-    group.add_argument("--requeues", type=int, default=20, help="maximum number of times that the job is requeued")
+    group.add_argument("--nodes", type=int, default=1, help="nodes of the job; more than one needs Slurm")
+    group.add_argument("--requeues", type=int, default=20, help="maximum number of requeues of the job")
     group.add_argument(
         "--script", type=str | None, default=None, help="file to write, instead of one in the run folder"
     )
+    group.add_argument("--no-check", action="store_true", help="accept --data and --teacher that only the nodes have")
     group.add_argument("--go", action="store_true", help="submit the job too")
     return parser
 
@@ -74,6 +81,7 @@ def run(values: Namespace) -> dict[str, Any]:
     _check(values)
     job = make_job(values, settings.resources)
     script, text = Path(job.script), render(values.scheduler, job)
+    _check_files(values, settings.config)
     try:
         for folder in (Path(job.output), script.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +100,17 @@ def _check(values: Namespace) -> None:
     for name, least in (("nodes", 1), ("requeues", 0)):
         if values[name] < least:
             raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
+
+
+def _check_files(values: Namespace, config: SearchConfig) -> None:
+    """Raises EngineError for --data or --teacher that are not here; says so where that cannot be known."""
+    if values.scheduler == "kubernetes":
+        print(f"--data {config.data} was not checked: only pods see the volume {values.claim}", file=sys.stderr)
+    elif not values.no_check:
+        try:
+            check_paths(config)
+        except EngineError as error:
+            raise type(error)(f"{error}; if only the nodes have it, add --no-check") from None
 
 
 def make_job(values: Namespace, resources: Resources) -> Job:

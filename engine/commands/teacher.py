@@ -6,13 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from engine.commands.flags import add_options, add_run_options, command_parser, gather_settings
+from engine.commands.flags import Parser, add_options, add_run_options, command_parser, gather_settings
 from engine.config import Resources, SearchConfig, check_paths, check_settings, is_library_model
 from engine.tasks import Statistic, task_to_json
 from engine.trial import LOSS_WEIGHTS, UsageError
 
+EXAMPLES = """\
+# fine-tune a network of torchvision on your own images, for search --teacher
+--data photos/ --arch torchvision:resnet18 --out teacher.safetensors
+# the largest network of a space, trained from scratch
+--data photos/ --space mobilenetv2:stem_stride=2 --out teacher.safetensors
+# whether a file fits the data
+--data photos/ --check teacher.safetensors"""
+EVERYDAY = (
+    *("arch", "out", "weights", "mean", "std", "check", "space", "data", "resolution", "from-scratch"),
+    *("teacher-epochs", "batch-size", "lr", "device", "gpus", "quiet", "verbose"),
+)
 # Settings for choosing among architectures, and for students.
 LEFT_OUT = (
     *("teacher", "low", "high", "final", "method", "objectives", "only", "initial_weights", "fidelity_study"),
@@ -24,19 +35,20 @@ SEARCH_ONLY = (
 )
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command."""
-    parser = command_parser("Train a teacher on a data set and save it, or check that one fits a data set.")
-    networks = "auto (the largest member of the space), an ARCHITECTURE, torchvision:NAME, timm:NAME, or FILE.py:NAME"
+    parser = command_parser("Train a teacher on a data set and save it, or check that one fits a data set.", EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
+    networks = "auto, ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME; auto is the largest of the space"
     parser.add_argument("--arch", type=str, default="auto", help=networks)
     parser.add_argument("--out", type=str, default="teacher.safetensors", help="file to write")
-    ready = "import this FILE of trained weights for --arch (safetensors, or a state dict in .pt) instead of training"
+    ready = "trained weights to import for --arch, instead of training; safetensors, or a state dict in .pt"
     parser.add_argument("--weights", type=str | None, default=None, help=ready)
-    known = "per channel of the images that --weights were trained on, like 0.485,0.456,0.406; default: the data's"
+    known = "of the images that --weights were trained on, like 0.485,0.456,0.406; by default that of the data"
     parser.add_argument("--mean", type=str, default="", help=f"mean {known}")
     parser.add_argument("--std", type=str, default="", help=f"standard deviation {known}")
     parser.add_argument(
-        "--check", type=str | None, default=None, help="only check that the teacher in this FILE fits --data"
+        "--check", type=str | None, default=None, help="only check that the teacher in this file fits --data"
     )
     add_options(parser, SearchConfig, skip=LEFT_OUT)
     add_options(parser, Resources, skip=SEARCH_ONLY)

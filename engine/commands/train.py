@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import (
+    Parser,
     add_optional_run,
     add_options,
     add_run_options,
@@ -31,6 +32,10 @@ photos --weights run --epochs 20 --lr 0.01 --out runs/tuned
 photos --arch 3-1-0-2-4-3 --kd-loss kd+at --out runs/other
 # without a run
 --space nasbench201 --arch 3-1-0-2-4-3 --data photos/ --epochs 100 --out runs/plain"""
+EVERYDAY = (
+    *("arch", "out", "epochs", "kd-loss", "weights", "space", "data", "resolution", "teacher", "batch-size", "lr"),
+    *("device", "gpus", "quiet", "verbose"),
+)
 # Settings for choosing among architectures, and those that have a flag of their own here.
 LEFT_OUT = (
     *("method", "objectives", "only", "low", "high", "final", "initial_weights"),
@@ -38,13 +43,14 @@ LEFT_OUT = (
 )
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     """Flags of the command."""
     text = (
         "Train one architecture in full and score it on the test split. RUN gives the settings; flags change them. Run "
         "the same command again to resume. The folder it writes is a run like any other."
     )
     parser = command_parser(text, EXAMPLES)
+    parser.show_everyday(*EVERYDAY)
     hints, high = get_type_hints(Fidelity), SearchConfig().high
     add_optional_run(parser)
     parser.add_argument("--out", type=str, default="runs/train", help="folder to write")
@@ -53,7 +59,7 @@ def parser() -> ArgumentParser:
         "--kd-loss", type=hints["kd_loss"], default=high.kd_loss, help="distillation terms added to the cross entropy"
     )
     parser.add_argument(
-        "--weights", type=str | None, default=None, help="start from this FILE of weights, or from those of RUN (`run`)"
+        "--weights", type=str | None, default=None, help="weights to start from; `run` means those of RUN"
     )
     add_options(parser, SearchConfig, skip=LEFT_OUT)
     add_options(parser, Resources, skip=("students_per_gpu",))

@@ -29,7 +29,9 @@ def parser() -> ArgumentParser:
         "--status",
         type=Literal["all", "failed", "pending", Status],
         default="all",
-        help="only this status; failed means every one from diverged to timeout",
+        metavar="STATUS",
+        help="only evaluations that are ok, pending, failed, or failed in one way (diverged, oom, error, crashed, "
+        "lost, timeout), or too_slow",
     )
     parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
     keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params"]

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,6 +217,6 @@ def _png(image: Image.Image) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
-        temporary.write(content)
-    os.replace(temporary.name, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not of tempfile, whose files other users cannot read
+    temporary.write_bytes(content)
+    temporary.replace(path)

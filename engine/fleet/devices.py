@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from engine.config import Resources, gpus_per_node
 from engine.trial import EnvironmentUnusable, UsageError
 
+MAX_WORKERS_PER_CORE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -92,6 +94,17 @@ def allocated_nodes() -> int:
 
 def layout(resources: Resources) -> Layout:
     """The workers and devices that the resources ask for; raises UsageError or EnvironmentUnusable if it cannot be."""
+    found = _layout(resources)
+    cores = len(os.sched_getaffinity(0))
+    if resources.executor == "local" and found.workers_per_machine > MAX_WORKERS_PER_CORE * cores:
+        raise UsageError(
+            f"--workers {resources.workers}: this machine has {cores} CPU cores; give at most "
+            f"{MAX_WORKERS_PER_CORE * cores}, or leave it out"
+        )
+    return found
+
+
+def _layout(resources: Resources) -> Layout:
     if resources.device == "cpu" and resources.gpus not in ("auto", "0"):
         raise UsageError(f"--device cpu and --gpus {resources.gpus} contradict each other; give only one of them")
     if resources.executor != "local":

@@ -117,7 +117,8 @@ def _samples(
         teacher = context.folder.teacher
         if is_library_model(config.teacher):
             context.display.say(f"this estimate does not include the fine-tuning of the teacher {config.teacher}")
-        context.answer(teacher_task(context, everything, untrained=True))
+    if needs_teacher(context):  # made without training, or checked against the data before anything is timed
+        context.answer(replace(teacher_task(context, everything, untrained=to_train), path=teacher))
     done = answered(folder)
     # Architectures promoted without a low-fidelity score get one in the end (engine/search/search.py, `unpaired`).
     lows = budget.max_low + budget.max_high if budget.max_low else 0

@@ -11,12 +11,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from engine.trial import MAX_WIDTH, UsageError
+
 # (MACs, parameters, activations) in float64, exact up to 2**53. Activations are convolutions' output values.
 Cost = npt.NDArray[np.float64]
 # (choices (n, d), classes, width, resolution) -> costs (3, n)
 Counts = Callable[[npt.NDArray[np.int8], int, float, int], Cost]
 
 MIN_CHANNELS = 8
+
+
+def check_width(space: str, width: float) -> None:
+    """Raises UsageError for a width multiplier that is not positive, or too large for any device."""
+    if not 0 < width <= MAX_WIDTH:
+        raise UsageError(
+            f"{space}: width={width}; it must be greater than 0 and at most {MAX_WIDTH:g}; 1 is the published size"
+        )
 
 
 def conv_cost(c_in: int, c_out: int, kernel: int, size: int, groups: int = 1, norm: bool = True) -> Cost:

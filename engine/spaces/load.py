@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.shipped import shipped
 from engine.space import SearchSpace
 from engine.spaces import SPACES
 from engine.trial import UsageError
@@ -54,10 +55,11 @@ def _from_file(path: Path, name: str) -> SearchSpace:
 
 
 def from_file(path: Path, name: str) -> Any:
-    """Runs a user's Python file and returns the value of `name` in it; None if there is none.
+    """Runs a user's Python file, or an example of ours, and returns the value of `name` in it; None if there is none.
 
     Raises UsageError if there is no such file, or it fails.
     """
+    path = shipped(path)
     if not path.is_file():
         raise UsageError(f"no file {path}; your own code is given as FILE.py:NAME")
     if not name:

@@ -18,6 +18,7 @@ from engine.spaces.arithmetic import (
     Cost,
     activations,
     chain_cost,
+    check_width,
     conv_cost,
     linear_cost,
     macs_and_params,
@@ -44,10 +45,9 @@ def mobilenetv2(width: float = 1.0, stem_stride: int = 1) -> SearchSpace:
     """The space with all channels scaled by `width`; `stem_stride` is 1 for small images, 2 as published.
 
     Features: the last block of each resolution, at 1, 1/2, 1/4, 1/8 and 1/16 of the size after the stem.
-    Raises UsageError for a width that is not positive and for another stride.
+    Raises UsageError for a width outside (0, MAX_WIDTH] and for another stride.
     """
-    if width <= 0:
-        raise UsageError(f"mobilenetv2: width={width}; it must be greater than 0; 1 is the published size")
+    check_width("mobilenetv2", width)
     if stem_stride not in (1, 2):
         raise UsageError(f"mobilenetv2: stem_stride={stem_stride}; use 1 (images up to 64 px) or 2")
     choices: list[Choice] = []

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
 STAGES = 3
+MAX_CHANNELS, MAX_CELLS = 512, 50  # a network with as many has 2e9 parameters in each cell
 
 NONE, SKIP, CONV_1X1, CONV_3X3, _ = range(len(OPERATIONS))
 ZERO = "#"
@@ -33,10 +34,11 @@ def nasbench201(channels: int = 16, cells: int = 5) -> SearchSpace:
     """The space with `channels` in its first stage and `cells` in each of its three stages.
 
     The defaults are the benchmark's. Features: the output of each stage, at 1, 1/2 and 1/4 of the input size.
-    Raises UsageError for values below 1.
+    Raises UsageError for values below 1, and for more than any device holds.
     """
-    if channels < 1 or cells < 1:
-        raise UsageError(f"nasbench201: channels={channels}, cells={cells}; both must be at least 1")
+    for name, value, most in (("channels", channels, MAX_CHANNELS), ("cells", cells, MAX_CELLS)):
+        if not 1 <= value <= most:
+            raise UsageError(f"nasbench201: {name}={value}; it must be 1 to {most}; the benchmark has 16 and 5")
     counts = partial(_counts, channels, cells)
     return SearchSpace(
         name=space_name(nasbench201, channels=channels, cells=cells),

@@ -18,6 +18,7 @@ from engine.spaces.arithmetic import (
     Cost,
     activations,
     chain_cost,
+    check_width,
     conv_cost,
     linear_cost,
     macs_and_params,
@@ -25,7 +26,6 @@ from engine.spaces.arithmetic import (
     strided,
     widths,
 )
-from engine.trial import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +42,10 @@ MULTIPLE = 4
 def shufflenetv2(width: float = 1.0) -> SearchSpace:
     """The space with all channels scaled by `width`.
 
-    Features: the output of each stage, at 1/2, 1/4 and 1/8 of the input size. Raises UsageError for a width that is
-    not positive.
+    Features: the output of each stage, at 1/2, 1/4 and 1/8 of the input size. Raises UsageError for a width
+    outside (0, MAX_WIDTH].
     """
-    if width <= 0:
-        raise UsageError(f"shufflenetv2: width={width}; it must be greater than 0; 1 is the published size")
+    check_width("shufflenetv2", width)
     choices: list[Choice] = []
     for number, channels in enumerate(stage_channels(width), start=1):
         choices += [Choice(f"stage{number}.units", UNITS, ordinal=True)]

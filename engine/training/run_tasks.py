@@ -30,7 +30,7 @@ from engine.training.evaluate import evaluate, load_teacher, ready_teacher
 from engine.training.make_teacher import make_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
-from engine.training.student import end_if_fatal, place
+from engine.training.student import end_if_fatal, place, status_of
 from engine.training.weights import load_weights
 from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
@@ -76,7 +76,15 @@ def run_teacher(payload: Json) -> Json:
     task = task_from_json(TeacherTask, payload)
     context, path = open_context(task.worker), task.path
     if not path.exists():
-        make_teacher(context, task)
+        try:
+            make_teacher(context, task)
+        except Exception as error:
+            if status_of(error) != "oom":
+                raise
+            raise EnvironmentUnusable(
+                f"the teacher {task.network} does not fit into memory; use a smaller --space, --resolution or "
+                "--batch-size, or another --teacher"
+            ) from error
     card = teachers.read_card(path)
     teachers.check_fits(card, context.data.classes)
     elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)

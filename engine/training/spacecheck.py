@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.config import SearchConfig
 from engine.networks import count_cost
-from engine.space import IntMatrix, SearchSpace
+from engine.space import IntMatrix, SearchSpace, candidates
 from engine.spaces.load import load_space
 from engine.tasks import SpaceCheckTask, task_from_json
 from engine.training import teacher as teachers
@@ -39,15 +39,19 @@ def run_check(payload: Json) -> Json:
     shapes = [check_network(space, member, classes, width, resolution) for width in WIDTHS for member in members]
     costs = check_cost(space, members, classes, resolution)
     name, teacher = teacher_of(task, space, members)
+    if space.cost is not None:
+        everything = candidates(space, classes, WIDTHS[0], resolution, task.seed)
+        costs = np.stack([everything.macs, everything.params], axis=1)
     pairs = [check_losses(space, member, teacher, name, classes, resolution) for member in members]
     return {
         "space": task.space,
         "architectures": space.size,
         "checked": [str(member) for member in members],
         "features": [list(shape[1:]) for shape in shapes[0]],
+        "cost": "closed form" if space.cost is not None else "counted on built networks",
+        "cost_of": "space" if space.cost is not None else "checked",
         "macs": [int(costs[:, 0].min()), int(costs[:, 0].max())],
         "params": [int(costs[:, 1].min()), int(costs[:, 1].max())],
-        "cost": "closed form" if space.cost is not None else "counted on built networks",
         "teacher": name,
         "pairs": pairs[0],
     }

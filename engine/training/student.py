@@ -257,7 +257,7 @@ class ProcessLost(RuntimeError):
 
 # Messages of PyTorch's allocators, of the CUDA runtime ("CUDA error: out of memory"), of Triton's launcher ("Triton
 # Error [CUDA]: out of memory"), and of cuBLAS and similar libraries (CUBLAS_STATUS_ALLOC_FAILED).
-NO_MEMORY = ("not enough memory", "out of memory", "ALLOC_FAILED")
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 def status_of(error: BaseException) -> Status:

@@ -26,7 +26,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # that of any new file here; safetensors makes files for their owner alone
         yield temporary
+        temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
         with contextlib.suppress(OSError):  # not every file system can sync a folder
