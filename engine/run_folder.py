@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def class_scores(self) -> Path:
+        """Accuracy by class and confusion matrix of the winner, by split (engine/search/class_scores.py)."""
+        return self.path / "class-scores.json"
+
+    @property
     def latencies(self) -> Path:
         """Milliseconds of the architectures measured for --max-latency-ms."""
         return self.path / "latency.json"

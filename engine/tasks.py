@@ -138,7 +138,7 @@ class TrialsTask(Task):
 class TestTask(Task):
     """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
 
-    The answer holds test_accuracy, weights (their file) and hits (engine.trial.hits_to_text).
+    The answer holds test_accuracy, weights (their file), hits (engine.trial.hits_to_text) and the confusion matrix.
     """
 
     __test__ = False  # pytest would take it for a test class
@@ -220,6 +220,38 @@ class ExportTask(Task):
     resolution: int
     device: str
     card: Json
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How a trained network takes images: of `resolution` pixels a side, normalised.
+
+    If `cropped`, an image is resized by its shorter side and cut to its centre, as the files of a folder are; otherwise
+    it is resized whole, as arrays are.
+    """
+
+    normalisation: Normalisation
+    resolution: int
+    cropped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PredictTask(Task):
+    """Classify image files, and those below folders; see engine/training/predict.py for the answer.
+
+    The network is that of a `trial` in `space`, with the weights in the file `network`; or without a trial, the
+    model.onnx `network` of an export, which holds its input format. `top` classes are told for each image.
+    """
+
+    function: ClassVar[str] = "run_predict"
+    network: Path
+    images: tuple[Path, ...]
+    top: int
+    device: str
+    space: str = ""
+    trial: Trial | None = None
+    inputs: InputFormat | None = None
+    data_backend: str = "dali"
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,16 @@ class Display(AbstractContextManager["Display"]):
             seconds = time.monotonic() - self._start
             self._console.print(f"[{seconds:7.1f} s] {text}", markup=False)
 
+    def print(self, text: str) -> None:
+        """Prints text of several lines, like a table, as it is."""
+        if self._style != "none":
+            self._console.print(text, markup=False)
+
+    @property
+    def width(self) -> int:
+        """Characters in a line of the console."""
+        return self._console.width
+
     def expect(self, phase: str, total: int) -> None:
         """A bar for a phase of `total` evaluations, starting at 0: an earlier study may have had one of that name."""
         self._counts.pop(phase, None)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.data.dataset import Split, fingerprint
@@ -31,6 +32,7 @@ from engine.training.make_teacher import make_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place
+from engine.training.train import confusion
 from engine.training.weights import load_weights
 from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
@@ -84,7 +86,7 @@ def run_teacher(payload: Json) -> Json:
 
 
 def run_test(payload: Json) -> Json:
-    """TestTask -> {"test_accuracy", "weights" (their file), "hits"}."""
+    """TestTask -> {"test_accuracy", "weights" (their file), "hits", "confusion"}."""
     task = task_from_json(TestTask, payload)
     context, trial = open_context(task.worker), task.trial
     if trial is None:
@@ -96,8 +98,14 @@ def run_test(payload: Json) -> Json:
         network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
         load_weights(weights, network)
         network = place(network, context.device)
-    found = context.read_out(network, context.data.test, fidelity)
-    return {"test_accuracy": found.accuracy, "weights": str(weights), "hits": hits_to_text(found.hits)}
+    test = context.data.test
+    found = context.read_out(network, test, fidelity)
+    return {
+        "test_accuracy": found.accuracy,
+        "weights": str(weights),
+        "hits": hits_to_text(found.hits),
+        "confusion": confusion(test.labels, found.predicted, len(context.data.classes)),
+    }
 
 
 def run_latency(payload: Json) -> list[float]:
@@ -133,7 +141,7 @@ def _proxy_batch(context: WorkerContext, teacher: Path | None) -> ProxyBatch:
 
 
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+    """ScoreTask -> {"classes", "confusion" (engine.training.train.confusion), "device", "notes" (on the data)}.
 
     Raises UsageError if the classes, or their order, differ.
     """
@@ -152,7 +160,12 @@ def run_score(payload: Json) -> Json:
     )
     load_weights(task.weights, network)
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
-    network, images = place(network, context.device), sum(map(len, splits))
-    correct = sum(int(context.read_out(network, split, trial.fidelity).hits.sum()) for split in splits)
-    device, notes = device_name(context.device), [*data.notes, *data.warnings]
-    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}
+    network = place(network, context.device)
+    predicted = np.concatenate([context.read_out(network, split, trial.fidelity).predicted for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    return {
+        "classes": data.classes,
+        "confusion": confusion(labels, predicted, len(data.classes)),
+        "device": device_name(context.device),
+        "notes": [*data.notes, *data.warnings],
+    }

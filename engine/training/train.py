@@ -131,11 +131,12 @@ def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readout:
-    """What one pass over a split of N images says of a network: which images it classifies right (N,), its mean cross
-    entropy with the labels in nats, and its agreement with the teacher, the share (0..1) of the images to which both
-    give the same class (None without a teacher)."""
+    """What one pass over a split of N images says of a network: which images it classifies right (N,), the class it
+    gives to each (N,), its mean cross entropy with the labels in nats, and its agreement with the teacher, the share
+    (0..1) of the images to which both give the same class (None without a teacher)."""
 
     hits: Hits
+    predicted: npt.NDArray[np.int64]
     cross_entropy: float
     agreement: float | None = None
 
@@ -174,16 +175,24 @@ def read_out(
 
 
 def _by_image(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
-    """For each image of a batch: whether its class is right, its cross entropy, whether the teacher agrees; (3, N)."""
+    """For each image of a batch: whether its class is right, that class, its cross entropy, whether the teacher agrees;
+    (4, N)."""
     classes = logits.argmax(1)
     agrees = torch.zeros_like(classes) if theirs is None else classes == theirs
     entropy = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    return torch.stack([(classes == labels).double(), entropy, agrees.double()])
+    return torch.stack([(classes == labels).double(), classes.double(), entropy, agrees.double()])
 
 
 def _readout(batches: Sequence[Tensor], has_teacher: bool) -> Readout:
-    right, entropy, agrees = np.array(torch.cat(list(batches), 1).tolist())
-    return Readout(right.astype(np.bool_), float(entropy.mean()), float(agrees.mean()) if has_teacher else None)
+    right, classes, entropy, agrees = np.array(torch.cat(list(batches), 1).tolist())
+    agreement = float(agrees.mean()) if has_teacher else None
+    return Readout(right.astype(np.bool_), classes.astype(np.int64), float(entropy.mean()), agreement)
+
+
+def confusion(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> list[list[int]]:
+    """How many images of each class (rows) are given each class (columns): the confusion matrix (classes, classes)."""
+    counts = np.bincount(labels * classes + predicted, minlength=classes**2)
+    return [[int(count) for count in row] for row in counts.reshape(classes, classes)]
 
 
 @torch.no_grad()
