@@ -68,6 +68,14 @@ class RunFolder:
         return self.path / "logs"
 
     @property
+    def activities(self) -> Path:
+        """What each busy worker is doing, while a driver runs (engine/search/activity.py)."""
+        return self.logs / "activities"
+
+    def activity(self, worker: str) -> Path:
+        return self.activities / f"{worker.replace('/', '-')}.json"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from engine.config import Budget, Resources, SearchConfig, config_from_dict, config_to_dict
-from engine.trial import Architecture, Trial, trial_from_json, trial_to_json
+from engine.trial import Architecture, Curve, Trial, trial_from_json, trial_to_json
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -25,12 +25,16 @@ Statistic = tuple[float, float, float]  # one number per channel
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What every task of a run needs: settings, the run folder (on a shared file system) and the kind of device."""
+    """What every task of a run needs: settings, the run folder (on a shared file system) and the kind of device.
+
+    `curves`: trainings also measure their validation accuracy after epochs, for a log.
+    """
 
     config: SearchConfig
     run_dir: Path
     device: str
     resources: Resources = Resources()  # noqa: RUF009 - frozen
+    curves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,8 @@ class TeacherTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TeacherFacts:
-    """The card in a teacher's file. `elsewhere`: it was trained here, but on other images or another split."""
+    """The card in a teacher's file, with its `curve`. `elsewhere`: it was trained here, but on other images or another
+    split."""
 
     network: str
     accuracy: float
@@ -117,6 +122,7 @@ class TeacherFacts:
     seconds: float
     elsewhere: bool
     path: Path
+    curve: Curve = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +258,29 @@ class PredictTask(Task):
     trial: Trial | None = None
     inputs: InputFormat | None = None
     data_backend: str = "dali"
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a worker says of its present training, or of a cohort side by side.
+
+    `phase` is the name of a fidelity, or "teacher". `epoch` of `epochs` are done (0 of 0: nothing is trained, or not
+    yet), at a recent mean `loss` (None: not yet known); the speed counts the images of each network. `curve` holds the
+    loss and, where it was measured, the validation accuracy of each epoch, of a training alone. `at` is the time of the
+    report, in seconds since 1970.
+    """
+
+    worker: str
+    phase: str
+    numbers: tuple[int, ...] = ()
+    networks: tuple[str, ...] = ()
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    images_per_s: float = 0.0
+    seconds_left: float | None = None
+    curve: Curve = ()
+    at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

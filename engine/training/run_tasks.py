@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def run_teacher(payload: Json) -> Json:
     card = teachers.read_card(path)
     teachers.check_fits(card, context.data.classes)
     elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)
-    return task_to_json(TeacherFacts(card.network, card.accuracy, card.epochs, card.seconds, elsewhere, path))
+    curve = tuple(zip_longest(card.losses, card.accuracies))
+    return task_to_json(TeacherFacts(card.network, card.accuracy, card.epochs, card.seconds, elsewhere, path, curve))
 
 
 def run_test(payload: Json) -> Json:
