@@ -141,6 +141,38 @@ class TrialsTask(Task):
 
 
 @dataclass(frozen=True, slots=True)
+class TimingTask(Task):
+    """Time a few steps of trials that would be trained side by side, or (`network`, as in TeacherTask) of a teacher at
+    the fidelity of the only trial, in about that many seconds; the answer is a TimingFacts."""
+
+    function: ClassVar[str] = "run_timing"
+    worker: WorkerSettings
+    trials: tuple[Trial, ...]
+    teacher: Path
+    seconds: float
+    network: str = ""
+    origin: TeacherOrigin = "scratch"
+
+
+@dataclass(frozen=True, slots=True)
+class TimingFacts:
+    """Seconds of the parts of a training, of all trials of a TimingTask together: its setup, a step, a score.
+
+    A step is the mean of `steps` timed ones; scaled likewise, the `fastest` and the `slowest`. Each was of so many
+    `images` and `networks`: fewer than a whole step has, if those would have taken too long.
+    """
+
+    setup: float
+    step: float
+    fastest: float
+    slowest: float
+    steps: int
+    images: int
+    networks: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class TestTask(Task):
     """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
 

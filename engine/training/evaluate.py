@@ -124,7 +124,7 @@ def _evaluate_observed(
         guide = teacher if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
-        cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
+        cohort = [make_student(context, trial, teacher, resources) for trial in trials]
         students = [entry for entry in cohort if isinstance(entry, Student)]
         # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
         resumable = is_full(context.config, fidelity) and len(trials) == 1
@@ -153,7 +153,7 @@ def _evaluate_observed(
         ]
 
 
-def _make_student(
+def make_student(
     context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, resources: Resources
 ) -> Student | Evaluation:
     """A student ready to train, or an evaluation with the reason why not. A user's space may raise anything."""

@@ -43,7 +43,11 @@ def make_teacher(context: WorkerContext, task: TeacherTask) -> None:
     if task.origin in ("import", "untrained") or known:
         start = time.perf_counter()
         built, statistics = _start(context, task)
-        _save(context, built, task.path, _card(context, task, statistics, time.perf_counter() - start))
+        card = _card(context, task, statistics, time.perf_counter() - start)
+        if task.origin == "untrained":  # to be timed: a score would take longer than the timing
+            teachers.save(task.path, built, card)
+        else:
+            _save(context, built, task.path, card)
     else:
         train_teacher(context, task)
 

@@ -22,6 +22,7 @@ from engine.tasks import (
     TeacherFacts,
     TeacherTask,
     TestTask,
+    TimingTask,
     TrialsTask,
     task_from_json,
     task_to_json,
@@ -33,6 +34,7 @@ from engine.training.make_teacher import make_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place
+from engine.training.timing import time_training
 from engine.training.train import confusion
 from engine.training.weights import load_weights
 from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
@@ -72,6 +74,12 @@ def run_trials(payload: Json) -> list[Json]:
     task = task_from_json(TrialsTask, payload)
     evaluations = evaluate(open_context(task.worker), task.teacher, list(task.trials), task.worker.resources)
     return [evaluation_to_json(evaluation) for evaluation in evaluations]
+
+
+def run_timing(payload: Json) -> Json:
+    """TimingTask -> TimingFacts. Raises NoWinner if the network cannot be trained."""
+    task = task_from_json(TimingTask, payload)
+    return task_to_json(time_training(open_context(task.worker), task))
 
 
 def run_teacher(payload: Json) -> Json:
