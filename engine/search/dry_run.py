@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.recipes import resolve, teacher_config
 from engine.run_folder import RunFolder
+from engine.search.activity import duration
 from engine.search.baseline_networks import baseline_networks
 from engine.search.journal import read_journal
 from engine.search.methods.opening import opening_size
@@ -36,15 +38,21 @@ from engine.tasks import DataFacts, TeacherTask, TimingFacts, TimingTask, task_f
 from engine.trial import Architecture, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
-TIMING_S = 30.0  # for all steps that are timed, so that the whole takes less than a minute
+# The timing of steps ends about so long after the start, so that the whole takes less than a minute; for each kind of
+# evaluation, LEAST_S are spent in any case.
+END_S, LEAST_S = 45.0, 2.0
+# How far an estimate may be off that is scaled up: factors from it to the least and the most. From fewer images in a
+# step, EfficientNet-Lite0 and MobileNetV3 at 224 pixels came out 20 to 30 % too slow on a CPU core, and not too fast.
+# From fewer networks, the one of median size stands for all, which is only roughly true.
+FEWER_IMAGES, FEWER_NETWORKS = (0.7, 1.1), (0.8, 1.25)
 
 
 @dataclass(frozen=True)
 class WorkEstimate:
     """Evaluations of one kind: how many, how many images and epochs each takes, and the seconds of one.
 
-    Those lie in `between` if each step takes as long as the fastest, or the slowest, that was timed. `basis` says what
-    was timed.
+    Those lie `between` two bounds: each step takes as long as the fastest, or the slowest, that was timed, and an
+    estimate that is scaled up may be off. `basis` says what was timed.
     """
 
     count: int
@@ -73,10 +81,10 @@ class Sample:
 def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
     """What a search with these settings has left to do, and its expected cost on this machine.
 
-    A worker times a few steps of real trainings, for half a minute in all: a cohort of low-fidelity students over the
-    whole range of MACs, a full training of a student of median size, a final one of the largest candidate, and the
-    teacher. The numbers of evaluations are the most that the budget allows. Raises EngineError as a search does, and
-    NoWinner if a timed training fails.
+    A worker times a few steps of real trainings, in less than a minute: a cohort of low-fidelity students over the whole
+    range of MACs, a full training of a student of median size, a final one of the largest candidate, and the teacher.
+    The numbers of evaluations are the most that the budget allows. Raises EngineError as a search does, and NoWinner if
+    a timed training fails.
     """
     validated_space(settings)
     config, resources = settings.config, settings.resources
@@ -96,8 +104,11 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
             facts = probe(context)
             context = replace(context, config=resolve(config, facts.images["train"], folder.recorded()))
             samples, teacher, candidates = _samples(context, facts, folder, wanted.device == "cuda")
-            seconds = TIMING_S / len(samples)
-            estimates = {s.fidelity.name: time_sample(context, facts, s, teacher, seconds) for s in samples}
+            estimates = {}
+            for place, sample in enumerate(samples):
+                left = (settings.started + END_S - time.monotonic()) / (len(samples) - place)
+                found = time_sample(context, facts, sample, teacher, max(LEAST_S, left))
+                estimates[sample.fidelity.name] = found
     display.say(summary(estimates, run_dir, wanted.workers, describe(wanted)))
     return as_json(estimates, run_dir, wanted.workers, candidates)
 
@@ -182,10 +193,19 @@ def time_sample(
     def each(step: float) -> float:
         return (found.setup + steps * step + found.score) / len(trials)
 
-    between = each(found.fastest), each(found.slowest)
+    low, high = sureness(found, batch, len(trials))
+    between = each(low * found.fastest), each(high * found.slowest)
     return WorkEstimate(
         sample.count, images, fidelity.epochs, each(found.step), between, basis(found, batch, len(trials))
     )
+
+
+def sureness(found: TimingFacts, batch: int, networks: int) -> tuple[float, float]:
+    """The factors from a timed step to the least and the most that a whole one may take."""
+    low = high = 1.0
+    for scaled, (least, most) in ((found.images < batch, FEWER_IMAGES), (found.networks < networks, FEWER_NETWORKS)):
+        low, high = (low * least, high * most) if scaled else (low, high)
+    return low, high
 
 
 def basis(found: TimingFacts, batch: int, networks: int) -> str:
@@ -204,7 +224,7 @@ def hours(estimates: dict[str, WorkEstimate], workers: int, pick: Callable[[Work
 
 
 def hours_between(estimates: dict[str, WorkEstimate], workers: int) -> tuple[float, float]:
-    """Wall time if all steps are as fast as the fastest that were timed, and as slow as the slowest."""
+    """The bounds of the wall time."""
     return hours(estimates, workers, lambda w: w.between[0]), hours(estimates, workers, lambda w: w.between[1])
 
 
@@ -215,15 +235,19 @@ def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, mac
         fast, slow = work.between
         lines.append(
             f"  {name:<9}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
-            f"{work.seconds:,.1f} s each ({fast:,.1f} to {slow:,.1f}; {work.basis}), {work.hours():,.2f} worker-hours"
+            f"{_span(work.seconds)} each ({_span(fast)} to {_span(slow)}; {work.basis}), {work.hours():,.2f} worker-hours"
         )
     fast, slow = hours_between(estimates, workers)
     lines.append(
         f"  at most {sum(work.hours() for work in estimates.values()):,.2f} worker-hours; about "
-        f"{hours(estimates, workers, lambda work: work.seconds):,.2f} hours if workers do not slow each other down "
-        f"({fast:,.2f} to {slow:,.2f}, if every step took as long as the fastest or the slowest timed)"
+        f"{hours(estimates, workers, lambda work: work.seconds):,.2f} hours if workers do not slow each other down, "
+        f"and between {fast:,.2f} and {slow:,.2f} as far as the timed steps tell; a busy machine is slower"
     )
     return "\n".join(lines)
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def as_json(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, candidates: int) -> Json:

@@ -139,20 +139,37 @@ def _timed_steps(case: _Case, middle: Student, built: float, deadline: float) ->
     say little about them.
     """
     batch, networks = case.context.subset(case.trial.fidelity)[1], len(case.task.trials)
-    images, together, steps = batch, networks, MOST
+    images, together, steps, few, small = batch, networks, MOST, batch, dict[str, float]()
     if case.context.device.type == "cpu":
-        (small,) = case.steps([middle], min(FEW_IMAGES, batch), 2)
-        one = sum(small.values()) / min(FEW_IMAGES, batch)  # seconds for an image of a network
+        few = min(FEW_IMAGES, batch)
+        small = min(case.steps([middle], few, 1 + FEWEST), key=lambda step: sum(step.values()))
         left = deadline - time.perf_counter()
-        images, together, steps = _affordable(left, one, built, batch, networks)
+        images, together, steps = _affordable(left, sum(small.values()) / few, built, batch, networks)
     students = [middle]
     if together > 1:
         others = (place for place in range(networks) if place != networks // 2)
         students += [case.student(place) for place in others]
     found = case.steps(students, images, 1 + steps)
-    scale, copies = batch / images, networks / len(students)
-    whole = [scale * (sum(step[name] for name in SHARED) + copies * step["train"]) for step in found]
+    copies = networks / len(students)
+    whole = [_seconds(step, copies) for step in found]
+    if images < batch:
+        less = _seconds(small, copies) if images > few else 0.0
+        whole = [_extrapolated((few, less), (images, seconds), batch) for seconds in whole]
     return Steps(float(np.mean(whole)), min(whole), max(whole), len(whole), images, len(students))
+
+
+def _seconds(step: dict[str, float], copies: float) -> float:
+    """The seconds of a step with `copies` times its students."""
+    return sum(step[name] for name in SHARED) + copies * step["train"]
+
+
+def _extrapolated(small: tuple[int, float], large: tuple[int, float], batch: int) -> float:
+    """The seconds of a step of `batch` images from those of two smaller ones, (images, seconds): a step costs something
+    for itself and something for each image. The latter is at least half of what it seems from the larger step."""
+    (few, less), (images, seconds) = small, large
+    each = seconds / images
+    slope = (seconds - less) / (images - few) if images > few else each
+    return seconds + (batch - images) * max(each / 2, min(each, slope))
 
 
 def _affordable(left: float, one: float, built: float, batch: int, networks: int) -> tuple[int, int, int]:
