@@ -81,10 +81,10 @@ class Sample:
 def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
     """What a search with these settings has left to do, and its expected cost on this machine.
 
-    A worker times a few steps of real trainings, in less than a minute: a cohort of low-fidelity students over the whole
-    range of MACs, a full training of a student of median size, a final one of the largest candidate, and the teacher.
-    The numbers of evaluations are the most that the budget allows. Raises EngineError as a search does, and NoWinner if
-    a timed training fails.
+    A worker times a few steps of real trainings, in less than a minute: a cohort of low-fidelity students over the
+    whole range of MACs, a full training of a student of median size, a final one of the largest candidate, and the
+    teacher. The numbers of evaluations are the most that the budget allows. Raises EngineError as a search does, and
+    NoWinner if a timed training fails.
     """
     validated_space(settings)
     config, resources = settings.config, settings.resources
@@ -232,10 +232,10 @@ def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, mac
     """The estimate as text."""
     lines = [f"estimate for {run_dir} on {machines}; nothing has been started"]
     for name, work in estimates.items():
-        fast, slow = work.between
+        fast, slow = map(_span, work.between)
         lines.append(
             f"  {name:<9}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
-            f"{_span(work.seconds)} each ({_span(fast)} to {_span(slow)}; {work.basis}), {work.hours():,.2f} worker-hours"
+            f"{_span(work.seconds)} each ({fast} to {slow}; {work.basis}), {work.hours():,.2f} worker-hours"
         )
     fast, slow = hours_between(estimates, workers)
     lines.append(
