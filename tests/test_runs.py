@@ -109,7 +109,7 @@ def test_status_and_lines_tell_what_the_workers_are_doing(copy: Path, capsys: py
     (copy / "result.json").unlink()
     busy = {"epoch": 3, "epochs": 20, "loss": 1.25, "images_per_s": 1234.5, "seconds_left": 95.0}
     teacher = activity(copy, worker="node/0/0", phase="teacher", **busy)
-    said = "epoch 3 of 20, loss 1.250, 1,234 images/s, 1 min 35 s left"
+    said = "epoch 4 of 20, loss 1.250, 1,234 images/s, 1 min 35 s left"
     state = json.loads(command(f"status {copy} --json", capsys))
     assert (state["phase"], state["activities"][0]["epoch"]) == ("teacher", 3)
     assert f"teacher: {said}" in " ".join(command(f"status {copy}", capsys).split())
@@ -121,11 +121,11 @@ def test_status_and_lines_tell_what_the_workers_are_doing(copy: Path, capsys: py
         more = busy | {"epoch": number, "loss": 1 + number, "seconds_left": 60.0 - number}
         activity(copy, worker=f"node/0/{number}", phase="high", numbers=(number,), networks=("1-0-0-0-0-0",), **more)
     screen = " ".join(command(f"status {copy}", capsys).split())
-    assert "full: 9 networks, epoch 0 to 8 of 20, loss 1.000 to 9.000" in screen
+    assert "full: 9 networks, epoch 1 to 9 of 20, loss 1.000 to 9.000" in screen
     assert "the next done in 52 s" in screen
     activity(copy, worker="node/0/0", phase="low", at=time.time() - 300)
     (copy / "logs/activities/node-0-1.json").write_text("{")  # damaged, or of another version
-    assert "low: starting, last heard of 5 min 0 s ago" in " ".join(command(f"status {copy}", capsys).split())
+    assert "low: last heard of 5 min 0 s ago" in " ".join(command(f"status {copy}", capsys).split())
 
 
 def test_status_watch_ends_with_a_run_that_is_stopped(

@@ -64,7 +64,8 @@ def sentence(activities: Sequence[Activity]) -> str:
     parts = [f"{networks} networks"] if networks > 1 else list(activities[0].networks)
     trained = [activity for activity in activities if activity.epochs]
     if trained:
-        parts.append(f"epoch {_range([a.epoch for a in trained], 'd')} of {trained[0].epochs}")
+        present = [min(activity.epoch + 1, activity.epochs) for activity in trained]
+        parts.append(f"epoch {_range(present, 'd')} of {trained[0].epochs}")
     losses = [activity.loss for activity in trained if activity.loss is not None]
     if losses:
         parts.append(f"loss {_range(losses, '.3f')}")

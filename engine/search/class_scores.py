@@ -100,11 +100,11 @@ def table(scores: Json, width: int = 80) -> Iterator[str]:
     shown = rows if len(rows) <= SHOWN else rows[:WORST]
     column = min(NAME, max(len(row["name"]) for row in rows))
     mistakes = confusions(scores)
-    yield f"{'class':<{column}}  accuracy    images that are right  95 % interval  taken for"
+    yield f"{'class':<{column}}  right, %  95 % interval  {'images':>14}  taken for"
     for row in shown:
         low, high = row["interval"]
-        line = f"{_cut(row['name'], column)}  {100 * row['accuracy']:6.1f} %  {row['right']:>5,} of {row['images']:<5,}"
-        line += f"  {100 * low:5.1f} to {100 * high:5.1f}  "
+        line = f"{_cut(row['name'], column)}  {100 * row['accuracy']:8.1f}  {100 * low:4.1f} to {100 * high:5.1f}  "
+        line += f"{row['right']:>5,} of {row['images']:>5,}  "
         taken = ", ".join(f"{given} ({count:,})" for count, true, given in mistakes if true == row["name"])
         yield (line + (taken if len(line + taken) <= width else taken[: width - len(line) - 3] + "...")).rstrip()
     if len(shown) < len(rows):

@@ -237,11 +237,11 @@ def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, mac
             f"  {name:<9}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
             f"{_span(work.seconds)} each ({fast} to {slow}; {work.basis}), {work.hours():,.2f} worker-hours"
         )
-    fast, slow = hours_between(estimates, workers)
+    least, most = hours_between(estimates, workers)
     lines.append(
         f"  at most {sum(work.hours() for work in estimates.values()):,.2f} worker-hours; about "
         f"{hours(estimates, workers, lambda work: work.seconds):,.2f} hours if workers do not slow each other down, "
-        f"and between {fast:,.2f} and {slow:,.2f} as far as the timed steps tell; a busy machine is slower"
+        f"and between {least:,.2f} and {most:,.2f} as far as the timed steps tell; a busy machine is slower"
     )
     return "\n".join(lines)
 
