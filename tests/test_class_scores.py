@@ -53,7 +53,7 @@ def test_the_table_fits_a_terminal(classes: int) -> None:
     assert f"{worst['right']:,} of {worst['images']:>5}" in lines[1]
     square = any(line.startswith("true / given") for line in lines)
     assert square or any("taken for" in line and line.startswith("  ") for line in lines[5:])
-    assert square == (classes <= 3)  # twelve names of 20 characters do not fit
+    assert square == (classes <= 3)  # the columns of twelve do not fit beside names of 20 characters
 
 
 def test_the_record_is_that_of_one_training(finished_run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ Z95 = 1.96  # standard deviations of a normal distribution on either side that h
 # What the table of `eval` shows: every class if there are at most SHOWN, else the WORST of them; the whole confusion
 # matrix if it has at most SQUARE classes, else the most frequent confusions.
 SHOWN, WORST, SQUARE = 30, 15, 12
-NAME = 20  # characters of a class name in the table
+# Characters of a class name: at most, at most where it is given for another, and at least in the matrix.
+NAME, TAKEN, CELL = 20, 14, 6
 
 
 def class_scores(classes: Sequence[str], confusion: list[list[int]]) -> Json:
@@ -105,28 +106,45 @@ def table(scores: Json, width: int = 80) -> Iterator[str]:
         low, high = row["interval"]
         line = f"{_cut(row['name'], column)}  {100 * row['accuracy']:8.1f}  {100 * low:4.1f} to {100 * high:5.1f}  "
         line += f"{row['right']:>5,} of {row['images']:>5,}  "
-        taken = ", ".join(f"{given} ({count:,})" for count, true, given in mistakes if true == row["name"])
-        yield (line + (taken if len(line + taken) <= width else taken[: width - len(line) - 3] + "...")).rstrip()
+        taken = [f"{_short(given, TAKEN)} {count:,}" for count, true, given in mistakes if true == row["name"]]
+        yield (line + _joined(taken, width - len(line))).rstrip()
     if len(shown) < len(rows):
         rest = [row["accuracy"] for row in rows[len(shown) :]]
         yield f"and {len(rest):,} more classes, {100 * rest[0]:.1f} to {100 * rest[-1]:.1f} %"
     yield ""
-    fits = len(rows) <= SQUARE and column + 7 * len(rows) <= width
-    yield from _matrix(scores, column) if fits else _most_confused(mistakes)
+    fits = len(rows) <= SQUARE and column + (CELL + 1) * len(rows) <= width
+    yield from _matrix(scores, column, (width - column) // len(rows) - 1) if fits else _most_confused(mistakes)
 
 
-def _matrix(scores: Json, column: int) -> Iterator[str]:
+def _joined(words: Sequence[str], width: int) -> str:
+    """As many of the words as fit, with commas between them."""
+    text = ""
+    for word in words:
+        longer = f"{text}, {word}" if text else word
+        if len(longer) > width:
+            break
+        text = longer
+    return text
+
+
+def _matrix(scores: Json, column: int, room: int) -> Iterator[str]:
     names = [row["name"] for row in scores["classes"]]
-    yield f"{'true / given':<{column}}" + "".join(f" {_cut(name, 6):>6}" for name in names)
+    cell = min(room, max(CELL, *map(len, names)), NAME)
+    yield _cut("true / given", column) + "".join(f" {_short(name, cell):>{cell}}" for name in names)
     for name, row in zip(names, scores["confusion"], strict=True):
-        yield _cut(name, column) + "".join(f" {count or '.':>6}" for count in row)
+        yield _cut(name, column) + "".join(f" {count or '.':>{cell}}" for count in row)
 
 
 def _most_confused(mistakes: Sequence[tuple[int, str, str]]) -> Iterator[str]:
     yield "most frequent confusions:" if mistakes else "no image is given a wrong class"
     for count, true, given in mistakes[:10]:
-        yield f"  {_cut(true, NAME).rstrip()} taken for {_cut(given, NAME).rstrip()}: {count:,}"
+        yield f"  {_short(true, NAME)} taken for {_short(given, NAME)}: {count:,}"
 
 
 def _cut(name: str, length: int) -> str:
-    return f"{name:<{length}}" if len(name) <= length else name[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    """A name in a column of that many characters."""
+    return f"{_short(name, length):<{length}}"
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
