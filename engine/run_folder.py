@@ -44,6 +44,11 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def class_scores(self) -> Path:
+        """Accuracy by class and confusion matrix of the winner, by split (engine/search/class_scores.py)."""
+        return self.path / "class-scores.json"
+
+    @property
     def latencies(self) -> Path:
         """Milliseconds of the architectures measured for --max-latency-ms."""
         return self.path / "latency.json"
@@ -61,6 +66,14 @@ class RunFolder:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def activities(self) -> Path:
+        """What each busy worker is doing, while a driver runs (engine/search/activity.py)."""
+        return self.logs / "activities"
+
+    def activity(self, worker: str) -> Path:
+        return self.activities / f"{worker.replace('/', '-')}.json"
 
     @property
     def report(self) -> Path:

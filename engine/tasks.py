@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from engine.config import Budget, Resources, SearchConfig, config_from_dict, config_to_dict
-from engine.trial import Architecture, Trial, trial_from_json, trial_to_json
+from engine.trial import Architecture, Curve, Trial, trial_from_json, trial_to_json
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -25,12 +25,16 @@ Statistic = tuple[float, float, float]  # one number per channel
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What every task of a run needs: settings, the run folder (on a shared file system) and the kind of device."""
+    """What every task of a run needs: settings, the run folder (on a shared file system) and the kind of device.
+
+    `curves`: trainings also measure their validation accuracy after epochs, for a log.
+    """
 
     config: SearchConfig
     run_dir: Path
     device: str
     resources: Resources = Resources()  # noqa: RUF009 - frozen
+    curves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,8 @@ class TeacherTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class TeacherFacts:
-    """The card in a teacher's file. `elsewhere`: it was trained here, but on other images or another split."""
+    """The card in a teacher's file, with its `curve`. `elsewhere`: it was trained here, but on other images or another
+    split."""
 
     network: str
     accuracy: float
@@ -117,6 +122,7 @@ class TeacherFacts:
     seconds: float
     elsewhere: bool
     path: Path
+    curve: Curve = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +141,42 @@ class TrialsTask(Task):
 
 
 @dataclass(frozen=True, slots=True)
+class TimingTask(Task):
+    """Time a few steps of trials that would be trained side by side, or (`network`, as in TeacherTask) of a teacher at
+    the fidelity of the only trial, in about that many seconds; the answer is a TimingFacts."""
+
+    function: ClassVar[str] = "run_timing"
+    worker: WorkerSettings
+    trials: tuple[Trial, ...]
+    teacher: Path
+    seconds: float
+    network: str = ""
+    origin: TeacherOrigin = "scratch"
+
+
+@dataclass(frozen=True, slots=True)
+class TimingFacts:
+    """Seconds of the parts of a training, of all trials of a TimingTask together: its setup, a step, a score.
+
+    A step is the mean of `steps` timed ones; scaled likewise, the `fastest` and the `slowest`. Each was of so many
+    `images` and `networks`: fewer than a whole step has, if those would have taken too long.
+    """
+
+    setup: float
+    step: float
+    fastest: float
+    slowest: float
+    steps: int
+    images: int
+    networks: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class TestTask(Task):
     """Score the stored weights of a full training, or (None) those of the teacher file `teacher`, on the test split.
 
-    The answer holds test_accuracy, weights (their file) and hits (engine.trial.hits_to_text).
+    The answer holds test_accuracy, weights (their file), hits (engine.trial.hits_to_text) and the confusion matrix.
     """
 
     __test__ = False  # pytest would take it for a test class
@@ -220,6 +258,61 @@ class ExportTask(Task):
     resolution: int
     device: str
     card: Json
+
+
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How a trained network takes images: of `resolution` pixels a side, normalised.
+
+    If `cropped`, an image is resized by its shorter side and cut to its centre, as the files of a folder are; otherwise
+    it is resized whole, as arrays are.
+    """
+
+    normalisation: Normalisation
+    resolution: int
+    cropped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PredictTask(Task):
+    """Classify image files, and those below folders; see engine/training/predict.py for the answer.
+
+    The network is that of a `trial` in `space`, with the weights in the file `network`; or without a trial, the
+    model.onnx `network` of an export, which holds its input format. `top` classes are told for each image.
+    """
+
+    function: ClassVar[str] = "run_predict"
+    network: Path
+    images: tuple[Path, ...]
+    top: int
+    device: str
+    space: str = ""
+    trial: Trial | None = None
+    inputs: InputFormat | None = None
+    data_backend: str = "dali"
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a worker says of its present training, or of a cohort side by side.
+
+    `phase` is the name of a fidelity, or "teacher". `epoch` of `epochs` are done (0 of 0: nothing is trained, or not
+    yet), at a recent mean `loss` (None: not yet known); the speed counts the images of each network. `curve` holds the
+    loss and, where it was measured, the validation accuracy of each epoch, of a training alone. `at` is the time of the
+    report, in seconds since 1970.
+    """
+
+    worker: str
+    phase: str
+    numbers: tuple[int, ...] = ()
+    networks: tuple[str, ...] = ()
+    epoch: int = 0
+    epochs: int = 0
+    loss: float | None = None
+    images_per_s: float = 0.0
+    seconds_left: float | None = None
+    curve: Curve = ()
+    at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 KDLoss = Literal["none", "kd", "at", "nst", "kd+at", "kd+nst", "hint", "similarity"]
 Status = Literal["ok", "diverged", "oom", "error", "crashed", "lost", "timeout", "too_slow"]
 
+# The mean loss of each epoch of a training, and its validation accuracy (0..1; None: not measured) after that epoch.
+Curve = tuple[tuple[float, float | None], ...]
 # What a training is read by (Evaluation.readout).
 READOUTS = ("accuracy", "cross_entropy", "agreement")
 # Settings of the loss that a fidelity may override.
@@ -202,7 +204,7 @@ class Evaluation:
     `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
     seconds. `test_accuracy` is known only in tables of recorded results, and no method sees it: a search reads the test
     split only at its end. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
-    "eager" with the reason.
+    "eager" with the reason. `curve` shows the training by epoch; that of a resumed one has no accuracies before that.
     """
 
     trial: Trial
@@ -221,6 +223,7 @@ class Evaluation:
     hits: str = ""
     cross_entropy: float | None = None
     agreement: float | None = None
+    curve: Curve = ()
 
     @property
     def ok(self) -> bool:
@@ -322,10 +325,12 @@ def hits_from_text(text: str) -> list[bool]:
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     fields = {f.name: getattr(evaluation, f.name) for f in dataclasses.fields(evaluation)}
-    if not evaluation.hits:
-        del fields["hits"]
+    for name in ("hits", "curve"):
+        if not fields[name]:
+            del fields[name]
     return {**fields, "trial": trial_to_json(evaluation.trial)}
 
 
 def evaluation_from_json(data: dict[str, Any]) -> Evaluation:
-    return Evaluation(**{**data, "trial": trial_from_json(data["trial"])})
+    curve = tuple((loss, accuracy) for loss, accuracy in data.get("curve", ()))
+    return Evaluation(**{**data, "trial": trial_from_json(data["trial"]), "curve": curve})

@@ -97,7 +97,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from engine.config import Budget, SearchConfig, Slots, search_plan
     from engine.run_folder import RunFolder
-    from engine.search import search
+    from engine.search import class_scores, search
     from engine.search.journal import Journal
     from engine.search.loop import VirtualWorkers, drive
     from engine.search.methods.propose import winner
@@ -184,6 +184,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seconds": 1000.0,
     }
     folder.result.write_text(json.dumps(result))
+    counts = [[4, 1, 0, 0, 0], [0, 5, 0, 0, 0], [0, 2, 3, 0, 0], [0, 0, 0, 5, 0], [1, 0, 0, 0, 4]]
+    class_scores.save(folder, best, "test", class_scores.class_scores(data.classes, counts))
     card = {"network": f"{config.space}#3-3-3-3-3-3", "accuracy": 0.9, "seconds": 60.0, "losses": [1.6, 1.1, 0.8]}
     folder.teacher.parent.mkdir()
     save_file({"w": np.zeros(1, np.float32)}, folder.teacher, {"card": json.dumps(card)})

@@ -21,6 +21,7 @@ from engine.config import Resources, SearchConfig
 from engine.networks import count_cost
 from engine.run_folder import RunFolder
 from engine.tasks import (
+    Activity,
     DataFacts,
     ProbeTask,
     Task,
@@ -32,7 +33,7 @@ from engine.tasks import (
     task_from_json,
     task_to_json,
 )
-from engine.training import checkpoint, context, evaluate, run_tasks, teacher, train
+from engine.training import checkpoint, context, curves, evaluate, observe, run_tasks, teacher, train
 from engine.training.checkpoint import Progress
 from engine.training.context import open_context
 from engine.trial import (
@@ -103,6 +104,50 @@ def test_a_trial_gives_a_score_and_its_costs(tiny_run: TinyRun) -> None:
     assert {"setup", "data", "teacher", "train", "evaluate", "images_per_s", "peak_memory_bytes"} <= set(answer.costs)
     phases = sum(answer.costs[name] for name in ("setup", "data", "teacher", "train", "evaluate"))
     assert phases == pytest.approx(answer.seconds, rel=0.2)
+
+
+def test_a_training_says_how_far_it_is_and_its_curve_changes_no_score(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With averaged weights, whose validation accuracy is measured after each epoch, and in a cohort without."""
+    changed, trial, said = {"ema_decay": 0.9}, cohort(HIGH)[0], []
+    (before,) = tiny_run.evaluate([trial], changed)
+    assert [accuracy for _, accuracy in before.curve] == [None] * HIGH.epochs
+    monkeypatch.setenv("MFKD_WORKER", "node/0/0")
+    monkeypatch.setattr(observe, "FIRST_S", 0.0)
+    monkeypatch.setattr(observe, "EVERY_S", 0.0)
+    monkeypatch.setattr(observe, "write_atomically", lambda path, text: said.append((path, json.loads(text))))
+    monkeypatch.setattr(curves, "SHARE", 1.0)
+    tiny_run.folder.activities.mkdir(parents=True)
+    try:
+        task = TrialsTask(replace(tiny_run.worker(changed), curves=True), (trial,), tiny_run.folder.teacher)
+        (answer,) = (evaluation_from_json(one) for one in run_tasks.run_trials(sent(task)))
+        told = [task_from_json(Activity, text) for _, text in said]
+        said.clear()
+        tiny_run.evaluate(cohort(LOW))
+    finally:
+        tiny_run.folder.activities.rmdir()  # empty: nothing is left of a training that has ended
+    assert (answer.accuracy, answer.cross_entropy) == (before.accuracy, before.cross_entropy)
+    assert [loss for loss, _ in answer.curve] == [loss for loss, _ in before.curve]
+    assert answer.curve[-1][1] == answer.accuracy  # that of the averaged weights
+    assert (told[0].phase, told[0].numbers, told[0].networks) == ("high", (0,), (str(trial.architecture),))
+    steps = HIGH.epochs * (96 // 16)
+    assert [one.epoch for one in told[2:]] == [step * HIGH.epochs // steps for step in range(1, steps + 1)]
+    assert all(one.images_per_s > 0 and one.loss is not None for one in told[2:])
+    assert told[-1].seconds_left == 0
+    assert told[-1].curve == answer.curve[:-1]
+    last = said[-1][1]
+    assert (last["phase"], last["numbers"], last["curve"]) == ("low", [0, 1, 2], [])
+
+
+def test_nothing_is_reported_where_the_driver_does_not_look(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFKD_WORKER", "node/0/0")
+    monkeypatch.setattr(observe, "FIRST_S", 0.0)
+    (answer,) = tiny_run.evaluate(cohort(LOW)[:1])
+    assert answer.ok
+    assert not tiny_run.folder.activities.exists()
 
 
 def test_a_distilled_trial_also_tells_how_far_it_agrees_with_the_teacher(

@@ -119,6 +119,7 @@ def test_every_format_gives_the_logits_of_the_checkpoint(spec: str, tmp_path: Pa
     facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
     assert facts == {
         "classes": list(CLASSES), "resolution": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3],
+        "shorter_side": None,
     }  # fmt: skip
     for batch in (1, 4):
         (found,) = session.run(["logits"], {"images": images[:batch].numpy()})

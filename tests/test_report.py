@@ -25,6 +25,7 @@ from engine.spaces.load import load_space
 from engine.trial import Architecture
 
 CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "weights", "timeline", "cost", "teacher"]
+CHARTS += ["class-accuracy", "confusion"]
 
 
 @pytest.fixture

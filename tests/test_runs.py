@@ -7,7 +7,10 @@ import io
 import json
 import re
 import shutil
+import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,8 @@ from engine.run_folder import RunFolder
 from engine.search import predictions, runs
 from engine.search.journal import Journal
 from engine.search.predictions import load_predictions
+from engine.search.progress import Display
+from engine.tasks import Activity, task_to_json
 from engine.trial import EngineError, UsageError
 
 
@@ -89,6 +94,65 @@ def test_status_tells_the_state_of_a_run(copy: Path, capsys: pytest.CaptureFixtu
     assert "not running on this machine" in screen
     assert "best so far" in screen
     assert "oom: no memory left" in screen
+
+
+def activity(copy: Path, **fields: Any) -> Activity:
+    """An activity as a worker of the run would write it."""
+    one = Activity(**{"at": time.time(), **fields})
+    folder = RunFolder(copy)
+    folder.activities.mkdir(parents=True, exist_ok=True)
+    folder.activity(one.worker).write_text(json.dumps(task_to_json(one)))
+    return one
+
+
+def test_status_and_lines_tell_what_the_workers_are_doing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "result.json").unlink()
+    busy = {"epoch": 3, "epochs": 20, "loss": 1.25, "images_per_s": 1234.5, "seconds_left": 95.0}
+    teacher = activity(copy, worker="node/0/0", phase="teacher", **busy)
+    said = "epoch 4 of 20, loss 1.250, 1,234 images/s, 1 min 35 s left"
+    state = json.loads(command(f"status {copy} --json", capsys))
+    assert (state["phase"], state["activities"][0]["epoch"]) == ("teacher", 3)
+    assert f"teacher: {said}" in " ".join(command(f"status {copy}", capsys).split())
+    with Display("lines") as display:
+        display.show_activities([teacher])
+        display.show_activities([teacher])  # not again so soon
+    assert capsys.readouterr().err.count(f"teacher: {said}") == 1
+    for number in range(9):  # a line each would be too many
+        more = busy | {"epoch": number, "loss": 1 + number, "seconds_left": 60.0 - number}
+        activity(copy, worker=f"node/0/{number}", phase="high", numbers=(number,), networks=("1-0-0-0-0-0",), **more)
+    screen = " ".join(command(f"status {copy}", capsys).split())
+    assert "full: 9 networks, epoch 1 to 9 of 20, loss 1.000 to 9.000" in screen
+    assert "the next done in 52 s" in screen
+    activity(copy, worker="node/0/0", phase="low", at=time.time() - 300)
+    (copy / "logs/activities/node-0-1.json").write_text("{")  # damaged, or of another version
+    assert "low: last heard of 5 min 0 s ago" in " ".join(command(f"status {copy}", capsys).split())
+
+
+def test_status_watch_ends_with_a_run_that_is_stopped(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "result.json").unlink()
+    search, waits = ExitStack(), 0
+
+    def wait(seconds: float) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 2:
+            search.close()
+
+    monkeypatch.setattr("time.sleep", wait)
+    with search:
+        search.enter_context(Journal(copy / "journal.jsonl"))
+        assert "not running on this machine" in command(f"status {copy} --watch", capsys)
+    assert waits == 2
+
+
+def test_explain_takes_the_winner_by_that_name(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = json.loads(command(f"explain {copy} winner --json", capsys))
+    assert said["architecture"] == json.loads((copy / "result.json").read_text())["winner"]["architecture"]
+    (copy / "result.json").unlink()
+    assert cli.main(["explain", str(copy), "winner"]) == 2
+    assert "has no winner yet" in capsys.readouterr().err
 
 
 def test_status_watches_until_the_search_ends(

@@ -30,6 +30,8 @@ EXAMPLES: list[Any] = [
     tasks.TeacherTask(WORKER, "mine.py:NET", Path("/t.safetensors"), "import", Path("/w.safetensors"), MEAN, STD),
     tasks.TeacherFacts("timm:resnet18", 0.9, 20, 61.5, False, Path("/t.safetensors")),
     tasks.TrialsTask(WORKER, TRIALS, Path("/t.safetensors"), 90.0),
+    tasks.TimingTask(WORKER, TRIALS[:1], Path("/t.safetensors"), 8.0, "timm:resnet18", "finetune"),
+    tasks.TimingFacts(0.5, 0.2, 0.1, 0.3, 5, 32, 4, 1.5),
     tasks.TestTask(WORKER, TRIALS[1]),
     tasks.LatencyTask(WORKER, (Architecture((1, 2)), Architecture((0, 3)))),
     tasks.ProxyTask(WORKER, (Architecture((1, 2)),)),
@@ -40,6 +42,13 @@ EXAMPLES: list[Any] = [
     tasks.ExportTask(
         Path("/runs/a"), TRIALS[1], "nasbench201", Path("/t"), Path("/out"), NORMALISATION, 32, "cpu", {"title": "x"}
     ),
+    tasks.InputFormat(NORMALISATION, 32, True),
+    tasks.PredictTask(Path("/out/model.onnx"), (Path("a.jpg"), Path("b")), 3, "cpu"),
+    tasks.PredictTask(
+        Path("/w"), (Path("a"),), 1, "cuda", "mine.py:S", TRIALS[1], tasks.InputFormat(NORMALISATION, 32, False)
+    ),
+    tasks.Activity("node/0/1", "teacher", epoch=1, epochs=2, curve=((2.25, None), (1.5, 0.75)), at=1.7e9),
+    tasks.Activity("node/0/2", "low", (3, 4), ("1-2", "0-3"), 3, 20, 1.25, 800.5, 61.5, at=1.7e9),
     tasks.SpaceCheckTask("nasbench201", 10, 32, "auto", 0),
 ]
 
@@ -69,6 +78,7 @@ def test_every_kind_of_task_and_answer_is_among_the_examples() -> None:
                 tasks.ProbeTask,
                 tasks.TeacherTask,
                 tasks.TrialsTask,
+                tasks.TimingTask,
                 tasks.TestTask,
                 tasks.LatencyTask,
                 tasks.ProxyTask,
@@ -76,6 +86,7 @@ def test_every_kind_of_task_and_answer_is_among_the_examples() -> None:
             ],
         ),
         ("engine.export.formats", [tasks.ExportTask]),
+        ("engine.training.predict", [tasks.PredictTask]),
         ("engine.training.spacecheck", [tasks.SpaceCheckTask]),
     ],
 )

@@ -94,6 +94,59 @@ def test_another_data_set_with_the_same_classes_can_be_scored(
     assert "has the classes dark, dotted, light, but the network was trained on dark, light, striped" in said
 
 
+def test_eval_shows_each_class_and_keeps_the_winners_scores_for_the_report(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = json.loads((run / "class-scores.json").read_text())["test"]  # written when the run was finished
+    assert cli.main(["eval", str(run), "--split", "test", "--device", "cpu", "--progress", "lines"]) == 0
+    out, err = capsys.readouterr()
+    brief = json.loads(out)
+    assert "confusion" not in brief
+    for word in ("striped", "right", "true / given", f"+- {brief['standard_error']:.4f}"):
+        assert word in err
+    whole = called(capsys, "eval", run, "--split", "test", "--json", *HERE)
+    assert whole["confusion"] == stored["confusion"]
+    assert sum(map(sum, whole["confusion"])) == whole["images"] == 24
+    right = [whole["confusion"][place][place] for place in range(3)]
+    assert [row["right"] for row in whole["classes"]] == right
+    assert whole["accuracy"] == sum(right) / 24 == brief["accuracy"]
+    called(capsys, "eval", run, "--data", photos(tmp_path / "newer", 4), *HERE)  # of other images: not the run's own
+    assert set(json.loads((run / "class-scores.json").read_text())) == {"test"}
+    assert called(capsys, "eval", run, *HERE)["split"] == "valid"
+    assert set(json.loads((run / "class-scores.json").read_text())) == {"test", "valid"}
+
+
+def test_predictions_of_test_images_are_what_eval_counts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the run and from its export; a 16-bit PNG, a GIF, and files that are no images beside them."""
+    data = Path(open_run(str(run)).config.data)
+    (row,) = called(capsys, "eval", run, "--split", "test", "--json", *HERE)["confusion"][:1]
+    found = called(capsys, "predict", run, data / "test" / "dark", "--json", "--top", "3", "--device", "cpu")
+    first = [image["classes"][0]["class"] for image in found["images"]]
+    assert [first.count(name) for name in ("dark", "light", "striped")] == row
+    assert all(sum(one["probability"] for one in image["classes"]) == pytest.approx(1) for image in found["images"])
+    if not (run / "export").exists():
+        called(capsys, "export", run, *HERE)
+    again = called(capsys, "predict", run / "export" / SMALL, data / "test" / "dark", "--json", "--top", "3")
+    for one, other in zip(found["images"], again["images"], strict=True):
+        assert one["file"] == other["file"]
+        assert {c["class"]: c["probability"] for c in one["classes"]} == pytest.approx(
+            {c["class"]: c["probability"] for c in other["classes"]}, abs=1e-4
+        )
+    Image.new("L", (90, 30), 250).save(tmp_path / "light.gif")
+    Image.fromarray(np.full((40, 40), 62_000, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "notes.jpg").write_text("no image")
+    names = [str(tmp_path / name) for name in ("notes.jpg", "light.gif", "gone.png", "deep.png")]
+    assert cli.main(["predict", str(run), *names, "--device", "cpu"]) == 3
+    out, err = capsys.readouterr()
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:2] for line in lines] == [[names[1], "light"], [names[3], "light"]]
+    assert "2 of 4 files cannot be read as an image" in err
+    assert f"{names[0]}: not an image, despite its name" in err
+    assert f"{names[2]}: does not exist" in err
+
+
 def test_training_starts_from_the_weights_of_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +198,8 @@ def test_the_export_of_a_run_is_complete(run: Path, capsys: pytest.CaptureFixtur
         (["train"], "name an architecture with --arch 3-1-0-2-4-3, or a RUN"),
         (["train", "--arch", "1-0", "--weights", "run"], "--weights run needs a RUN"),
         (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no weights file .*none.safetensors"),
+        (["predict", "RUN", "OUT", "--top", "0"], "--top 0: give a number of classes"),
+        (["predict", "nowhere", "OUT"], "no run named 'nowhere'"),
         (["eval"], "nothing to score: give a RUN, or --space, --arch, --weights and --data"),
     ],
 )
@@ -152,7 +207,8 @@ def test_mistakes_say_what_to_do(
     line: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [{"RUN": str(run), "OUT": str(tmp_path / "out")}.get(word, word) for word in line]
-    assert re.search(message, called(capsys, *words, *HERE, code=2))
+    options = HERE[:2] if line[0] == "predict" else HERE
+    assert re.search(message, called(capsys, *words, *options, code=2))
 
 
 def test_flags_override_those_of_a_run(run: Path) -> None:

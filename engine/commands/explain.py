@@ -36,20 +36,24 @@ def parser() -> ArgumentParser:
     add_run_argument(parser)
     parser.usage = "%(prog)s RUN ARCHITECTURE [options]"
     parser.add_argument(
-        "architecture", metavar="ARCHITECTURE", type=str, help="option indices joined by '-', like 3-0-2"
+        "architecture", metavar="ARCHITECTURE", type=str, help="option indices joined by '-', like 3-0-2, or winner"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
+    from engine.search.one_architecture import select_evaluation
     from engine.search.predictions import load_predictions
     from engine.search.runs import open_run, with_answers
     from engine.spaces.load import load_space
     from engine.trial import Architecture
 
     opened = with_answers(open_run(values.run))
-    architecture = load_space(opened.config.space).check(Architecture.parse(values.architecture))
+    if values.architecture == "winner":
+        architecture = select_evaluation(opened, None).trial.architecture
+    else:
+        architecture = load_space(opened.config.space).check(Architecture.parse(values.architecture))
     explanation = explain(load_predictions(opened, [architecture]), architecture)
     if values.json:
         return explanation

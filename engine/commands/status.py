@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from engine.search.runs import Run
+    from engine.tasks import Activity
     from engine.trial import Fidelity
 
 EVERY_S = 2.0
+SHOWN = 8  # workers that have a line each
 
 
 def parser() -> ArgumentParser:
@@ -51,9 +53,11 @@ def run(values: Namespace) -> dict[str, Any] | None:
         console.print(screen(state))
         return None
     with suppress(KeyboardInterrupt), Live(screen(state), console=console, auto_refresh=False) as live:
-        while state["state"] != "finished":
+        before = state["state"]
+        # One that is not running here may be running on another machine; one that was has ended, if only early.
+        while state["state"] != "finished" and (before, state["state"]) != ("running", "stopped"):
             time.sleep(EVERY_S)
-            state = summary(open_run(values.run))
+            before, state = state["state"], summary(open_run(values.run))
             live.update(screen(state), refresh=True)
     return None
 
@@ -63,17 +67,25 @@ LABELS = {"inherited": "inherited weights", "low": "low fidelity", "high": "full
 
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
-    machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores."""
+    machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores, or the last word
+    of a worker. `phase` and `activities` say what its workers are doing (engine.tasks.Activity)."""
+    from engine.search.activity import read_activities
     from engine.search.proxies import seconds
+    from engine.tasks import task_to_json
     from engine.trial import failed
 
     path = run.folder.journal
     best, plan = run.best, run.plan
     opening = evaluation_counts(run, plan.below_full[len(plan.lows) :])
+    state = "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped"
+    activities = [] if state == "finished" else read_activities(run.folder)
+    written = [*map(modified, (path, run.folder.proxies)), *(activity.at for activity in activities)]
     final = evaluation_counts(run, {t.fidelity for t in run.record.asked if t.fidelity.with_valid})
     return {
         "run_dir": str(run.folder),
-        "state": "running" if is_locked(path.stat().st_ino) else "finished" if run.finished else "stopped",
+        "state": state,
+        "phase": phase(run, activities) if state != "finished" else "finished",
+        "activities": [task_to_json(activity) for activity in activities],
         "space": run.config.space,
         "data": run.config.data,
         "method": run.config.method if run.kind == "search" else "fidelity study",
@@ -96,7 +108,7 @@ def summary(run: Run) -> dict[str, Any]:
         "final": run.result and run.result.get("final"),
         "verdict": run.result and run.result.get("verdict"),
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
-        "idle_seconds": round(max(0.0, time.time() - max(map(modified, (path, run.folder.proxies)))), 1),
+        "idle_seconds": round(max(0.0, time.time() - max(written)), 1),
         "last_failure": next((f"{e.status}: {e.error}" for e in reversed(run.answers) if failed(e.status)), None),
     }
 
@@ -112,6 +124,17 @@ def evaluation_counts(run: Run, fidelities: Collection[Fidelity]) -> dict[str, i
         "too_slow": statuses.count("too_slow"),
         "pending": sum(trial.fidelity in fidelities for trial in run.pending),
     }
+
+
+def phase(run: Run, activities: Sequence[Activity]) -> str:
+    """What a run is at: the teacher, or the fidelity of most of its open trials. Between those, it is starting, scoring
+    candidates without training, or choosing what to train next."""
+    phases = [activity.phase for activity in activities] or [trial.fidelity.name for trial in run.pending]
+    if phases:
+        return Counter(phases).most_common(1)[0][0]
+    if run.record.asked:
+        return "choosing"
+    return "training-free scores" if run.proxies else "starting"
 
 
 def modified(path: Path) -> float:
@@ -135,12 +158,16 @@ def screen(state: dict[str, Any]) -> Table:
     """The state, for people."""
     from rich.table import Table
 
+    from engine.search.activity import duration
+
     lines = Table.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
     idle = f"last written to {duration(state['idle_seconds'])} ago"
     stopped = "not running on this machine" if state["state"] == "stopped" else state["state"]
     lines.add_row("run", f"{os.path.relpath(state['run_dir'])}: {stopped}, {idle}")
     lines.add_row("search", f"{state['method']} in {state['space']} on {state['data']}")
+    if state["state"] != "finished":
+        lines.add_row("now", _now(state))
     if state["proxies"]:
         scored = state["proxies"]
         took = duration(scored["seconds"])
@@ -166,6 +193,17 @@ def screen(state: dict[str, Any]) -> Table:
     return lines
 
 
+def _now(state: dict[str, Any]) -> str:
+    """The phase, and a line for each busy worker; of many workers, one for each phase."""
+    from engine.search.activity import NAMES, by_phase, sentence
+    from engine.tasks import Activity, task_from_json
+
+    activities = [task_from_json(Activity, one) for one in state["activities"]]
+    groups = [[one] for one in activities] if len(activities) <= SHOWN else list(by_phase(activities).values())
+    lines = [f"{NAMES.get(group[0].phase, group[0].phase)}: {sentence(group)}" for group in groups]
+    return "\n".join(lines or [NAMES.get(state["phase"], state["phase"])])
+
+
 def _progress(counts: dict[str, int]) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -180,12 +218,3 @@ def _progress(counts: dict[str, int]) -> Table:
     text += f", {', '.join(more)}" if more else ""
     line.add_row(ProgressBar(max(counts["limit"], 1), done, width=24), text)
     return line
-
-
-def duration(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 20 s, 5 h 12 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

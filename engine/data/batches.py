@@ -79,6 +79,14 @@ def to_batch(images: Tensor, split: Split, rows: NDArray[np.int64]) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), labels, torch.from_numpy(rows))
 
 
+def shorter_side(resolution: int) -> int:
+    """Pixels of the shorter side of an image file before its centre crop to `resolution` pixels: 256 for 224.
+
+    An even number more, so that the crop is exact.
+    """
+    return resolution + 2 * round(resolution / 14)
+
+
 def image_dtype(device: torch.device) -> torch.dtype:
     """The dtype of `Batch.images` on `device`."""
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -64,6 +64,15 @@ def check(files: Sequence[str], cache: Path) -> Checked:
     return checked
 
 
+def read_rgb(file: str) -> Image.Image | str:
+    """The first image of a file in 8-bit RGB, upright, or the reason why it cannot be read."""
+    found = _decoded(file)
+    try:
+        return found if isinstance(found, str) else _rgb(found)
+    except _BROKEN as error:
+        return str(error)
+
+
 def unreadable(files: Iterable[str]) -> list[str]:
     """'path: reason' for each of `files` that does not decode, in order."""
     with _pool() as pool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from engine.data import augment
 from engine.data.augment import Augmentation
-from engine.data.batches import Batch, Batches, to_batch
+from engine.data.batches import Batch, Batches, shorter_side, to_batch
 from engine.data.dataset import Dataset, Split, steps_per_epoch
 from engine.data.resident import resident, synthetic
 from engine.trial import EnvironmentUnusable, UsageError
@@ -234,8 +234,7 @@ def _file_pipeline(batches: Batches, steps: range) -> Any:
             encoded, device="mixed" if batches.device.type == "cuda" else "cpu", output_type=types.RGB
         )
         if not training:
-            # 256 for 224. An even number of extra pixels, so that the centre crop is exact.
-            images = fn.resize(images, resize_shorter=side + 2 * round(side / 14), antialias=True)
+            images = fn.resize(images, resize_shorter=shorter_side(side), antialias=True)
             return _normalised(batches, images, 0), positions
         box, mirror, *operations = fn.external_source(source=source, num_outputs=2 + _extra(batches), batch_info=True)
         start, end = _roi(fn.peek_image_shape(encoded), box)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.data.batches import shorter_side
 from engine.tasks import ExportTask
 
 Json = dict[str, Any]
@@ -71,7 +72,7 @@ def model_card(report: Json, task: ExportTask) -> str:
         ("teacher", facts["distillation"]),
         *([("training in the search", facts["search_training"])] if facts["search_training"] else []),
     ]
-    shorter = _shorter(resolution)
+    shorter = shorter_side(resolution)
     cropped = f"the centre of images whose shorter side was resized to {shorter} pixels" if facts["files"] else "images"
     latency = [f"| {name} | {ms} |" for name, ms in report["latency_ms"].items()]
     formats = [f"- `{name}`: {text}" for name, text in FILES.items() if name not in missing]
@@ -122,13 +123,8 @@ def _accuracies(facts: Json) -> list[tuple[str, str]]:
 
 def with_onnx(resolution: int, files: bool) -> str:
     """The card's example for onnxruntime; `files`: the training data were image files, not arrays."""
-    image = (CENTRE if files else WHOLE).format(resolution=resolution, shorter=_shorter(resolution))
+    image = (CENTRE if files else WHOLE).format(resolution=resolution, shorter=shorter_side(resolution))
     return WITH_ONNX.format(image=image, modules="Image, ImageOps" if files else "Image")
-
-
-def _shorter(resolution: int) -> int:
-    """Pixels of the shorter side of an image file before the centre crop."""
-    return resolution + 2 * round(resolution / 14)
 
 
 def _named(versions: dict[str, str | None]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from engine.data.batches import shorter_side
 from engine.export.card import model_card
 from engine.export.graph_code import OWN, graph_class
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
@@ -231,7 +232,8 @@ def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
 def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path) -> InferenceSession:
     """Writes model.onnx, from "images" (batch, 3, R, R) to "logits"; returns it opened by onnxruntime.
 
-    Its metadata hold the classes, resolution, mean and std, as JSON.
+    Its metadata hold, as JSON, the classes, resolution, mean and std, and the pixels of the shorter side before the
+    centre crop (null: images are resized whole).
     """
     try:
         import onnxruntime
@@ -245,7 +247,8 @@ def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path)
             program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes={"images": {0: "batch"}}
         )
     assert written is not None
-    facts = {**asdict(task.normalisation), "resolution": task.resolution}
+    cropped = shorter_side(task.resolution) if task.card["files"] else None
+    facts = {**asdict(task.normalisation), "resolution": task.resolution, "shorter_side": cropped}
     for key, value in facts.items():
         written.model.metadata_props[key] = json.dumps(value)
     written.save(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.report.accuracy_charts import incumbent, low_against_full, pareto
 from engine.report.chart import Chart, Json
+from engine.report.class_charts import class_charts
 from engine.report.page import page
 from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import cost_by_phase, teacher, timeline
@@ -49,6 +50,7 @@ def all_charts(run: Run) -> list[Chart]:
         timeline(run),
         cost_by_phase(run),
         teacher(run),
+        *class_charts(run),
     ]
 
 

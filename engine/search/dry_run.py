@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, is_library_model, search_plan
+from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, search_plan
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
-from engine.recipes import resolve
+from engine.recipes import resolve, teacher_config
 from engine.run_folder import RunFolder
+from engine.search.activity import duration
 from engine.search.baseline_networks import baseline_networks
 from engine.search.journal import read_journal
+from engine.search.methods.opening import opening_size
 from engine.search.progress import Display
 from engine.search.proxies import IMAGES_PER_SCORE, to_score
 from engine.search.run_context import RunContext, one_worker, open_context
@@ -31,45 +34,57 @@ from engine.search.setup import (
 )
 from engine.search.warm_start import study_config
 from engine.space import Candidates
-from engine.tasks import DataFacts, TrialsTask
-from engine.trial import Architecture, Evaluation, Fidelity, NoWinner, Trial, UsageError, evaluation_from_json
+from engine.tasks import DataFacts, TeacherTask, TimingFacts, TimingTask, task_from_json
+from engine.trial import Architecture, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
-# A timed training has this many batches; one epoch warms up, two are counted.
-TIMED_BATCHES, TIMED_EPOCHS = 4, (1, 2)
-STEP_PHASES = ("data", "teacher", "train")  # take time at every step; the other phases only once per evaluation
+# The timing of steps ends about so long after the start, so that the whole takes less than a minute; for each kind of
+# evaluation, LEAST_S are spent in any case.
+END_S, LEAST_S = 45.0, 2.0
+# How far an estimate may be off that is scaled up: factors from it to the least and the most. From fewer images in a
+# step, EfficientNet-Lite0 and MobileNetV3 at 224 pixels came out 20 to 30 % too slow on a CPU core, and not too fast.
+# From fewer networks, the one of median size stands for all, which is only roughly true.
+FEWER_IMAGES, FEWER_NETWORKS = (0.7, 1.1), (0.8, 1.25)
 
 
 @dataclass(frozen=True)
 class WorkEstimate:
-    """Evaluations of one kind: how many, how many images and epochs each takes, and the seconds of one."""
+    """Evaluations of one kind: how many, how many images and epochs each takes, and the seconds of one.
+
+    Those lie `between` two bounds: each step takes as long as the fastest, or the slowest, that was timed, and an
+    estimate that is scaled up may be off. `basis` says what was timed.
+    """
 
     count: int
     images: int
     epochs: int
     seconds: float
+    between: tuple[float, float]
+    basis: str
 
-    @property
-    def hours(self) -> float:
-        return self.count * self.seconds / 3600
+    def hours(self, seconds: float | None = None) -> float:
+        """The worker-hours of all, if one takes so many seconds; by default, as many as expected."""
+        return self.count * (self.seconds if seconds is None else seconds) / 3600
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is timed for one kind of evaluation: `members` trained side by side. `count` of the kind are left to do."""
+    """What is timed for one kind of evaluation: `members` trained side by side, or a `teacher`. `count` of the kind are
+    left to do."""
 
     fidelity: Fidelity
     members: list[Architecture]
     count: int
+    teacher: TeacherTask | None = None
 
 
 def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
     """What a search with these settings has left to do, and its expected cost on this machine.
 
-    A worker times a few steps of real trainings: a cohort of low-fidelity students over the whole range of MACs, a full
-    training of a student of median size, a final one of the largest candidate, and the teacher. The numbers of
-    evaluations are the most that the budget allows. Raises EngineError as a search does, and NoWinner if a timed
-    training fails.
+    A worker times a few steps of real trainings, in less than a minute: a cohort of low-fidelity students over the
+    whole range of MACs, a full training of a student of median size, a final one of the largest candidate, and the
+    teacher. The numbers of evaluations are the most that the budget allows. Raises EngineError as a search does, and
+    NoWinner if a timed training fails.
     """
     validated_space(settings)
     config, resources = settings.config, settings.resources
@@ -89,7 +104,11 @@ def dry_run(settings: RunSettings, run_dir: Path, display: Display) -> Json:
             facts = probe(context)
             context = replace(context, config=resolve(config, facts.images["train"], folder.recorded()))
             samples, teacher, candidates = _samples(context, facts, folder, wanted.device == "cuda")
-            estimates = {s.fidelity.name: time_sample(context, facts, s, teacher) for s in samples}
+            estimates = {}
+            for place, sample in enumerate(samples):
+                left = (settings.started + END_S - time.monotonic()) / (len(samples) - place)
+                found = time_sample(context, facts, sample, teacher, max(LEAST_S, left))
+                estimates[sample.fidelity.name] = found
     display.say(summary(estimates, run_dir, wanted.workers, describe(wanted)))
     return as_json(estimates, run_dir, wanted.workers, candidates)
 
@@ -115,11 +134,9 @@ def _samples(
     to_train = needs_teacher(context) and not teacher.exists()
     if to_train:
         teacher = context.folder.teacher
-        if is_library_model(config.teacher):
-            context.display.say(f"this estimate does not include the fine-tuning of the teacher {config.teacher}")
     if needs_teacher(context):  # made without training, or checked against the data before anything is timed
         context.answer(replace(teacher_task(context, everything, untrained=to_train), path=teacher))
-    done = answered(folder)
+    done, plan = answered(folder), search_plan(config, budget)
     # Architectures promoted without a low-fidelity score get one in the end (engine/search/search.py, `unpaired`).
     lows = budget.max_low + budget.max_high if budget.max_low else 0
     side = min(cohort_size(context.resources, gpu=gpu), len(fit))
@@ -133,9 +150,13 @@ def _samples(
         final = final_fidelity(config)
         ended = sum(count for fidelity, count in done.items() if fidelity.with_valid)
         samples.append(Sample(final, [fit.architecture(int(fit.macs.argmax()))], max(0, ends - ended)))
-    if to_train and config.teacher == "auto":
+    if plan.opening is not None:
+        left = opening_size(fit, plan) - done.get(plan.opening, 0)
+        samples.insert(0, Sample(plan.opening, evenly_spaced(fit, 1), max(0, left)))
+    if to_train:
         fidelity = Fidelity("teacher", epochs=config.teacher_epochs)
-        samples.insert(0, Sample(fidelity, [largest_member(everything)], 1))
+        made = teacher_task(context, everything)
+        samples.insert(0, Sample(fidelity, [largest_member(everything)], 1, made))
     return samples, teacher, len(fit)
 
 
@@ -153,59 +174,93 @@ def answered(folder: RunFolder) -> dict[Fidelity, int]:
     return counts
 
 
-def time_sample(context: RunContext, facts: DataFacts, sample: Sample, teacher: Path) -> WorkEstimate:
-    """Estimates an evaluation: its steps are extrapolated from a short training, its other phases are as measured."""
-    fidelity, members = sample.fidelity, sample.members
-    train, classes = facts.images["train"], len(facts.classes)
-    train += facts.images["valid"] if fidelity.with_valid else 0
-    images = max(round(fidelity.fraction * train), classes)
-    batch = min(context.config.batch_size, images)
-    short = replace(fidelity, fraction=min(fidelity.fraction, Fraction(max(TIMED_BATCHES * batch, classes), train)))
-    steps = TIMED_EPOCHS[-1] * (max(round(short.fraction * train), classes) // batch)
-    for epochs in TIMED_EPOCHS:
-        answers = _train(context, replace(short, name="timing", epochs=epochs), members, teacher)
-        failed = next((answer for answer in answers if not answer.ok), None)
-        if failed is not None:
-            why = f"{failed.status}: {failed.error}"
-            raise NoWinner(f"a timed training of {failed.trial.architecture} at {fidelity.name} fidelity failed: {why}")
-    stepping = sum(answer.costs.get(phase, 0.0) for answer in answers for phase in STEP_PHASES)
-    once = sum(answer.seconds for answer in answers) - stepping
-    whole = once + stepping / steps * fidelity.epochs * (images // batch)
-    return WorkEstimate(sample.count, images, fidelity.epochs, whole / len(members))
+def time_sample(
+    context: RunContext, facts: DataFacts, sample: Sample, teacher: Path, seconds: float
+) -> WorkEstimate:
+    """Estimates an evaluation from some of its steps, which are timed for about so many seconds."""
+    fidelity, config, made = sample.fidelity, context.config, sample.teacher
+    trials = tuple(Trial(number, one, fidelity, config.seed) for number, one in enumerate(sample.members))
+    task = TimingTask(context.worker, trials, teacher, seconds)
+    if made is not None:
+        task = replace(task, network=made.network, origin=made.origin)
+        config = teacher_config(config, made.origin == "finetune")
+    context.display.say(f"timing: {fidelity.name}, {len(trials)} at a time")
+    found = task_from_json(TimingFacts, context.answer(task))
+    train = facts.images["train"] + (facts.images["valid"] if fidelity.with_valid else 0)
+    images = max(round(fidelity.fraction * train), len(facts.classes))
+    batch = min(config.batch_size, images)
+    steps = fidelity.epochs * (images // batch)
+
+    def each(step: float) -> float:
+        return (found.setup + steps * step + found.score) / len(trials)
+
+    low, high = sureness(found, batch, len(trials))
+    between = each(low * found.fastest), each(high * found.slowest)
+    return WorkEstimate(
+        sample.count, images, fidelity.epochs, each(found.step), between, basis(found, batch, len(trials))
+    )
 
 
-def _train(
-    context: RunContext, fidelity: Fidelity, members: list[Architecture], teacher: Path
-) -> list[Evaluation]:
-    trials = tuple(Trial(number, one, fidelity, context.config.seed) for number, one in enumerate(members))
-    context.display.say(f"timing: {len(trials)} at a time, {fidelity.epochs * TIMED_BATCHES} steps")
-    return [evaluation_from_json(e) for e in context.answer(TrialsTask(context.worker, trials, teacher))]
+def sureness(found: TimingFacts, batch: int, networks: int) -> tuple[float, float]:
+    """The factors from a timed step to the least and the most that a whole one may take."""
+    low = high = 1.0
+    for scaled, (least, most) in ((found.images < batch, FEWER_IMAGES), (found.networks < networks, FEWER_NETWORKS)):
+        low, high = (low * least, high * most) if scaled else (low, high)
+    return low, high
 
 
-def hours(estimates: dict[str, WorkEstimate], workers: int) -> float:
-    """Wall time: the teacher is trained first and alone, then all workers are busy."""
-    alone = estimates["teacher"].hours if "teacher" in estimates else 0.0
-    return alone + sum(work.hours for name, work in estimates.items() if name != "teacher") / workers
+def basis(found: TimingFacts, batch: int, networks: int) -> str:
+    """What was timed, and what not."""
+    if not found.steps:
+        return "one score"
+    parts = [f"{found.images} of {batch} images"] if found.images < batch else []
+    parts += [f"{found.networks} of {networks} networks"] if found.networks < networks else []
+    return f"{found.steps} steps" + (f" of {' and '.join(parts)}, scaled up" if parts else "")
+
+
+def hours(estimates: dict[str, WorkEstimate], workers: int, pick: Callable[[WorkEstimate], float]) -> float:
+    """Wall time: the teacher is trained first and alone, then all workers are busy. `pick` gives the seconds of one."""
+    alone = sum(work.hours(pick(work)) for name, work in estimates.items() if name == "teacher")
+    return alone + sum(work.hours(pick(work)) for name, work in estimates.items() if name != "teacher") / workers
+
+
+def hours_between(estimates: dict[str, WorkEstimate], workers: int) -> tuple[float, float]:
+    """The bounds of the wall time."""
+    return hours(estimates, workers, lambda w: w.between[0]), hours(estimates, workers, lambda w: w.between[1])
 
 
 def summary(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, machines: str) -> str:
     """The estimate as text."""
     lines = [f"estimate for {run_dir} on {machines}; nothing has been started"]
     for name, work in estimates.items():
+        fast, slow = map(_span, work.between)
         lines.append(
-            f"  {name:<8}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
-            f"{work.seconds:,.1f} s each, {work.hours:,.2f} worker-hours"
+            f"  {name:<9}{work.count:>5} x {work.images:,} images x {work.epochs} epochs: "
+            f"{_span(work.seconds)} each ({fast} to {slow}; {work.basis}), {work.hours():,.2f} worker-hours"
         )
+    least, most = hours_between(estimates, workers)
     lines.append(
-        f"  at most {sum(work.hours for work in estimates.values()):,.2f} worker-hours; "
-        f"about {hours(estimates, workers):,.2f} hours if workers do not slow each other down"
+        f"  at most {sum(work.hours() for work in estimates.values()):,.2f} worker-hours; about "
+        f"{hours(estimates, workers, lambda work: work.seconds):,.2f} hours if workers do not slow each other down, "
+        f"and between {least:,.2f} and {most:,.2f} as far as the timed steps tell; a busy machine is slower"
     )
     return "\n".join(lines)
 
 
+def _span(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
 def as_json(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, candidates: int) -> Json:
     described = {
-        name: {"evaluations": w.count, "images": w.images, "epochs": w.epochs, "seconds": round(w.seconds, 3)}
+        name: {
+            "evaluations": w.count,
+            "images": w.images,
+            "epochs": w.epochs,
+            "seconds": round(w.seconds, 3),
+            "between": [round(seconds, 3) for seconds in w.between],
+            "basis": w.basis,
+        }
         for name, w in estimates.items()
     }
     return {
@@ -214,6 +269,7 @@ def as_json(estimates: dict[str, WorkEstimate], run_dir: Path, workers: int, can
         "candidates": candidates,
         "workers": workers,
         **described,
-        "worker_hours": round(sum(work.hours for work in estimates.values()), 4),
-        "hours": round(hours(estimates, workers), 4),
+        "worker_hours": round(sum(work.hours() for work in estimates.values()), 4),
+        "hours": round(hours(estimates, workers, lambda work: work.seconds), 4),
+        "hours_between": [round(value, 4) for value in hours_between(estimates, workers)],
     }

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +16,18 @@ from engine.config import Budget, Plan, Resources, RunSettings, SearchConfig
 from engine.fleet.devices import layout
 from engine.fleet.drain import answer_of
 from engine.fleet.fleet import Fleet, open_fleet, submit
+from engine.search.class_scores import class_scores
 from engine.search.progress import Display
 from engine.search.run_context import one_worker
-from engine.search.runs import Run
+from engine.search.runs import Run, open_run
 from engine.search.search import search
 from engine.space import Candidates
 from engine.spaces.load import load_space
-from engine.tasks import ExportTask, Normalisation, ScoreTask, SplitName, WorkerSettings
+from engine.tasks import ExportTask, InputFormat, Normalisation, PredictTask, ScoreTask, SplitName, WorkerSettings
 from engine.trial import Architecture, Evaluation, Fidelity, History, Trial, UsageError
 
 Json = dict[str, Any]
+ONNX = "model.onnx"  # of an export
 # An architecture that the user names is trained regardless of the limits of a search.
 NO_LIMITS: Json = {"min_macs": 0.0, "max_macs": math.inf, "max_params": math.inf, "max_latency_ms": math.inf}
 
@@ -60,7 +62,8 @@ def score(
     split: SplitName,
     trained_on: Normalisation | None,
 ) -> Json:
-    """Accuracy of an architecture's weights on a split of the data of `config` (valid, test, or all).
+    """How good an architecture's weights are on a split of the data of `config` (valid, test, or all), in all and at
+    each class (engine.search.class_scores).
 
     `trained_on` describes the data that the weights were trained on; None means these data.
     """
@@ -68,7 +71,39 @@ def score(
     with worker(resources, None, "engine.training.run_tasks") as (fleet, folder):
         settings = WorkerSettings(config, folder, fleet.device, resources)
         found = answer_of(submit(fleet, ScoreTask(settings, trial, weights.absolute(), split, trained_on)))
-    return {"architecture": str(trial.architecture), "data": config.data, "split": split, **found}
+    scores = class_scores(found["classes"], found["confusion"])
+    known = {"device": found["device"], "notes": found["notes"]}
+    return {"architecture": str(trial.architecture), "data": config.data, "split": split, **scores, **known}
+
+
+def predict(source: str, architecture: str | None, images: Sequence[Path], top: int, resources: Resources) -> Json:
+    """The `top` most probable classes of image files, and of those below folders, by the network of a run (its winner,
+    unless an architecture is named) or of an export: {"network", "images", "unreadable"}, as `run_predict` answers.
+    """
+    exported = Path(source) / ONNX
+    with worker(resources, None, "engine.training.predict") as (fleet, _):
+        if exported.is_file():
+            if architecture is not None:
+                raise UsageError(f"{source} is an export, of one architecture; leave --arch out, or name the run")
+            task = PredictTask(exported.absolute(), tuple(images), top, "cpu")
+        else:
+            task = _predict_task(open_run(source), architecture, tuple(images), top)
+            task = replace(task, device=fleet.device)
+        return {"network": str(task.network), **answer_of(submit(fleet, task))}
+
+
+def _predict_task(run: Run, architecture: str | None, images: tuple[Path, ...], top: int) -> PredictTask:
+    trial, data = select_evaluation(run, architecture).trial, run.data
+    return PredictTask(
+        network=run.folder.weights(trial),
+        images=images,
+        top=top,
+        device="cpu",
+        space=run.config.space,
+        trial=trial,
+        inputs=InputFormat(data.normalisation, trial.fidelity.resolution or data.resolution, data.files),
+        data_backend=run.config.data_backend,
+    )
 
 
 def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, display: Display) -> Json:
@@ -161,10 +196,10 @@ def select_evaluation(run: Run, architecture: str | None) -> Evaluation:
     """
     if architecture is None:
         if run.kind == "fidelity-study":
-            raise UsageError(f"{run.folder} is a fidelity study, which has no winner; name an architecture with --arch")
+            raise UsageError(f"{run.folder} is a fidelity study, which has no winner; name an architecture instead")
         if run.result is None or run.best is None:
             raise UsageError(
-                f"{run.folder} has no winner yet; let its search finish, or name an architecture with --arch"
+                f"{run.folder} has no winner yet; let its search finish, or name an architecture instead"
             )
         return run.final or run.best
     wanted = load_space(run.config.space).check(Architecture.parse(architecture))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from engine.search.activity import NAMES, by_phase, sentence
 from engine.search.log import Log
+from engine.tasks import Activity
 from engine.trial import Evaluation
 
-EVERY_S = 20.0  # between lines of a phase that counts up
+EVERY_S = 20.0  # between lines while nothing else is said
 
 Style = Literal["auto", "bar", "lines", "none"]
 
@@ -41,9 +44,9 @@ class Display(AbstractContextManager["Display"]):
         self._console = TolerantConsole(stderr=True, highlight=False, soft_wrap=True)
         self._style = ("bar" if sys.stderr.isatty() else "lines") if style == "auto" else style
         self._start = time.monotonic()
-        self.log: Log = lambda evaluation: None  # also called with each evaluation
+        self.log = Log()  # told of each evaluation too
         self._best = 0.0
-        self._said = 0.0  # when `advance` last printed a line
+        self._said = 0.0  # when a line was last printed
         self._tasks: dict[str, TaskID] = {}
         self._counts: dict[str, int] = {}
         self._bars = Progress(
@@ -65,9 +68,20 @@ class Display(AbstractContextManager["Display"]):
 
     def say(self, text: str) -> None:
         """Prints a line about what happens now."""
+        self._said = time.monotonic()
         if self._style != "none":
             seconds = time.monotonic() - self._start
             self._console.print(f"[{seconds:7.1f} s] {text}", markup=False)
+
+    def print(self, text: str) -> None:
+        """Prints text of several lines, like a table, as it is."""
+        if self._style != "none":
+            self._console.print(text, markup=False)
+
+    @property
+    def width(self) -> int:
+        """Characters in a line of the console."""
+        return self._console.width
 
     def expect(self, phase: str, total: int) -> None:
         """A bar for a phase of `total` evaluations, starting at 0: an earlier study may have had one of that name."""
@@ -85,11 +99,29 @@ class Display(AbstractContextManager["Display"]):
         now = time.monotonic()
         if self._style == "lines" and now - self._said >= EVERY_S:
             self.say(f"{phase}: {done:,} of {self._bars.tasks[self._tasks[phase]].total:,.0f}")
-            self._said = now
+
+    def show_activities(self, activities: Sequence[Activity]) -> None:
+        """Shows and logs what workers are doing now: in the bars' notes, or after EVERY_S without another line."""
+        self.log.running(activities)
+        silent = time.monotonic() - self._said >= EVERY_S
+        for phase, those in by_phase(activities).items():
+            if self._style == "lines" and silent:
+                self.say(f"{NAMES.get(phase, phase)}: {sentence(those)}")
+            elif phase == "teacher":
+                self._show_teacher(those[0])
+            elif phase in self._tasks:
+                self._bars.update(self._tasks[phase], note=sentence(those))
+
+    def _show_teacher(self, activity: Activity) -> None:
+        """The bar of the teacher, which counts epochs."""
+        if activity.phase not in self._tasks:
+            self.expect(activity.phase, activity.epochs)
+        note = sentence([activity])
+        self._bars.update(self._tasks[activity.phase], total=activity.epochs, completed=activity.epoch, note=note)
 
     def show(self, evaluation: Evaluation, full: bool) -> None:
         """Shows and logs a new evaluation; `full` ones count towards the best so far."""
-        self.log(evaluation)
+        self.log.evaluated(evaluation)
         phase = evaluation.trial.fidelity.name
         if full and evaluation.ok:
             self._best = max(self._best, evaluation.accuracy)

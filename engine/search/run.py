@@ -81,7 +81,8 @@ def run(
             if study:
                 check_same_data(study, facts.fingerprint)
             with open_log(log, config, folder) as display.log:
-                setup = set_up(replace(context, config=config), definition.plan(config), facts)
+                context = replace(context, config=config, curves=log == "tensorboard")
+                setup = set_up(context, definition.plan(config), facts)
                 write_run_file(folder, facts)
                 if study:
                     warm_start(study, setup, journal)

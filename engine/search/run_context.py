@@ -12,6 +12,7 @@ from engine.fleet.devices import Layout
 from engine.fleet.drain import Drain
 from engine.fleet.fleet import Fleet, open_fleet, result
 from engine.run_folder import RunFolder
+from engine.search.activity import watching
 from engine.search.progress import Display
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
@@ -31,11 +32,12 @@ class RunContext:
     display: Display
     drain: Drain
     started: float  # when the call began (time.monotonic)
+    curves: bool = False  # whether trainings measure their validation accuracy by epoch, for a log
 
     @property
     def worker(self) -> WorkerSettings:
         """What every task of this run contains."""
-        return WorkerSettings(self.config, self.folder.path, self.fleet.device, self.resources)
+        return WorkerSettings(self.config, self.folder.path, self.fleet.device, self.resources, self.curves)
 
     def answer(self, task: Task) -> Any:
         """The answer to a single task, as plain JSON values. Raises what the task raised."""
@@ -53,7 +55,8 @@ def open_context(
     fleet = open_fleet(resources, layout, folder.logs)
     try:
         drain.on_drain(fleet.drain)
-        yield RunContext(config, settings.budget, resources, space, folder, fleet, display, drain, settings.started)
+        with watching(folder, display.show_activities):
+            yield RunContext(config, settings.budget, resources, space, folder, fleet, display, drain, settings.started)
     finally:
         drain.cancel_alarm()
         fleet.close()

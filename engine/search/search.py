@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.config import Plan, RunSettings, SearchConfig, search_plan
 from engine.run_folder import write_atomically
+from engine.search import class_scores
 from engine.search.comparison import images_in, standard_error
 from engine.search.final import FinalTrainings, final_rows, train_finals
 from engine.search.journal import Journal
@@ -89,6 +90,7 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     winner["test_standard_error"] = standard_error(tested["test_accuracy"], images_in(tested["hits"]))
     if "latency_ms" in best.costs:
         winner["latency_ms"] = round(best.costs["latency_ms"], 3)
+    _save_class_scores(setup, best, finals, tested)
     ok = [e for e in history.answered if e.ok]
     result: Json = {
         "run_dir": str(context.folder),
@@ -101,6 +103,18 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     if setup.plan.method == "mfkd-front":
         result["front"] = [_described(e) for e in methods.front(history, setup.plan)]
     return result
+
+
+def _save_class_scores(setup: SearchSetup, best: Evaluation, finals: FinalTrainings, tested: Json) -> None:
+    """Records how good the network that `export` and `eval` take is at each class of the test split: the finished
+    winner, or if there is none, the winner `best` of the search, whose test is `tested`."""
+    context, chosen = setup.context, finals.found.get(best.trial.architecture)
+    if chosen is None or not chosen.ok:
+        chosen = best
+    else:
+        tested = context.answer(TestTask(context.worker, chosen.trial))
+    scores = class_scores.class_scores(setup.facts.classes, tested["confusion"])
+    class_scores.save(context.folder, chosen, "test", scores)
 
 
 def _described(evaluation: Evaluation) -> Json:

@@ -215,6 +215,7 @@ def obtain_teacher(context: RunContext, task: TeacherTask) -> TeacherFacts:
     display.say(
         f"teacher: {facts.network}, validation accuracy {facts.accuracy:.4f}, trained for {facts.seconds:.0f} s"
     )
+    display.log.teacher(facts)
     if facts.elsewhere:
         display.say(
             "teacher: trained on other images or with another --seed, so it may have seen some of these validation "

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from engine.training.student import Student, status_of
 from engine.training.weights import atomic_file
-from engine.trial import EnvironmentUnusable
+from engine.trial import Curve, EnvironmentUnusable
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: epochs done; if recorded, the mean loss of each epoch and the seconds spent."""
+    """How far a training is: epochs done, and if recorded, the curve so far and the seconds spent."""
 
     epochs: int = 0
-    losses: tuple[float, ...] = ()
+    curve: Curve = ()
     seconds: float = 0.0
 
 
@@ -33,7 +33,7 @@ def save(path: Path, student: Student, progress: Progress, key: str = "") -> Non
         "schema": SCHEMA,
         "of": key,
         "epochs": progress.epochs,
-        "losses": list(progress.losses),
+        "curve": [list(epoch) for epoch in progress.curve],
         "seconds": progress.seconds,
         "network": student.network.state_dict(),
         "objective": student.objective.state_dict(),
@@ -76,7 +76,8 @@ def restore(path: Path, student: Student, key: str = "") -> Progress:
     student.loss_sum.copy_(state["loss_sum"])
     for mine, stored in zip(student.average or [], state.get("average") or [], strict=True):
         mine.copy_(stored)
-    return Progress(int(state["epochs"]), tuple(state["losses"]), float(state["seconds"]))
+    curve = tuple((loss, accuracy) for loss, accuracy in state["curve"])
+    return Progress(int(state["epochs"]), curve, float(state["seconds"]))
 
 
 def _fits(module: nn.Module, stored: dict[str, Tensor] | None) -> bool:

@@ -36,7 +36,8 @@ class WorkerContext:
     """The configuration (without settings left to auto), its data and its device.
 
     `max_cohort` records how many students of a fidelity fit into memory at once, for fidelities at which a full cohort
-    did not fit; `costs` holds (MACs, parameters) by (architecture, width, resolution).
+    did not fit; `costs` holds (MACs, parameters) by (architecture, width, resolution). `curves`: trainings also measure
+    their validation accuracy after epochs.
     """
 
     config: SearchConfig
@@ -45,6 +46,7 @@ class WorkerContext:
     folder: RunFolder
     max_cohort: dict[Fidelity, int] = field(default_factory=dict)
     costs: dict[tuple[Architecture, float, int], tuple[int, int]] = field(default_factory=dict)
+    curves: bool = False
 
     @property
     def threads(self) -> int:
@@ -156,7 +158,7 @@ _cached_data = lru_cache(maxsize=1)(load)
 
 
 @lru_cache(maxsize=1)
-def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerContext:
+def _open_context(config: SearchConfig, run_dir: Path, device: str, curves: bool) -> WorkerContext:
     data = _cached_data(
         config.data,
         seed=config.seed,
@@ -167,12 +169,13 @@ def _open_context(config: SearchConfig, run_dir: Path, device: str) -> WorkerCon
     if device == "cpu":
         torch.set_num_threads(1)  # a worker per core beats threads in a worker (docs/design.md)
         keep_freed_memory()
-    return WorkerContext(resolve(config, len(data.train)), data, torch.device(device), RunFolder(run_dir))
+    resolved = resolve(config, len(data.train))
+    return WorkerContext(resolved, data, torch.device(device), RunFolder(run_dir), curves=curves)
 
 
 def open_context(settings: WorkerSettings) -> WorkerContext:
     """The context of a task. The last one is cached, so that the data are read only once."""
-    return _open_context(settings.config, settings.run_dir, settings.device)
+    return _open_context(settings.config, settings.run_dir, settings.device, settings.curves)
 
 
 def keep_freed_memory() -> None:

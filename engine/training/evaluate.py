@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,12 +22,14 @@ from engine.training import checkpoint
 from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext, device_name, peak_memory
+from engine.training.curves import Curves
 from engine.training.inherit import inherited
+from engine.training.observe import Observer, observed
 from engine.training.student import Student, end_if_fatal, prepare, status_of
 from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Readout, Stopwatch, train
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Drained, EnvironmentUnusable, Evaluation, Fidelity, Trial, hits_to_text
+from engine.trial import Drained, EnvironmentUnusable, Evaluation, Trial, hits_to_text
 
 DEFAULT = Resources()
 # Messages of Python, torch and safetensors when a disk cannot be written; the libraries have error types of their own.
@@ -101,6 +103,18 @@ def _attempt(
 def _evaluate(
     context: WorkerContext, teacher_file: Path, trials: list[Trial], watch: Stopwatch, resources: Resources
 ) -> list[Evaluation]:
+    with observed(context.folder, trials[0].fidelity.name, trials) as observer:
+        return _evaluate_observed(context, teacher_file, trials, watch, resources, observer)
+
+
+def _evaluate_observed(
+    context: WorkerContext,
+    teacher_file: Path,
+    trials: list[Trial],
+    watch: Stopwatch,
+    resources: Resources,
+    observer: Observer | None,
+) -> list[Evaluation]:
     fidelity, seed = trials[0].fidelity, trials[0].seed
     if any((trial.fidelity, trial.seed) != (fidelity, seed) for trial in trials):
         raise ValueError("the trials of a cohort must share fidelity and seed: they train on the same batches")
@@ -110,16 +124,25 @@ def _evaluate(
         guide = teacher if fidelity.kd_loss != "none" else None
         if teacher is not None:
             teacher.budget = parse_bytes("teacher-cache", resources.teacher_cache)
-        cohort = [_make_student(context, trial, teacher, resources) for trial in trials]
+        cohort = [make_student(context, trial, teacher, resources) for trial in trials]
         students = [entry for entry in cohort if isinstance(entry, Student)]
         # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
         resumable = is_full(context.config, fidelity) and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
-        done = checkpoint.restore(state, students[0]).epochs if state and students else 0
+        before = checkpoint.restore(state, students[0]) if state and students else Progress()
     if students and fidelity.epochs:
-        batches = context.train_batches(fidelity, seed, done)
-        save = partial(_save, context, state, students[0], fidelity) if state else None
-        train(students, guide, batches, context.config, watch, save, resources.execution)
+        batches = context.train_batches(fidelity, seed, before.epochs)
+        students[0].curve += before.curve
+        curves = Curves(context, students, fidelity, observer)
+
+        def after_epoch(done: int) -> None:
+            with watch.phase("evaluate"):
+                curves.after_epoch()
+            if state is not None:
+                progress = Progress(done, tuple(students[0].curve))
+                context.save_progress(state, students[0], progress, fidelity.epochs)
+
+        train(students, guide, batches, context.config, watch, after_epoch, resources.execution, observer)
     with watch.phase("evaluate"):
         trained = [student for student in students if student.status == "ok"]
         found = context.score([student.network for student in trained], fidelity, guide)
@@ -130,11 +153,7 @@ def _evaluate(
         ]
 
 
-def _save(context: WorkerContext, state: Path, student: Student, fidelity: Fidelity, done: int) -> None:
-    context.save_progress(state, student, Progress(done), fidelity.epochs)
-
-
-def _make_student(
+def make_student(
     context: WorkerContext, trial: Trial, teacher: CachedTeacher | None, resources: Resources
 ) -> Student | Evaluation:
     """A student ready to train, or an evaluation with the reason why not. A user's space may raise anything."""
@@ -217,6 +236,7 @@ def _answer(
         cross_entropy=readout.cross_entropy if math.isfinite(readout.cross_entropy) else None,
         agreement=readout.agreement,
         hits=hits_to_text(readout.hits) if trial.fidelity.with_valid else "",
+        curve=tuple(student.curve),
     )
 
 

@@ -20,6 +20,8 @@ from engine.training import checkpoint
 from engine.training import teacher as teachers
 from engine.training.checkpoint import Progress
 from engine.training.context import WorkerContext
+from engine.training.curves import Curves
+from engine.training.observe import observed
 from engine.training.student import prepare
 from engine.training.train import Stopwatch, train
 from engine.trial import Fidelity, NoWinner
@@ -41,7 +43,11 @@ def make_teacher(context: WorkerContext, task: TeacherTask) -> None:
     if task.origin in ("import", "untrained") or known:
         start = time.perf_counter()
         built, statistics = _start(context, task)
-        _save(context, built, task.path, _card(context, task, statistics, time.perf_counter() - start))
+        card = _card(context, task, statistics, time.perf_counter() - start)
+        if task.origin == "untrained":  # to be timed: a score would take longer than the timing
+            teachers.save(task.path, built, card)
+        else:
+            _save(context, built, task.path, card)
     else:
         train_teacher(context, task)
 
@@ -64,23 +70,25 @@ def train_teacher(context: WorkerContext, task: TeacherTask) -> None:
     settings = [getattr(config, name) for name in DEPENDS_ON]
     what = [task.network, task.origin, str(task.weights), fingerprint(data), data.resolution]
     state, key = training_state_of(path), json.dumps([*what, *settings])
-    before = now = checkpoint.restore(state, student, key)
+    before = checkpoint.restore(state, student, key)
     batches = context.train_batches(Fidelity("teacher", epochs=config.teacher_epochs), config.seed, before.epochs)
-    total = student.loss_sum.item()
+    student.curve += before.curve
+    with observed(context.folder, "teacher") as observer:
+        curves = Curves(context, [student], Fidelity("teacher"), observer)
 
-    def save(epochs: int) -> None:
-        nonlocal now, total
-        last, total = total, student.loss_sum.item()
-        losses = (*now.losses, (total - last) / batches.steps_per_epoch)
-        now = Progress(epochs, losses, before.seconds + time.perf_counter() - start)
-        context.save_progress(state, student, now, config.teacher_epochs, key)
+        def after_epoch(epochs: int) -> None:
+            curves.after_epoch()
+            seconds = before.seconds + time.perf_counter() - start
+            progress = Progress(epochs, tuple(student.curve), seconds)
+            context.save_progress(state, student, progress, config.teacher_epochs, key)
 
-    train([student], None, batches, config, Stopwatch(), save, task.worker.resources.execution)
+        train([student], None, batches, config, Stopwatch(), after_epoch, task.worker.resources.execution, observer)
     if student.status != "ok":
         state.unlink(missing_ok=True)
         raise NoWinner(f"the teacher's training failed: {student.error}; try a lower --lr")
     card = _card(context, task, statistics, before.seconds + time.perf_counter() - start)
-    _save(context, built, path, replace(card, epochs=config.teacher_epochs, losses=now.losses))
+    losses, accuracies = (tuple(part) for part in zip(*student.curve, strict=True))
+    _save(context, built, path, replace(card, epochs=config.teacher_epochs, losses=losses, accuracies=accuracies))
     state.unlink(missing_ok=True)
 
 

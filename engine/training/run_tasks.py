@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.data.dataset import Split, fingerprint
@@ -20,6 +22,7 @@ from engine.tasks import (
     TeacherFacts,
     TeacherTask,
     TestTask,
+    TimingTask,
     TrialsTask,
     task_from_json,
     task_to_json,
@@ -31,6 +34,8 @@ from engine.training.make_teacher import make_teacher
 from engine.training.proxies import ProxyBatch, make_batch, score_architectures
 from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place, status_of
+from engine.training.timing import time_training
+from engine.training.train import confusion
 from engine.training.weights import load_weights
 from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
@@ -71,6 +76,12 @@ def run_trials(payload: Json) -> list[Json]:
     return [evaluation_to_json(evaluation) for evaluation in evaluations]
 
 
+def run_timing(payload: Json) -> Json:
+    """TimingTask -> TimingFacts. Raises NoWinner if the network cannot be trained."""
+    task = task_from_json(TimingTask, payload)
+    return task_to_json(time_training(open_context(task.worker), task))
+
+
 def run_teacher(payload: Json) -> Json:
     """TeacherTask -> TeacherFacts. Raises UsageError if the teacher's classes are not those of the data."""
     task = task_from_json(TeacherTask, payload)
@@ -88,11 +99,12 @@ def run_teacher(payload: Json) -> Json:
     card = teachers.read_card(path)
     teachers.check_fits(card, context.data.classes)
     elsewhere = card.epochs > 0 and card.fingerprint != fingerprint(context.data)
-    return task_to_json(TeacherFacts(card.network, card.accuracy, card.epochs, card.seconds, elsewhere, path))
+    curve = tuple(zip_longest(card.losses, card.accuracies))
+    return task_to_json(TeacherFacts(card.network, card.accuracy, card.epochs, card.seconds, elsewhere, path, curve))
 
 
 def run_test(payload: Json) -> Json:
-    """TestTask -> {"test_accuracy", "weights" (their file), "hits"}."""
+    """TestTask -> {"test_accuracy", "weights" (their file), "hits", "confusion"}."""
     task = task_from_json(TestTask, payload)
     context, trial = open_context(task.worker), task.trial
     if trial is None:
@@ -104,8 +116,14 @@ def run_test(payload: Json) -> Json:
         network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
         load_weights(weights, network)
         network = place(network, context.device)
-    found = context.read_out(network, context.data.test, fidelity)
-    return {"test_accuracy": found.accuracy, "weights": str(weights), "hits": hits_to_text(found.hits)}
+    test = context.data.test
+    found = context.read_out(network, test, fidelity)
+    return {
+        "test_accuracy": found.accuracy,
+        "weights": str(weights),
+        "hits": hits_to_text(found.hits),
+        "confusion": confusion(test.labels, found.predicted, len(context.data.classes)),
+    }
 
 
 def run_latency(payload: Json) -> list[float]:
@@ -141,7 +159,7 @@ def _proxy_batch(context: WorkerContext, teacher: Path | None) -> ProxyBatch:
 
 
 def run_score(payload: Json) -> Json:
-    """ScoreTask -> {"accuracy", "images", "device", "notes" (on the data)}.
+    """ScoreTask -> {"classes", "confusion" (engine.training.train.confusion), "device", "notes" (on the data)}.
 
     Raises UsageError if the classes, or their order, differ.
     """
@@ -160,7 +178,12 @@ def run_score(payload: Json) -> Json:
     )
     load_weights(task.weights, network)
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
-    network, images = place(network, context.device), sum(map(len, splits))
-    correct = sum(int(context.read_out(network, split, trial.fidelity).hits.sum()) for split in splits)
-    device, notes = device_name(context.device), [*data.notes, *data.warnings]
-    return {"accuracy": correct / images, "images": images, "device": device, "notes": notes}
+    network = place(network, context.device)
+    predicted = np.concatenate([context.read_out(network, split, trial.fidelity).predicted for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    return {
+        "classes": data.classes,
+        "confusion": confusion(labels, predicted, len(data.classes)),
+        "device": device_name(context.device),
+        "notes": [*data.notes, *data.warnings],
+    }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Student:
     `forward` is the network, its compiled form or its lean one (engine/training/lean.py). Random numbers that its
     layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is
     kept. `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is
-    limited.
+    limited. `curve` has the mean loss of each epoch (engine.trial.Curve).
     """
 
     network: nn.Module
@@ -38,6 +39,7 @@ class Student:
     live: list[Tensor] = field(default_factory=list)
     execution: str = "eager"
     latency_ms: float = 0.0
+    curve: list[tuple[float, float | None]] = field(default_factory=list)
     status: Status = "ok"
     error: str = ""
 
@@ -249,6 +251,20 @@ def apply_ema(student: Student) -> None:
     """Replaces the network's state by its running average, to be scored and saved."""
     if student.average is not None:
         torch._foreach_copy_(student.live, student.average)
+
+
+@contextlib.contextmanager
+def averaged(student: Student) -> Iterator[None]:
+    """Within the block, the network has the state that it would be scored with at this point of its training."""
+    own = [value.clone() for value in student.live]
+    apply_ema(student)
+    try:
+        yield
+    finally:
+        student.network.train()
+        with torch.no_grad():
+            for live, value in zip(student.live, own, strict=True):
+                live.copy_(value)
 
 
 class ProcessLost(RuntimeError):

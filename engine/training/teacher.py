@@ -30,7 +30,8 @@ class Card:
 
     `network` is the argument of `build`: SPACE#ARCHITECTURE, torchvision:NAME, timm:NAME or FILE.py:NAME. `accuracy`
     is on the validation split, 0..1; `mean` and `std` are the normalisation that the network was trained with. `losses`
-    holds the mean loss of each epoch of its training; () if the weights were trained elsewhere.
+    holds the mean loss of each epoch of its training, and `accuracies` the validation accuracy after it (None where it
+    was not measured); () if the weights were trained elsewhere.
     """
 
     network: str
@@ -44,6 +45,7 @@ class Card:
     accuracy: float
     seconds: float
     losses: tuple[float, ...] = ()
+    accuracies: tuple[float | None, ...] = ()
 
 
 class FeatureExtractor(nn.Module):

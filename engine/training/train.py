@@ -17,6 +17,7 @@ from engine.config import Execution, SearchConfig
 from engine.data.batches import Batch, Batches
 from engine.training.distill import FeatureKey
 from engine.training.graphs import SequentialRunner, StreamRunner
+from engine.training.observe import Observer
 from engine.training.student import Inputs, Student, apply_ema, precision
 from engine.training.teacher_cache import CachedTeacher
 
@@ -55,17 +56,22 @@ def train(
     watch: Stopwatch,
     after_epoch: Callable[[int], None] | None = None,
     execution: Execution = "auto",
+    observer: Observer | None = None,
 ) -> None:
     """Trains every student of the cohort on the same batches, in place, from `batches.first_epoch` to the last epoch.
 
-    `after_epoch` is called with the number of finished epochs. A student that raises, or whose loss is no longer
-    finite, is dropped with a status; the others continue.
+    `after_epoch` is called with the number of finished epochs, and `observer` told of the progress. The curves of the
+    students get the mean loss of each epoch. A student that raises, or whose loss is no longer finite, is dropped with
+    a status; the others continue.
     """
     iterator, dtype = iter(batches), precision(config, batches.device)
     feature_keys = {key for student in cohort for key in student.objective.feature_keys}
     outputs = teacher.outputs_for(batches, feature_keys) if teacher is not None else None
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
     runner: Runner | None = None
+    losses = MeanLoss(cohort)
+    if observer is not None:
+        observer.begin(batches, len(cohort))
     try:
         with watch.phase("capture"):
             example = _example(batches, dtype, teacher, feature_keys, config.lr)
@@ -80,10 +86,14 @@ def train(
             inputs = Inputs(images, batch.labels, output, rate)
             with watch.phase("train"):
                 runner.advance(inputs, step)
+            if observer is not None and observer.due():
+                with watch.phase("train"):
+                    runner.join()
+                    observer.tell(step + 1, losses.recent(step + 1 - first))
             if (step + 1) % batches.steps_per_epoch == 0:
                 with watch.phase("train"):
                     runner.join()
-                    _drop_diverged(cohort, step + 1)
+                    losses.end_epoch(step + 1 - first, step + 1)
                 if not any(student.status == "ok" for student in cohort):
                     return
                 if after_epoch is not None:
@@ -120,22 +130,50 @@ def _example(
     return Inputs(images, labels, teacher.ask(images, keys) if teacher is not None else None, rate)
 
 
-def _drop_diverged(cohort: Sequence[Student], step: int) -> None:
-    """Drops students whose loss is not finite. Runs once per epoch, because reading the losses waits for the device."""
-    students = [student for student in cohort if student.status == "ok"]
-    finite = torch.stack([student.loss_sum for student in students]).isfinite().tolist() if students else []
-    for student, is_finite in zip(students, finite, strict=True):
-        if not is_finite:
-            student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
+class MeanLoss:
+    """The mean losses of a cohort since its last finished epoch. Reading them waits for the device."""
+
+    def __init__(self, cohort: Sequence[Student]) -> None:
+        self.cohort, self.done = cohort, 0
+        self.sums = self._read()
+
+    def recent(self, done: int) -> float:
+        """The mean over the students, `done` steps after the start; of the last epoch, if it has just ended."""
+        means = list(self._means(done).values()) if done > self.done else [s.curve[-1][0] for s in self._training()]
+        return sum(means) / len(means) if means else math.nan
+
+    def end_epoch(self, done: int, step: int) -> None:
+        """Adds the mean loss of the epoch to each student's curve; drops students whose loss is not finite."""
+        means, students = self._means(done), self._training()
+        for student in students:
+            mean = means[id(student)]
+            if math.isfinite(mean):
+                student.curve.append((float(f"{mean:.6g}"), None))
+            else:
+                student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
+        self.done, self.sums = done, self._read()
+
+    def _training(self) -> list[Student]:
+        return [student for student in self.cohort if student.status == "ok"]
+
+    def _read(self) -> dict[int, float]:
+        students = self._training()
+        sums = torch.stack([student.loss_sum for student in students]).tolist() if students else []
+        return dict(zip(map(id, students), sums, strict=True))
+
+    def _means(self, done: int) -> dict[int, float]:
+        now, steps = self._read(), done - self.done
+        return {key: (value - self.sums[key]) / steps for key, value in now.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readout:
-    """What one pass over a split of N images says of a network: which images it classifies right (N,), its mean cross
-    entropy with the labels in nats, and its agreement with the teacher, the share (0..1) of the images to which both
-    give the same class (None without a teacher)."""
+    """What one pass over a split of N images says of a network: which images it classifies right (N,), the class it
+    gives to each (N,), its mean cross entropy with the labels in nats, and its agreement with the teacher, the share
+    (0..1) of the images to which both give the same class (None without a teacher)."""
 
     hits: Hits
+    predicted: npt.NDArray[np.int64]
     cross_entropy: float
     agreement: float | None = None
 
@@ -174,16 +212,24 @@ def read_out(
 
 
 def _by_image(logits: Tensor, labels: Tensor, theirs: Tensor | None) -> Tensor:
-    """For each image of a batch: whether its class is right, its cross entropy, whether the teacher agrees; (3, N)."""
+    """For each image of a batch: whether its class is right, that class, its cross entropy, whether the teacher agrees;
+    (4, N)."""
     classes = logits.argmax(1)
     agrees = torch.zeros_like(classes) if theirs is None else classes == theirs
     entropy = nn.functional.cross_entropy(logits.double(), labels, reduction="none")
-    return torch.stack([(classes == labels).double(), entropy, agrees.double()])
+    return torch.stack([(classes == labels).double(), classes.double(), entropy, agrees.double()])
 
 
 def _readout(batches: Sequence[Tensor], has_teacher: bool) -> Readout:
-    right, entropy, agrees = np.array(torch.cat(list(batches), 1).tolist())
-    return Readout(right.astype(np.bool_), float(entropy.mean()), float(agrees.mean()) if has_teacher else None)
+    right, classes, entropy, agrees = np.array(torch.cat(list(batches), 1).tolist())
+    agreement = float(agrees.mean()) if has_teacher else None
+    return Readout(right.astype(np.bool_), classes.astype(np.int64), float(entropy.mean()), agreement)
+
+
+def confusion(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> list[list[int]]:
+    """How many images of each class (rows) are given each class (columns): the confusion matrix (classes, classes)."""
+    counts = np.bincount(labels * classes + predicted, minlength=classes**2)
+    return [[int(count) for count in row] for row in counts.reshape(classes, classes)]
 
 
 @torch.no_grad()
