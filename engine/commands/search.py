@@ -83,7 +83,7 @@ def summary(result: dict[str, Any]) -> str:
         + (f"\n            {counts['inherited']} scored with inherited weights" if "inherited" in counts else "")
         + f"\n            {counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, "
         f"{counts['failed']} failed; Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, "
-        f"MACs alone {tau['macs_vs_high']}" + _front(result.get("front", []))
+        f"MACs alone {tau['macs_vs_high']}" + _front(result["front"], result["front_cost"])
     )
 
 
@@ -100,9 +100,12 @@ def _baseline(row: dict[str, Any]) -> str:
     return f"{row['name']}{network}: test {_accuracy(row, 'test')}{size}"
 
 
-def _front(front: list[dict[str, Any]]) -> str:
+def _front(front: list[dict[str, Any]], cost: str) -> str:
     """One line for each network of the front."""
-    lines = [f"{e['macs'] / 1e6:.2f} million MACs: {e['valid_accuracy']:.4f}, {e['architecture']}" for e in front]
+    from engine.search.front import COSTS
+
+    unit, size = COSTS[cost]
+    lines = [f"{one[cost] / size:.2f} {unit}: valid {_accuracy(one, 'valid')}, {one['architecture']}" for one in front]
     return "".join(f"\n            front {line}" for line in lines)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.trial import Fidelity
 
 EVERY_S = 2.0
+FRONT_ROWS = 8
 
 
 def parser() -> ArgumentParser:
@@ -64,6 +65,7 @@ LABELS = {"inherited": "inherited weights", "low": "low fidelity", "high": "full
 def summary(run: Run) -> dict[str, Any]:
     """The state of a run as plain values. `state` is running, finished, or stopped (no search is running on this
     machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores."""
+    from engine.search.front import member_row
     from engine.search.proxies import seconds
     from engine.trial import failed
 
@@ -93,6 +95,8 @@ def summary(run: Run) -> dict[str, Any]:
             "params": best.params,
         },
         "winner": run.result and run.result["winner"],
+        "front_cost": run.front_cost,
+        "front": [member_row(member) for member in run.front],
         "final": run.result and run.result.get("final"),
         "verdict": run.result and run.result.get("verdict"),
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
@@ -160,10 +164,29 @@ def screen(state: dict[str, Any]) -> Table:
         lines.add_row("finished", f"test {state['final']['test_accuracy']:.4f} after {state['final']['epochs']} epochs")
     if state["verdict"]:
         lines.add_row("verdict", state["verdict"])
+    if state["front"]:
+        lines.add_row("front", _front(state["front"], state["front_cost"]))
     lines.add_row("workers", f"{duration(state['worker_seconds'])} of work")
     if state["last_failure"]:
         lines.add_row("last failure", state["last_failure"][:200])
     return lines
+
+
+def _front(front: list[dict[str, Any]], cost: str) -> Table:
+    """The networks on the front, or of a long one some that are spread over it."""
+    from rich.table import Table
+
+    from engine.search.front import COSTS
+
+    unit, size = COSTS[cost]
+    table = Table.grid(padding=(0, 2))
+    shown = sorted({round(place * (len(front) - 1) / (FRONT_ROWS - 1)) for place in range(FRONT_ROWS)})
+    for one in (front[place] for place in shown):
+        accuracy = f"valid {one['valid_accuracy']:.4f} +- {one['valid_standard_error']:.4f}"
+        table.add_row(accuracy, f"{one[cost] / size:.2f} {unit}", one["architecture"])
+    if len(shown) < len(front):
+        table.add_row(f"{len(shown)} of {len(front)}; all: trials --front")
+    return table
 
 
 def _progress(counts: dict[str, int]) -> Table:
