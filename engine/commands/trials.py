@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MEASURED = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params")
 SHOWN = (*MEASURED, "standing", "seconds", "worker")
 COSTS = ("macs", "params", "latency_ms")
-FRONT_SHOWN = ("architecture", "valid_accuracy", "valid_standard_error", "test_accuracy", *COSTS)
+FRONT_SHOWN: tuple[str, ...] = ("architecture", "valid_accuracy", "valid_standard_error", "test_accuracy", *COSTS)
 FRONT_SHOWN += ("epochs", "seeds", "valid_images", "within_error_of")
 # Columns that are shown if a row has a value.
 SOMETIMES = ("standing", "test_accuracy", "latency_ms", "within_error_of")

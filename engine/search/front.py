@@ -61,8 +61,9 @@ class FrontMember:
     @property
     def judged(self) -> str:
         """How the validation accuracy was measured, for people."""
-        seeds = ("seed " if len(self.seeds) == 1 else "mean of seeds ") + ", ".join(map(str, self.seeds))
-        return f"{self.epochs} epochs, {seeds}, {self.valid_images:,} validation images"
+        seeds = ", ".join(map(str, self.seeds))
+        with_seeds = f"with seed {seeds}" if len(self.seeds) == 1 else f"with the seeds {seeds} (their mean)"
+        return f"Trained for {self.epochs} epochs {with_seeds}; scored on {self.valid_images:,} validation images"
 
 
 def cost_axis(objectives: str) -> str:

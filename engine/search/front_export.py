@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.config import Resources
 from engine.run_folder import export_record_of, front_tables_of, write_atomically
-from engine.search.front import COSTS, FrontMember, member_row
+from engine.search.front import FrontMember, member_row
 from engine.search.one_architecture import export, exporter, select_evaluation
 from engine.search.progress import Display
 from engine.search.runs import Run, as_csv
@@ -97,7 +97,7 @@ def write_tables(run: Run, members: Sequence[FrontMember], out: Path) -> tuple[P
 
 def markdown(run: Run, members: Sequence[FrontMember]) -> str:
     """The front as a page: a table that links the model cards, and how to read it."""
-    unit, _ = COSTS[run.front_cost]
+    less = {"macs": "fewer MACs", "params": "fewer parameters", "latency_ms": "a lower latency"}[run.front_cost]
     winner = run.best.trial.architecture if run.result and run.best else None
     heads = ["network", "validation, %", "test, %", "million MACs", "parameters"]
     timed = any(member.latency_ms is not None for member in members)
@@ -105,8 +105,7 @@ def markdown(run: Run, members: Sequence[FrontMember]) -> str:
     lines = [f"# The front of {run.folder.path.name}\n"]
     lines.append(
         f"Networks of `{run.config.space}` on `{run.config.data}`. Of those that the run trained in full, no other one "
-        f"has both a higher validation accuracy and fewer {unit.removeprefix('million ')}. Each has a folder here, "
-        "with its model card.\n"
+        f"has both a higher validation accuracy and {less}. Each has a folder here, with its model card.\n"
     )
     lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for member in members:
