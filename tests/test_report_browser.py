@@ -141,8 +141,8 @@ def run(finished_run: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def page(run: Run) -> Path:
-    return Path(write(run, run.folder.report)["report"])
+def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write(run, tmp_path_factory.mktemp("report"))["report"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -266,7 +266,7 @@ def test_the_budget_picks_the_best_network_below_it_by_keyboard(browser: Browser
 
 
 @pytest.mark.parametrize("clipboard", ["granted", "denied"])
-def test_the_copied_command_exports_the_chosen_network(browser: Browser, page: Path, clipboard: str) -> None:
+def test_the_copied_command_exports_the_chosen_network(browser: Browser, run: Run, page: Path, clipboard: str) -> None:
     """Also where the page has no right to the clipboard, by the selection."""
     browser.open(page, 1440)
     browser.evaluate("document.querySelector('.members button').click()")
@@ -281,4 +281,4 @@ def test_the_copied_command_exports_the_chosen_network(browser: Browser, page: P
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="v", code="KeyV", modifiers=2, commands=["paste"])
     pasted = browser.evaluate("document.getElementById('paste').value")
     assert pasted == state(browser)["command"]
-    assert shlex.split(pasted)[-4:] == ["export", str(page.parent.parent), "--arch", state(browser)["network"]]
+    assert shlex.split(pasted)[-4:] == ["export", str(run.folder), "--arch", state(browser)["network"]]
