@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, over
 
 from engine import __version__
 from engine.config import FINAL_SETTINGS, Budget, Resources, RunSettings, SearchConfig
+from engine.search.front import FrontMember
 from engine.space import Choice, SearchSpace
 from engine.trial import Architecture, Drained, EngineError, Evaluation, Fidelity
 
@@ -37,6 +38,7 @@ __all__ = [
     "Error",
     "Evaluation",
     "Fidelity",
+    "FrontMember",
     "Network",
     "Replay",
     "Run",
@@ -233,14 +235,11 @@ class Run:
         """Whether the search was worth it, compared with its baselines; empty until it has finished."""
         return (self._stored.result or {}).get("verdict", "")
 
-    @cached_property
-    def front(self) -> list[Network]:
-        """The Pareto front of the full trainings so far, accuracy against MACs, cheapest first."""
-        from engine.search.methods.recommend import front
-        from engine.trial import History
-
-        best = front(History(self._stored.answers), self._stored.plan)
-        return [Network(e.trial.architecture, e.accuracy, e.macs, e.params) for e in best]
+    @property
+    def front(self) -> list[FrontMember]:
+        """The networks that no other one trained in full so far beats in both validation accuracy and cost, cheapest
+        first. The cost is that of `objectives`, else multiply-accumulates."""
+        return self._stored.front
 
     @property
     def tau(self) -> Mapping[str, float | None]:
@@ -264,14 +263,28 @@ class Run:
 
         Each format is verified against the checkpoint. Returns the folder: `out`, or RUN/export/ARCHITECTURE.
         """
-        from engine.search.one_architecture import export, select_evaluation
+        from engine.search.one_architecture import export, exporter, select_evaluation
         from engine.search.progress import Display
 
         chosen = select_evaluation(self._stored, None if architecture is None else str(architecture))
         folder = Path(out) if out else self._stored.folder.export(chosen.trial.architecture)
         resources = Resources(device=device)  # type: ignore[arg-type]
+        with Display("none") as display, exporter(self._stored, resources) as fleet:
+            return Path(export(self._stored, chosen, folder, fleet, display)["folder"])
+
+    def export_front(self, out: PathOrName | None = None, device: str = "auto") -> Path:
+        """Exports every network of `front` to its own folder in `out` (default: RUN/export), with front.csv and
+        front.md.
+
+        Networks that are there already are skipped. Returns the folder.
+        """
+        from engine.search.front_export import export_front
+        from engine.search.progress import Display
+
+        folder = Path(out or self._stored.folder.exports).absolute()
+        resources = Resources(device=device)  # type: ignore[arg-type]
         with Display("none") as display:
-            return Path(export(self._stored, chosen, folder, resources, display)["folder"])
+            return Path(export_front(self._stored, folder, resources, display)["folder"])
 
 
 def _network(row: Mapping[str, Any]) -> Network:

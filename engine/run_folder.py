@@ -120,8 +120,13 @@ class RunFolder:
         """State of a full training between epochs, see `training_state_of`."""
         return training_state_of(self.weights(trial))
 
+    @property
+    def exports(self) -> Path:
+        """The folder of all that was exported, by default."""
+        return self.path / "export"
+
     def export(self, architecture: object) -> Path:
-        return self.path / "export" / str(architecture)
+        return self.exports / str(architecture)
 
     def job_script(self, name: str) -> Path:
         return self.path / name
@@ -220,6 +225,16 @@ class RunFolder:
 def training_state_of(weights: Path) -> Path:
     """State of the training that will write `weights`; removed once it has finished or failed for good."""
     return weights.with_suffix(".state.pt")
+
+
+def export_record_of(folder: Path) -> Path:
+    """What an export in `folder` has measured, and of which weights, as JSON."""
+    return folder / "export.json"
+
+
+def front_tables_of(folder: Path) -> tuple[Path, Path]:
+    """The tables of a front that was exported to `folder`: CSV and Markdown."""
+    return folder / "front.csv", folder / "front.md"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -104,10 +105,15 @@ def test_every_format_gives_the_logits_of_the_checkpoint(spec: str, tmp_path: Pa
     report = run_export(task)
     out = Path(report["folder"])
     assert {path.name for path in out.iterdir()} == {
-        "README.md", "model.onnx", "model.pt2", "model.py", "weights.safetensors",
+        "README.md", "export.json", "model.onnx", "model.pt2", "model.py", "weights.safetensors",
     }  # fmt: skip
     assert set(report["differences"]) == {"model.py", "model.pt2", "model.onnx"}
     assert max(report["differences"].values()) <= 1e-4
+    record = json.loads((out / "export.json").read_text())
+    checkpoint = RunFolder(tmp_path).weights(task.trial).read_bytes()
+    assert record["weights_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert record["latency_ms"] == report["latency_ms"]
+    assert {*record["files"], "export.json"} == {path.name for path in out.iterdir()}
     pixels = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (task.normalisation.mean, task.normalisation.std))
     images = (pixels / 255 - mean) / std
@@ -190,7 +196,7 @@ def test_a_space_that_needs_more_than_torch_is_exported_without_model_py(own: Ex
     report = run_export(own)
     assert report["no_model_py"] == "own.py imports numpy"
     assert {path.name for path in own.out.iterdir()} == {
-        "README.md", "model.onnx", "model.pt2", "weights.safetensors",
+        "README.md", "export.json", "model.onnx", "model.pt2", "weights.safetensors",
     }  # fmt: skip
     card = (own.out / "README.md").read_text()
     assert "no `model.py`: own.py imports numpy" in card

@@ -122,6 +122,16 @@ def test_a_run_is_opened_reported_and_exported(finished: mfkd.Run, tmp_path: Pat
     assert {"weights.safetensors", "model.py", "README.md"} <= {path.name for path in folder.iterdir()}
 
 
+def test_the_front_is_exported_with_the_networks_that_it_lists(finished: mfkd.Run, tmp_path: Path) -> None:
+    folder = finished.export_front(tmp_path / "front", device="cpu")
+    names = [str(member.architecture) for member in finished.front]
+    assert {path.name for path in folder.iterdir()} == {*names, "front.csv", "front.md"}
+    assert all({"model.onnx", "model.py", "README.md"} <= {p.name for p in (folder / name).iterdir()} for name in names)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    assert finished.export_front(folder, device="cpu") == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == before, "what is there is not made again"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -14,17 +15,18 @@ import pytest
 from plotly import graph_objects
 
 import cli
-from engine.report import accuracy_charts
+from engine.report import accuracy_charts, front_section
 from engine.report.architecture_drawing import draw
-from engine.report.final_trainings import label_places
+from engine.report.final_trainings import LETTER, label_box, label_places
 from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import spans_of, timeline
 from engine.search import runs
+from engine.search.front import FrontMember, front
 from engine.search.predictions import load_predictions
 from engine.spaces.load import load_space
 from engine.trial import Architecture
 
-CHARTS = ["incumbent", "low-full", "pareto", "predicted", "calibration", "weights", "timeline", "cost", "teacher"]
+CHARTS = ["front", "incumbent", "low-full", "predicted", "calibration", "weights", "timeline", "cost", "teacher"]
 CHARTS += ["class-accuracy", "confusion"]
 
 
@@ -118,15 +120,66 @@ def test_rank_correlations_come_with_their_intervals(finished_run: Path) -> None
     assert re.search(f"Kendall's tau {number} over \\d+ architectures; with MACs held fixed {number};", chart.caption)
 
 
-def test_the_front_holds_the_points_that_no_other_beats_in_both() -> None:
-    x, y = [3.0, 1.0, 2.0, 4.0, 2.0, 5.0], [5.0, 1.0, 4.0, 4.5, 3.0, 6.0]
-    assert accuracy_charts.front(x, y) == [1, 2, 0, 5]
+def test_a_point_of_the_front_leads_to_its_network_its_numbers_and_how_to_export_it(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    found = front_section.front_data(run)
+    assert found is not None
+    assert (found["cost"], list(found["costs"])) == ("macs", ["macs", "params"])
+    axis = found["costs"]["macs"]
+    on_front = [found["networks"][place] for place in axis["front"]]
+    assert [one["architecture"] for one in on_front] == [str(member.architecture) for member in run.front]
+    for place, member in zip(axis["front"], run.front, strict=True):
+        network = found["networks"][place]
+        assert axis["x"][place] == pytest.approx(member.macs / 1e6)
+        assert network["accuracy"] == pytest.approx(100 * member.valid_accuracy)
+        assert network["drawing"] == draw(load_space(run.config.space), member.architecture)
+        assert network["command"].endswith(f"export {finished_run} --arch {member.architecture}")
+        assert network["how"] == "Trained for 20 epochs with seed 0; scored on 20 validation images."
+    (shown,) = [t for t in front_section.front_chart(run).data if t["meta"] == "macs" and t["name"] == "on the front"]
+    assert shown["customdata"] == axis["front"]
+    assert shown["error_y"]["array"] == pytest.approx([100 * member.valid_standard_error for member in run.front])
+    winner = found["networks"][found["chosen"]]
+    assert run.result is not None
+    assert winner["architecture"] == run.result["winner"]["architecture"]
+
+
+def test_the_panel_says_what_beats_a_network_and_whether_that_is_within_the_error(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+
+    def network(name: str, accuracy: float, macs: int, error: float) -> FrontMember:
+        one = run.trained[0]
+        standing = {"valid_accuracy": accuracy, "valid_standard_error": error, "macs": macs}
+        return replace(one, architecture=Architecture.parse(name), **standing)
+
+    cheap, better, worse = network("0", 0.5, 10, 0.01), network("1", 0.7, 20, 0.01), network("2", 0.6, 40, 0.01)
+    close = network("3", 0.71, 40, 0.01)
+    trained = [close, worse, better, cheap]
+    members = front(trained, "macs")
+    said = [front_section.standing(member, members, "macs") for member in (cheap, better, close, worse)]
+    assert said[0] == "On the front: its cheapest member."
+    assert said[1] == "On the front, and clearly more accurate than every cheaper member of it."
+    assert said[2].startswith("On the front, but within the error of 1, at 0.50 times the MACs: the difference of 1.00")
+    assert said[3] == "Not on the front: 3 is 11.00 points better (clearly), at 1.00 times the MACs."
+
+
+def test_the_report_says_why_the_winner_is_not_the_highest_dot(finished_run: Path) -> None:
+    run = runs.open_run(str(finished_run))
+    assert run.result is not None
+    highest = max(run.trained, key=lambda member: member.valid_accuracy).architecture
+    other = next(str(member.architecture) for member in run.trained if member.architecture != highest)
+
+    def caption(winner: str) -> str:
+        result = run.result or {}
+        return front_section.front_chart(replace(run, result={**result, "winner": {"architecture": winner}})).caption
+
+    assert f"The winner is not the highest dot, {highest}: the best of several" in caption(other)
+    assert "not the highest dot" not in caption(str(highest))
 
 
 def test_the_finished_winner_and_its_baselines_are_named_in_the_picture(finished_run: Path) -> None:
     run = runs.open_run(str(finished_run))
-    chart = accuracy_charts.pareto(run)
-    (shown,) = [trace for trace in chart.data if trace["visible"] and "error_y" in trace]
+    chart = front_section.front_chart(run)
+    (shown,) = [trace for trace in chart.data if trace["meta"] == "macs" and trace["name"] == "final"]
     assert shown["text"] == ["finished winner", "largest within the limits", "largest network"]
     assert shown["y"] == pytest.approx([90.12, 88.02, 88.02])
     assert shown["error_y"]["array"] == pytest.approx([1.23] * 3)
@@ -134,15 +187,28 @@ def test_the_finished_winner_and_its_baselines_are_named_in_the_picture(finished
     assert shown["x"][2] == pytest.approx(2 * run.result["winner"]["macs"] / 1e6)
     assert "on the test images, after the final training" in chart.caption
     without = {key: value for key, value in run.result.items() if key not in ("final", "baselines", "verdict")}
-    plain = accuracy_charts.pareto(replace(run, result=without))  # as an earlier version wrote it
-    assert not any("error_y" in trace for trace in plain.data)
+    plain = front_section.front_chart(replace(run, result=without))  # as an earlier version wrote it
+    assert "final" not in {trace["name"] for trace in plain.data}
 
 
-def test_labels_in_the_picture_stay_apart() -> None:
-    assert label_places([0.6, 1.2], [88.0, 88.0]) == ["bottom right", "top left"]
-    assert label_places([1.0, 2.0, 1.9, 1.8], [50.0, 70.0, 80.0, 60.0]) == [
-        "bottom right", "middle left", "top left", "bottom left",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([8.5, 10.2, 17.0], [90.1, 88.0, 88.0]),
+        ([0.6, 0.7, 1.2], [88.0, 88.0, 88.0]),
+        ([1.0, 2.0, 1.9], [50.0, 70.0, 80.0]),
+    ],
+)
+def test_names_in_the_picture_stay_apart(x: list[float], y: list[float]) -> None:
+    names = ["finished winner", "largest within the limits", "largest network"]
+    ends = (max(x), min(y) - 25)
+    places = label_places(names, x, y, ends)
+    scaled = [(a / ends[0], (b - ends[1]) / (max(y) - ends[1])) for a, b in zip(x, y, strict=True)]
+    boxes = [
+        label_box(place, LETTER * len(name), *at) for name, place, at in zip(names, places, scaled, strict=True)
+    ]
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1], (places, boxes)
 
 
 def test_predictions_are_shown_against_their_outcomes(finished_run: Path) -> None:

@@ -6,13 +6,18 @@ import base64
 import json
 import os
 import select
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from engine.report.write import write
+from engine.search.runs import Run, open_run
 
 QUIET = ("quic", "background-networking", "component-update", "sync", "extensions", "gpu", "dev-shm-usage")
 FLAGS = ["--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-pipe", *(f"--disable-{q}" for q in QUIET)]
@@ -126,11 +131,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page(finished_run: Path) -> Path:
-    from engine.report.write import write
-    from engine.search.runs import open_run
+def run(finished_run: Path) -> Run:
+    """The finished run, with MACs that put every second network by accuracy on the front, and the others off it."""
+    found = open_run(str(finished_run))
+    ranked = sorted(found.at(found.plan.high), key=lambda e: e.accuracy)
+    macs = {e.trial.number: 50_000 * (place + 1) + 600_000 * (place % 2) for place, e in enumerate(ranked)}
+    answers = {n: replace(e, macs=macs.get(n, e.macs)) for n, e in found.record.answers.items()}
+    return replace(found, record=replace(found.record, answers=answers))
 
-    return Path(write(open_run(str(finished_run)), finished_run / "report")["report"])
+
+@pytest.fixture(scope="module")
+def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write(run, tmp_path_factory.mktemp("report"))["report"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -159,12 +171,114 @@ def test_colours_follow_the_scheme(browser: Browser, page: Path) -> None:
     assert browser.evaluate(script) != light
 
 
-def test_hovering_names_the_architecture(browser: Browser, page: Path) -> None:
-    from engine.search.runs import open_run
-
+def test_hovering_names_the_architecture(browser: Browser, run: Run, page: Path) -> None:
     browser.open(page, 1440)
     browser.evaluate("Plotly.Fx.hover('low-full', [{curveNumber: 0, pointNumber: 0}])")
     shown = browser.evaluate("document.querySelector('#low-full .hoverlayer').textContent")
-    names = {str(e.trial.architecture) for e in open_run(str(page.parent.parent)).answers}
+    names = {str(e.trial.architecture) for e in run.answers}
     assert any(shown.startswith(name) for name in names)
     assert "million MACs" in shown
+
+
+STATE = """(() => {
+const text = (selector) => document.querySelector(selector).textContent;
+const ring = document.getElementById('front').data.at(-1);
+const pressed = document.querySelector('.members [aria-pressed=true]');
+return {
+  network: text('#network .architecture'), facts: text('#network .facts'), said: text('#network'),
+  command: text('.command code'), drawn: document.querySelectorAll('#network svg .node').length,
+  budget: text('#budget-text'), slider: +document.getElementById('budget').value,
+  ring: [ring.x[0], ring.y[0]], pressed: pressed && pressed.textContent,
+};
+})()"""
+
+
+def state(browser: Browser) -> dict[str, Any]:
+    """What the section of the front shows."""
+    found: dict[str, Any] = browser.evaluate(STATE)
+    return found
+
+
+def press(browser: Browser, key: str) -> None:
+    text = {"text": "\r"} if key == "Enter" else {}  # without it a button is not pressed
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
+
+
+KEYS = {"Enter": 13, "Home": 36, "End": 35, "ArrowRight": 39}
+
+
+@pytest.mark.parametrize("width", [375, 1440])
+def test_a_click_on_a_point_shows_its_network(browser: Browser, run: Run, page: Path, width: int) -> None:
+    """A real click of the mouse, on a dot that is not the winner's."""
+    browser.open(page, width)
+    before = state(browser)
+    assert run.best is not None
+    assert before["network"] == before["pressed"] == str(run.best.trial.architecture)
+    cheapest = run.front[0]
+    assert str(cheapest.architecture) != before["network"]
+    browser.evaluate("document.getElementById('front').scrollIntoView()")
+    x, y = browser.evaluate(
+        """(() => {
+        const drawn = document.getElementById('front'), trace = drawn.data.findIndex((t) => t.name === 'on the front');
+        const point = drawn.querySelectorAll('.scatterlayer .trace')[trace].querySelector('.point');
+        const box = point.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+        })()"""
+    )
+    for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    browser.evaluate("new Promise(done => setTimeout(done, 400))")
+    after = state(browser)
+    assert after["network"] == after["pressed"] == str(cheapest.architecture)
+    assert after["ring"] == pytest.approx([cheapest.macs / 1e6, 100 * cheapest.valid_accuracy])
+    assert f"{100 * cheapest.valid_accuracy:.1f}" in after["facts"]
+    assert "its cheapest member" in after["said"]
+    assert after["drawn"] == 4  # the nodes of a cell
+    assert after["command"].endswith(f"--arch {cheapest.architecture}")
+    assert browser.complaints() == []
+
+
+def test_the_budget_picks_the_best_network_below_it_by_keyboard(browser: Browser, run: Run, page: Path) -> None:
+    browser.open(page, 1440)
+    browser.evaluate("document.getElementById('budget').focus()")
+    press(browser, "Home")
+    assert state(browser)["network"] == str(run.front[0].architecture)
+    for _ in range(70):
+        press(browser, "ArrowRight")
+    found = state(browser)
+    assert found["slider"] == 70
+    limit = float(found["budget"].removeprefix("at most ").removesuffix(" million MACs"))
+    best = max((m for m in run.trained if m.macs / 1e6 <= limit), key=lambda member: member.valid_accuracy)
+    assert best.architecture not in (run.front[0].architecture, run.front[-1].architecture)
+    assert found["network"] == found["pressed"] == str(best.architecture)
+    press(browser, "End")
+    assert state(browser)["network"] == str(run.front[-1].architecture)
+    browser.evaluate("document.querySelector('.members button').focus()")
+    press(browser, "Enter")
+    assert state(browser)["network"] == str(run.front[0].architecture)
+    assert state(browser)["slider"] == 0
+    browser.evaluate("document.querySelector('input[value=params]').click()")
+    assert "million parameters" in state(browser)["budget"]
+    axis = browser.evaluate("document.getElementById('front').layout.xaxis.title.text")
+    assert axis == "million parameters"
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("clipboard", ["granted", "denied"])
+def test_the_copied_command_exports_the_chosen_network(browser: Browser, run: Run, page: Path, clipboard: str) -> None:
+    """Also where the page has no right to the clipboard, by the selection."""
+    browser.open(page, 1440)
+    browser.evaluate("document.querySelector('.members button').click()")
+    if clipboard == "denied":
+        browser.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed'))")
+    browser.evaluate("document.getElementById('copy').focus()")
+    press(browser, "Enter")
+    browser.evaluate("new Promise(done => setTimeout(done, 200))")
+    assert browser.evaluate("document.getElementById('copy').textContent") == "Copied"
+    browser.evaluate("document.body.append(Object.assign(document.createElement('textarea'), {id: 'paste'}))")
+    browser.evaluate("document.getElementById('paste').focus()")
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="v", code="KeyV", modifiers=2, commands=["paste"])
+    pasted = browser.evaluate("document.getElementById('paste').value")
+    assert pasted == state(browser)["command"]
+    assert shlex.split(pasted)[-4:] == ["export", str(run.folder), "--arch", state(browser)["network"]]

@@ -16,8 +16,10 @@ from engine.config import Budget, Resources, RunSettings, SearchConfig, search_p
 from engine.fleet.fleet import TaskLost
 from engine.fleet.supervisor import TimedOut, WorkerDied
 from engine.search import run_context, search
+from engine.search.front import member_row
 from engine.search.journal import read_journal
 from engine.search.progress import Display
+from engine.search.runs import open_run
 from engine.trial import (
     Architecture,
     Evaluation,
@@ -111,15 +113,17 @@ def test_rank_correlations_use_the_means_of_repeated_trainings() -> None:
     assert search.taus(answers, plan) == {"low_vs_high": 1.0, "macs_vs_high": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("flags", "fronts"), [({"method": "mfkd-front"}, True), ({"objectives": "accuracy,macs"}, True), ({}, False)]
-)
-def test_a_search_for_a_front_prints_one(
-    flags: dict[str, Any], fronts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = run(tmp_path, monkeypatch, Formula(), replace(CONFIG, **flags))
-    assert ("front" in result) == fronts
-    assert ("front " in summary(result)) == fronts
+@pytest.mark.parametrize("objectives", ["accuracy", "accuracy,macs"])
+def test_every_search_names_its_front(objectives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result and its summary have the front that can be read from its journal while it runs."""
+    result = run(tmp_path, monkeypatch, Formula(), replace(CONFIG, objectives=objectives))
+    read = open_run(str(tmp_path / "run"))
+    assert result["front"] == json.loads(json.dumps([member_row(member) for member in read.front]))
+    assert (result["front_cost"], read.front_cost) == ("macs", "macs")
+    (member,) = result["front"]  # all networks here have the same MACs
+    full = [e for e in read.answers if e.trial.fidelity == CONFIG.high]
+    assert member["valid_accuracy"] == max(e.accuracy for e in full)
+    assert f"front 0.00 million MACs: valid {member['valid_accuracy']:.4f} +- " in summary(result)
 
 
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

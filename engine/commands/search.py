@@ -90,7 +90,7 @@ def summary(result: dict[str, Any]) -> str:
             *([f"{counts['inherited']} networks scored with inherited weights"] if "inherited" in counts else []),
             f"{counts['low']} low-fidelity and {counts['high']} full-fidelity evaluations, {counts['failed']} failed; "
             f"Kendall's tau with full fidelity: low fidelity {tau['low_vs_high']}, MACs alone {tau['macs_vs_high']}",
-            *map(_front_line, result.get("front", [])),
+            _front(result["front"], result["front_cost"]),
         ]
     )
 
@@ -117,8 +117,11 @@ def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> lis
     return [f"  {row[0]:{name}}  " + "  ".join(map(str.rjust, row[1:], others)) for row in rows]
 
 
-def _front_line(row: dict[str, Any]) -> str:
-    return f"front {row['macs'] / 1e6:.2f} million MACs: {row['valid_accuracy']:.4f}, {row['architecture']}"
+def _front(front: list[dict[str, Any]], cost: str) -> str:
+    from engine.search.front import COSTS
+
+    unit, _ = COSTS[cost]
+    return f"{len(front)} on the front of accuracy and {unit}: see trials --front; export --front exports all of it"
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 2.0
 SHOWN = 8  # workers that have a line each
+FRONT_ROWS = 8
 
 
 def parser() -> ArgumentParser:
@@ -70,6 +71,7 @@ def summary(run: Run) -> dict[str, Any]:
     machine); `idle_seconds` counts from the last line of the journal, or of the training-free scores, or the last word
     of a worker. `phase` and `activities` say what its workers are doing (engine.tasks.Activity)."""
     from engine.search.activity import read_activities
+    from engine.search.front import member_row
     from engine.search.proxies import seconds
     from engine.tasks import task_to_json
     from engine.trial import failed
@@ -105,6 +107,8 @@ def summary(run: Run) -> dict[str, Any]:
             "params": best.params,
         },
         "winner": run.result and run.result["winner"],
+        "front_cost": run.front_cost,
+        "front": [member_row(member) for member in run.front],
         "final": run.result and run.result.get("final"),
         "verdict": run.result and run.result.get("verdict"),
         "worker_seconds": round(sum(e.seconds for e in run.answers), 1),
@@ -187,6 +191,8 @@ def screen(state: dict[str, Any]) -> Table:
         lines.add_row("finished", f"test {state['final']['test_accuracy']:.4f} after {state['final']['epochs']} epochs")
     if state["verdict"]:
         lines.add_row("verdict", state["verdict"])
+    if state["front"]:
+        lines.add_row("front", _front(state["front"], state["front_cost"]))
     lines.add_row("workers", f"{duration(state['worker_seconds'])} of work")
     if state["last_failure"]:
         lines.add_row("last failure", state["last_failure"][:200])
@@ -202,6 +208,23 @@ def _now(state: dict[str, Any]) -> str:
     groups = [[one] for one in activities] if len(activities) <= SHOWN else list(by_phase(activities).values())
     lines = [f"{NAMES.get(group[0].phase, group[0].phase)}: {sentence(group)}" for group in groups]
     return "\n".join(lines or [NAMES.get(state["phase"], state["phase"])])
+
+
+def _front(front: list[dict[str, Any]], cost: str) -> Table:
+    """The networks on the front, or of a long one some that are spread over it."""
+    from rich.table import Table
+
+    from engine.search.front import COSTS
+
+    unit, size = COSTS[cost]
+    table = Table.grid(padding=(0, 2))
+    shown = sorted({round(place * (len(front) - 1) / (FRONT_ROWS - 1)) for place in range(FRONT_ROWS)})
+    for one in (front[place] for place in shown):
+        accuracy = f"valid {one['valid_accuracy']:.4f} +- {one['valid_standard_error']:.4f}"
+        table.add_row(accuracy, f"{one[cost] / size:.2f} {unit}", one["architecture"])
+    if len(shown) < len(front):
+        table.add_row(f"{len(shown)} of {len(front)}; all: trials --front")
+    return table
 
 
 def _progress(counts: dict[str, int]) -> Table:

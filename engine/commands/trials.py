@@ -10,13 +10,18 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import add_run_argument, command_parser
 from engine.config import final_fidelity
-from engine.trial import Status, failed
+from engine.trial import Status, UsageError, failed
 
 if TYPE_CHECKING:
     from engine.search.runs import Run
 
 MEASURED = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params")
 SHOWN = (*MEASURED, "standing", "seconds", "worker")
+COSTS = ("macs", "params", "latency_ms")
+FRONT_SHOWN: tuple[str, ...] = ("architecture", "valid_accuracy", "valid_standard_error", "test_accuracy", *COSTS)
+FRONT_SHOWN += ("epochs", "seeds", "valid_images", "within_error_of")
+# Columns that are shown if a row has a value.
+SOMETIMES = ("standing", "test_accuracy", "latency_ms", "within_error_of")
 
 
 def parser() -> ArgumentParser:
@@ -34,6 +39,12 @@ def parser() -> ArgumentParser:
         "lost, timeout), or too_slow",
     )
     parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
+    parser.add_argument(
+        "--front",
+        action="store_true",
+        help="instead, list the networks on the front: those that no other one trained in full beats in both accuracy "
+        "and cost, the cheapest first",
+    )
     keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params"]
     parser.add_argument(
         "--sort",
@@ -52,14 +63,25 @@ def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.runs import as_csv, open_run
 
     opened = open_run(values.run)
-    rows = select_rows(opened, values)
+    rows = front_rows(opened, values) if values.front else select_rows(opened, values)
     if values.json:
-        return {"run_dir": str(opened.folder), "trials": rows}
+        return {"run_dir": str(opened.folder), "front" if values.front else "trials": rows}
     if values.csv:
         sys.stdout.write(as_csv(rows))
         return None
-    _print(rows)
+    shown = FRONT_SHOWN if values.front else SHOWN
+    _print(rows, [name for name in shown if name not in SOMETIMES or any(one.get(name) is not None for one in rows)])
     return None
+
+
+def front_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
+    """The networks on the front, the cheapest first. UsageError for flags that select or order evaluations."""
+    from engine.search.front import member_row
+
+    if (values.fidelity, values.status, values.sort) != ("all", "all", "number"):
+        raise UsageError("--front lists networks in the order of their cost: leave --fidelity, --status and --sort out")
+    rows = [member_row(member) for member in run.front if fnmatch.fnmatchcase(str(member.architecture), values.arch)]
+    return [one | {"seeds": " ".join(map(str, one["seeds"]))} for one in rows[: values.limit or None]]
 
 
 def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
@@ -88,15 +110,15 @@ def _has_status(status: str, wanted: str) -> bool:
     return wanted in ("all", status) or (wanted == "failed" and failed(status))
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], shown: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    shown = [name for name in SHOWN if name != "standing" or any(name in one for one in rows)]
     for name in shown:
-        text = name in ("architecture", "fidelity", "status", "worker")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name == "architecture")
+        text = name in ("architecture", "fidelity", "status", "worker", "within_error_of")
+        heading = name.replace("_", " ") if name in FRONT_SHOWN else name
+        table.add_column(heading, justify="left" if text else "right", no_wrap=name == "architecture")
     for one in rows:
         table.add_row(*(_text(name, one.get(name)) for name in shown))
     # Output to a pipe is not cut to the width of a terminal.
@@ -106,8 +128,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if name in ("accuracy", "standing"):
-        return f"{value:.4f}" if name == "accuracy" else f"{value:.2f}"
+    if name.endswith(("accuracy", "error")):
+        return f"{value:.4f}"
+    if name in ("standing", "latency_ms"):
+        return f"{value:.2f}"
     if name == "seconds":
         return f"{value:.1f}"
-    return f"{value:,}" if name in ("macs", "params") else str(value)
+    return f"{value:,}" if name in ("macs", "params", "valid_images") else str(value)

@@ -49,6 +49,7 @@ FILES = {
     "weights.safetensors": "parameters and buffers",
     "model.py": "the network as readable code; needs only torch",
     "model.onnx": "ONNX, any batch size; input `images`, output `logits`; classes and normalisation in its metadata",
+    "export.json": "costs, latencies and differences in this card, for programs; the SHA-256 of the checkpoint",
     "model.pt2": '`torch.export.load("model.pt2").module()`, any batch size',
 }
 

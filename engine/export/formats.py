@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -22,7 +23,7 @@ from engine.export.card import model_card
 from engine.export.graph_code import OWN, graph_class
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
 from engine.networks import count_cost
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, export_record_of
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
 from engine.tasks import ExportTask, task_from_json
@@ -42,7 +43,8 @@ TOLERANCE = 1e-4  # largest difference of a logit, float32
 CHECKED_BATCHES = (1, 3)
 LATENCY_BATCHES = (1, 64)
 ALWAYS = {"README.md", "weights.safetensors"}
-WRITTEN = ALWAYS | {"model.onnx", "model.pt2", "model.py", "__pycache__"}  # the last appears when model.py is imported
+OPTIONAL = {"model.onnx", "model.pt2", "model.py", export_record_of(Path()).name}
+WRITTEN = ALWAYS | OPTIONAL | {"__pycache__"}  # which appears when model.py is imported
 
 # The end of model.py, the same for every network; the lines of `_constants` come before it.
 LOADER = '''
@@ -110,7 +112,8 @@ def run_export(payload: Json) -> Json:
     check_free(out)
     space = load_space(task.space)
     network = space.build(trial.architecture.choices, len(task.normalisation.classes), trial.fidelity.width)
-    load_weights(RunFolder(task.run_dir).weights(trial), network)
+    weights = RunFolder(task.run_dir).weights(trial)
+    load_weights(weights, network)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -118,6 +121,9 @@ def run_export(payload: Json) -> Json:
         report = write_formats(Logits(network).eval(), space, trial.architecture, trial.fidelity.width, task, temporary)
         card = {**task.card, **_provenance(task)}
         (temporary / "README.md").write_text(model_card(report, replace(task, card=card)))
+        files = sorted(path.name for path in temporary.iterdir() if path.is_file())
+        record = {**report, "files": files, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        export_record_of(temporary).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         temporary.replace(out)
     finally:

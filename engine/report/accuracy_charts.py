@@ -1,4 +1,4 @@
-"""The charts of measured accuracies: against time, between fidelities, and against size. Pure functions of the run."""
+"""The charts of measured accuracies: against time, and between fidelities. Pure functions of the run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from engine.report.chart import (
     points,
     time_unit,
 )
-from engine.report.final_trainings import marks, trained_rows
 from engine.search.runs import Run
 from engine.trial import Architecture, Evaluation, mean_accuracies
 from surrogate.quality import bootstrap_interval, kendall_tau, partial_tau
 
 Array = npt.NDArray[np.float64]
-SEARCHED = "winner, as searched"
 NONE_YET = "No full-fidelity evaluation has succeeded yet."
 
 
@@ -125,81 +123,3 @@ def with_interval(statistic: Callable[..., float], *samples: Array) -> str:
     """A statistic with its bootstrap interval, as text."""
     least, most = bootstrap_interval(statistic, *samples)
     return f"{statistic(*samples):.2f} [{least:.2f}, {most:.2f}]"
-
-
-def pareto(run: Run) -> Chart:
-    """Accuracy against each known cost, with the Pareto front; buttons select the cost."""
-    title = "Accuracy against size"
-    full = run.at(run.plan.high)
-    if not full:
-        return Chart("pareto", title, NONE_YET)
-    costs = {"million MACs": [e.macs / 1e6 for e in full], "million parameters": [e.params / 1e6 for e in full]}
-    if all("latency_ms" in e.costs for e in full):
-        costs["latency, ms"] = [e.costs["latency_ms"] for e in full]
-    finals = trained_rows(run)
-    name_of_best = SEARCHED if finals else "winner" if run.result else "best so far"
-    groups = [_against(run, name, x, full, name_of_best) + marks(finals, name) for name, x in costs.items()]
-    data = [trace | {"visible": place == 0} for place, group in enumerate(groups) for trace in group]
-    layout = {
-        "xaxis": axis(next(iter(costs)), rangemode="tozero"),
-        "yaxis": axis("accuracy, %" if finals else "validation accuracy, %"),
-        "updatemenus": [_cost_menu(list(costs), [len(group) for group in groups])],
-        "showlegend": False,
-    }
-    caption = (
-        f"Full accuracy against the cost of a network; the {'open ' if finals else ''}star is the {name_of_best}. "
-        "The line joins the networks that no other one beats in both: choose among them if the star is too large."
-    )
-    if finals:
-        caption += (
-            " These are accuracies on the validation images, after the trainings of the search. The marks with names "
-            "are the finished winner and what it is compared with: accuracies on the test images, after the final "
-            "training, with one standard error each way."
-        )
-    return Chart("pareto", title, caption, data, layout)
-
-
-def _cost_menu(names: Sequence[str], traces: Sequence[int]) -> Json:
-    """Buttons that each show the traces of one cost; `traces` is the number of traces of each."""
-    buttons = [
-        {
-            "label": name.split(",")[0].removeprefix("million "),
-            "method": "update",
-            "args": [
-                {"visible": [place == selected for place, count in enumerate(traces) for _ in range(count)]},
-                {"xaxis.title.text": name},
-            ],
-        }
-        for selected, name in enumerate(names)
-    ]
-    place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-    return {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False, **place}
-
-
-def _against(run: Run, name: str, x: Sequence[float], full: Sequence[Evaluation], name_of_best: str) -> list[Json]:
-    """The front, the evaluations and the best of them against one cost x (n,)."""
-    y, best = [percent(e.accuracy) for e in full], run.best
-    about = [label(run, e.trial.architecture) for e in full]
-    hover = "%{text}<br>%{y:.2f} %, %{x:.4g} " + name + "<extra></extra>"
-    kept = front(x, y)
-    won = [i for i, e in enumerate(full) if best and e.trial == best.trial]
-    star = points(
-        [x[i] for i in won],
-        [y[i] for i in won],
-        [about[i] for i in won],
-        name_of_best,
-        BEST,
-        marker={"symbol": "star-open" if name_of_best == SEARCHED else "star", "size": 15},
-        hovertemplate=hover,
-    )
-    edge = line([x[i] for i in kept], [y[i] for i in kept], "front", BEST, line={"shape": "hv"})
-    return [edge, points(x, y, about, "full", FULL, hovertemplate=hover), star]
-
-
-def front(x: Sequence[float], y: Sequence[float]) -> list[int]:
-    """Indices of the points that no other beats (smaller or equal x, greater y), by rising x."""
-    kept: list[int] = []
-    for i in sorted(range(len(x)), key=lambda i: (x[i], -y[i])):
-        if not kept or y[i] > y[kept[-1]]:
-            kept.append(i)
-    return kept

@@ -1,16 +1,22 @@
-"""The final trainings in the report: a table of the finished winner and its baselines, and their marks in a chart."""
+"""The final trainings in the report: a table of the finished winner and its baselines, and where their names go in the
+chart of the front."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-from engine.report.chart import BEST, FULL, SOFT, Json, percent, points
+from engine.report.chart import Json
 from engine.search.runs import Run
 
 FINISHED = "finished winner"
-# The keys of rows of result.json, in millions, by the title of an axis.
-COSTS = {"million MACs": "macs", "million parameters": "params"}
+Box = tuple[float, float, float, float]
+# Places of a name beside its mark, the best first; its size and distance as shares of a picture as narrow as a phone.
+PLACES = (
+    *("top center", "bottom center", "middle right", "middle left"),
+    *("top right", "top left", "bottom right", "bottom left"),
+)
+LETTER, LINE, GAP = 0.026, 0.06, 0.04
 NARROW = 3  # columns of the table that a narrow screen shows
 
 
@@ -46,10 +52,10 @@ def table(run: Run) -> str:
 
 
 def _cells(row: Json) -> list[str]:
-    gain = _with_error(row["difference"], row["difference_standard_error"], "+") if "difference" in row else ""
+    gain = with_error(row["difference"], row["difference_standard_error"], "+") if "difference" in row else ""
     return [
         escape(row["name"]),
-        _with_error(row["test_accuracy"], row["test_standard_error"]),
+        with_error(row["test_accuracy"], row["test_standard_error"]),
         gain,
         f"{row['macs'] / 1e6:.2f}" if row["macs"] else "",
         f"{row['params']:,}" if row["params"] else "",
@@ -57,7 +63,8 @@ def _cells(row: Json) -> list[str]:
     ]
 
 
-def _with_error(value: float, error: float, sign: str = "") -> str:
+def with_error(value: float, error: float, sign: str = "") -> str:
+    """A fraction of 1 in percent, with its standard error."""
     return f"{100 * value:{sign}.1f} \N{PLUS-MINUS SIGN} {100 * error:.1f}"
 
 
@@ -66,51 +73,39 @@ def _extra(column: int) -> str:
     return ' class="extra"' if column >= NARROW else ""
 
 
-def marks(rows: Sequence[Json], cost: str) -> list[Json]:
-    """The finished winner and the baselines against a cost (an axis), with their names and standard errors."""
-    key = COSTS.get(cost, "")
-    known = [row for row in rows if row.get(key)]
-    if not known:
-        return []
-    x, y = [row[key] / 1e6 for row in known], [percent(row["test_accuracy"]) for row in known]
-    hover = "%{text}<br>test %{y:.2f} %, %{x:.4g} " + cost + "<extra></extra>"
-    drawn = points(
-        x,
-        y,
-        [row["name"] for row in known],
-        "final training, on test images",
-        [BEST if row["name"] == FINISHED else FULL for row in known],
-        marker={"symbol": ["star" if row["name"] == FINISHED else "diamond" for row in known], "size": 14},
-        hovertemplate=hover,
-        mode="markers+text",
-        textposition=label_places(x, y),
-        textfont={"size": 11},
-        error_y={
-            "array": [percent(row["test_standard_error"]) for row in known],
-            "color": SOFT,
-            "thickness": 1,
-            "width": 3,
-        },
-    )
-    return [drawn]
+def label_places(names: Sequence[str], x: Sequence[float], y: Sequence[float], ends: tuple[float, float]) -> list[str]:
+    """Where the name of each mark goes, as plotly's textposition: in the picture, off the other names and marks.
 
-
-def label_places(x: Sequence[float], y: Sequence[float]) -> list[str]:
-    """Where the label of each mark goes: to the side with more room, and off the labels of its neighbours.
-
-    Of the marks on a side, the label of the highest is above it, that of the lowest below; a lone one's is below on the
-    left and above on the right, so that two at the same height do not meet.
+    The picture reaches from 0 to `ends[0]` across and from `ends[1]` up to the highest mark.
     """
-    places = [""] * len(x)
-    middle = max(x) / 2
-    for side, members in (
-        ("right", [i for i, value in enumerate(x) if value <= middle]),
-        ("left", [i for i, value in enumerate(x) if value > middle]),
-    ):
-        order = sorted(members, key=lambda i: -y[i])
-        levels = ["top", *["middle"] * (len(order) - 2), "bottom"]
-        if len(order) == 1:
-            levels = ["bottom" if side == "right" else "top"]
-        for i, level in zip(order, levels, strict=False):
-            places[i] = f"{level} {side}"
+    most, least = ends
+    height = max(max(y) - least, 1e-9)
+    at = [(a / most, (b - least) / height) for a, b in zip(x, y, strict=True)]
+    taken = [(a - GAP, b - GAP, a + GAP, b + GAP) for a, b in at]
+    places = []
+    for name, (a, b) in zip(names, at, strict=True):
+        boxes = {place: label_box(place, LETTER * len(name), a, b) for place in PLACES}
+        place = min(boxes, key=lambda place: _outside(boxes[place]) + sum(_overlap(boxes[place], o) for o in taken))
+        taken.append(boxes[place])
+        places.append(place)
     return places
+
+
+def label_box(place: str, width: float, x: float, y: float) -> Box:
+    """The box of a name beside a mark at (x, y), as shares of the picture: left, bottom, right, top."""
+    level, side = place.split()
+    left = {"left": x - GAP - width, "center": x - width / 2, "right": x + GAP}[side]
+    bottom = {"bottom": y - GAP - LINE, "middle": y - LINE / 2, "top": y + GAP}[level]
+    return left, bottom, left + width, bottom + LINE
+
+
+def _outside(box: Box) -> float:
+    """How far a box reaches out of the sides of the picture; plotly makes room above and below."""
+    return max(0.0, -box[0]) + max(0.0, box[2] - 1.0)
+
+
+def _overlap(one: Box, other: Box) -> float:
+    """The area of the overlap of two boxes, in lines of text: comparable to `_outside`."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height) / LINE

@@ -1,4 +1,3 @@
-"use strict";
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const style = getComputedStyle(document.documentElement);
 
@@ -34,10 +33,20 @@ function layout(chart) {
   });
 }
 
-function draw() {
+function drawOne(chart) {
+  const shown = chart.name === "front" ? frontFigure(chart) : chart;
   const config = { responsive: true, displayModeBar: false };
-  return Promise.all(charts.map((chart) => Plotly.react(chart.name, themed(chart.data), layout(chart), config)));
+  return Plotly.react(chart.name, themed(shown.data), layout(shown), config);
 }
 
+function drawFront() {
+  drawOne(charts.find((chart) => chart.name === "front"));
+}
+
+function draw() {
+  return Promise.all(charts.map(drawOne));
+}
+
+setUpFront();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 draw().then(() => { document.body.dataset.drawn = charts.length; });

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from engine.config import config_to_dict, flatten
-from engine.report import final_trainings
+from engine.report import final_trainings, front_section
 from engine.report.accuracy_charts import mean_percent
 from engine.report.architecture_drawing import draw
 from engine.report.chart import Chart, Json
@@ -38,18 +38,23 @@ def page(run: Run, charts: list[Chart], library: str) -> str:
         architecture=escape(str(best.trial.architecture)) if best else "none yet",
         facts=_pairs(_facts(run, best)),
         drawing=draw(load_space(config.space), best.trial.architecture) if best else "",
-        charts="\n".join(map(_figure, charts)),
+        charts="\n".join(_figure(run, chart) for chart in charts),
         final=_final(run),
         best=_table(run),
         settings=_pairs(_settings(run)),
         calls=_commands(run),
         footer=f"Written on {datetime.now():%-d %B %Y at %H:%M}. trials.csv, beside this page, holds every evaluation.",
-        # The data contain text from elsewhere (errors, paths): none of it may end the script element.
-        data=json.dumps([asdict(chart) for chart in charts if chart.data]).replace("<", "\\u003c"),
+        data=_embedded([asdict(chart) for chart in charts if chart.data]),
+        front=_embedded(front_section.front_data(run)),
         style=_asset("page.css"),
-        script=_asset("page.js"),
+        script=_asset("front.js") + _asset("page.js"),
         library=library,
     )
+
+
+def _embedded(values: Any) -> str:
+    """JSON for a script element: text from elsewhere in it (errors, paths) cannot end the element."""
+    return json.dumps(values).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:
@@ -92,6 +97,8 @@ def _settings(run: Run) -> Iterable[tuple[str, Any]]:
     if "data" in run.facts:
         yield "images", "; ".join((run.data.summary, *run.data.warnings))
     yield from flatten(config_to_dict(run.config) | config_to_dict(run.budget))
+
+
 def _percent(row: Json, split: str) -> str:
     """An accuracy with its standard error, which results of earlier versions lack."""
     error = row.get(f"{split}_standard_error")
@@ -103,7 +110,9 @@ def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
     return "".join(f"<div><dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd></div>" for key, value in pairs)
 
 
-def _figure(chart: Chart) -> str:
+def _figure(run: Run, chart: Chart) -> str:
+    if chart.data and chart.name == front_section.NAME:
+        return front_section.figure(run, chart)
     picture = f'<div class="chart" id="{chart.name}" style="min-height:{chart.height}px"></div>' if chart.data else ""
     return (
         f'<figure class="card{" wide" if chart.wide else ""}"><h2>{escape(chart.title)}</h2>{picture}'
@@ -138,13 +147,7 @@ def _table(run: Run) -> str:
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     if not rows:
         return "<p>None yet.</p>"
-    best, why = run.best, ""
-    if run.result and best and best.trial.architecture != full[0].trial.architecture:
-        why = (
-            "<p>The winner is not the first in this table: the best of several noisy scores is partly luck, so the "
-            "search averages each score with the surrogate's prediction from all others.</p>"
-        )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{why}"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _extra(column: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.report.accuracy_charts import incumbent, low_against_full, pareto
+from engine.report.accuracy_charts import incumbent, low_against_full
 from engine.report.chart import Chart, Json
 from engine.report.class_charts import class_charts
+from engine.report.front_section import front_chart
 from engine.report.page import page
 from engine.report.prediction_charts import learned_to_trust, predicted_against_measured
 from engine.report.training_charts import cost_by_phase, teacher, timeline
@@ -42,9 +43,9 @@ def all_charts(run: Run) -> list[Chart]:
     """The charts, in the order of the page."""
     past = load_predictions(run)
     return [
+        front_chart(run),
         incumbent(run),
         low_against_full(run),
-        pareto(run),
         *predicted_against_measured(past),
         learned_to_trust(past),
         timeline(run),

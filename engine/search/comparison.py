@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from engine.trial import hits_from_text
@@ -18,6 +20,16 @@ SMALLER = 0.9
 def standard_error(accuracy: float, images: int) -> float:
     """Binomial standard error of an accuracy (0..1) on that many images."""
     return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def standard_error_of_mean(accuracies: Sequence[float], images: int) -> float:
+    """Standard error of the mean accuracy (0..1) of repeated trainings, all scored on the same images.
+
+    The mean depends on the images that were drawn (the binomial error, which repeats do not reduce) and on the seeds.
+    """
+    binomial = standard_error(statistics.mean(accuracies), images)
+    seeds = statistics.variance(accuracies) / len(accuracies) if len(accuracies) > 1 else 0.0
+    return math.sqrt(binomial**2 + seeds)
 
 
 def images_in(hits: str) -> int:

@@ -106,24 +106,31 @@ def _predict_task(run: Run, architecture: str | None, images: tuple[Path, ...], 
     )
 
 
-def export(run: Run, evaluation: Evaluation, out: Path, resources: Resources, display: Display) -> Json:
-    """Exports the weights of a full training to `out` in every format, each verified, with a model card."""
-    data, trial = run.data, evaluation.trial
-    display.say(f"exporting {trial.architecture} of {run.folder}")
+@contextmanager
+def exporter(run: Run, resources: Resources) -> Iterator[Fleet]:
+    """A worker that exports networks of a run."""
     logs = run.folder.logs if os.access(run.folder.path, os.W_OK) else None  # runs of other people can be exported too
     with worker(resources, logs, "engine.export.formats") as (fleet, _):
-        task = ExportTask(
-            run_dir=run.folder.path,
-            trial=trial,
-            space=run.config.space,
-            teacher=run.folder.teacher_weights(run.config),
-            out=out.absolute(),
-            normalisation=data.normalisation,
-            resolution=trial.fidelity.resolution or data.resolution,
-            device=fleet.device,
-            card=card_facts(run, evaluation),
-        )
-        report: Json = answer_of(submit(fleet, task))
+        yield fleet
+
+
+def export(run: Run, evaluation: Evaluation, out: Path, fleet: Fleet, display: Display) -> Json:
+    """Exports the weights of a full training to `out` in every format, each verified, with a model card. `fleet` is an
+    `exporter`."""
+    data, trial = run.data, evaluation.trial
+    display.say(f"exporting {trial.architecture} of {run.folder}")
+    task = ExportTask(
+        run_dir=run.folder.path,
+        trial=trial,
+        space=run.config.space,
+        teacher=run.folder.teacher_weights(run.config),
+        out=out.absolute(),
+        normalisation=data.normalisation,
+        resolution=trial.fidelity.resolution or data.resolution,
+        device=fleet.device,
+        card=card_facts(run, evaluation),
+    )
+    report: Json = answer_of(submit(fleet, task))
     worst = max(report["differences"].values())
     display.say(f"{', '.join(report['differences'])}: logits within {worst:.1e} of the checkpoint's")
     if report["no_model_py"]:

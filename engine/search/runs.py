@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
 from engine.run_folder import RunFolder
+from engine.search.front import FrontMember, cost_axis, front, trained_in_full
 from engine.search.journal import Record, read_journal
 from engine.search.proxies import PREFIX, read_scores, standing
 from engine.tasks import DataFacts, ProxyScores, task_from_json
@@ -125,6 +126,23 @@ class Run:
     def finals(self) -> list[Evaluation]:
         """The successful final trainings."""
         return [e for e in self.answers if e.ok and e.trial.fidelity.with_valid]
+
+    @cached_property
+    def trained(self) -> list[FrontMember]:
+        """Every network that was trained in full so far, in order of its first training."""
+        answers = self.answers
+        images = self.data.images["valid"] if answers else 0
+        return trained_in_full(answers, self.plan.high, images, self.folder)
+
+    @property
+    def front_cost(self) -> str:
+        """The cost that the front trades accuracy for (engine.search.front.COSTS)."""
+        return cost_axis(self.config.objectives)
+
+    @cached_property
+    def front(self) -> list[FrontMember]:
+        """The networks that no other one trained in full beats in both accuracy and `front_cost`, cheapest first."""
+        return front(self.trained, self.front_cost)
 
     @property
     def best(self) -> Evaluation | None:

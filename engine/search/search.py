@@ -15,6 +15,7 @@ from engine.run_folder import write_atomically
 from engine.search import class_scores
 from engine.search.comparison import images_in, standard_error
 from engine.search.final import FinalTrainings, final_rows, train_finals
+from engine.search.front import cost_axis, front, member_row, trained_in_full
 from engine.search.journal import Journal
 from engine.search.log import LogKind
 from engine.search.methods import propose as methods
@@ -86,23 +87,24 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     context = setup.context
     tested = context.answer(TestTask(context.worker, best.trial))
     winner = _described(best) | {"test_accuracy": tested["test_accuracy"], "weights": tested["weights"]}
-    winner["valid_standard_error"] = standard_error(best.accuracy, setup.facts.images["valid"])
+    valid_images, everything = setup.facts.images["valid"], [*history.answered, *finals.everything]
+    winner["valid_standard_error"] = standard_error(best.accuracy, valid_images)
     winner["test_standard_error"] = standard_error(tested["test_accuracy"], images_in(tested["hits"]))
     if "latency_ms" in best.costs:
         winner["latency_ms"] = round(best.costs["latency_ms"], 3)
     _save_class_scores(setup, best, finals, tested)
-    ok = [e for e in history.answered if e.ok]
-    result: Json = {
+    trained = trained_in_full(everything, setup.plan.high, valid_images, context.folder)
+    cost = cost_axis(context.config.objectives)
+    return {
         "run_dir": str(context.folder),
         "status": "finished",
         "winner": winner,
         **final_rows(setup, finals),
-        "evaluations": _counts([*history.answered, *finals.everything], setup.plan),
-        "tau": taus(ok, setup.plan),
+        "evaluations": _counts(everything, setup.plan),
+        "tau": taus([e for e in history.answered if e.ok], setup.plan),
+        "front_cost": cost,
+        "front": [member_row(member) for member in front(trained, cost)],
     }
-    if setup.plan.method == "mfkd-front":
-        result["front"] = [_described(e) for e in methods.front(history, setup.plan)]
-    return result
 
 
 def _save_class_scores(setup: SearchSetup, best: Evaluation, finals: FinalTrainings, tested: Json) -> None:
