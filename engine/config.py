@@ -344,6 +344,8 @@ def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) ->
         if not 0 <= getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} is {getattr(config, name)}; it must be at least 0 and below 1")
+    if config.min_macs > config.max_macs:
+        raise UsageError(f"--min-macs {config.min_macs:g} is more than --max-macs {config.max_macs:g}")
     if not 0 < config.min_crop_area <= 1:
         raise UsageError(f"--min-crop-area is {config.min_crop_area}; it must be greater than 0 and at most 1")
     if not 0 <= config.ema_decay < 1:
@@ -359,7 +361,7 @@ def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) ->
 def check_paths(config: SearchConfig) -> None:
     """Raises EngineError where --data, --teacher or --initial-weights names a file that does not exist."""
     built_in = config.data.partition(":")[0] in BUILT_IN_DATA
-    if not built_in and not Path(config.data).expanduser().exists():
+    if not built_in and not (config.data and Path(config.data).expanduser().exists()):
         raise EnvironmentUnusable(
             f"--data {config.data}: no such file or folder; give a folder of images, a .npz file, "
             f"{', '.join(BUILT_IN_DATA)}"

@@ -104,6 +104,16 @@ def ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("search --space=mobilenetv2:width=500", 2, "width=500.0; it must be greater than 0 and at most 10"),
         ("search --space=shufflenetv2:width=nan", 2, "width=nan; it must be greater than 0 and at most 10"),
         ("search --low.width=11", 2, "low.width is 11.0; it must be greater than 0 and at most 10"),
+        ("search --data=", 3, "--data : no such file or folder"),
+        ("search --name=\"mine\"", 2, "choose another name"),
+        ("search --only=abc", 2, "'abc' is not an architecture"),
+        ("search --only=1-2-3", 2, "architecture 1-2-3 has 3 choices, nasbench201 has 6"),
+        ("search --min-macs=5e6 --max-macs=1e6", 2, "--min-macs 5e+06 is more than --max-macs 1e+06"),
+        ("search --fidelity-study=nowhere", 2, "nowhere: no run folder; give that of a fidelity study"),
+        ("search --space=mobilenetv2:width=wide", 2, "width='wide' is not a number"),
+        ("eval photos --split=nothing", 2, "--split: Expected a value from 'valid', 'test', 'all'. Got value: nothing"),
+        ("space show nasbench201 --resolution=0", 2, "--resolution is 0; it must be at least 1"),
+        ("space sample nasbench201 --count=-1", 2, "--count is -1; it must be at least 1"),
         ("search --device=cpu --workers=99999", 2, "--workers 99999: this machine has"),
         ("search --device=cpu --workers=99999 --dry-run", 2, "--workers 99999: this machine has"),
         ("search --gpus=8", 2, "--gpus 8: no GPU is visible"),
@@ -339,7 +349,7 @@ def test_a_space_that_breaks_the_contract(ends: Ends, tiny_npz: Path, tmp_path: 
     ends(["search", *SMALL, f"--data={tiny_npz}", f"--space=own.py:{name}"], 2, message)
 
 
-@pytest.mark.parametrize("code", ["import nosuchmodule\n", "SPACE = (\n"], ids=["import", "syntax"])
+@pytest.mark.parametrize("code", ["import nosuchmodule\n", "SPACE = (\n", "raise SystemExit\n"])
 def test_a_space_whose_file_does_not_load(ends: Ends, tmp_path: Path, code: str) -> None:
     (tmp_path / "own.py").write_text(code)
     ends(["search", *SMALL, "--data=glyphs:144", "--space=own.py:SPACE"], 2, "cannot load own.py")

@@ -227,6 +227,9 @@ def reworded(message: str) -> str:
     text = re.sub(r'Parser key "([\w.]+)":', lambda found: f"--{found[1].replace('_', '-')}:", text)
     text = re.sub(r"Not of type \w+: |--config: ", "", text)
     text = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: f"value from {found[1]}", text)
+    several = r"Does not validate against any of the Union .*?- (Expected a .*?) - Expected.*(Given value: .*)$"
+    if union := re.search(several, text):
+        text = f"{text[: union.start()]}{union[1]}. {union[2].replace('Given', 'Got')}"
     for kind, word in (("float", "number"), ("int", "whole number"), ("bool", "true or false"), ("str", "text")):
         text = text.replace(f"<class '{kind}'>", word)
     return text
@@ -407,4 +410,7 @@ def run_dir_of(values: Namespace) -> Path:
     """The run folder given by --run-dir or --name; UsageError for a name that is a path."""
     if not values.run_dir and (Path(values.name).name != values.name or values.name in ("", "..")):
         raise UsageError(f"--name '{values.name}' is not the name of a folder under runs/; --run-dir takes a path")
-    return Path(values.run_dir) if values.run_dir else Path("runs") / values.name
+    folder = Path(values.run_dir) if values.run_dir else Path("runs") / values.name
+    if odd := re.search(r"""["'`$\\\n]""", str(folder)):
+        raise UsageError(f"the run folder {folder} contains {odd[0]!r}, which shells would expand; choose another name")
+    return folder

@@ -40,6 +40,9 @@ def parser() -> ArgumentParser:
 
 
 def run(values: Namespace) -> dict[str, Any] | None:
+    for name, least in (("classes", 2), ("resolution", 1), ("count", 1), ("seed", 0)):
+        if values[name] < least:
+            raise UsageError(f"--{name} is {values[name]}; it must be at least {least}")
     if values.action == "list":
         found = list_spaces()
     elif not values.space:

@@ -78,6 +78,7 @@ def validated_space(settings: RunSettings) -> SearchSpace:
     if settings.config.method not in METHODS:
         raise UsageError(f"no method named '{settings.config.method}'; choose from {', '.join(METHODS)}")
     space, config = load_space(settings.config.space), settings.config
+    only_of(space, config)
     if space.inherit is not None and not config.low.width == config.high.width == 1:
         raise UsageError(f"networks of {config.space} have no width multiplier; leave out --low.width, --high.width")
     return space
@@ -118,11 +119,16 @@ def probe(context: RunContext) -> DataFacts:
     return facts
 
 
+def only_of(space: SearchSpace, config: SearchConfig) -> list[Architecture]:
+    """The architectures of --only; UsageError for one that does not belong to the space."""
+    return [space.check(Architecture.parse(word.strip())) for word in config.only.split(",") if word.strip()]
+
+
 def find_candidates(
     space: SearchSpace, config: SearchConfig, facts: DataFacts, display: Display
 ) -> tuple[Candidates, Candidates]:
     """All members of the space, and the candidates: those that meet the limits on MACs and parameters."""
-    only = [space.check(Architecture.parse(word.strip())) for word in config.only.split(",") if word.strip()]
+    only = only_of(space, config)
     trains_largest = space.start is not None or (config.teacher == "auto" and config.low.kd_loss != "none")
     everything = space_members(space, config, facts, () if trains_largest else only)
     allowed = space_members(space, config, facts, only) if only else everything

@@ -111,6 +111,8 @@ def study_config(study: RunFolder, config: SearchConfig) -> SearchConfig:
 
     Settings that this search leaves to auto may have any value in the study.
     """
+    if not study.config.is_file():
+        raise UsageError(f"--fidelity-study {study}: no run folder; give that of a fidelity study, or auto")
     try:
         stored = study.read_config()["config"]
     except EnvironmentUnusable as error:

@@ -41,7 +41,8 @@ def load_space(spec: str) -> SearchSpace:
         try:
             options[key] = kind(value)
         except ValueError:
-            raise UsageError(f"space {head}: {key}={value!r} is not {kind.__name__}") from None
+            word = "whole number" if kind is int else "number"
+            raise UsageError(f"space {head}: {key}={value!r} is not a {word}") from None
     return make(**options)
 
 
@@ -71,7 +72,7 @@ def from_file(path: Path, name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look up the module of a class here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise UsageError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     return getattr(module, name, None)
