@@ -141,7 +141,7 @@ def test_an_architecture_whose_full_training_failed_is_never_the_incumbent(tmp_p
     [
         ({"methods": ("magic",)}, "no method named 'magic'; choose from mfkd"),
         ({"lows": ("e99",)}, "no low fidelity 'e99'; choose from low"),
-        ({"max_macs": 1.0}, r"meets the constraints; MACs range from 1.2e\+06"),
+        ({"max_macs": 1.0}, r"meets the limits; the table has macs from 1.2e\+06"),
         ({"workers": 0}, "--workers and --seeds must be at least 1"),
         ({"at": (-1.0,)}, "the hours of --at must be at least 0"),
     ],
