@@ -227,7 +227,7 @@ def test_low_auto_is_short_for_a_fidelity_study() -> None:
 def test_help_separates_choices_that_contain_commas(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["search", "--help"])
-    assert "--objectives {accuracy | accuracy,macs}" in capsys.readouterr().out
+    assert "--objectives {accuracy | accuracy,macs | accuracy,params | accuracy,latency}" in capsys.readouterr().out
 
 
 def test_the_help_names_every_method() -> None:

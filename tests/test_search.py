@@ -112,7 +112,13 @@ def test_rank_correlations_use_the_means_of_repeated_trainings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "fronts"), [({"method": "mfkd-front"}, True), ({"objectives": "accuracy,macs"}, True), ({}, False)]
+    ("flags", "fronts"),
+    [
+        ({"objectives": "accuracy,macs"}, True),
+        ({"objectives": "accuracy,params", "method": "nsga2"}, True),
+        ({"objectives": "accuracy,macs", "method": "random"}, True),
+        ({}, False),
+    ],
 )
 def test_a_search_for_a_front_prints_one(
     flags: dict[str, Any], fronts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +126,15 @@ def test_a_search_for_a_front_prints_one(
     result = run(tmp_path, monkeypatch, Formula(), replace(CONFIG, **flags))
     assert ("front" in result) == fronts
     assert ("front " in summary(result)) == fronts
+
+
+def test_an_objective_whose_values_are_not_known_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Formula()
+    monkeypatch.setattr(fleet, "run_teacher", None)
+    with pytest.raises(UsageError, match="--objectives accuracy,latency: no cost named 'latency'; choose from macs"):
+        run(tmp_path, monkeypatch, fleet, replace(CONFIG, objectives="accuracy,latency"))
 
 
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
         "evaluations": _counts([*history.answered, *finals.everything], setup.plan),
         "tau": taus(ok, setup.plan),
     }
-    if setup.plan.method == "mfkd-front":
+    if setup.plan.cost:
         result["front"] = [_described(e) for e in methods.front(history, setup.plan)]
     return result
 
