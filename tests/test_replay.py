@@ -277,7 +277,7 @@ def test_the_command_takes_limits_and_objectives_by_name(tmp_path, capsys):
 
 
 def test_the_decisions_of_a_search_for_accuracy_are_those_of_earlier_versions():
-    """The worker-seconds and test accuracies of the incumbents in two replays, as they were before there were fronts."""
+    """The worker-seconds and test accuracies of the incumbents in two replays, from before there were fronts."""
     was = {
         0: [(58, 51.77), (106, 75.62), (301, 78.73), (326, 77.78), (379, 83.97), (4322, 83.97), (5694, 86.7)],
         1: [(50, 30.11), (58, 72.07), (66, 78.2), (2826, 76.42), (4106, 84.67), (5066, 85.74)],

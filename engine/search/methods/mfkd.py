@@ -234,7 +234,10 @@ def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tu
     level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
     pending = _refitted(state.low).pending
     own = (1 - PULL) * level.noise  # both the variance particular to an architecture and that of a measurement of it
-    rows, variance = (_low_for_front if state.plan.cost else _low_by_bound)(state, fitted, options, own)
+    if state.plan.cost:
+        rows, variance = _low_for_front(state, fitted, own)
+    else:
+        rows, variance = _low_by_bound(state, fitted, own, options.beta)
     gain = _gain(state, fitted)
     rival = _most_gain(state, fitted, unasked(state.candidates, np.concatenate([state.high.asked, rows])))
 
@@ -255,21 +258,21 @@ def _free_for_low(state: State) -> Mask:
     return free
 
 
-def _low_by_bound(state: State, fitted: Estimate, options: MfkdOptions, own: float) -> tuple[Rows, Array]:
+def _low_by_bound(state: State, fitted: Estimate, own: float, beta: float) -> tuple[Rows, Array]:
     """Pending low-fidelity trials, then the batch: rows of highest upper bound; and the variances of their scores."""
     level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
     pending = _refitted(state.low).pending
-    rows = np.concatenate([pending, _shortlist(fitted, _free_for_low(state), options.beta)])
+    rows = np.concatenate([pending, _shortlist(fitted, _free_for_low(state), beta)])
     covariance = level.linear.joint(fitted.features.trends[rows], fitted.features.x[rows])
     covariance[np.diag_indices_from(covariance)] += own
     rest = np.maximum(fitted.variance[rows] - slope**2 * level.variance[rows], 0.0)  # not explained by this fidelity
-    bound = fitted.mean[rows] + options.beta * np.sqrt(rest)
-    picks = pick_batch(bound, slope**2 * covariance, options.beta, own, len(pending), LOW_BATCH)
+    bound = fitted.mean[rows] + beta * np.sqrt(rest)
+    picks = pick_batch(bound, slope**2 * covariance, beta, own, len(pending), LOW_BATCH)
     batch = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
     return rows[batch], np.diag(covariance)[batch]
 
 
-def _low_for_front(state: State, fitted: Estimate, options: MfkdOptions, own: float) -> tuple[Rows, Array]:
+def _low_for_front(state: State, fitted: Estimate, own: float) -> tuple[Rows, Array]:
     """Pending low-fidelity trials, then the batch: where the front may grow most; and the variances of their scores."""
     level, pending = fitted.levels[0], _refitted(state.low).pending
     picks = _front(state, fitted).picks(pending, _free_for_low(state), LOW_BATCH)
@@ -323,13 +326,17 @@ def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOption
     repeat = [] if state.plan.cost else _repeat(state, fitted)
     count = min(slots, state.highs_left, int(free.sum())) - len(repeat)
     if state.plan.cost:
-        high = _refitted(state.high)
-        so_far = front_so_far(state.candidates, state.plan.cost, fitted, high)
-        rows = so_far.picks(high.pending, free, count)
+        rows = _most_growth(state, fitted, free, count)
     else:
         rows = _highest_bounds(state, fitted, free, count, options.beta)
     seen = replace(state.history, pending=state.history.pending + repeat)
     return repeat + ask(state.candidates, seen, state.plan, rows, state.plan.high)
+
+
+def _most_growth(state: State, fitted: Estimate, free: Mask, count: int) -> list[int]:
+    """Rows that are expected to add most to the front; pending ones count as measured."""
+    high = _refitted(state.high)
+    return front_so_far(state.candidates, state.plan.cost, fitted, high).picks(high.pending, free, count)
 
 
 def _highest_bounds(state: State, fitted: Estimate, free: Mask, count: int, beta: float) -> list[int]:
