@@ -101,6 +101,7 @@ build/cifar10_small.npz: | install
 # make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies (hours, resumable)
 # make learned-weights the surrogate's trends in NAS-Bench-201's windows of equal MACs (minutes)
 # make trends          replays with training-free scores, useless ones among them, on NAS-Bench-201 (an hour, resumable)
+# make front           caps on latencies and whole fronts, replayed on NAS-Bench-201 (half an hour, resumable)
 # make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
 #                      enough to copy to a GPU machine with the checkout)
 WORKERS  ?= 2
@@ -162,7 +163,7 @@ gpu-evidence:
 	@test -f $(IMAGES) || { echo "no $(IMAGES): make it on a machine with the shared data, and copy it here"; exit 2; }
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
-.PHONY: real-size learned-weights trends
+.PHONY: real-size learned-weights trends front
 # Starts from the trainings kept in docs/evidence, and goes on.
 real-size: | install
 	mkdir -p build/real-size
@@ -177,6 +178,9 @@ learned-weights: | install
 
 trends: | install
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.trends $(SHARED)
+
+front: | install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.front $(SHARED)
 
 build/cifar100.npz: | install
 	mkdir -p build

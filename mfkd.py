@@ -108,7 +108,7 @@ class Settings(TypedDict, total=False):
     max_params: float
     max_latency_ms: float
     latency_batch: int
-    objectives: Literal["accuracy", "accuracy,macs"]
+    objectives: Literal["accuracy", "accuracy,macs", "accuracy,params", "accuracy,latency"]
     only: str | Sequence[Architecture | str]
     initial_weights: PathOrName
     fidelity_study: PathOrName
@@ -309,7 +309,8 @@ class Study:
 @dataclass(frozen=True)
 class Replay:
     """What a replay found: `methods[name]["15"]` holds mean and stderr of the test accuracy in percent at 15 GPU-hours,
-    and `optimum` is the best test accuracy in the table (docs/surrogate.md)."""
+    and `optimum` is the best test accuracy in the table (docs/surrogate.md); in a search for a front, of the
+    hypervolume."""
 
     table: str
     optimum: float
@@ -406,6 +407,8 @@ def replay(
     min_macs: float = 0.0,
     max_macs: float = float("inf"),
     max_params: float = float("inf"),
+    maxima: Sequence[tuple[str, float]] = (),
+    objectives: Sequence[str] = ("accuracy",),
     noise: float = 0.0,
     until_best: bool = False,
     processes: int = 0,
@@ -432,6 +435,8 @@ def replay(
         min_macs=min_macs,
         max_macs=max_macs,
         max_params=max_params,
+        maxima=tuple((name, most) for name, most in maxima),
+        objectives=tuple(objectives),
         noise=noise,
         until_best=until_best,
         processes=processes,

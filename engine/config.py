@@ -24,6 +24,8 @@ Recipe = Literal["auto", "finetune", "scratch"]
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["crop", "trivial"]
 When = Literal["auto", "always", "never"]
+Objectives = Literal["accuracy", "accuracy,macs", "accuracy,params", "accuracy,latency"]
+FRONT_METHODS = ("mfkd", "nsga2", "random")  # those that can search for a front
 FINAL_SETTINGS = ("epochs", "kd_loss")  # of the final fidelity; in all else it is the full one
 
 
@@ -55,8 +57,8 @@ class SearchConfig:
     )
     method: str = option(
         "mfkd",
-        "search method; one of mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, asha, macs, "
-        "bore, proxies, naswot (docs/surrogate.md)",
+        "search method; one of mfkd, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, asha, macs, bore, "
+        "proxies, naswot, nsga2 (docs/search.md)",
     )
     teacher: str = option(
         "auto",
@@ -120,8 +122,10 @@ class SearchConfig:
         float("inf"), "maximum milliseconds of a candidate's forward pass, measured on this device"
     )
     latency_batch: int = option(1, "batch size at which --max-latency-ms is measured")
-    objectives: Literal["accuracy", "accuracy,macs"] = option(
-        "accuracy", "what to optimise; accuracy,macs finds the Pareto front of the two"
+    objectives: Objectives = option(
+        "accuracy",
+        "what to optimise; accuracy,COST finds the front, the most accurate network at each cost (with --method mfkd, "
+        "nsga2 or random)",
     )
     only: str = option("", "comma-separated architectures to choose from; empty means the whole space")
     initial_weights: str = option("", "weights that full trainings start from; they fit one architecture (--only)")
@@ -211,7 +215,8 @@ class Plan:
     which a search in a pretrained space scores many candidates before it trains any, and `first` are the architectures
     that it trains in full before others. Repeats of the best few (the same architecture at full fidelity with another
     seed) count towards `max_high`. A worker has `cohort` slots: it trains that many low-fidelity trials side by side,
-    while a full training takes all of them. Scores are accuracies on `valid_images` images (0: unknown).
+    while a full training takes all of them. Scores are accuracies on `valid_images` images (0: unknown). A
+    search for a front has a second objective, `cost`, by a name that `Candidates.cost` knows.
     """
 
     lows: tuple[Fidelity, ...]
@@ -224,6 +229,7 @@ class Plan:
     valid_images: int = 0
     opening: Fidelity | None = None
     first: tuple[Architecture, ...] = ()
+    cost: str = ""
 
     @property
     def below_full(self) -> tuple[Fidelity, ...]:
@@ -246,10 +252,10 @@ def slots_for(workers: int, cohort: int) -> Slots:
 
 def search_plan(config: SearchConfig, budget: Budget) -> Plan:
     """The plan of a search with these settings."""
-    method = config.method if config.objectives == "accuracy" else "mfkd-front"
     opening = None if load_space(config.space).inherit is None else Fidelity("inherited", epochs=0)
-    plan = Plan((config.low,), config.high, method, budget.max_low, budget.max_high, config.seed)
-    return dataclasses.replace(plan, opening=opening if method == "mfkd" else None)
+    plan = Plan((config.low,), config.high, config.method, budget.max_low, budget.max_high, config.seed)
+    cost = config.objectives.partition(",")[2]
+    return dataclasses.replace(plan, opening=opening if config.method == "mfkd" else None, cost=cost)
 
 
 def final_fidelity(config: SearchConfig) -> Fidelity:
@@ -285,8 +291,10 @@ def check_settings(settings: RunSettings) -> None:
     """Raises UsageError for values that cannot work, before anything is started."""
     config, budget, resources = settings.config, settings.budget, settings.resources
     _check_ranges(config, budget, resources)
-    if config.objectives != "accuracy" and config.method not in ("mfkd", "mfkd-front"):
-        raise UsageError(f"--objectives {config.objectives} needs --method mfkd; {config.method} finds no front")
+    if config.objectives != "accuracy" and config.method not in FRONT_METHODS:
+        raise UsageError(
+            f"--objectives {config.objectives}: {config.method} finds no front; choose from {', '.join(FRONT_METHODS)}"
+        )
     if config.initial_weights and (not config.only or "," in config.only):
         raise UsageError("--initial-weights fit a single architecture: name it with --only")
     if resources.execution == "graph" and resources.device == "cpu":

@@ -23,6 +23,9 @@ IntMatrix = npt.NDArray[np.int8]
 FloatArray = npt.NDArray[np.float64]
 
 
+LATENCY = "latency:"  # the trends of candidates that are latencies
+
+
 @dataclass(frozen=True)
 class Choice:
     """One choice of a space. `ordinal`: its options are ordered (depth, width); else they are operations."""
@@ -156,12 +159,31 @@ class Candidates:
         trends = {name: values[keep] for name, values in self.trends.items()}
         return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep], trends)
 
-    def spread_by_macs(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """`count` rows, one drawn at random from each of as many equal slices of the order by MACs, cheapest first."""
-        order = np.argsort(self.macs, kind="stable")
+    def cost(self, name: str) -> FloatArray:
+        """A cost (n,) by its name: macs, params, DEVICE_latency, or latency for the only latency that is known.
+
+        Raises UsageError for any other name.
+        """
+        latencies = {key.removeprefix(LATENCY): of for key, of in self.trends.items() if key.startswith(LATENCY)}
+        known = {"macs": self.macs, "params": self.params}
+        known |= {f"{device}_latency": of for device, of in latencies.items()}
+        if len(latencies) == 1:
+            known["latency"] = next(iter(latencies.values()))
+        if name not in known:
+            hint = "" if latencies else "; no latency of these networks is known"
+            raise UsageError(f"no cost named '{name}'; choose from {', '.join(known)}{hint}")
+        return known[name]
+
+    def spread_by(self, cost: str, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """`count` rows, one drawn at random from each of as many equal slices of the order by cost, cheapest first."""
+        order = np.argsort(self.cost(cost), kind="stable")
         edges = np.linspace(0, len(order), count + 1).astype(np.int64)
         picks = [int(rng.integers(a, b)) for a, b in pairwise(edges)]
         return np.asarray(order[picks], dtype=np.int64)
+
+    def spread_by_macs(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """`spread_by` MACs."""
+        return self.spread_by("macs", count, rng)
 
     @cached_property
     def _found(self) -> dict[Architecture, int | None]:

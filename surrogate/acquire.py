@@ -1,6 +1,8 @@
-"""Acquisition functions: expected improvement, expected hypervolume, batches of upper bounds, value of information."""
+"""Acquisition functions: expected improvement, batches of upper bounds, value of information."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +22,6 @@ def expected_improvement(mean: npt.ArrayLike, std: npt.ArrayLike, best: npt.Arra
     return np.asarray(std * (u * normal_cdf(u) + density))
 
 
-def expected_hypervolume(mean: Array, std: Array, cost: Array, known: Array, known_cost: Array) -> Array:
-    """Expected growth (n,) of the area under the front of accuracy against cost, for candidates of known cost (n,).
-
-    `known`, `known_cost` (m,) are the measured points. The front at a cost is the best accuracy among points that cost
-    no more, so the growth is the expected improvement over it, integrated over all costs from the candidate's own up.
-    """
-    order = np.argsort(known_cost, kind="stable")
-    front = np.maximum.accumulate(known[order])
-    edges = np.append(known_cost[order], max(float(cost.max()), float(known_cost.max())))
-    floor = float(known.min())
-    total = np.maximum(edges[0] - cost, 0.0) * expected_improvement(mean, std, floor)
-    for i, level in enumerate(front):
-        width = np.maximum(edges[i + 1] - np.maximum(cost, edges[i]), 0.0)
-        if width.any():
-            total += width * expected_improvement(mean, std, level)
-    return total
-
-
 def pick_batch(mean: Array, covariance: Array, beta: float, noise: float, pending: int, count: int) -> list[int]:
     """Picks `count` of n points by mean + beta * std, reducing the variances after each pick as if it were measured.
 
@@ -48,35 +32,34 @@ def pick_batch(mean: Array, covariance: Array, beta: float, noise: float, pendin
     free = np.arange(len(mean)) >= pending
     picks: list[int] = []
     for point in range(pending):
-        _measure(covariance, point, noise)
+        condition(covariance, point, noise)
     while len(picks) < min(count, len(mean) - pending):
         std = np.sqrt(np.maximum(np.diag(covariance), 0.0))
         point = int(np.argmax(np.where(free, mean + beta * std, -np.inf)))
         picks.append(point)
         free[point] = False
-        _measure(covariance, point, noise)
+        condition(covariance, point, noise)
     return picks
 
 
-def _measure(covariance: Array, point: int, noise: float) -> None:
-    """Conditions a covariance, in place, on a noisy measurement of a point."""
+def condition(covariance: Array, point: int, noise: float) -> None:
+    """Conditions a covariance (n, n), in place, on a measurement of a point with this variance."""
     column = covariance[:, point].copy()
     covariance -= np.outer(column, column) / max(column[point] + noise, 1e-9)
 
 
 def value_of_information(
-    mean: Array, std: Array, shift: Array, rivals: tuple[Array, Array], best: float, seed: int
+    mean: Array, std: Array, shift: Array, improvement: Callable[[Array, Array], Array], rival: float, seed: int
 ) -> float:
     """Growth of the expected improvement by the next full measurement if k candidates get a cheap one first.
 
     A cheap measurement moves the mean (k,) of its candidate by a normal amount with the standard deviation `shift` (k,)
-    and takes shift ** 2 off its variance, std ** 2 (k,). `rivals` are mean and std of the other candidates, `best` is
-    the score to improve on.
+    and takes shift ** 2 off its variance, std ** 2 (k,). improvement(means (..., k), stds (k,)) is the expected
+    improvement (..., k) by each of them, `rival` the greatest by any other candidate.
     """
-    rival = float(expected_improvement(*rivals, best).max(initial=0.0))
-    now = max(rival, float(expected_improvement(mean, std, best).max(initial=0.0)))
+    now = max(rival, float(improvement(mean, std).max(initial=0.0)))
     std_after = np.sqrt(np.maximum(std**2 - shift**2, 1e-9))
     half = np.random.default_rng(seed).standard_normal((DRAWS // 2, len(mean)))
     mean_after = mean + shift * np.concatenate([half, -half])  # antithetic: the mean shift is exactly zero
-    after = expected_improvement(mean_after, std_after, best).max(axis=1, initial=0.0)
+    after = improvement(mean_after, std_after).max(axis=1, initial=0.0)
     return float(np.maximum(after, rival).mean()) - now

@@ -32,6 +32,7 @@ def test_a_configuration_survives_json() -> None:
         (replace(CONFIG, batch_size=-1), Budget(), "--batch-size is -1"),
         (replace(CONFIG, kd_temperature=0.0), Budget(), "--kd-temperature is 0"),
         (replace(CONFIG, valid_fraction=1.0), Budget(), "--valid-fraction"),
+        (replace(CONFIG, objectives="accuracy,macs", method="gp"), Budget(), "gp finds no front; choose"),
         (CONFIG, Budget(max_high=0), "--max-high is 0"),
         (CONFIG, Budget(gpu_hours=-1.0), "--gpu-hours is -1"),
         (replace(CONFIG, lr=float("nan")), Budget(), "--lr is nan"),

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Plan
+from engine.config import FRONT_METHODS, Plan
 from engine.search.methods.estimate import SurrogateInputs, candidate_features, estimate, learned_weights
+from engine.search.methods.hypervolume import front_so_far
 from engine.search.methods.mfkd import mfkd
 from engine.search.methods.propose import ABLATIONS, METHODS, USE_TRENDS, lacks, propose, winner
 from engine.search.methods.recommend import noise_variance, posterior
-from engine.search.methods.scores import IdentityKey, find_rows, scores, worker_count
+from engine.search.methods.scores import SHORTLIST, IdentityKey, find_rows, scores, worker_count
 from engine.space import Candidates
 from engine.trial import Evaluation, Fidelity, History, Trial, UsageError
 from surrogate.linear import Linear
@@ -380,16 +381,97 @@ def test_noise_is_a_quarter_to_half_of_the_left_out_variance_by_image_count_unti
 
 
 def test_a_front_search_finds_cheap_architectures_that_a_search_for_accuracy_misses():
-    def cheapest(method):
-        history = run(Plan((LOW,), FULL, method, max_low=24, max_high=16))
+    def cheapest(cost):
+        history = run(Plan((LOW,), FULL, max_low=24, max_high=16, cost=cost))
         return min(SPACE.macs[find_rows(SPACE, [e.trial.architecture])[0]] for e in full(history))
 
-    assert cheapest("mfkd-front") < cheapest("mfkd")
+    assert cheapest("macs") < cheapest("")
+
+
+# A cost that has nothing to do with MACs.
+DEVICE = replace(SPACE, trends={"latency:device": np.random.default_rng(5).permutation(len(SPACE)) / len(SPACE)})
+
+
+@pytest.mark.parametrize("opening", [None, Fidelity("inherited", epochs=0)], ids=["", "with an opening"])
+def test_a_front_search_beats_random_search_at_every_budget(opening):
+    budgets = np.array([0.05, 0.1, 0.2, 0.4, 0.8])
+    cost = DEVICE.cost("latency")
+
+    def best(method, seed):
+        used = opening if method == "mfkd" else None
+        plan = Plan((LOW,), FULL, method, max_low=40, max_high=20, seed=seed, cost="latency", opening=used)
+        rows = find_rows(DEVICE, [e.trial.architecture for e in full(run(plan, space=DEVICE))])
+        return [TRUTH[rows[cost[rows] <= budget]].max(initial=0.0) for budget in budgets]
+
+    ours, random = (np.mean([best(method, seed) for seed in range(3)], axis=0) for method in ("mfkd", "random"))
+    assert (ours > random).all()
+
+
+@pytest.mark.parametrize("method", FRONT_METHODS)
+def test_a_front_search_keeps_the_contract_of_methods(method):
+    """It respects the plan, asks nothing twice, keeps no state, and survives failures."""
+    plan = Plan((LOW,), FULL, method, max_low=20, max_high=11, cost="latency", seed=2)
+
+    def broken(trial):
+        fails = trial.number % 3 == 0
+        return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
+
+    for history in (run(plan, space=DEVICE), run(plan, space=DEVICE, answer=broken)):
+        asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
+        assert len(set(asked)) == len(asked) <= 31
+        assert len(full(history)) == 11
+        for cut in (0, 5, 15):
+            seen = History(history.answered[:cut], [e.trial for e in history.answered[cut : cut + 2]])
+            before = (list(seen.answered), list(seen.pending))
+            first = propose(DEVICE, seen, plan, 3)
+            assert propose(DEVICE, seen, plan, 3) == first
+            assert (seen.answered, seen.pending) == before
+    two = DEVICE.where(np.arange(len(DEVICE)) < 2)
+    fail = lambda trial: Evaluation(trial, "oom", error="too big")  # noqa: E731
+    assert len(run(replace(plan, max_low=50), space=two, answer=fail).answered) <= 4
+
+
+def test_the_opening_of_a_front_search_is_spread_over_its_cost():
+    plan = Plan((LOW,), FULL, cost="latency", opening=Fidelity("inherited", epochs=0))
+    asked = propose(DEVICE, History(), plan, 200)
+    places = np.sort(DEVICE.cost("latency")[find_rows(DEVICE, [t.architecture for t in asked])])
+    assert {t.fidelity for t in asked} == {plan.opening}
+    np.testing.assert_allclose(places, np.linspace(0, 1, len(places)), atol=1.5 / len(places))
+
+
+def test_the_shortlist_of_a_front_search_holds_what_adds_most_of_all_candidates():
+    """And is short: a decision must not take longer in a larger space."""
+    big = space(side=4, d=8)
+    rng, low = np.random.default_rng(3), Fidelity("low", epochs=1)
+    scored = [Trial(i, big.architecture(int(row)), low) for i, row in enumerate(rng.choice(len(big), 30))]
+    history = History(list(map(answer, scored)))
+    for i, row in enumerate(rng.choice(len(big), 12, replace=False)):
+        accuracy = 0.3 + 0.02 * big.macs[row] / 1e6 + 0.05 * rng.random()
+        history.answered.append(Evaluation(Trial(30 + i, big.architecture(int(row)), FULL), "ok", float(accuracy)))
+    high = scores(big, history, FULL)
+    fitted = estimate(big, [scores(big, history, low)], high, 0, SurrogateInputs())
+    front = front_so_far(big, "macs", fitted, high)
+    everything = np.arange(len(big))
+    growth = front.growth(everything, fitted.mean, np.sqrt(fitted.variance))
+    rows = front.shortlist(np.ones(len(big), dtype=bool))
+    assert SHORTLIST <= len(rows) < 2 * SHORTLIST
+    assert growth[rows].max() == pytest.approx(growth.max())
+    assert set(np.argsort(-growth)[:20]) <= set(rows)
+
+
+def test_an_unknown_cost_is_refused_with_those_that_are_known():
+    with pytest.raises(UsageError, match="no cost named 'latency'; choose from macs, params; no latency of these"):
+        propose(SPACE, History(), Plan((LOW,), FULL, cost="latency"), 4)
+    two = replace(SPACE, trends={"latency:a": SPACE.macs, "latency:b": SPACE.macs, "proxy:x": SPACE.macs})
+    with pytest.raises(UsageError, match="no cost named 'latency'; choose from macs, params, a_latency, b_latency$"):
+        two.cost("latency")
+    assert two.cost("b_latency") is two.trends["latency:b"]
+    assert DEVICE.cost("latency") is DEVICE.cost("device_latency")
 
 
 def test_workers_of_a_front_search_do_not_train_near_identical_networks():
     """Trials asked together, or pending, are spread over MACs."""
-    plan = Plan((LOW,), FULL, "mfkd-front", max_low=24, max_high=40)
+    plan = Plan((LOW,), FULL, max_low=24, max_high=40, cost="macs")
     seen = History(run(replace(plan, max_high=12)).answered)
     together = propose(SPACE, seen, plan, 6)
     macs = SPACE.macs[find_rows(SPACE, [t.architecture for t in together])]

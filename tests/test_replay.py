@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cli
 from engine.fleet.supervisor import ROOT
+from engine.search.methods.propose import METHODS
 from engine.search.replay import replay as replaying
 from engine.search.replay.compare import all_methods, compare
 from engine.search.replay.replay import replay
@@ -141,9 +143,14 @@ def test_an_architecture_whose_full_training_failed_is_never_the_incumbent(tmp_p
     [
         ({"methods": ("magic",)}, "no method named 'magic'; choose from mfkd"),
         ({"lows": ("e99",)}, "no low fidelity 'e99'; choose from low"),
-        ({"max_macs": 1.0}, r"meets the constraints; MACs range from 1.2e\+06"),
+        ({"max_macs": 1.0}, r"meets the limits; the table has macs from 1.2e\+06"),
         ({"workers": 0}, "--workers and --seeds must be at least 1"),
         ({"at": (-1.0,)}, "the hours of --at must be at least 0"),
+        ({"maxima": (("gpu_latency", 1.0),)}, "no cost named 'gpu_latency'; choose from macs, params; no latency"),
+        ({"maxima": (("params", 1.0),)}, r"meets the limits; the table has macs .*, params from 4e\+04 to 1.007e\+06"),
+        ({"objectives": ("accuracy", "gpu_latency")}, "no cost named 'gpu_latency'; choose from macs, params"),
+        ({"objectives": ("macs", "accuracy")}, "--objectives macs,accuracy: write accuracy, or accuracy and one cost"),
+        ({"objectives": ("accuracy", "macs"), "methods": ("gp",)}, "gp finds no front; .*: mfkd, nsga2, random"),
     ],
 )
 def test_a_replay_that_cannot_run_is_refused_with_a_hint(change, message):
@@ -168,6 +175,118 @@ def test_a_comparison_gives_regrets_and_paired_differences_under_each_cap_and_re
     assert [(row["cap"], row["method"]) for row in rows] == [(c, m) for c in ("0.33", "1") for m in settings.methods]
     monkeypatch.setattr(replaying, "simulate", None)  # all runs are finished: none is made again
     assert compare(settings, (0.33, 1.0)) == found
+
+
+def with_latencies(path, unknown=()):
+    """The synthetic table with a latency on two devices: one falls with the MACs, one is unknown for some rows."""
+    rows = [dict(row) for row in csv.DictReader(SYNTHETIC.open())]
+    for i, row in enumerate(rows):
+        row |= {"latency:pi": f"{1e8 / float(row['macs']):.6g}", "latency:gpu": "" if i in unknown else str(1 + i % 7)}
+    dump(rows, path)
+    return path
+
+
+def test_limits_on_any_cost_of_the_table_leave_the_rows_that_are_known_to_meet_them(tmp_path):
+    table = load(with_latencies(tmp_path / "t.csv", unknown=(3, 4)))
+    limit = float(np.median(table.candidates.cost("pi_latency")))
+    settings = replace(QUICK, table=tmp_path / "t.csv", methods=("random",), seeds=1)
+    inside = table.candidates.cost("pi_latency") <= limit
+    found = replay(replace(settings, maxima=(("pi_latency", limit),)))
+    assert found["optimum"] == pytest.approx(100 * table.test[inside].max())
+    inside &= (table.candidates.cost("gpu_latency") <= 3) & (table.candidates.macs <= 2e7)
+    limits = (("pi_latency", limit), ("gpu_latency", 3.0), ("macs", 2e7))
+    assert replay(replace(settings, maxima=limits))["optimum"] == pytest.approx(100 * table.test[inside].max())
+    assert not {3, 4} & set(np.flatnonzero(inside))
+
+
+def area(table, cost, known, hours):
+    """The hypervolume from its definition: the accuracy at many budgets that are spread evenly."""
+    budgets = cost.min() + (np.arange(50_000) + 0.5) / 50_000 * np.ptp(cost)
+    rows = np.array([row for when, row in known if when <= hours], dtype=int)
+    valid = np.where(cost[rows] <= budgets[:, None], table.valid["full"][rows], -1.0)
+    if not len(rows):
+        return 100 * table.test.min()
+    best = rows[valid.argmax(axis=1)]
+    return 100 * np.where(valid.max(axis=1) >= 0, table.test[best], table.test.min()).mean()
+
+
+def test_a_front_is_worth_the_accuracy_within_a_budget_averaged_over_budgets(tmp_path):
+    settings = replace(QUICK, table=with_latencies(tmp_path / "t.csv"), objectives=("accuracy", "pi_latency"))
+    table = load(settings.table)
+    settings = validated_replay(settings, table)
+    asked = []
+
+    def spy(candidates, history, plan, slots):
+        trials = METHODS["random"](candidates, history, plan, slots)
+        asked.extend(trials)
+        return trials
+
+    run = simulate(settings, "random", 0)
+    cost = table.candidates.cost("pi_latency")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "random", spy)
+        assert simulate(settings, "random", 0) == run
+    free, known = [0.0] * settings.workers, []  # when each worker is free
+    for trial in asked:
+        row = table.candidates.row(trial.architecture)
+        start = min(free)
+        free[free.index(start)] = start + float(table.seconds["full"][row])
+        known.append((settings.workers * (start + float(table.seconds["full"][row])) / 3600, row))
+    for hours in (0.0, 0.5, 1.0, 2.0):
+        assert run.at(hours) == pytest.approx(area(table, cost, known, hours), abs=0.05)
+    summary = replay(replace(settings, out=tmp_path / "out"))
+    everything = replace(table, valid={**table.valid, "full": table.test})
+    rows = [(0.0, row) for row in range(len(table.test))]
+    assert summary["optimum"] == pytest.approx(area(everything, cost, rows, 0.0), abs=0.05)
+
+
+def test_a_search_for_the_front_has_more_of_it_than_random_search_and_says_by_how_much(tmp_path):
+    objectives = ("accuracy", "pi_latency")
+    methods = ("mfkd", "nsga2", "random")
+    table = with_latencies(tmp_path / "t.csv")
+    settings = replace(QUICK, table=table, methods=methods, objectives=objectives, seeds=6, out=tmp_path / "out")
+    found = replay(settings)["methods"]
+    ahead = found["mfkd"]["ahead_of"]["random"]["2"]
+    assert ahead["mean"] > 2 * ahead["stderr"]
+    assert ahead["mean"] == pytest.approx(found["mfkd"]["2"]["mean"] - found["random"]["2"]["mean"], abs=2e-3)
+    assert (tmp_path / "out" / "curves.png").exists()
+    assert all_methods(load(table), front=True) == methods
+    under = compare(replace(settings, seeds=2), (0.5,), "pi_latency")["caps"]["0.5"]
+    assert under["max_pi_latency"] == pytest.approx(np.quantile(load(table).candidates.cost("pi_latency"), 0.5))
+    assert all(entry["regret"]["mean"] >= 0 for entry in under["methods"].values())
+
+
+def test_the_command_takes_limits_and_objectives_by_name(tmp_path, capsys):
+    table = with_latencies(tmp_path / "t.csv")
+    flags = [f"--table={table}", "--seeds=1", "--gpu-hours=1", "--at=1", "--processes=1", "--methods=all"]
+    limits = ["--max=pi_latency=20", "--max", "macs=2e7"]
+    assert cli.main(["replay", *flags, *limits, "--objectives=accuracy,gpu_latency"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["methods"]) == ["mfkd", "nsga2", "random"]
+    caps = ["--caps=pi_latency=0.5,1", "--methods=random"]
+    assert cli.main(["replay", *flags, *caps]) == 0
+    assert list(json.loads(capsys.readouterr().out)["caps"]) == ["0.5", "1"]
+    for wrong, message in (
+        ("--max=pi_latency", "--max pi_latency: write COST=NUMBER, like edgegpu_latency=4"),
+        ("--max=pi_latency=fast", "--max pi_latency=fast: write COST=NUMBER"),
+        ("--caps=pi_latency=few", "--caps few: write comma-separated numbers, like 0.33,0.6,1 or edgegpu_latency"),
+        ("--objectives=accuracy,phone_latency", "no cost named 'phone_latency'; choose from macs, params, pi_l"),
+    ):
+        assert cli.main(["replay", *flags, wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_decisions_of_a_search_for_accuracy_are_those_of_earlier_versions():
+    """The worker-seconds and test accuracies of the incumbents in two replays, from before there were fronts."""
+    was = {
+        0: [(58, 51.77), (106, 75.62), (301, 78.73), (326, 77.78), (379, 83.97), (4322, 83.97), (5694, 86.7)],
+        1: [(50, 30.11), (58, 72.07), (66, 78.2), (2826, 76.42), (4106, 84.67), (5066, 85.74)],
+    }
+    settings = validated_replay(QUICK, load(SYNTHETIC))
+    for seed, curve in was.items():
+        run = simulate(settings, "mfkd", seed)
+        assert [(round(3600 * hours), round(accuracy, 2)) for hours, accuracy in run.curve[1:]] == curve
+        assert (run.low, run.full) == ((27, 8), (28, 9))[seed]
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.2])

@@ -113,17 +113,36 @@ def test_rank_correlations_use_the_means_of_repeated_trainings() -> None:
     assert search.taus(answers, plan) == {"low_vs_high": 1.0, "macs_vs_high": 1.0}
 
 
-@pytest.mark.parametrize("objectives", ["accuracy", "accuracy,macs"])
-def test_every_search_names_its_front(objectives: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its result and its summary have the front that can be read from its journal while it runs."""
-    result = run(tmp_path, monkeypatch, Formula(), replace(CONFIG, objectives=objectives))
+@pytest.mark.parametrize(
+    ("flags", "cost"),
+    [
+        ({}, "macs"),
+        ({"objectives": "accuracy,macs"}, "macs"),
+        ({"objectives": "accuracy,params", "method": "nsga2"}, "params"),
+        ({"objectives": "accuracy,macs", "method": "random"}, "macs"),
+    ],
+)
+def test_every_search_names_its_front(
+    flags: dict[str, Any], cost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result has the front that can be read from its journal while it runs."""
+    result = run(tmp_path, monkeypatch, Formula(), replace(CONFIG, **flags))
     read = open_run(str(tmp_path / "run"))
     assert result["front"] == json.loads(json.dumps([member_row(member) for member in read.front]))
-    assert (result["front_cost"], read.front_cost) == ("macs", "macs")
+    assert (result["front_cost"], read.front_cost) == (cost, cost)
     (member,) = result["front"]  # all networks here have the same MACs
     full = [e for e in read.answers if e.trial.fidelity == CONFIG.high]
     assert member["valid_accuracy"] == max(e.accuracy for e in full)
-    assert f"front 0.00 million MACs: valid {member['valid_accuracy']:.4f} +- " in summary(result)
+    assert "\n1 on the front of accuracy and million " in summary(result)
+
+
+def test_an_objective_whose_values_are_not_known_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Formula()
+    monkeypatch.setattr(fleet, "run_teacher", None)
+    with pytest.raises(UsageError, match="--objectives accuracy,latency: no cost named 'latency'; choose from macs"):
+        run(tmp_path, monkeypatch, fleet, replace(CONFIG, objectives="accuracy,latency"))
 
 
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,12 @@ from engine.trial import UsageError
 HELP = {
     "table": "CSV of recorded results (format: docs/surrogate.md; some published tables are read as they are)",
     "join": "comma-separated CSV files of training-free scores or latencies of the table's architectures",
-    "methods": "comma-separated methods; all means every one that searches for accuracy alone",
-    "caps": "compare under caps on MACs: comma-separated shares of the architectures, 1 for none; prints regrets at a "
-    "grid of costs, in place of --gpu-hours, --at and --max-macs",
+    "methods": "comma-separated methods; all means every one that can search for these objectives",
+    "caps": "compare under caps on MACs, or on COST with COST=...: comma-separated shares of the architectures, 1 for "
+    "none; prints regrets at a grid of worker-hours, in place of --gpu-hours and --at",
+    "maxima": "maximum of any cost in the table (macs, params, DEVICE_latency); repeat the flag for others",
+    "objectives": "accuracy, or accuracy,COST to replay the search for a front: the figures are then hypervolumes, the "
+    "accuracy within a budget averaged over all budgets",
     "lows": "comma-separated low fidelities of the table that methods may use, the main one first; by default, all",
     "workers": "simulated workers",
     "gpu_hours": "worker-hours per run",
@@ -32,7 +35,7 @@ HELP = {
     "out": "folder for curves.csv, curves.png, summary.json and finished runs, from which the same command resumes; "
     "with --caps a folder for each cap, and regret.csv",
 }
-EXAMPLES = {"--at": "15,20,60", "--caps": "0.33,0.6,1"}
+EXAMPLES = {"--at": "15,20,60", "--caps": "0.33,0.6,1 or edgegpu_latency=0.1,0.25", "--max": "edgegpu_latency=4"}
 
 
 def parser() -> ArgumentParser:
@@ -45,11 +48,14 @@ def parser() -> ArgumentParser:
     parser.add_argument("--join", type=str, default="", help=HELP["join"])
     parser.add_argument("--methods", type=str, default=",".join(defaults["methods"]), help=HELP["methods"])
     parser.add_argument("--caps", type=str, default="", help=HELP["caps"])
+    most: dict[str, Any] = {"action": "append", "type": str, "default": [], "metavar": "COST=X"}
+    parser.add_argument("--max", dest="maxima", help=HELP["maxima"], **most)
+    parser.add_argument("--objectives", type=str, default="accuracy", help=HELP["objectives"])
     parser.add_argument("--lows", type=str, default="", help=HELP["lows"])
     parser.add_argument("--at", type=str, default=",".join(f"{h:g}" for h in defaults["at"]), help=HELP["at"])
     parser.add_argument("--out", type=str | None, default=None, help=HELP["out"])
     for name in HELP:
-        if name not in defaults or name in ("table", "join", "methods", "lows", "at", "out"):
+        if name not in defaults or name in ("table", "join", "methods", "lows", "at", "out", "maxima", "objectives"):
             continue
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=type(defaults[name]), default=defaults[name], help=HELP[name])
@@ -64,10 +70,23 @@ def run(values: Namespace) -> dict[str, Any]:
     given = {name: values[name] for name in vars(values).keys() & {f.name for f in dataclasses.fields(Replay)}}
     given |= {"table": Path(values.table), "join": tuple(map(Path, _words(values.join)))}
     given |= {"methods": _words(values.methods), "lows": _words(values.lows), "at": _numbers("--at", values.at)}
+    given |= {"objectives": _words(values.objectives), "maxima": tuple(map(_maximum, values.maxima or ()))}
     settings = Replay(**given | {"out": Path(values.out) if values.out else None})
     if settings.methods == ("all",):
-        settings = dataclasses.replace(settings, methods=all_methods(load_table(settings)))
-    return compare(settings, _numbers("--caps", values.caps)) if values.caps else replay(settings)
+        settings = dataclasses.replace(settings, methods=all_methods(load_table(settings), bool(settings.cost)))
+    if not values.caps:
+        return replay(settings)
+    cost, _, shares = values.caps.rpartition("=")
+    return compare(settings, _numbers("--caps", shares), cost or "macs")
+
+
+def _maximum(text: str) -> tuple[str, float]:
+    """A cost and its limit, as written COST=NUMBER."""
+    name, _, number = text.partition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError:
+        raise UsageError(f"--max {text}: write COST=NUMBER, like {EXAMPLES['--max']}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:

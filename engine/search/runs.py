@@ -23,7 +23,6 @@ from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity
 
 Json = dict[str, Any]
 
-SURROGATE_METHODS = ("mfkd", "mfkd-front")
 # The phases that make up the seconds of an evaluation; `costs` also holds rates and sizes.
 PHASES = ("setup", "data", "teacher", "train", "evaluate")
 
@@ -83,7 +82,7 @@ class Run:
     @property
     def asks_surrogate(self) -> bool:
         """Whether a surrogate chooses the architectures that are trained in full."""
-        return self.kind == "search" and self.plan.method in SURROGATE_METHODS
+        return self.kind == "search" and self.plan.method == "mfkd"
 
     @cached_property
     def proxies(self) -> dict[Architecture, ProxyScores]:

@@ -90,6 +90,8 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if config.max_latency_ms < math.inf:
         fit = limit_latency(context, fit, context.folder)
+    if plan.cost:
+        _check_objective(config, plan.cost, fit)
     teacher = None
     if needs_teacher(context):
         task = teacher_task(context, everything)
@@ -102,6 +104,14 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     plan = replace(plan, valid_images=facts.images["valid"], first=first)
     fit = add_proxies(context, plan, facts.images["train"], fit)
     return SearchSetup(context, plan, fit, facts, largest, teacher)
+
+
+def _check_objective(config: SearchConfig, cost: str, fit: Candidates) -> None:
+    """Raises UsageError, before a teacher is trained, if the candidates have no cost of the name in --objectives."""
+    try:
+        fit.cost(cost)
+    except UsageError as error:
+        raise UsageError(f"--objectives {config.objectives}: {error}") from None
 
 
 def probe(context: RunContext) -> DataFacts:

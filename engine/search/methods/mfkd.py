@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from engine.config import Plan
 from engine.search.methods.estimate import PULL, Estimate, SurrogateInputs, estimate
+from engine.search.methods.hypervolume import FrontSoFar, front_so_far
 from engine.search.methods.opening import best_by_scores, opening_trials
 from engine.search.methods.recommend import noise_variance, posterior
 from engine.search.methods.scores import (
@@ -27,11 +28,13 @@ from engine.search.methods.scores import (
 )
 from engine.space import Candidates
 from engine.trial import History, Trial
-from surrogate.acquire import expected_hypervolume, expected_improvement, pick_batch, value_of_information
+from surrogate.acquire import expected_improvement, pick_batch, value_of_information
 
 Mask = npt.NDArray[np.bool_]
+# Rows (k,), and means (..., k) and standard deviations of their scores -> the expected gain (..., k) by a full trial.
+Gain = Callable[[Rows, Array, Array], Array]
 
-# The first low-fidelity batch, spread over MACs: as many trials as cost this many full ones, within these bounds.
+# The first low-fidelity batch, spread over a cost: as many trials as cost this many full ones, within these bounds.
 FIRST_BATCH_COST = 1.2
 FIRST_BATCH = (8, 24)
 # Low-fidelity trials of a later batch, whose joint value is weighed against a full trial's.
@@ -46,18 +49,16 @@ BEFORE_REPEATS = 8
 
 @dataclass(frozen=True)
 class MfkdOptions:
-    """Options of the method. The defaults are the method itself; others are its ablations, and the search for a front.
+    """Options of the method. The defaults are the method itself; others are its ablations.
 
     `inputs`: what the surrogate may use. `beta`: weight of the standard deviation in the upper bound. `gate`: train in
-    full only what has a low-fidelity score. `guided`: ask low-fidelity trials after the first batch. `front`: look for
-    the front of accuracy against MACs, not for accuracy alone.
+    full only what has a low-fidelity score. `guided`: ask low-fidelity trials after the first batch.
     """
 
     inputs: SurrogateInputs = field(default_factory=SurrogateInputs)
     beta: float = BETA
     gate: bool = False
     guided: bool = True
-    front: bool = False
 
 
 DEFAULT_OPTIONS = MfkdOptions()
@@ -125,7 +126,8 @@ def mfkd(
     """A first low-fidelity batch spread over MACs; then, for every free slot, what is expected to gain most per second.
 
     That is a batch of low-fidelity trials of the most promising candidates of the whole space, a full trial of the
-    best, or a repeat of a full trial with another seed.
+    best, or a repeat of a full trial with another seed. In a search for a front, candidates are those that may add most
+    to its hypervolume, the first batch is spread over their cost, and nothing is repeated.
     """
     opening = opening_trials(candidates, history, plan, slots)
     if opening is not None:
@@ -162,12 +164,14 @@ def _first_batch_size(state: State) -> int:
 
 def _first_batch(state: State, size: int, slots: int) -> list[Trial]:
     """The next low-fidelity trials of the first batch: what an opening found best, or at random."""
-    rng = np.random.default_rng(state.plan.seed)
-    if state.opening:
-        none = np.zeros(0, dtype=np.int64)
-        rows = best_by_scores(state.candidates, state.opening[0], state.plan.seed, size, none)
+    rng, none = np.random.default_rng(state.plan.seed), np.zeros(0, dtype=np.int64)
+    if not state.opening:
+        rows = rng.permutation(state.candidates.spread_by(state.plan.cost or "macs", size, rng))
+    elif state.plan.cost:
+        fitted = _fit(state.candidates, [*state.opening, state.high], state.plan.seed, SurrogateInputs())
+        rows = np.array(_front(state, fitted).picks(none, state.eligible, size), dtype=np.int64)
     else:
-        rows = rng.permutation(state.candidates.spread_by_macs(size, rng))
+        rows = best_by_scores(state.candidates, state.opening[0], state.plan.seed, size, none)
     rows = rows[unasked(state.candidates, state.low.asked)[rows]]  # some may come from an earlier fidelity study
     rows = rows[: min(slots, size - state.lows_asked)]
     return ask(state.candidates, state.history, state.plan, rows, state.plan.lows[0])
@@ -215,7 +219,7 @@ def _low_batch(state: State, fitted: Estimate, slots: int, options: MfkdOptions)
     # What low-fidelity scores tell serves every full trial that starts before the next ones: the maximum of n similar
     # candidates grows about as sqrt(n).
     workers = worker_count(state.plan, state.history, slots)
-    gain_full = _next_improvement(state, fitted)
+    gain_full = _next_gain(state, fitted)
     gain_needed = gain_full * state.relative_cost / np.sqrt(workers)  # by each low-fidelity trial
     if rows and (state.all_lows_first or gain_batch > gain_needed * len(rows)):
         return rows[: min(slots, state.lows_left)], True
@@ -225,33 +229,79 @@ def _low_batch(state: State, fitted: Estimate, slots: int, options: MfkdOptions)
 def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tuple[list[int], float, float]:
     """The most valuable low-fidelity batch: its rows, the value of the pending trials, and what the batch adds to it.
 
-    The value is the growth that they cause of the expected improvement by the next full trial.
+    The value is the growth that they cause of the expected gain by the next full trial.
     """
     level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
     pending = _refitted(state.low).pending
+    own = (1 - PULL) * level.noise  # both the variance particular to an architecture and that of a measurement of it
+    if state.plan.cost:
+        rows, variance = _low_for_front(state, fitted, own)
+    else:
+        rows, variance = _low_by_bound(state, fitted, own, options.beta)
+    gain = _gain(state, fitted)
+    rival = _most_gain(state, fitted, unasked(state.candidates, np.concatenate([state.high.asked, rows])))
+
+    def value(count: int) -> float:
+        at = rows[:count]
+        shift = slope * variance[:count] / np.sqrt(variance[:count] + own)
+        mean, std = fitted.mean[at], np.sqrt(fitted.variance[at])
+        return value_of_information(mean, std, shift, lambda m, s: gain(at, m, s), rival, state.plan.seed)
+
+    gain_pending = value(len(pending)) if len(pending) else 0.0
+    return rows[len(pending) :].tolist(), gain_pending, value(len(rows)) - gain_pending
+
+
+def _free_for_low(state: State) -> Mask:
+    """The candidates that a low-fidelity trial may tell something new about."""
     free = unasked(state.candidates, state.low.asked) & state.eligible
     free[state.high.asked] = False
-    rows = np.concatenate([pending, _shortlist(fitted, free, options.beta)])
+    return free
+
+
+def _low_by_bound(state: State, fitted: Estimate, own: float, beta: float) -> tuple[Rows, Array]:
+    """Pending low-fidelity trials, then the batch: rows of highest upper bound; and the variances of their scores."""
+    level, slope = fitted.levels[0], max(fitted.slopes[0], 0.0)
+    pending = _refitted(state.low).pending
+    rows = np.concatenate([pending, _shortlist(fitted, _free_for_low(state), beta)])
     covariance = level.linear.joint(fitted.features.trends[rows], fitted.features.x[rows])
-    own = (1 - PULL) * level.noise  # both the variance particular to an architecture and that of a measurement of it
     covariance[np.diag_indices_from(covariance)] += own
     rest = np.maximum(fitted.variance[rows] - slope**2 * level.variance[rows], 0.0)  # not explained by this fidelity
-    mean = fitted.mean[rows]
-    bound = mean + options.beta * np.sqrt(rest)
-    picks = pick_batch(bound, slope**2 * covariance, options.beta, own, len(pending), LOW_BATCH)
+    bound = fitted.mean[rows] + beta * np.sqrt(rest)
+    picks = pick_batch(bound, slope**2 * covariance, beta, own, len(pending), LOW_BATCH)
     batch = np.concatenate([np.arange(len(pending)), np.array(picks, dtype=np.int64)])
-    others = unasked(state.candidates, np.concatenate([state.high.asked, rows[batch]])) & state.eligible
-    rivals = (fitted.mean[others], np.sqrt(fitted.variance[others]))
+    return rows[batch], np.diag(covariance)[batch]
+
+
+def _low_for_front(state: State, fitted: Estimate, own: float) -> tuple[Rows, Array]:
+    """Pending low-fidelity trials, then the batch: where the front may grow most; and the variances of their scores."""
+    level, pending = fitted.levels[0], _refitted(state.low).pending
+    picks = _front(state, fitted).picks(pending, _free_for_low(state), LOW_BATCH)
+    rows = np.concatenate([pending, np.array(picks, dtype=np.int64)])
+    covariance = level.linear.joint(fitted.features.trends[rows], fitted.features.x[rows])
+    return rows, np.diag(covariance) + own
+
+
+def _front(state: State, fitted: Estimate) -> FrontSoFar:
+    """The front of the full results that the estimate was fitted to, and of the pending full trials."""
+    high = _refitted(state.high)
+    return front_so_far(state.candidates, state.plan.cost, fitted, high).believing(high.pending)
+
+
+def _gain(state: State, fitted: Estimate) -> Gain:
+    """What a full trial is expected to gain: accuracy over the best, or area under the front."""
+    if state.plan.cost:
+        return _front(state, fitted).growth
     best = _score_to_beat(fitted)
+    return lambda _, mean, std: expected_improvement(mean, std, best)
 
-    def value(points: Rows) -> float:
-        variance = np.diag(covariance)[points]
-        shift = slope * variance / np.sqrt(variance + own)
-        std = np.sqrt(fitted.variance[rows[points]])
-        return value_of_information(mean[points], std, shift, rivals, best, state.plan.seed)
 
-    gain_pending = value(batch[: len(pending)]) if len(pending) else 0.0
-    return [int(rows[pick]) for pick in picks], gain_pending, value(batch) - gain_pending
+def _most_gain(state: State, fitted: Estimate, free: Mask) -> float:
+    """The most that a full trial of a free candidate is expected to gain."""
+    free = free & state.eligible
+    if state.plan.cost:
+        return _front(state, fitted).most_growth(free)
+    std = np.sqrt(fitted.variance[free])
+    return float(expected_improvement(fitted.mean[free], std, _score_to_beat(fitted)).max(initial=0.0))
 
 
 def _score_to_beat(fitted: Estimate) -> float:
@@ -259,11 +309,9 @@ def _score_to_beat(fitted: Estimate) -> float:
     return float(fitted.y.max()) if len(fitted.y) else float(fitted.mean.max())
 
 
-def _next_improvement(state: State, fitted: Estimate) -> float:
-    """The expected improvement by the next full trial."""
-    free = unasked(state.candidates, state.high.asked) & state.eligible
-    std = np.sqrt(fitted.variance[free])
-    return float(expected_improvement(fitted.mean[free], std, _score_to_beat(fitted)).max(initial=0.0))
+def _next_gain(state: State, fitted: Estimate) -> float:
+    """What the next full trial is expected to gain."""
+    return _most_gain(state, fitted, unasked(state.candidates, state.high.asked))
 
 
 def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOptions) -> list[Trial]:
@@ -275,15 +323,20 @@ def _full_trials(state: State, fitted: Estimate, slots: int, options: MfkdOption
     free = unasked(state.candidates, state.high.asked) & state.eligible
     if options.gate and state.lows and len(state.low):
         free &= ~unasked(state.candidates, state.low.rows)
-    for_front = options.front and len(fitted.y) > 0
-    repeat = [] if for_front else _repeat(state, fitted)
+    repeat = [] if state.plan.cost else _repeat(state, fitted)
     count = min(slots, state.highs_left, int(free.sum())) - len(repeat)
-    if for_front:
-        rows = _extend_front(state, fitted, free, count)
+    if state.plan.cost:
+        rows = _most_growth(state, fitted, free, count)
     else:
         rows = _highest_bounds(state, fitted, free, count, options.beta)
     seen = replace(state.history, pending=state.history.pending + repeat)
     return repeat + ask(state.candidates, seen, state.plan, rows, state.plan.high)
+
+
+def _most_growth(state: State, fitted: Estimate, free: Mask, count: int) -> list[int]:
+    """Rows that are expected to add most to the front; pending ones count as measured."""
+    high = _refitted(state.high)
+    return front_so_far(state.candidates, state.plan.cost, fitted, high).picks(high.pending, free, count)
 
 
 def _highest_bounds(state: State, fitted: Estimate, free: Mask, count: int, beta: float) -> list[int]:
@@ -295,27 +348,6 @@ def _highest_bounds(state: State, fitted: Estimate, free: Mask, count: int, beta
     mean = fitted.mean[rows] + beta * np.sqrt(rest)
     picks = pick_batch(mean, covariance, beta, fitted.linear.noise, len(pending), count)
     return [int(rows[pick]) for pick in picks]
-
-
-def _extend_front(state: State, fitted: Estimate, free: Mask, count: int) -> list[int]:
-    """Rows that are expected to add most to the area under the front of accuracy against log MACs.
-
-    Pending rows and earlier picks count as measured, with their expected accuracy.
-    """
-    high, cost, std = _refitted(state.high), np.log(state.candidates.macs + 1), np.sqrt(fitted.variance)
-    front = list(zip(fitted.y, cost[high.rows], strict=True))
-    front += [(fitted.mean[row], cost[row]) for row in high.pending]
-
-    def growth(rows: Rows) -> Array:
-        y, known_cost = map(np.array, zip(*front, strict=True))
-        return expected_hypervolume(fitted.mean[rows], std[rows], cost[rows], y, known_cost)
-
-    rows = top(np.where(free, growth(np.arange(len(free))), -np.inf))
-    picks: list[int] = []
-    while len(picks) < min(count, len(rows)):
-        picks.append(int(rows[np.argmax(np.where(np.isin(rows, picks), -np.inf, growth(rows)))]))
-        front.append((fitted.mean[picks[-1]], cost[picks[-1]]))
-    return picks
 
 
 def _repeat(state: State, fitted: Estimate) -> list[Trial]:
@@ -336,7 +368,7 @@ def _repeat(state: State, fitted: Estimate) -> list[Trial]:
     gain = expected_improvement(-np.abs(mean - rival), shift, 0.0)
     gain[np.isin(high.rows, state.high.pending)] = 0.0
     best = int(np.argmax(gain))
-    if gain[best] <= _next_improvement(state, fitted):
+    if gain[best] <= _next_gain(state, fitted):
         return []
     row = int(high.rows[best])
     return ask(state.candidates, state.history, state.plan, [row], state.plan.high, state.high.times_asked[row])

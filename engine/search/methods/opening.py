@@ -38,16 +38,17 @@ def opening_trials(candidates: Candidates, history: History, plan: Plan, slots: 
     own = scores(candidates, history, fidelity)
     if own.trials >= size:
         return [] if len(own.pending) else None
-    first = _spread(candidates, size // 3, plan.seed)
+    # For a front they all are spread: what promises most depends on what one may spend.
+    first = _spread(candidates, plan.cost or "macs", size if plan.cost else size // 3, plan.seed)
     rows = first[unasked(candidates, own.asked)[first]]
     if not len(rows):
         rows = _promising(candidates, own, plan.seed)
     return ask(candidates, history, plan, rows[: min(slots, size - own.trials)].tolist(), fidelity)
 
 
-def _spread(candidates: Candidates, count: int, seed: int) -> Rows:
+def _spread(candidates: Candidates, cost: str, count: int, seed: int) -> Rows:
     rng = np.random.default_rng([seed, 0x09E4])
-    return rng.permutation(candidates.spread_by_macs(count, rng))
+    return rng.permutation(candidates.spread_by(cost, count, rng))
 
 
 def _promising(candidates: Candidates, own: Scores, seed: int) -> Rows:

@@ -9,6 +9,7 @@ from engine.config import Plan
 from engine.search.methods import baselines
 from engine.search.methods.estimate import SurrogateInputs
 from engine.search.methods.mfkd import MfkdOptions, mfkd
+from engine.search.methods.nsga2 import nsga2
 from engine.search.methods.readout import by_best_readout
 from engine.search.methods.recommend import front, winner
 from engine.space import Candidates
@@ -33,11 +34,12 @@ BASELINES: dict[str, Method] = {
     "bore": baselines.bore_search,
     "proxies": baselines.proxies_only,
     "naswot": baselines.naswot,
+    "nsga2": nsga2,
 }
-METHODS: dict[str, Method] = {"mfkd": mfkd, "mfkd-front": partial(mfkd, options=MfkdOptions(front=True)), **BASELINES}
+METHODS: dict[str, Method] = {"mfkd": mfkd, **BASELINES}
 
 # Methods that read `Candidates.trends`.
-USE_TRENDS = ("mfkd", "mfkd-front", "proxies", "naswot")
+USE_TRENDS = ("mfkd", "proxies", "naswot")
 
 # Methods that cannot do without a low fidelity.
 NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")

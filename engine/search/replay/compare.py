@@ -1,4 +1,4 @@
-"""A whole comparison: methods on a table under several caps on multiply-accumulates, and their regrets."""
+"""A whole comparison: methods on a table under several caps on a cost, and their regrets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.config import FRONT_METHODS
 from engine.search.methods.propose import BASELINES, METHODS, lacks
 from engine.search.replay.replay import run_all
 from engine.search.replay.simulate import Replay, SimulatedRun, load_table, validated_replay
-from engine.search.replay.summary import mean_and_error, summarise, write_summary
+from engine.search.replay.summary import mean_and_error, optimum, summarise, write_summary
 from engine.search.replay.tables import FULL, Table
 from engine.trial import UsageError
 
@@ -22,37 +23,38 @@ Array = npt.NDArray[np.float64]
 # The costs at which regret is measured: worker-hours, in full trainings of mean cost.
 TRAININGS = (9, 12, 16, 24, 32, 48)
 WITHOUT_CAP = 1.0
+ONLY_FOR_FRONTS = ("nsga2",)
 
 
-def compare(settings: Replay, caps: Sequence[float]) -> dict[str, Any]:
+def compare(settings: Replay, caps: Sequence[float], cost: str = "macs") -> dict[str, Any]:
     """Replays every method under every cap; returns the JSON object of `replay --caps` (docs/surrogate.md).
 
-    A cap is the share of the table's architectures that it leaves, those of the fewest MACs. Regret is by how many
-    points of test accuracy the incumbent is below the best architecture under the cap; hours and checkpoints of the
-    settings give way to TRAININGS. Writes `regret.csv` to settings.out, and a folder for each cap with the files of its
-    replay. Raises UsageError for a cap outside 0..1 and for what `replay` refuses.
+    A cap is the share of the table's architectures that it leaves, those of the least `cost`. Regret is by how many
+    points of test accuracy the incumbent is below the best architecture under the cap, or in a search for a front the
+    hypervolume below the greatest one; hours and checkpoints of the settings give way to TRAININGS. Writes `regret.csv`
+    to settings.out, and a folder for each cap with the files of its replay. Raises UsageError for a cap outside 0..1
+    and for what `replay` refuses.
     """
     if not all(0 < cap <= WITHOUT_CAP for cap in caps):
         raise UsageError("--caps takes shares of the architectures, more than 0 and at most 1, like 0.33,0.6,1")
     table = load_table(settings)
-    found = {f"{cap:g}": _under_cap(under_cap(settings, cap)) for cap in caps}
+    found = {f"{cap:g}": _under_cap(under_cap(settings, cap, cost), cost) for cap in caps}
     if settings.out is not None:
         _write(settings.out / "regret.csv", found)
     return {"table": table.name, "trainings": TRAININGS, "caps": found}
 
 
-def all_methods(table: Table) -> tuple[str, ...]:
-    """The methods that search for accuracy alone and can do so on this table."""
-    return tuple(
-        name for name in METHODS if name != "mfkd-front" and not lacks(name, table.lows, table.candidates.trends)
-    )
+def all_methods(table: Table, front: bool = False) -> tuple[str, ...]:
+    """The methods that search for accuracy alone, or for a front, and can do so on this table."""
+    names = FRONT_METHODS if front else [name for name in METHODS if name not in ONLY_FOR_FRONTS]
+    return tuple(name for name in names if not lacks(name, table.lows, table.candidates.trends))
 
 
-def under_cap(settings: Replay, cap: float) -> Replay:
-    """The settings of a replay under a cap: its MACs, the costs at which regret is measured, its own folder."""
-    max_macs = float(np.quantile(load_table(settings).candidates.macs, cap))
+def under_cap(settings: Replay, cap: float, cost: str = "macs") -> Replay:
+    """The settings of a replay under a cap: its limit, the hours at which regret is measured, its own folder."""
+    limit = float(np.nanquantile(load_table(settings).candidates.cost(cost), cap))
     out = None if settings.out is None else settings.out / f"cap-{cap:g}"
-    settings = replace(settings, max_macs=min(settings.max_macs, max_macs), out=out)
+    settings = replace(settings, maxima=(*settings.maxima, (cost, limit)), out=out)
     table = load_table(settings)
     hour = float(np.nanmean(table.seconds[FULL])) / 3600
     at = tuple(trainings * hour for trainings in TRAININGS)
@@ -60,28 +62,24 @@ def under_cap(settings: Replay, cap: float) -> Replay:
 
 
 def regrets(settings: Replay, runs: list[SimulatedRun]) -> dict[str, Array]:
-    """By method, the regret (seeds, costs) of its runs, in points of test accuracy."""
-    optimum = _optimum(load_table(settings))
+    """By method, the regret (seeds, hours) of its runs, in points of test accuracy or of hypervolume."""
+    best = optimum(load_table(settings), settings.cost)
     return {
-        method: np.array([[optimum - run.at(hours) for hours in settings.at] for run in runs if run.method == method])
+        method: np.array([[best - run.at(hours) for hours in settings.at] for run in runs if run.method == method])
         for method in settings.methods
     }
 
 
-def _under_cap(settings: Replay) -> dict[str, Any]:
+def _under_cap(settings: Replay, cost: str) -> dict[str, Any]:
     table, runs = load_table(settings), run_all(settings)
     if settings.out is not None:
         write_summary(settings.out, settings, runs, summarise(settings, table, runs))
     return {
-        "max_macs": settings.max_macs,
+        f"max_{cost}": settings.maxima[-1][1],
         "architectures": len(table.candidates),
-        "optimum": round(_optimum(table), 4),
+        "optimum": round(optimum(table, settings.cost), 4),
         **_compared(regrets(settings, runs)),
     }
-
-
-def _optimum(table: Table) -> float:
-    return 100 * float(np.nanmax(table.test))
 
 
 def _compared(regret: dict[str, Array]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import Plan
+from engine.config import FRONT_METHODS, Plan
 from engine.search.loop import TimedHistory, VirtualWorkers, drive
 from engine.search.methods.propose import find_method, lacks, propose, winner
 from engine.search.replay import tables
+from engine.search.replay.hypervolume import hypervolumes
 from engine.search.replay.tables import FULL, Table
 from engine.trial import EnvironmentUnusable, Evaluation, Fidelity, History, Trial, UsageError
 
@@ -26,12 +27,13 @@ class Replay:
     """What to replay.
 
     `join`: tables of scores or latencies to add to it. `lows`: names of the table's low fidelities to offer, the main
-    one first; () means all of them. `gpu_hours` and the
-    checkpoints `at` are worker-hours: workers times simulated wall time, idle workers included, as a rented machine is
-    paid. `max_low` limits the low-fidelity trials of a search. `noise` is the standard deviation, in percentage points,
-    of one full training's accuracy around the recorded one; it is drawn for each seed of a trial. `min_macs`,
-    `max_macs` and `max_params` limit the architectures. With `until_best` a search ends when the architecture of best
-    validation accuracy has been trained in full. `out` keeps each finished search, so that a replay can be resumed.
+    one first; () means all of them. `gpu_hours` and the checkpoints `at` are worker-hours: workers times simulated wall
+    time, idle workers included, as a rented machine is paid. `max_low` limits the low-fidelity trials of a search.
+    `min_macs`, `max_macs` and `max_params` limit the architectures, and so do `maxima`, pairs of a cost by name
+    (`Candidates.cost`) and its limit. `objectives` are accuracy and, in a search for a front, such a cost. `noise` is
+    the standard deviation, in percentage points, of one full training's accuracy around the recorded one; it is drawn
+    for each seed of a trial. With `until_best` a search ends when the architecture of best validation accuracy has been
+    trained in full. `out` keeps each finished search, so that a replay can be resumed.
     """
 
     table: Path
@@ -46,10 +48,17 @@ class Replay:
     min_macs: float = 0.0
     max_macs: float = math.inf
     max_params: float = math.inf
+    maxima: tuple[tuple[str, float], ...] = ()
+    objectives: tuple[str, ...] = ("accuracy",)
     noise: float = 0.0
     until_best: bool = False
     processes: int = 0
     out: Path | None = None
+
+    @property
+    def cost(self) -> str:
+        """The second objective; empty if the search is for accuracy alone."""
+        return self.objectives[1] if len(self.objectives) > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,9 @@ class SimulatedRun:
     """One simulated search.
 
     `curve`: (worker-hours, test accuracy in percent of the incumbent by validation) at each change. `recommended`: test
-    accuracy of the final recommendation. `best_at`: worker-seconds until the best architecture of the table had been
-    trained in full, inf if it was not. `low`, `full`: evaluations started.
+    accuracy of the final recommendation. In a search for a front, both are hypervolumes (`hypervolume.py`). `best_at`:
+    worker-seconds until the best architecture of the table had been trained in full, inf if it was not. `low`, `full`:
+    evaluations started.
     """
 
     method: str
@@ -70,21 +80,23 @@ class SimulatedRun:
     full: int
 
     def at(self, hours: float) -> float:
-        """Test accuracy, in percent, of the incumbent after this many worker-hours."""
-        return [accuracy for when, accuracy in self.curve if when <= hours][-1]
+        """Test accuracy of the incumbent, or hypervolume, after this many worker-hours, in percent."""
+        return [value for when, value in self.curve if when <= hours][-1]
 
 
 def validated_replay(settings: Replay, table: Table) -> Replay:
     """The settings with the low fidelities spelled out.
 
-    Raises UsageError for an unknown method or fidelity or a number out of range, EnvironmentUnusable if `out` cannot be
-    written.
+    Raises UsageError for an unknown method or fidelity, a method that finds no front, or a number out of range, and
+    EnvironmentUnusable if `out` cannot be written.
     """
     for method in settings.methods:
         find_method(method)
         missing = lacks(method, table.lows, table.candidates.trends)
         if missing:
             raise UsageError(f"{settings.table} has no {missing}, which {method} needs")
+        if settings.cost and method not in FRONT_METHODS:
+            raise UsageError(f"{method} finds no front; methods for --objectives: {', '.join(FRONT_METHODS)}")
     for low in settings.lows:
         if low not in table.lows:
             raise UsageError(f"{settings.table} has no low fidelity '{low}'; choose from {', '.join(table.lows)}")
@@ -102,23 +114,31 @@ def validated_replay(settings: Replay, table: Table) -> Replay:
 
 @lru_cache(maxsize=2)
 def load_within_limits(
-    path: Path, join: tuple[Path, ...], min_macs: float, max_macs: float, max_params: float
+    path: Path, join: tuple[Path, ...], min_macs: float, maxima: tuple[tuple[str, float], ...]
 ) -> Table:
-    """The rows of a table that meet the limits; UsageError if none with a full result does."""
+    """The rows of a table that meet the limits; UsageError if none with a full result does.
+
+    A row whose cost is unknown meets no limit on it, not even an infinite one.
+    """
     table = tables.load(path, join)
-    c = table.candidates
-    keep = (c.macs >= min_macs) & (c.macs <= max_macs) & (c.params <= max_params)
+    candidates = table.candidates
+    keep = candidates.macs >= min_macs
+    for name, most in maxima:
+        keep &= candidates.cost(name) <= most
     if not (keep & ~np.isnan(table.valid[FULL])).any():
-        raise UsageError(
-            f"no architecture of {path} meets the constraints; MACs range from {c.macs.min():.4g} to "
-            f"{c.macs.max():.4g}, parameters from {c.params.min():.4g} to {c.params.max():.4g}"
-        )
+        ranges = {name: candidates.cost(name) for name in dict.fromkeys(["macs", *(name for name, _ in maxima)])}
+        told = ", ".join(f"{name} from {np.nanmin(of):.4g} to {np.nanmax(of):.4g}" for name, of in ranges.items())
+        raise UsageError(f"no architecture of {path} meets the limits; the table has {told}")
     return table.where(keep)
 
 
 def load_table(settings: Replay) -> Table:
-    """The table of a replay, within its limits."""
-    return load_within_limits(settings.table, settings.join, settings.min_macs, settings.max_macs, settings.max_params)
+    """The table of a replay, within its limits. Raises UsageError for limits or objectives that it has no cost for."""
+    if settings.objectives[:1] != ("accuracy",) or len(settings.objectives) > 2:
+        raise UsageError(f"--objectives {','.join(settings.objectives)}: write accuracy, or accuracy and one cost")
+    maxima = (("macs", settings.max_macs), ("params", settings.max_params), *settings.maxima)
+    objective = ((settings.cost, math.inf),) if settings.cost else ()
+    return load_within_limits(settings.table, settings.join, settings.min_macs, (*maxima, *objective))
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ def simulate(settings: Replay, method: str, seed: int) -> SimulatedRun:
     table = load_table(settings)
     lows = tuple(Fidelity(name, epochs=_epochs(table, name)) for name in settings.lows)
     n = len(table.candidates)
-    plan = Plan(lows, Fidelity(FULL, epochs=EPOCHS), method, min(settings.max_low, n), n, seed)
+    plan = Plan(lows, Fidelity(FULL, epochs=EPOCHS), method, min(settings.max_low, n), n, seed, cost=settings.cost)
     best = int(np.nanargmax(table.valid[FULL]))
     wall = settings.gpu_hours * 3600 / settings.workers
 
@@ -196,14 +216,18 @@ def _trains(table: Table, trial: Trial, row: int) -> bool:
 def _summary_of_run(settings: Replay, table: Table, plan: Plan, history: TimedHistory, best: int) -> SimulatedRun:
     hour = settings.workers / 3600
     inside = [(t, e) for t, e in zip(history.times, history.answered, strict=True) if t * hour <= settings.gpu_hours]
-    curve = _incumbents(table, settings.lows, [(t * hour, e) for t, e in inside])
+    if plan.cost:
+        rows = [(t * hour, _row(table, e.trial), e) for t, e in inside]
+        curve = hypervolumes(table, table.candidates.cost(plan.cost), "".join(settings.lows[:1]), rows)
+    else:
+        curve = _incumbents(table, settings.lows, [(t * hour, e) for t, e in inside])
     pick = winner(table.candidates, History([e for _, e in inside], []), plan)
     full = [e.trial.fidelity.name == FULL for e in history.answered]
     return SimulatedRun(
         plan.method,
         plan.seed,
         tuple(curve),
-        recommended=100 * float(table.test[_row(table, pick.trial)]) if pick else curve[-1][1],
+        recommended=100 * float(table.test[_row(table, pick.trial)]) if pick and not plan.cost else curve[-1][1],
         best_at=min((t * settings.workers for t, e in inside if _trains(table, e.trial, best)), default=math.inf),
         low=full.count(False),
         full=full.count(True),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.search.replay.hypervolume import best_hypervolume
 from engine.search.replay.simulate import Replay, SimulatedRun
 from engine.search.replay.tables import Table
 
@@ -19,8 +20,8 @@ Array = npt.NDArray[np.float64]
 GRID = 121  # points of a curve
 
 
-def summarise(settings: Replay, table: Table, runs: Iterable[SimulatedRun]) -> dict[str, Any]:
-    """The JSON object of the command: per method and checkpoint, statistics of test accuracy in percent.
+def summarise(settings: Replay, table: Table, runs: Sequence[SimulatedRun]) -> dict[str, Any]:
+    """The JSON object of the command: per method and checkpoint, statistics of test accuracy or hypervolume in percent.
 
     The statistics are mean, standard error, median and quartiles over the seeds. Those of `seconds_to_best` are in
     worker-seconds; a run that did not find the best counts with its budget. `found` is the fraction of runs that found
@@ -34,7 +35,28 @@ def summarise(settings: Replay, table: Table, runs: Iterable[SimulatedRun]) -> d
         entry["seconds_to_best"] = _until_best(settings, own)
         entry["evaluations"] = {k: float(np.mean([getattr(run, k) for run in own])) for k in ("low", "full")}
         methods[method] = entry
-    return {"table": table.name, "optimum": round(100 * float(np.nanmax(table.test)), 4), "methods": methods}
+    if settings.cost:
+        _add_differences(settings, methods, runs)
+    return {"table": table.name, "optimum": round(optimum(table, settings.cost), 4), "methods": methods}
+
+
+def optimum(table: Table, cost: str) -> float:
+    """The best test accuracy of a table, or with a cost the best hypervolume, in percent."""
+    return best_hypervolume(table, table.candidates.cost(cost)) if cost else 100 * float(np.nanmax(table.test))
+
+
+def _add_differences(settings: Replay, methods: dict[str, Any], runs: Sequence[SimulatedRun]) -> None:
+    """Adds to each method by how much it is ahead of each other one at the checkpoints, seed by seed."""
+    values = {m: np.array([[r.at(h) for h in settings.at] for r in runs if r.method == m]) for m in methods}
+    for method, entry in methods.items():
+        entry["ahead_of"] = {
+            other: {
+                f"{hours:g}": mean_and_error(ahead)
+                for hours, ahead in zip(settings.at, (values[method] - values[other]).T, strict=True)
+            }
+            for other in methods
+            if other != method
+        }
 
 
 def _until_best(settings: Replay, runs: list[SimulatedRun]) -> dict[str, float]:
@@ -73,14 +95,16 @@ def write_summary(out: Path, settings: Replay, runs: list[SimulatedRun], summary
             error = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.std(axis=0)
             for hours, column, mean, stderr in zip(grid, quartiles.T, values.mean(axis=0), error, strict=True):
                 writer.writerow([method, f"{hours:g}", *(f"{v:.3f}" for v in (*column, mean, stderr))])
-    _draw(out / "curves.png", grid, curves, summary)
+    merit = f"hypervolume of accuracy against {settings.cost}" if settings.cost else "test accuracy of the incumbent"
+    _draw(out / "curves.png", (grid, curves), summary, merit)
 
 
-def _draw(path: Path, grid: Array, curves: dict[str, Array], summary: dict[str, Any]) -> None:
+def _draw(path: Path, drawn: tuple[Array, dict[str, Array]], summary: dict[str, Any], merit: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return  # matplotlib is an extra; the CSV file has the same figures
+    grid, curves = drawn
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for method, (low, middle, high) in curves.items():
@@ -88,7 +112,7 @@ def _draw(path: Path, grid: Array, curves: dict[str, Array], summary: dict[str, 
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axhline(summary["optimum"], color="black", linestyle=":", linewidth=1)
     lowest = min(float(np.quantile(low, 0.1)) for low, _, _ in curves.values())
-    axes.set(xlabel="GPU-hours", ylabel="test accuracy of the incumbent, %")
+    axes.set(xlabel="GPU-hours", ylabel=f"{merit}, %")
     axes.set(title=summary["table"], ylim=(lowest, None))
     axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
