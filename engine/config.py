@@ -52,7 +52,7 @@ class SearchConfig:
     method: str = option(
         "mfkd",
         "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
-        "asha, macs, bore, proxies, naswot",
+        "asha, macs, bore, proxies, naswot, optuna-tpe, optuna-gp",
     )
     teacher: str = option(
         "auto",

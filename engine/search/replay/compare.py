@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.search.methods.propose import BASELINES, METHODS, lacks
+from engine.search.methods.propose import BASELINES, METHODS, is_installed, lacks
 from engine.search.replay.replay import run_all
 from engine.search.replay.simulate import Replay, SimulatedRun, load_table, validated_replay
 from engine.search.replay.summary import mean_and_error, summarise, write_summary
@@ -42,9 +42,11 @@ def compare(settings: Replay, caps: Sequence[float]) -> dict[str, Any]:
 
 
 def all_methods(table: Table) -> tuple[str, ...]:
-    """The methods that search for accuracy alone and can do so on this table."""
+    """The methods that search for accuracy alone, can do so on this table, and are installed."""
     return tuple(
-        name for name in METHODS if name != "mfkd-front" and not lacks(name, table.lows, table.candidates.trends)
+        name
+        for name in METHODS
+        if name != "mfkd-front" and is_installed(name) and not lacks(name, table.lows, table.candidates.trends)
     )
 
 
