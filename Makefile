@@ -49,7 +49,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,export,report,tensorboard,pretrained,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,export,optuna,report,tensorboard,pretrained,test]'
 	touch $@
 
 # ---- kernels -------------------------------------------------------------

@@ -28,7 +28,7 @@ Array = npt.NDArray[np.float64]
 ROOT = Path(__file__).resolve().parents[1]
 NAME, BUILD = ROOT / "docs" / "evidence" / "trends", ROOT / "build" / "trends"
 CAPS = {1.0: "Uncapped", 0.6: "MACs of at most the 60th percentile", 0.33: "MACs of at most the 33rd percentile"}
-BASELINES = ("mfkd2", "mfkd1", "cokriging", "gp", "bore", "macs")
+BASELINES = ("mfkd2", "mfkd1", "cokriging", "gp", "bore", "optuna-tpe", "optuna-gp", "macs")
 
 Columns = Callable[[Row, np.random.Generator], dict[str, str]]
 

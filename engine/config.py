@@ -58,7 +58,7 @@ class SearchConfig:
     method: str = option(
         "mfkd",
         "search method; one of mfkd, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, asha, macs, bore, "
-        "proxies, naswot, nsga2 (docs/search.md)",
+        "proxies, naswot, nsga2, optuna-tpe, optuna-gp (docs/search.md)",
     )
     teacher: str = option(
         "auto",

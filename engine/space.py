@@ -71,6 +71,11 @@ class SearchSpace:
     def radices(self) -> tuple[int, ...]:
         return tuple(len(choice.options) for choice in self.choices)
 
+    @cached_property
+    def ordinal(self) -> tuple[bool, ...]:
+        """Whether the options of each choice are ordered."""
+        return tuple(choice.ordinal for choice in self.choices)
+
     @property
     def size(self) -> int:
         """The number of architectures, which may exceed 2**63, the most that `len` can return."""
@@ -139,7 +144,7 @@ class Candidates:
 
     Rows are members of a whole space, those that meet the limits, or those in a table of recorded results. `trends` are
     further quantities (n,) that may go with accuracy, by name, known before any training: training-free scores,
-    latencies; nan where unknown.
+    latencies; nan where unknown. `ordinal` (d,) tells which choices have ordered options; () if none has.
     """
 
     choices: npt.NDArray[Any]
@@ -147,6 +152,7 @@ class Candidates:
     macs: FloatArray
     params: FloatArray
     trends: dict[str, FloatArray] = field(default_factory=dict)
+    ordinal: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -157,7 +163,8 @@ class Candidates:
     def where(self, keep: npt.NDArray[np.bool_]) -> Candidates:
         """The rows for which `keep` (n,) is true."""
         trends = {name: values[keep] for name, values in self.trends.items()}
-        return Candidates(self.choices[keep], self.features[keep], self.macs[keep], self.params[keep], trends)
+        arrays = (self.choices[keep], self.features[keep], self.macs[keep], self.params[keep])
+        return Candidates(*arrays, trends, self.ordinal)
 
     def cost(self, name: str) -> FloatArray:
         """A cost (n,) by its name: macs, params, DEVICE_latency, or latency for the only latency that is known.
@@ -224,7 +231,7 @@ def candidates(
         with device("meta"):
             counted = [_counted(space, tuple(row), classes, width, resolution) for row in choices.tolist()]
         macs, params = (np.array(column, dtype=np.float64) for column in zip(*counted, strict=True))
-    return Candidates(choices, space.encode(choices), macs, params)
+    return Candidates(choices, space.encode(choices), macs, params, ordinal=space.ordinal)
 
 
 def _members(space: SearchSpace, seed: int) -> IntMatrix:

@@ -8,14 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import FRONT_METHODS, Plan
+from engine.search.methods import propose as propose_module
 from engine.search.methods.estimate import SurrogateInputs, candidate_features, estimate, learned_weights
 from engine.search.methods.hypervolume import front_so_far
 from engine.search.methods.mfkd import mfkd
-from engine.search.methods.propose import ABLATIONS, METHODS, USE_TRENDS, lacks, propose, winner
+from engine.search.methods.propose import (
+    ABLATIONS,
+    METHODS,
+    USE_TRENDS,
+    find_method,
+    is_installed,
+    lacks,
+    propose,
+    winner,
+)
 from engine.search.methods.recommend import noise_variance, posterior
 from engine.search.methods.scores import SHORTLIST, IdentityKey, find_rows, scores, worker_count
 from engine.space import Candidates
-from engine.trial import Evaluation, Fidelity, History, Trial, UsageError
+from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, History, Trial, UsageError
 from surrogate.linear import Linear
 from surrogate.quality import ranks as rankdata
 from surrogate.xgb import BOTH, SurrogateParts
@@ -73,7 +83,11 @@ NOISE = np.random.default_rng(2).standard_normal(len(SPACE))
 SCORED = with_trends(naswot=GOOD, noise=NOISE)
 EVERY = pytest.mark.parametrize(
     ("method", "space"),
-    [pytest.param(name, SPACE, id=name) for name in (*METHODS, *ABLATIONS) if not lacks(name, ("low",), ())]
+    [
+        pytest.param(name, SPACE, id=name, marks=pytest.mark.skipif(not is_installed(name), reason="no Optuna"))
+        for name in (*METHODS, *ABLATIONS)
+        if not lacks(name, ("low",), ())
+    ]
     + [pytest.param(name, SCORED, id=f"{name} with scores") for name in USE_TRENDS],
 )
 
@@ -305,6 +319,33 @@ def test_methods_of_scores_alone_say_that_there_are_none(method):
 def test_bore_asks_what_resembles_the_best_third():
     results = [e.accuracy for e in full(run(Plan((LOW,), FULL, "bore", max_high=40)))]
     assert np.mean(results[20:]) > np.mean(results[:8]) + 0.05
+
+
+@pytest.mark.parametrize(("method", "ordered"), [("optuna-tpe", False), ("optuna-tpe", True), ("optuna-gp", True)])
+def test_optuna_learns_from_the_history_under_a_cap(method, ordered):
+    """Three quarters of what it may suggest are no candidates."""
+    pytest.importorskip("optuna")
+    inside = replace(SPACE.where(SPACE.macs <= np.quantile(SPACE.macs, 0.25)), ordinal=(ordered,) * 5)
+    plan = Plan((LOW,), FULL, method, max_high=24)
+    results = [e.accuracy for e in full(run(plan, space=inside))]
+    assert np.mean(results[12:]) > np.mean(results[:8]) + 0.05
+
+
+def test_optuna_gives_way_to_the_nearest_candidate():
+    pytest.importorskip("optuna")
+    from engine.search.methods.optuna_samplers import distances
+
+    one = replace(SPACE, ordinal=(True, False, False, False, False))
+    away = distances(one, [0, 1, 1, 1, 1])
+    expected = {(0, 1, 1, 1, 1): 0, (1, 1, 1, 1, 1): 1 / 3, (3, 1, 1, 1, 1): 1, (0, 3, 1, 1, 2): 2}
+    for choices, distance in expected.items():
+        assert away[SPACE.row(Architecture(choices))] == pytest.approx(distance)
+
+
+def test_a_method_without_its_library_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(propose_module, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentUnusable, match=r"optuna-tpe needs Optuna; run: pip install .*\[optuna\]"):
+        find_method("optuna-tpe")
 
 
 def test_a_full_trial_counts_as_a_whole_worker_and_a_low_one_as_its_share():

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
+from engine.networks import count_cost, shufflenetv2
 from engine.search.replay import published, tables
 from engine.trial import EnvironmentUnusable, UsageError
 
@@ -75,6 +77,37 @@ def test_the_cost_of_mobilenetv2_is_the_sum_over_its_layers():
         (16 * 24 * 40, 24 * 40 + 80), (40 * 10, 40 * 10 + 10),
     ]  # fmt: skip
     assert (macs, params) == tuple(map(sum, zip(*layers, strict=True)))
+
+
+SHUFFLENETS = (
+    "98,158,510,524;6,3,5",
+    "[98, 160, 510, 524], [6, 4, 5]",
+    "{'out_channels': [64, 158, 510, 700], 'num_blocks': [6, 3, 5]}",
+)
+
+
+def test_the_authors_shufflenetv2_are_read_however_their_numbers_are_separated(tmp_path):
+    row = {"kd": "nokd", "train_divisor": "1", "valid_acc": "0.6", "test_acc": "0.6", "seconds": "9"}
+    rows = [row | {"arch": str(arch), "encoding": encoding} for arch, encoding in enumerate(SHUFFLENETS)]
+    converted = published.convert(rows)
+    choices = [column.removeprefix("choice:") for column in converted[0] if column.startswith("choice:")]
+    assert choices == ["stage1.channels", "stage2.channels", "last.channels", "stage2.blocks"]  # those that vary
+    candidates = tables.load(write(rows, tmp_path / "t.csv")).candidates
+    assert candidates.choices.tolist() == [[1, 0, 0, 0], [1, 1, 0, 1], [0, 0, 1, 0]]
+    assert candidates.ordinal == (True,) * 4
+    rows[0]["encoding"] = "98,158,510;6,3,5"
+    with pytest.raises(UsageError, match=r"'98,158,510;6,3,5' has 6 numbers; .* of a ShuffleNetV2 7"):
+        tables.load(write(rows, tmp_path / "t.csv"))
+    rows[0]["encoding"] = ";".join(["1,16,1,1"] * 8)
+    with pytest.raises(UsageError, match="it holds MobileNetV2 and ShuffleNetV2"):
+        tables.load(write(rows, tmp_path / "t.csv"))
+
+
+def test_the_cost_of_the_authors_shufflenetv2_is_that_of_the_network():
+    """Counted on ours with their stem: a 1x1 convolution."""
+    network = shufflenetv2.network(24, [(98, 7), (158, 4), (510, 6)], 524, 100)
+    network.stem[0] = nn.Conv2d(3, 24, 1, bias=False)
+    assert published.shufflenetv2_cost([98, 158, 510, 524], [6, 3, 5], 100, 32) == count_cost(network, 32)
 
 
 def test_empty_cells_are_failed_evaluations(tmp_path):

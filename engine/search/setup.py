@@ -16,7 +16,7 @@ from engine.run_folder import RunFolder
 from engine.search.baseline_networks import family_members
 from engine.search.journal import read_journal
 from engine.search.latency_limit import within_latency_limit
-from engine.search.methods.propose import METHODS
+from engine.search.methods.propose import METHODS, find_method
 from engine.search.progress import Display
 from engine.search.proxies import add_proxies
 from engine.search.run_context import RunContext, one_worker, open_context
@@ -77,6 +77,7 @@ def validated_space(settings: RunSettings) -> SearchSpace:
     check_settings(settings)
     if settings.config.method not in METHODS:
         raise UsageError(f"no method named '{settings.config.method}'; choose from {', '.join(METHODS)}")
+    find_method(settings.config.method)  # it may need a library
     space, config = load_space(settings.config.space), settings.config
     only_of(space, config)
     if space.inherit is not None and not config.low.width == config.high.width == 1:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from importlib.util import find_spec
 
 from engine.config import Plan
 from engine.search.methods import baselines
 from engine.search.methods.estimate import SurrogateInputs
 from engine.search.methods.mfkd import MfkdOptions, mfkd
 from engine.search.methods.nsga2 import nsga2
+from engine.search.methods.optuna_samplers import optuna_search
 from engine.search.methods.readout import by_best_readout
 from engine.search.methods.recommend import front, winner
 from engine.space import Candidates
-from engine.trial import History, Trial, UsageError
+from engine.trial import History, Trial, UsageError, not_installed
 from surrogate.xgb import SurrogateParts
 
-__all__ = ["ABLATIONS", "BASELINES", "METHODS", "USE_TRENDS", "find_method", "front", "lacks", "propose", "winner"]
+__all__ = [
+    "ABLATIONS",
+    "BASELINES",
+    "METHODS",
+    "OPTUNA",
+    "USE_TRENDS",
+    "find_method",
+    "front",
+    "is_installed",
+    "lacks",
+    "propose",
+    "winner",
+]
 
 # Candidates, what is known, the plan, and the number of free slots -> the trials to ask now.
 Method = Callable[[Candidates, History, Plan, int], list[Trial]]
@@ -35,11 +49,16 @@ BASELINES: dict[str, Method] = {
     "proxies": baselines.proxies_only,
     "naswot": baselines.naswot,
     "nsga2": nsga2,
+    "optuna-tpe": partial(optuna_search, sampler="TPESampler"),
+    "optuna-gp": partial(optuna_search, sampler="GPSampler"),
 }
 METHODS: dict[str, Method] = {"mfkd": mfkd, **BASELINES}
 
 # Methods that read `Candidates.trends`.
 USE_TRENDS = ("mfkd", "proxies", "naswot")
+
+# Methods of a library that is an extra.
+OPTUNA = ("optuna-tpe", "optuna-gp")
 
 # Methods that cannot do without a low fidelity.
 NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
@@ -58,11 +77,21 @@ ABLATIONS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method or ablation of that name. Raises UsageError for an unknown one."""
+    """The method or ablation of that name.
+
+    Raises UsageError for an unknown one, EnvironmentUnusable for one whose library is not installed.
+    """
     method = METHODS.get(name) or ABLATIONS.get(name)
     if method is None:
         raise UsageError(f"no method named '{name}'; choose from {', '.join(METHODS)}")
+    if not is_installed(name):
+        raise not_installed(f"the method {name} needs Optuna", "optuna")
     return method
+
+
+def is_installed(name: str) -> bool:
+    """Whether the library that a method needs, if any, is installed."""
+    return name not in OPTUNA or find_spec("optuna") is not None
 
 
 def lacks(name: str, lows: Sequence[str], trends: Collection[str]) -> str:

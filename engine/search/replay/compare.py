@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import FRONT_METHODS
-from engine.search.methods.propose import BASELINES, METHODS, lacks
+from engine.search.methods.propose import BASELINES, METHODS, is_installed, lacks
 from engine.search.replay.replay import run_all
 from engine.search.replay.simulate import Replay, SimulatedRun, load_table, validated_replay
 from engine.search.replay.summary import mean_and_error, optimum, summarise, write_summary
@@ -45,9 +45,11 @@ def compare(settings: Replay, caps: Sequence[float], cost: str = "macs") -> dict
 
 
 def all_methods(table: Table, front: bool = False) -> tuple[str, ...]:
-    """The methods that search for accuracy alone, or for a front, and can do so on this table."""
+    """The methods that search for accuracy alone, or for a front, can do so on this table, and are installed."""
     names = FRONT_METHODS if front else [name for name in METHODS if name not in ONLY_FOR_FRONTS]
-    return tuple(name for name in names if not lacks(name, table.lows, table.candidates.trends))
+    return tuple(
+        name for name in names if is_installed(name) and not lacks(name, table.lows, table.candidates.trends)
+    )
 
 
 def under_cap(settings: Replay, cap: float, cost: str = "macs") -> Replay:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+import re
 
+from engine.spaces.arithmetic import conv_cost, linear_cost, strided
 from engine.spaces.nasbench201 import EDGES, OPERATIONS
+from engine.spaces.shufflenetv2 import down_cost, unit_cost
 
 Row = dict[str, str]
 FULL = "full"
@@ -12,6 +14,10 @@ FULL = "full"
 CHOICES = tuple(f"choice:{target}<-{source}" for target, source in EDGES)
 # The benchmark's scores of networks whose output does not depend on the input, and latencies that were not measured.
 NO_SCORE, NO_LATENCY = -1e8, 0.0
+# What the numbers of an encoding in the authors' tables are.
+MOBILENETV2 = [f"block{b}.{part}" for b in range(8) for part in ("expansion", "channels", "repeats", "stride")]
+SHUFFLENETV2 = [f"{part}.channels" for part in ("stage1", "stage2", "stage3", "last")]
+SHUFFLENETV2 += [f"stage{stage}.blocks" for stage in (1, 2, 3)]
 MACRO_BLOCKS = ("identity", "mbconv3_e3", "mbconv5_e6")
 MACRO_SECONDS = "3600"
 
@@ -61,23 +67,46 @@ def from_mfkd(rows: list[Row]) -> list[Row]:
     """Converts the paper authors' measurements: a row per architecture, loss and fraction of the training set.
 
     Full fidelity is training on the whole set without distillation. The choices are the numbers of `encoding` that
-    vary; MACs and parameters are those of the MobileNetV2 that it describes, on 32 x 32 images.
+    vary; MACs and parameters are those of the network that it describes (MobileNetV2 or ShuffleNetV2), on 32 x 32
+    images of 100 classes.
     """
-    encodings = {row["arch"]: [[int(v) for v in b.split(",")] for b in row["encoding"].split(";")] for row in rows}
-    flat = np.array([[value for block in blocks for value in block] for blocks in encodings.values()])
-    names = [f"block{b}.{part}" for b in range(8) for part in ("expansion", "channels", "repeats", "stride")]
-    varying = [i for i in range(flat.shape[1]) if len(set(flat[:, i])) > 1 and not (i >= 28 and i != 29)]
+    networks = {row["arch"]: authors_network(row["encoding"]) for row in rows}
+    if len({tuple(numbers) for numbers, _ in networks.values()}) > 1:
+        raise ValueError("it holds MobileNetV2 and ShuffleNetV2; give a table for each")
+    options = {name: {numbers[name] for numbers, _ in networks.values()} for name in next(iter(networks.values()))[0]}
+    varying = [name for name, values in options.items() if len(values) > 1]
     out: dict[str, Row] = {}
-    for arch, blocks in encodings.items():
-        values = [value for block in blocks for value in block]
-        macs, params = mobilenetv2_cost(blocks, classes=100, resolution=32)
-        out[arch] = {f"choice:{names[i]}": str(values[i]) for i in varying} | {"macs": str(macs), "params": str(params)}
+    for arch, (numbers, (macs, params)) in networks.items():
+        out[arch] = {f"choice:{name}": str(numbers[name]) for name in varying}
+        out[arch] |= {"macs": str(macs), "params": str(params)}
     for row in rows:
         full = row["kd"] == "nokd" and row["train_divisor"] == "1"
         name = FULL if full else f"{row['kd']}/{row['train_divisor']}"
         new = {f"valid:{name}": row["valid_acc"], f"seconds:{name}": row["seconds"]}
         out[row["arch"]] |= new | ({f"test:{FULL}": row["test_acc"]} if full else {})
     return list(out.values())
+
+
+def authors_network(encoding: str) -> tuple[dict[str, int], tuple[int, int]]:
+    """The numbers that describe a network of the paper authors' tables, by name, and its MACs and parameters.
+
+    A MobileNetV2 is 8 blocks of (expansion, channels, repeats, stride), the last of which is a 1x1 convolution that
+    only has channels. A ShuffleNetV2 is its `out_channels`, 4 numbers, then its `num_blocks`, 3 numbers, as in the
+    authors' notebook (NAS.ipynb of IlyaTrofimov/MF_NAS_KD). Only the order of the numbers matters, not what stands
+    between them. Raises ValueError for any other count of numbers.
+    """
+    numbers = [int(number) for number in re.findall(r"\d+", encoding)]
+    if len(numbers) == len(MOBILENETV2):
+        blocks = [numbers[start : start + 4] for start in range(0, len(numbers), 4)]
+        named = dict(zip(MOBILENETV2, numbers, strict=True))
+        unused = [f"block7.{part}" for part in ("expansion", "repeats", "stride")]
+        return {name: named[name] for name in named if name not in unused}, mobilenetv2_cost(blocks, 100, 32)
+    if len(numbers) == len(SHUFFLENETV2):
+        return dict(zip(SHUFFLENETV2, numbers, strict=True)), shufflenetv2_cost(numbers[:4], numbers[4:], 100, 32)
+    raise ValueError(
+        f"encoding '{encoding}' has {len(numbers)} numbers; that of a MobileNetV2 has {len(MOBILENETV2)}, of a "
+        f"ShuffleNetV2 {len(SHUFFLENETV2)}"
+    )
 
 
 def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> tuple[int, int]:
@@ -100,6 +129,21 @@ def mobilenetv2_cost(blocks: list[list[int]], classes: int, resolution: int) -> 
     macs += size * size * inp * last + last * classes
     params += inp * last + 2 * last + last * classes + classes
     return macs, params
+
+
+def shufflenetv2_cost(channels: list[int], blocks: list[int], classes: int, resolution: int) -> tuple[int, int]:
+    """Multiply-accumulates and weights of the authors' ShuffleNetV2: `channels` of the 3 stages and of the last 1x1
+    convolution, `blocks` of stride 1 in each stage, after the one of stride 2.
+
+    Their stem is a 1x1 convolution of 24 channels at stride 1, without pooling. MACs do not include normalisation.
+    """
+    size, before = resolution, 24
+    total = conv_cost(3, before, 1, size) + linear_cost(channels[-1], classes)
+    for after, count in zip(channels[:-1], blocks, strict=True):
+        total += down_cost(before, after, size) + count * unit_cost(after, strided(size))
+        size, before = strided(size), after
+    macs, params, _ = total + conv_cost(before, channels[-1], 1, size)
+    return int(macs), int(params)
 
 
 def _percent(text: str) -> str:

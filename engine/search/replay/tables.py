@@ -162,7 +162,7 @@ def _candidates(name: str, rows: list[Row], columns: list[str]) -> Candidates:
         raise ValueError("a row has no macs or no params; fill them in, or leave out the column")
     trends = {c: _numbers(rows, c) for c in columns if c.startswith(KNOWN)}
     space = SearchSpace(name, choices, _no_network)
-    return Candidates(encoded, space.encode(encoded), costs["macs"], costs["params"], trends)
+    return Candidates(encoded, space.encode(encoded), costs["macs"], costs["params"], trends, space.ordinal)
 
 
 def _first_of_each_class(rows: list[Row]) -> list[Row]:
