@@ -123,7 +123,7 @@ def test_every_search_names_its_front(objectives: Any, tmp_path: Path, monkeypat
     (member,) = result["front"]  # all networks here have the same MACs
     full = [e for e in read.answers if e.trial.fidelity == CONFIG.high]
     assert member["valid_accuracy"] == max(e.accuracy for e in full)
-    assert f"front 0.00 million MACs: valid {member['valid_accuracy']:.4f} +- " in summary(result)
+    assert f"front 1e-05 million MACs: valid {member['valid_accuracy']:.4f} +- " in summary(result)
 
 
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,11 +102,11 @@ def _baseline(row: dict[str, Any]) -> str:
 
 def _front(front: list[dict[str, Any]], cost: str) -> str:
     """One line for each network of the front."""
-    from engine.search.front import COSTS
+    from engine.search.front import COSTS, in_unit
 
-    unit, size = COSTS[cost]
-    lines = [f"{one[cost] / size:.2f} {unit}: valid {_accuracy(one, 'valid')}, {one['architecture']}" for one in front]
-    return "".join(f"\n            front {line}" for line in lines)
+    sizes = [f"{in_unit(one[cost], cost)} {COSTS[cost][0]}" for one in front]
+    lines = [f"valid {_accuracy(one, 'valid')}, {one['architecture']}" for one in front]
+    return "".join(f"\n            front {size}: {line}" for size, line in zip(sizes, lines, strict=True))
 
 
 def with_defaults(parser: ArgumentParser, arguments: list[str]) -> list[str]:

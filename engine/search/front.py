@@ -66,6 +66,12 @@ class FrontMember:
         return f"Trained for {self.epochs} epochs {with_seeds}; scored on {self.valid_images:,} validation images"
 
 
+def in_unit(value: float, cost: str) -> str:
+    """A cost in its unit (COSTS), with three significant digits or more, for people: 0.143, 8.49, 4,120."""
+    scaled = value / COSTS[cost][1]
+    return f"{scaled:,.0f}" if scaled >= 99.95 else f"{scaled:.3g}"
+
+
 def cost_axis(objectives: str) -> str:
     """The cost, one of COSTS, that a search with these objectives trades accuracy for; MACs for accuracy alone."""
     named = objectives.split(",")[1:]
