@@ -19,7 +19,7 @@ import cli
 from engine.run_folder import RunFolder
 from engine.search import front_export
 from engine.search.comparison import standard_error
-from engine.search.front import COSTS, FrontMember, cost_axis, front, trained_in_full
+from engine.search.front import COSTS, FrontMember, cost_axis, front, in_unit, trained_in_full
 from engine.search.runs import open_run
 from engine.trial import Architecture, Evaluation, Fidelity, Trial, hits_to_text
 
@@ -90,6 +90,20 @@ def test_only_full_trainings_count_and_a_final_one_adds_its_test_accuracy() -> N
     assert (member.valid_accuracy, member.epochs, member.test_accuracy, member.final_epochs) == (0.6, 20, 0.9, 60)
     assert (member.test_images, member.final_weights) == (10, FOLDER.weights(final.trial))
     assert member.test_standard_error == pytest.approx((0.9 * 0.1 / 10) ** 0.5)
+
+
+def test_a_latency_from_elsewhere_stands_in_for_one_that_was_not_measured() -> None:
+    timed, untimed = evaluated(0, 0.5, costs={"latency_ms": 2.0}), evaluated(1, 0.6)
+    elsewhere = {Architecture((0,)): 9.0, Architecture((1,)): 3.0}
+    assert [m.latency_ms for m in front(trained_in_full([timed, untimed], HIGH, 9, FOLDER), "latency_ms")] == [2.0]
+    known = trained_in_full([timed, untimed], HIGH, 9, FOLDER, elsewhere)
+    assert [m.latency_ms for m in front(known, "latency_ms")] == [2.0, 3.0]
+
+
+def test_sizes_from_tiny_to_huge_networks_are_readable() -> None:
+    assert [in_unit(macs, "macs") for macs in (142_912, 8_490_000, 99_960_000, 4_121_900_000)] == [
+        "0.143", "8.49", "100", "4,122",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -214,14 +214,13 @@ def _front(front: list[dict[str, Any]], cost: str) -> Table:
     """The networks on the front, or of a long one some that are spread over it."""
     from rich.table import Table
 
-    from engine.search.front import COSTS
+    from engine.search.front import COSTS, in_unit
 
-    unit, size = COSTS[cost]
     table = Table.grid(padding=(0, 2))
     shown = sorted({round(place * (len(front) - 1) / (FRONT_ROWS - 1)) for place in range(FRONT_ROWS)})
     for one in (front[place] for place in shown):
         accuracy = f"valid {one['valid_accuracy']:.4f} +- {one['valid_standard_error']:.4f}"
-        table.add_row(accuracy, f"{one[cost] / size:.2f} {unit}", one["architecture"])
+        table.add_row(accuracy, f"{in_unit(one[cost], cost)} {COSTS[cost][0]}", one["architecture"])
     if len(shown) < len(front):
         table.add_row(f"{len(shown)} of {len(front)}; all: trials --front")
     return table

@@ -16,7 +16,7 @@ from typing import Any
 from engine.report.architecture_drawing import draw
 from engine.report.chart import BEST, FULL, SOFT, Chart, Json, axis, label, line, percent, points
 from engine.report.final_trainings import FINISHED, label_places, trained_rows, with_error
-from engine.search.front import COSTS, FrontMember, clearly_better, front
+from engine.search.front import COSTS, FrontMember, clearly_better, front, in_unit
 from engine.search.runs import Run
 from engine.space import SearchSpace
 from engine.spaces.load import load_space
@@ -149,9 +149,8 @@ def _how_finished(epochs: int | None, images: int | None, start: str) -> str:
 
 
 def _sizes(costs: dict[str, float]) -> Json:
-    texts = {"macs": ("million MACs", "{:.3g}", 1e6), "params": ("parameters", "{:,.0f}", 1.0)}
-    texts["latency_ms"] = ("latency, ms", "{:.3g}", 1.0)
-    return {texts[cost][0]: texts[cost][1].format(value / texts[cost][2]) for cost, value in costs.items()}
+    names = {"macs": "million MACs", "params": "million parameters", "latency_ms": "latency, ms"}
+    return {names[cost]: in_unit(value, cost) for cost, value in costs.items()}
 
 
 def _traces(run: Run, shown: Sequence[Shown], cost: str) -> list[Json]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -66,6 +66,12 @@ class FrontMember:
         return f"Trained for {self.epochs} epochs {with_seeds}; scored on {self.valid_images:,} validation images"
 
 
+def in_unit(value: float, cost: str) -> str:
+    """A cost in its unit (COSTS), with three significant digits or more, for people: 0.143, 8.49, 4,122."""
+    scaled = value / COSTS[cost][1]
+    return f"{scaled:,.0f}" if scaled >= 99.95 else f"{scaled:.3g}"
+
+
 def cost_axis(objectives: str) -> str:
     """The cost, one of COSTS, that a search with these objectives trades accuracy for; MACs for accuracy alone."""
     named = objectives.split(",")[1:]
@@ -74,9 +80,16 @@ def cost_axis(objectives: str) -> str:
 
 
 def trained_in_full(
-    answers: Iterable[Evaluation], high: Fidelity, valid_images: int, folder: RunFolder
+    answers: Iterable[Evaluation],
+    high: Fidelity,
+    valid_images: int,
+    folder: RunFolder,
+    latencies: Mapping[Architecture, float] | None = None,
 ) -> list[FrontMember]:
-    """Every network with a successful training at the full fidelity `high`, in order of its first one."""
+    """Every network with a successful training at the full fidelity `high`, in order of its first one.
+
+    `latencies` are milliseconds that are known from elsewhere, for networks that were not timed when they were trained.
+    """
     full: dict[Architecture, list[Evaluation]] = {}
     finals: dict[Architecture, Evaluation] = {}
     for e in sorted(answers, key=lambda e: e.trial.number):  # not in order of arrival, which a resumed run may change
@@ -84,7 +97,11 @@ def trained_in_full(
             full.setdefault(e.trial.architecture, []).append(e)
         elif e.ok and e.trial.fidelity.with_valid:
             finals[e.trial.architecture] = e
-    return [_member(found, finals.get(one), valid_images, folder) for one, found in full.items()]
+    members = [_member(found, finals.get(one), valid_images, folder) for one, found in full.items()]
+    return [
+        replace(member, latency_ms=(latencies or {}).get(member.architecture)) if member.latency_ms is None else member
+        for member in members
+    ]
 
 
 def _member(found: Sequence[Evaluation], final: Evaluation | None, images: int, folder: RunFolder) -> FrontMember:

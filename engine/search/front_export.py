@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.config import Resources
 from engine.run_folder import export_record_of, front_tables_of, write_atomically
-from engine.search.front import FrontMember, member_row
+from engine.search.front import FrontMember, in_unit, member_row
 from engine.search.one_architecture import export, exporter, select_evaluation
 from engine.search.progress import Display
 from engine.search.runs import Run, as_csv
@@ -125,13 +125,13 @@ def _cells(member: FrontMember, won: bool, timed: bool) -> list[str]:
     test, epochs = "", f"{member.epochs} epochs"
     if member.test_accuracy is not None and member.test_standard_error is not None:
         test = with_error(member.test_accuracy, member.test_standard_error)
-        epochs += f", then {member.final_epochs} anew"
-    time = [] if not timed else ["" if member.latency_ms is None else f"{member.latency_ms:.2f}"]
+        epochs += f"; {member.final_epochs} in its final training"
+    time = [] if not timed else ["" if member.latency_ms is None else in_unit(member.latency_ms, "latency_ms")]
     return [
         f"[`{name}`]({name}/README.md)" + (" (winner)" if won else ""),
         with_error(member.valid_accuracy, member.valid_standard_error),
         test,
-        f"{member.macs / 1e6:.2f}",
+        in_unit(member.macs, "macs"),
         f"{member.params:,}",
         *time,
         epochs,
