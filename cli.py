@@ -37,6 +37,7 @@ COMMANDS = {
     "export": "export the winner as safetensors, model.py, ONNX and torch.export, each verified",
     "train": "train one architecture in full, with the code that a search uses",
     "eval": "score weights on the validation split, the test split, or another data set",
+    "latency": "time networks on another device, and predict the latency of all others",
     "space": "list, show, sample and check search spaces",
     "config": "print the settings of a search, and where each value came from",
     "doctor": "check this machine: versions, devices, kernels, data loader, file system",

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine.search.latency_limit import MARGIN, SAMPLE, estimate, within_latency_limit
 
 from engine.config import Budget, Resources, RunSettings, SearchConfig, search_plan
 from engine.search.journal import read_journal
-from engine.search.latency_limit import MARGIN, SAMPLE, estimate, within_latency_limit
 from engine.search.methods.propose import front
 from engine.search.progress import Display
 from engine.search.search import search

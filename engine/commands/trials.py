@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from engine.search.runs import Run
 
 MEASURED = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params")
-SHOWN = (*MEASURED, "standing", "seconds", "worker")
+KNOWN = ("latency_ms", "latency_source", "standing")  # shown if any trial has them
+SHOWN = (*MEASURED, *KNOWN, "seconds", "worker")
 
 
 def parser() -> ArgumentParser:
@@ -32,7 +33,7 @@ def parser() -> ArgumentParser:
         help="only this status; failed means every one from diverged to timeout",
     )
     parser.add_argument("--arch", type=str, default="*", help="only architectures that match this pattern, like 3-*-1")
-    keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params"]
+    keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params", "latency_ms"]
     parser.add_argument(
         "--sort",
         type=keys,
@@ -62,10 +63,10 @@ def run(values: Namespace) -> dict[str, Any] | None:
 
 def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
     """The rows that the flags select, in the order they ask for."""
-    from engine.search.runs import proxy_columns, row_of_trial, rows
+    from engine.search.runs import row_of_trial, rows, with_known
 
     own = (run.plan.high.name, final_fidelity(run.config).name)  # those of a fidelity study have names like kd@1/9x20
-    pending = [row_of_trial(trial) | proxy_columns(run, trial) for trial in run.pending]
+    pending = [with_known(run, trial, row_of_trial(trial)) for trial in run.pending]
     found = [
         one
         for one in rows(run, run.answers) + pending
@@ -91,9 +92,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    shown = [name for name in SHOWN if name != "standing" or any(name in one for one in rows)]
+    shown = [name for name in SHOWN if name not in KNOWN or any(one.get(name) is not None for one in rows)]
     for name in shown:
-        text = name in ("architecture", "fidelity", "status", "worker")
+        text = name in ("architecture", "fidelity", "status", "worker", "latency_source")
         table.add_column(name, justify="left" if text else "right", no_wrap=name == "architecture")
     for one in rows:
         table.add_row(*(_text(name, one.get(name)) for name in shown))
@@ -108,4 +109,6 @@ def _text(name: str, value: Any) -> str:
         return f"{value:.4f}" if name == "accuracy" else f"{value:.2f}"
     if name == "seconds":
         return f"{value:.1f}"
+    if name == "latency_ms":
+        return f"{value:.3g}"
     return f"{value:,}" if name in ("macs", "params") else str(value)

@@ -15,6 +15,7 @@ from engine.run_folder import write_atomically
 from engine.search.comparison import images_in, standard_error
 from engine.search.final import FinalTrainings, final_rows, train_finals
 from engine.search.journal import Journal
+from engine.search.latency.limit import described
 from engine.search.log import LogKind
 from engine.search.methods import propose as methods
 from engine.search.progress import Display
@@ -87,8 +88,6 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     winner = _described(best) | {"test_accuracy": tested["test_accuracy"], "weights": tested["weights"]}
     winner["valid_standard_error"] = standard_error(best.accuracy, setup.facts.images["valid"])
     winner["test_standard_error"] = standard_error(tested["test_accuracy"], images_in(tested["hits"]))
-    if "latency_ms" in best.costs:
-        winner["latency_ms"] = round(best.costs["latency_ms"], 3)
     ok = [e for e in history.answered if e.ok]
     result: Json = {
         "run_dir": str(context.folder),
@@ -100,7 +99,16 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     }
     if setup.plan.method == "mfkd-front":
         result["front"] = [_described(e) for e in methods.front(history, setup.plan)]
+    ends = [e for e in ok if e.trial.fidelity == setup.plan.high] + [e for e in finals.found.values() if e.ok]
+    _add_latencies(result, described(context, setup.facts, [best, *ends]))
     return result
+
+
+def _add_latencies(result: Json, known: dict[str, Json]) -> None:
+    """Adds what is known of latency to each network of a result."""
+    for row in (result["winner"], result["final"], *result["baselines"], *result.get("front", [])):
+        if row is not None:
+            row |= known.get(row.get("architecture", ""), {})
 
 
 def _described(evaluation: Evaluation) -> Json:
