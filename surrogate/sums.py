@@ -7,7 +7,7 @@ logarithm of the sum if that lowers the cross-validated error.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ TREES_ONLY = xgb.SurrogateParts(linear=False)
 
 @dataclass(frozen=True)
 class Sums:
-    """`weights` (k,) of the parts; with `trees`, a correction of the logarithm, of mean `shift` and scale `scale`.
+    """`weights` (k,) of the parts; with `trees`, a correction of the logarithm, of mean `shift` and scale `scale`, that
+    reads the parts as shares of `largest` (k,).
 
     `left_out` (n,) are the predictions of the fitted points, each by a model that was fitted without it.
     """
@@ -36,13 +37,14 @@ class Sums:
     trees: xgb.Surrogate | None = None
     shift: float = 0.0
     scale: float = 1.0
+    largest: Array | None = None
 
     def predict(self, parts: Array, x: Matrix) -> Array:
         """The quantity (n,) at parts (n, k) and features x (n, d)."""
         total = parts @ self.weights
-        if self.trees is None:
+        if self.trees is None or self.largest is None:
             return total
-        correction, _ = self.trees.predict(_no_trends(x), _joined(parts, x))
+        correction, _ = self.trees.predict(_no_trends(x), _joined(parts / self.largest, x))
         return np.asarray(total * np.exp(self.shift + self.scale * correction))
 
 
@@ -76,8 +78,7 @@ def fit_sums(parts: Array, x: Matrix, y: Array, seed: int) -> Sums:
         plain[out] = parts[out] @ non_negative_weights(parts[rest], y[rest])
         corrected[out] = _corrected(parts[rest], x[rest], y[rest], seed).predict(parts[out], x[out])
     if np.abs(np.log(corrected / y)).mean() < np.abs(np.log(plain / y)).mean():
-        whole = _corrected(parts, x, y, seed)
-        return Sums(whole.weights, corrected, whole.trees, whole.shift, whole.scale)
+        return replace(_corrected(parts, x, y, seed), left_out=corrected)
     return Sums(non_negative_weights(parts, y), plain)
 
 
@@ -87,8 +88,10 @@ def _corrected(parts: Array, x: Matrix, y: Array, seed: int) -> Sums:
     for rest, out in _folds(len(y), INNER_FOLDS, seed):
         residual[out] = np.log(y[out] / (parts[out] @ non_negative_weights(parts[rest], y[rest])))
     shift, scale = float(np.median(residual)), float(residual.std()) or 1.0
-    trees = xgb.fit(_no_trends(x), _joined(parts, x), (residual - shift) / scale, NO_TRENDS, seed, parts=TREES_ONLY)
-    return Sums(non_negative_weights(parts, y), y, trees, shift, scale)
+    largest = np.where(parts.max(axis=0) > 0, parts.max(axis=0), 1.0)
+    features, target = _joined(parts / largest, x), (residual - shift) / scale
+    trees = xgb.fit(_no_trends(x), features, target, NO_TRENDS, seed, parts=TREES_ONLY)
+    return Sums(non_negative_weights(parts, y), y, trees, shift, scale, largest)
 
 
 def _joined(parts: Array, x: Matrix) -> Matrix:

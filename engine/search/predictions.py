@@ -6,14 +6,15 @@ A prediction is recomputed from the evaluations that the journal held at that mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from engine.config import needs_latency
 from engine.search.latency.limit import fast_enough, networks_of
+from engine.search.latency.model import looked_up
 from engine.search.latency.table import read_table
 from engine.search.methods.estimate import Estimate, SurrogateInputs, Weight, estimate, learned_weights
 from engine.search.methods.mfkd import BETA
@@ -54,14 +55,14 @@ class Prediction:
 class RunPredictions:
     """The predictions of a run. It had `everything` candidates; `candidates` holds all of them or a sample.
 
-    `slow` holds the architectures asked about that only the latency limit excludes.
+    `slow` holds the architectures asked about that only the latency limit excludes: milliseconds, whether measured.
     """
 
     run: Run
     space: SearchSpace
     candidates: Candidates
     everything: int
-    slow: frozenset[Architecture] = frozenset()
+    slow: Mapping[Architecture, tuple[float, bool]] = field(default_factory=dict)
 
     @cached_property
     def at_the_end(self) -> Estimate:
@@ -146,5 +147,6 @@ def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredict
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
     keep[wanted[wanted >= 0]] = True
-    slow = frozenset(architecture for architecture in inside if fit.row(architecture) is None)
+    out = [architecture for architecture in inside if fit.row(architecture) is None]
+    slow = looked_up(networks_of(run.config, run.data), read_table(run.folder.latencies), out) if out else {}
     return RunPredictions(run, space, fit.where(keep), len(fit), slow)
