@@ -38,6 +38,7 @@ COMMANDS = {
     "train": "train one architecture in full, with the code that a search uses",
     "eval": "score weights, in all and at each class, on the validation split, the test split, or other data",
     "predict": "classify images with the network of a run or of an export",
+    "latency": "time networks on another device, and predict the latency of all others",
     "space": "list, show, sample and check search spaces",
     "config": "print the settings of a search, and where each value came from",
     "doctor": "check this machine: versions, devices, kernels, data loader, file system",

@@ -107,6 +107,7 @@ class Settings(TypedDict, total=False):
     max_macs: float
     max_params: float
     max_latency_ms: float
+    latency: PathOrName
     latency_batch: int
     objectives: Literal["accuracy", "accuracy,macs", "accuracy,params", "accuracy,latency"]
     only: str | Sequence[Architecture | str]
@@ -158,6 +159,7 @@ class Network:
     params: int
     test_accuracy: float | None = None
     latency_ms: float | None = None
+    latency_source: Literal["measured", "predicted"] | None = None
 
 
 class Trials(Sequence[Evaluation]):

@@ -29,9 +29,10 @@ from bench.naive import BenchCase, naive, noise, setup
 from engine.config import Execution, Resources, SearchConfig
 from engine.data.dataset import load
 from engine.data.loader import Backend, Batches, train_batches
+from engine.latency.runtimes import timed_by_events
+from engine.latency.time_probes import quietest, time_in_rounds
 from engine.spaces.load import load_space
 from engine.training import evaluate as worker
-from engine.training.latency import least_median
 from engine.training.student import Inputs, Student, prepare, take_step
 from engine.training.train import Stopwatch, train
 from engine.trial import Fidelity, Trial
@@ -58,7 +59,7 @@ def machine() -> Figures:
     properties = torch.cuda.get_device_properties(0)
     source = torch.empty(2**30, dtype=torch.uint8, device=CUDA)
     target = torch.empty_like(source)
-    copy_ms = least_median(lambda: target.copy_(source), CUDA)
+    (copies,) = time_in_rounds([lambda: timed_by_events(lambda: target.copy_(source))])
     return {
         "card": properties.name,
         "memory_bytes": properties.total_memory,
@@ -66,7 +67,7 @@ def machine() -> Figures:
         "driver_and_clocks": subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
         "cuda": torch.version.cuda,
-        "copy_bytes_per_s": round(2 * source.nbytes / copy_ms * 1000),
+        "copy_bytes_per_s": round(2 * source.nbytes / quietest(copies) * 1000),
     }
 
 

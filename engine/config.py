@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from engine.spaces.load import load_space
 from engine.trial import Architecture, EnvironmentUnusable, Fidelity, UsageError, fidelity_from_json, fidelity_to_json
@@ -23,6 +23,7 @@ RunKind = Literal["search", "fidelity-study"]
 Recipe = Literal["auto", "finetune", "scratch"]
 Optimizer = Literal["sgd", "adamw"]
 Augment = Literal["crop", "trivial"]
+Runtime = Literal["torch", "torch.compile", "onnxruntime"]
 When = Literal["auto", "always", "never"]
 Objectives = Literal["accuracy", "accuracy,macs", "accuracy,params", "accuracy,latency"]
 FRONT_METHODS = ("mfkd", "nsga2", "random")  # those that can search for a front
@@ -118,10 +119,13 @@ class SearchConfig:
     min_macs: float = option(0.0, "minimum MACs (multiply-accumulates) of a candidate")
     max_macs: float = option(float("inf"), "maximum MACs (multiply-accumulates) of a candidate")
     max_params: float = option(float("inf"), "maximum number of parameters of a candidate")
-    max_latency_ms: float = option(
-        float("inf"), "maximum milliseconds of a candidate's forward pass, measured on this device"
+    max_latency_ms: float = option(float("inf"), "maximum milliseconds of a candidate's forward pass")
+    latency: str = option(
+        "torch",
+        "what latency means; that of torch, torch.compile or onnxruntime (one thread of the CPU) on this machine, or "
+        "that of another device, from a FILE that the latency command has written",
     )
-    latency_batch: int = option(1, "batch size at which --max-latency-ms is measured")
+    latency_batch: int = option(1, "batch size at which latency is measured")
     objectives: Objectives = option(
         "accuracy",
         "what to optimise; accuracy,COST finds the front, the most accurate network at each cost (with --method mfkd, "
@@ -282,6 +286,16 @@ def is_full(config: SearchConfig, fidelity: Fidelity) -> bool:
     return fidelity == config.high or fidelity.with_valid
 
 
+def needs_latency(config: SearchConfig) -> bool:
+    """Whether the latency of candidates matters: it is limited, or an objective."""
+    return config.max_latency_ms < math.inf or "latency" in config.objectives.split(",")
+
+
+def measures_latency(config: SearchConfig) -> bool:
+    """Whether networks are timed here, in the runtime `config.latency`: it matters, and is not another device's."""
+    return needs_latency(config) and config.latency in get_args(Runtime)
+
+
 def is_library_model(teacher: str) -> bool:
     """Whether a teacher is named as a network of torchvision or timm."""
     return teacher.startswith(("torchvision:", "timm:"))
@@ -367,7 +381,7 @@ def _check_ranges(config: SearchConfig, budget: Budget, resources: Resources) ->
 
 
 def check_paths(config: SearchConfig) -> None:
-    """Raises EngineError where --data, --teacher or --initial-weights names a file that does not exist."""
+    """Raises EngineError where --data, --teacher, --latency or --initial-weights names a file that does not exist."""
     built_in = config.data.partition(":")[0] in BUILT_IN_DATA
     if not built_in and not (config.data and Path(config.data).expanduser().exists()):
         raise EnvironmentUnusable(
@@ -377,6 +391,11 @@ def check_paths(config: SearchConfig) -> None:
     for name in ("initial_weights", "teacher_weights"):
         if getattr(config, name) and not Path(getattr(config, name)).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: no such file")
+    if config.latency not in get_args(Runtime) and not Path(config.latency).is_file():
+        raise UsageError(
+            f"--latency {config.latency}: no such file; give {', '.join(get_args(Runtime))}, or a FILE written by: "
+            "cli.py latency import"
+        )
     if config.low.kd_loss == "none" or config.teacher == "auto" or is_library_model(config.teacher):
         return
     if not config.teacher.endswith(".safetensors"):

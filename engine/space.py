@@ -44,7 +44,9 @@ class SearchSpace:
     cost(choices (n, d), classes, width, resolution) returns (macs (n,), params (n,)) in closed form. Without it (None)
     both are counted on built networks, which is slow, so a random pool represents the space.
     activations, with the arguments of cost, returns the number of outputs (n,) of all convolutions. It may be None too,
-    and is then counted (engine.networks.activations).
+    and is then counted (engine.networks.activations). layers, with the same arguments, returns sums (n, f) over the
+    layers of each network, like the MACs of its depthwise convolutions, which a prediction of its latency weighs; None
+    leaves that to MACs, parameters and the encoding.
     canonical(choices) maps all members of a class of identical networks to one of them.
 
     A space whose members are cut from one pretrained network has three more. start(classes, weights) returns the
@@ -62,6 +64,7 @@ class SearchSpace:
     cost: Callable[[IntMatrix, int, float, int], tuple[FloatArray, FloatArray]] | None = None
     canonical: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
     activations: Callable[[IntMatrix, int, float, int], FloatArray] | None = None
+    layers: Callable[[IntMatrix, int, float, int], FloatArray] | None = None
     start: Callable[[int, Path | None], nn.Module] | None = None
     inherit: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None
     families: Mapping[str, IntMatrix] = field(default_factory=dict)

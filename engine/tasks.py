@@ -188,11 +188,36 @@ class TestTask(Task):
 
 @dataclass(frozen=True, slots=True)
 class LatencyTask(Task):
-    """Time the forward pass of each architecture; the answer is a list of milliseconds."""
+    """Time the forward pass of each architecture, all in turn; the answer is a Timings."""
 
     function: ClassVar[str] = "run_latency"
     worker: WorkerSettings
     architectures: tuple[Architecture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """`milliseconds` of networks, the device and runtime they were measured with, and `noise`: by what share the same
+    network took longer in one round than in another. `warning` says so if that is much."""
+
+    milliseconds: tuple[float, ...]
+    device: str
+    runtime: str
+    noise: float
+    warning: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportProbeTask(Task):
+    """Write a network to be timed elsewhere into the folder `out`; the answer is null."""
+
+    function: ClassVar[str] = "run_export_probe"
+    space: str
+    architecture: Architecture
+    classes: int
+    width: float
+    resolution: int
+    out: Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from engine.data.batches import Batch
 from engine.data.dataset import Dataset, Split, fingerprint
 from engine.data.loader import Batches, train_batches
 from engine.data.resident import resident
+from engine.latency.runtimes import Conditions
 from engine.run_folder import RunFolder
 from engine.spaces.load import load_space
 from engine.training import evaluate as worker
@@ -299,9 +300,34 @@ def kernels_of_a_step() -> None:
         assert len(found) <= most, (space, len(found))
 
 
+def latency_is_that_of_a_graph() -> None:
+    """Each round captures the network once and replays it; one that waits for the device is called as it is."""
+
+    class Waits(nn.Module):
+        calls = 0
+
+        def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+            self.calls += 1
+            device.refuse_waiting("a value is read")
+            return images, []
+
+    with fake_cuda() as device:
+        conditions = Conditions("torch", 32, 8, CUDA)
+        call = conditions.ready(lambda: load_space(SMALL).build((3,) * 6, 10, 1.0))()
+        assert (call(), call()) == (1.0, 1.0)  # the clock of the fake device
+        assert (device.captures, device.replays, device.reads) == (1, 2, 0)
+        waits = Waits()
+        call = conditions.ready(lambda: waits)()
+        before = waits.calls
+        call()
+        assert waits.calls == before + 1
+        assert device.replays == 2
+
+
 CASES = [mobilenetv2, shufflenetv2, nasbench201, adamw, eager_steps, falls_back, evaluates_with_our_teacher,
          evaluates_with_a_torchvision_teacher, teacher_outputs_on_the_host, resumes, captures_come_before_the_loader,
-         students_wait_only_for_their_inputs, the_doctors_graph_test, kernels_of_a_step, mistakes_raise]  # fmt: skip
+         students_wait_only_for_their_inputs, the_doctors_graph_test, kernels_of_a_step, mistakes_raise,
+         latency_is_that_of_a_graph]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

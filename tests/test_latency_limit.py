@@ -1,9 +1,9 @@
-"""Limits on latency, and the front of accuracy against MACs."""
+"""Limits on latency."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,24 +12,28 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import Budget, Resources, RunSettings, SearchConfig, search_plan
+from engine.config import Budget, Resources, RunSettings, SearchConfig
 from engine.search.journal import read_journal
-from engine.search.latency_limit import MARGIN, SAMPLE, estimate, within_latency_limit
-from engine.search.methods.propose import front
+from engine.search.latency.limit import fast_enough, recorded_table
+from engine.search.latency.model import PROBES, choose_probes, fit_model
+from engine.search.latency.table import BuiltSpace, LatencyTable, read_table
 from engine.search.progress import Display
+from engine.search.runs import open_run, rows
 from engine.search.search import search
 from engine.space import Candidates, candidates
-from engine.spaces.load import load_space
 from engine.tasks import LatencyTask, WorkerSettings, task_to_json
 from engine.training.run_tasks import run_latency
-from engine.trial import Architecture, EngineError, Evaluation, Fidelity, History, Trial, UsageError
+from engine.trial import Architecture, EngineError, Fidelity, UsageError
 
 SPACE = "nasbench201:channels=4,cells=1"
 
 
+WIDE = BuiltSpace("mobilenetv2:width=0.25", 10, 1.0, 32)
+
+
 @pytest.fixture(scope="module")
 def everything() -> Candidates:
-    return candidates(load_space("mobilenetv2:width=0.25"), 10, 1.0, 32).where(np.arange(2_097_152) % 41 == 0)
+    return candidates(WIDE.space, WIDE.classes, WIDE.width, WIDE.resolution).where(np.arange(2_097_152) % 41 == 0)
 
 
 def true_ms(everything: Candidates) -> np.ndarray:
@@ -43,49 +47,56 @@ class Device:
     def __init__(self, everything: Candidates) -> None:
         self.ms, self.everything, self.asked = true_ms(everything), everything, 0
 
-    def __call__(self, sample: Sequence[Architecture]) -> list[float]:
-        self.asked += len(sample)
-        return [float(self.ms[self.everything.row(architecture)]) for architecture in sample]
+    def measure(self) -> LatencyTable:
+        probes = choose_probes(WIDE, self.everything, PROBES, seed=0)
+        self.asked += len(probes)
+        rows = [self.everything.row(architecture) for architecture in probes]
+        return LatencyTable(dict(zip(map(str, probes), self.ms[rows].tolist(), strict=True)), device="invented")
+
+    def fast(self, limit: float, path: Path, begun: bool = False) -> tuple[Candidates, str]:
+        return fast_enough(self.everything, WIDE, recorded_table(path, begun, self.measure), limit)
 
 
 def test_most_kept_candidates_meet_the_limit_and_few_others_are_lost(everything: Candidates, tmp_path: Path) -> None:
-    device = Device(everything)
+    device, path = Device(everything), tmp_path / "latency.json"
     limit = float(np.median(device.ms))
-    kept, how = within_latency_limit(everything, limit, tmp_path / "latency.json", False, 0, device)
-    assert device.asked == SAMPLE
+    kept, how = device.fast(limit, path)
+    assert device.asked == PROBES
     ms = {choices.tobytes(): value for choices, value in zip(everything.choices, device.ms, strict=True)}
     taken = np.array([ms[choices.tobytes()] for choices in kept.choices])
     assert np.mean(taken <= limit) > 0.95
-    # Every candidate that is faster than the limit by more than three margins is kept.
-    error = estimate(everything, json.loads((tmp_path / "latency.json").read_text())["milliseconds"]).error
-    assert 0.03 < error < 0.12
-    clear = device.ms < limit * np.exp(-3 * MARGIN * error)
+    # Every candidate that is faster than the limit by more than the margin, and the error of a prediction, is kept.
+    error = fit_model(WIDE, read_table(path)).accuracy
+    assert 0.02 < error.median < 0.1
+    clear = device.ms < limit / error.factor**2
     assert clear.sum() > 100
     assert len(kept) > clear.sum()
-    assert f"{SAMPLE} measured, the others predicted with an error of {100 * error:.0f} %" in how
+    assert f"{PROBES} measured, the others predicted with a median error of {100 * error.median:.0f} %" in how
+    # The latencies are a column of the candidates, known before any training.
+    np.testing.assert_allclose(kept.trends["latency:invented"], taken, rtol=0.5)
+    assert float(np.corrcoef(kept.trends["latency:invented"], taken)[0, 1]) > 0.9
 
 
 def test_a_run_keeps_its_measurements(everything: Candidates, tmp_path: Path) -> None:
     device, path = Device(everything), tmp_path / "latency.json"
-    first, _ = within_latency_limit(everything, 5.0, path, False, 0, device)
-    again, _ = within_latency_limit(everything, 5.0, path, True, 0, device)
-    assert device.asked == SAMPLE
+    first, _ = device.fast(5.0, path)
+    again, _ = device.fast(5.0, path, begun=True)
+    assert device.asked == PROBES
     np.testing.assert_array_equal(first.choices, again.choices)
+    np.testing.assert_array_equal(first.trends["latency:invented"], again.trends["latency:invented"])
     path.unlink()
     with pytest.raises(EngineError, match=r"latency.json is missing; the candidates depend on it: restore it"):
-        within_latency_limit(everything, 5.0, path, True, 0, device)
+        device.fast(5.0, path, begun=True)
 
 
-def test_until_a_search_has_begun_each_call_measures_again(
-    everything: Candidates, tmp_path: Path
-) -> None:
+def test_until_a_search_has_begun_each_call_measures_again(everything: Candidates, tmp_path: Path) -> None:
     """The earlier call may have had another batch size, space, resolution or device; nothing depends on it yet."""
     path, slow = tmp_path / "latency.json", Device(everything)
     slow.ms = 100 * slow.ms
-    with pytest.raises(UsageError, match="no architecture takes at most 5 ms here"):
-        within_latency_limit(everything, 5.0, path, False, 0, slow)
-    kept, _ = within_latency_limit(everything, 5.0, path, False, 0, Device(everything))
-    fresh, _ = within_latency_limit(everything, 5.0, tmp_path / "new.json", False, 0, Device(everything))
+    with pytest.raises(UsageError, match="no architecture takes at most 5 ms on invented"):
+        slow.fast(5.0, path)
+    kept, _ = Device(everything).fast(5.0, path)
+    fresh, _ = Device(everything).fast(5.0, tmp_path / "new.json")
     np.testing.assert_array_equal(kept.choices, fresh.choices)
 
 
@@ -93,14 +104,17 @@ def test_few_candidates_are_all_measured(everything: Candidates, tmp_path: Path)
     few = everything.where(np.arange(len(everything)) % 2000 == 0)
     device = Device(few)
     limit = float(np.median(device.ms))
-    kept, how = within_latency_limit(few, limit, tmp_path / "latency.json", False, 0, device)
+    kept, how = device.fast(limit, tmp_path / "latency.json")
     np.testing.assert_array_equal(kept.choices, few.choices[device.ms <= limit])
+    np.testing.assert_array_equal(kept.trends["latency:invented"], device.ms[device.ms <= limit])
     assert "predicted" not in how
 
 
-def test_a_limit_that_nothing_meets_is_an_error(everything: Candidates, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no architecture takes at most 0.1 ms here \(--max-latency-ms\)"):
-        within_latency_limit(everything, 0.1, tmp_path / "latency.json", False, 0, Device(everything))
+def test_without_a_limit_all_candidates_get_their_latency(everything: Candidates, tmp_path: Path) -> None:
+    every, how = Device(everything).fast(math.inf, tmp_path / "latency.json")
+    assert len(every) == len(everything)
+    assert np.isfinite(every.trends["latency:invented"]).all()
+    assert f"{len(everything):,} candidates take " in how
 
 
 def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_npz: Path, tmp_path: Path) -> None:
@@ -115,13 +129,16 @@ def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_np
         data_backend="resident",
     )
     worker = WorkerSettings(config, tmp_path, "cpu")
-    fast, slow = run_latency(task_to_json(LatencyTask(worker, (Architecture((1,) * 6), Architecture((3,) * 6)))))
+    two = LatencyTask(worker, (Architecture((1,) * 6), Architecture((3,) * 6)))
+    fast, slow = run_latency(task_to_json(two))["milliseconds"]
     assert fast < slow
     limited = replace(config, max_latency_ms=fast**0.25 * slow**0.75)  # far from both: other work may slow one
     settings = RunSettings(limited, Budget(4, 8), Resources(device="cpu", workers=1))
     with Display("none") as display:
         result = search(settings, tmp_path / "run", display)
     assert 0 < result["winner"]["latency_ms"] <= limited.max_latency_ms
+    networks = [result["winner"], result["final"], *result["baselines"], *result["front"]]
+    assert {network["latency_source"] for network in networks} == {"measured"}
     answers = read_journal(tmp_path / "run" / "journal.jsonl").answers.values()
     full = [e for e in answers if e.trial.fidelity == limited.high]
     assert full
@@ -130,17 +147,7 @@ def test_a_search_under_a_limit_names_a_winner_that_meets_it_and_a_front(tiny_np
         assert evaluation.status in ("ok", "too_slow")
     assert result["front"]
     assert {entry["architecture"] for entry in result["front"]} <= {str(e.trial.architecture) for e in full if e.ok}
-    assert len(json.loads((tmp_path / "run" / "latency.json").read_text())["milliseconds"]) == SAMPLE
-
-
-def test_no_other_network_beats_one_of_the_front_in_both_objectives() -> None:
-    config = SearchConfig(space=SPACE)
-
-    def answer(number: int, accuracy: float, macs: int, fidelity: Fidelity = config.high) -> Evaluation:
-        return Evaluation(Trial(number, Architecture((number,) * 6), fidelity), "ok", accuracy, macs=macs)
-
-    full = [answer(0, 0.5, 10), answer(1, 0.7, 30), answer(2, 0.6, 30), answer(3, 0.4, 20), answer(4, 0.8, 40)]
-    low = answer(1, 0.99, 1, config.low)
-    failed = Evaluation(Trial(4, Architecture((4,) * 6), config.high), "oom")
-    found = front(History([*full, low, failed]), search_plan(config, Budget()))
-    assert [(e.accuracy, e.macs) for e in found] == [(0.5, 10), (0.7, 30), (0.8, 40)]
+    assert len(json.loads((tmp_path / "run" / "latency.json").read_text())["milliseconds"]) == PROBES
+    listed = rows(open_run(str(tmp_path / "run")), answers)
+    assert {(row["fidelity"] == "low", row["latency_source"]) for row in listed} >= {(False, "measured")}
+    assert all(row["latency_ms"] > 0 for row in listed)

@@ -20,7 +20,7 @@ OURS = {"engine", "kernels", "surrogate", "cli", "mfkd", "bench", "tests"}
 # The rooms of engine, and what each may import beside itself and the core.
 CORE = {"config", "recipes", "run_folder", "shipped", "space", "spaces", "stop_files", "tasks", "trial"}
 DRIVER = {"commands", "doctor", "fleet", "report", "search"}  # never imports torch
-WORKER = {"data", "export", "selftest", "training"}
+WORKER = {"data", "export", "latency", "selftest", "training"}
 NETWORKS = {"networks"}  # imports torch, and of ours only the errors; spaces import it when they build a network
 MAX_PARAMETERS = 6
 

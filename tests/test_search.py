@@ -136,15 +136,6 @@ def test_every_search_names_its_front(
     assert "\n1 on the front of accuracy and million " in summary(result)
 
 
-def test_an_objective_whose_values_are_not_known_is_refused_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fleet = Formula()
-    monkeypatch.setattr(fleet, "run_teacher", None)
-    with pytest.raises(UsageError, match="--objectives accuracy,latency: no cost named 'latency'; choose from macs"):
-        run(tmp_path, monkeypatch, fleet, replace(CONFIG, objectives="accuracy,latency"))
-
-
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill, the journal is a prefix of whole lines; no worker repeats an evaluation that it holds."""
     whole = run(tmp_path, monkeypatch, Formula())

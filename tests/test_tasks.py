@@ -34,6 +34,8 @@ EXAMPLES: list[Any] = [
     tasks.TimingFacts(0.5, 0.2, 0.1, 0.3, 5, 32, 4, 1.5),
     tasks.TestTask(WORKER, TRIALS[1]),
     tasks.LatencyTask(WORKER, (Architecture((1, 2)), Architecture((0, 3)))),
+    tasks.Timings((1.5, 2.0), "a phone", "onnxruntime 1.32.0", 0.01, ""),
+    tasks.ExportProbeTask("nasbench201", Architecture((1, 2)), 10, 0.5, 32, Path("/probes")),
     tasks.ProxyTask(WORKER, (Architecture((1, 2)),)),
     tasks.ProxyTask(WORKER, (Architecture((1, 2)), Architecture((0, 3))), Path("/t.safetensors"), 90.0),
     tasks.ProxyScores((1, 2), {"naswot": 231.4}, {"diswot": "no teacher"}, 0.07),
@@ -87,6 +89,7 @@ def test_every_kind_of_task_and_answer_is_among_the_examples() -> None:
         ),
         ("engine.export.formats", [tasks.ExportTask]),
         ("engine.training.predict", [tasks.PredictTask]),
+        ("engine.latency.probes", [tasks.ExportProbeTask]),
         ("engine.training.spacecheck", [tasks.SpaceCheckTask]),
     ],
 )

@@ -206,7 +206,9 @@ def unmet_limits(past: RunPredictions, architecture: Architecture) -> list[str]:
     if params > config.max_params:
         unmet.append(f"{params:,.0f} parameters exceed --max-params {config.max_params:g}")
     if architecture in past.slow:
-        unmet.append(f"its measured or predicted latency exceeds --max-latency-ms {config.max_latency_ms:g}")
+        milliseconds, measured = past.slow[architecture]
+        how = "measured" if measured else "predicted, with a margin,"
+        unmet.append(f"its {how} {milliseconds:.3g} ms exceed --max-latency-ms {config.max_latency_ms:g}")
     return unmet
 
 

@@ -27,7 +27,7 @@ EVERYDAY = (
 # Settings for choosing among architectures, and for students.
 LEFT_OUT = (
     *("teacher", "low", "high", "final", "method", "objectives", "only", "initial_weights", "fidelity_study"),
-    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", *LOSS_WEIGHTS),
+    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency", "latency_batch", *LOSS_WEIGHTS),
 )
 SEARCH_ONLY = (
     *("students_per_gpu", "teacher_cache", "compile", "workers", "min_nodes", "max_nodes"),

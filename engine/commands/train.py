@@ -39,7 +39,7 @@ EVERYDAY = (
 # Settings for choosing among architectures, and those that have a flag of their own here.
 LEFT_OUT = (
     *("method", "objectives", "only", "low", "high", "final", "initial_weights"),
-    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency_batch", "fidelity_study"),
+    *("min_macs", "max_macs", "max_params", "max_latency_ms", "latency", "latency_batch", "fidelity_study"),
 )
 
 

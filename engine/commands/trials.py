@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from engine.search.runs import Run
 
 MEASURED = ("number", "architecture", "fidelity", "seed", "status", "accuracy", "macs", "params")
-SHOWN = (*MEASURED, "standing", "seconds", "worker")
+SHOWN = (*MEASURED, "latency_ms", "latency_source", "standing", "seconds", "worker")
 COSTS = ("macs", "params", "latency_ms")
 FRONT_SHOWN: tuple[str, ...] = ("architecture", "valid_accuracy", "valid_standard_error", "test_accuracy", *COSTS)
 FRONT_SHOWN += ("epochs", "seeds", "valid_images", "within_error_of")
 # Columns that are shown if a row has a value.
-SOMETIMES = ("standing", "test_accuracy", "latency_ms", "within_error_of")
+SOMETIMES = ("standing", "test_accuracy", "latency_ms", "latency_source", "within_error_of")
 
 
 def parser() -> ArgumentParser:
@@ -45,7 +45,7 @@ def parser() -> ArgumentParser:
         help="instead, list the networks on the front: those that no other one trained in full beats in both accuracy "
         "and cost, the cheapest first",
     )
-    keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params"]
+    keys = Literal["number", "accuracy", "standing", "seconds", "macs", "params", "latency_ms"]
     parser.add_argument(
         "--sort",
         type=keys,
@@ -86,10 +86,10 @@ def front_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
 
 def select_rows(run: Run, values: Namespace) -> list[dict[str, Any]]:
     """The rows that the flags select, in the order they ask for."""
-    from engine.search.runs import proxy_columns, row_of_trial, rows
+    from engine.search.runs import row_of_trial, rows, with_known
 
     own = (run.plan.high.name, final_fidelity(run.config).name)  # those of a fidelity study have names like kd@1/9x20
-    pending = [row_of_trial(trial) | proxy_columns(run, trial) for trial in run.pending]
+    pending = [with_known(run, trial, row_of_trial(trial)) for trial in run.pending]
     found = [
         one
         for one in rows(run, run.answers) + pending
@@ -116,7 +116,7 @@ def _print(rows: list[dict[str, Any]], shown: list[str]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for name in shown:
-        text = name in ("architecture", "fidelity", "status", "worker", "within_error_of")
+        text = name in ("architecture", "fidelity", "status", "worker", "latency_source", "within_error_of")
         heading = name.replace("_", " ") if name in FRONT_SHOWN else name
         table.add_column(heading, justify="left" if text else "right", no_wrap=name == "architecture")
     for one in rows:

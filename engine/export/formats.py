@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import platform
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,10 @@ from torch import Tensor, fx, nn
 from engine.data.batches import shorter_side
 from engine.export.card import model_card
 from engine.export.graph_code import OWN, graph_class
+from engine.export.onnx_file import Logits, exported, onnx_program
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
+from engine.latency.runtimes import Conditions
+from engine.latency.time_probes import Call, open_network, quietest, time_in_rounds
 from engine.networks import count_cost
 from engine.run_folder import RunFolder, export_record_of
 from engine.space import SearchSpace
@@ -29,9 +31,8 @@ from engine.spaces.load import load_space
 from engine.tasks import ExportTask, task_from_json
 from engine.training import teacher as teachers
 from engine.training.context import device_name
-from engine.training.latency import least_median, measure
 from engine.training.weights import load_weights, save_weights
-from engine.trial import Architecture, EngineError, UsageError, not_installed
+from engine.trial import Architecture, EngineError, UsageError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -86,18 +87,6 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             weights[name] = values.view(entry["shape"])
     return weights
 '''
-
-
-class Logits(nn.Module):
-    """A network of a space without its features: images (N, 3, R, R) to logits (N, classes)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)[0]
-        return logits
 
 
 def run_export(payload: Json) -> Json:
@@ -179,7 +168,9 @@ def write_formats(
         "params": params,
         "differences": differences,
         "no_model_py": reason,
-        "latency_ms": latencies(model, session, task.resolution, torch.device(task.device)),
+        "latency_ms": latencies(
+            model, (folder / "model.onnx").read_bytes(), task.resolution, torch.device(task.device)
+        ),
         "device": device_name(torch.device(task.device)),
     }
 
@@ -223,36 +214,15 @@ def _constants(architecture: Architecture, task: ExportTask) -> list[str]:
     ]
 
 
-def exported(model: Logits, resolution: int) -> torch.export.ExportedProgram:
-    """The model traced by torch.export for any number of images; UsageError if torch cannot trace it."""
-    example = (torch.zeros(2, 3, resolution, resolution),)
-    try:
-        return torch.export.export(model, example, dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    except Exception as error:
-        raise UsageError(
-            f"torch.export cannot trace this network ({str(error).splitlines()[0]}); write its forward without "
-            "branches on values and without a fixed batch size"
-        ) from error
-
-
 def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path) -> InferenceSession:
     """Writes model.onnx, from "images" (batch, 3, R, R) to "logits"; returns it opened by onnxruntime.
 
     Its metadata hold, as JSON, the classes, resolution, mean and std, and the pixels of the shorter side before the
     centre crop (null: images are resized whole).
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx needs it)
-    except ImportError as error:
-        raise not_installed(f"export needs {error.name}", "export") from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns about its own code
-        written = torch.onnx.export(
-            program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes={"images": {0: "batch"}}
-        )
-    assert written is not None
+    written = onnx_program(program)
+    import onnxruntime
+
     cropped = shorter_side(task.resolution) if task.card["files"] else None
     facts = {**asdict(task.normalisation), "resolution": task.resolution, "shorter_side": cropped}
     for key, value in facts.items():
@@ -274,18 +244,15 @@ def difference(model: nn.Module, other: Forward, resolution: int) -> float:
     return found
 
 
-def latencies(model: nn.Module, session: InferenceSession, resolution: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds by format and batch, like "torch, batch 1"; onnxruntime uses one thread of the CPU."""
-    times: dict[str, float] = {}
+def latencies(model: Logits, content: bytes, resolution: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds by runtime and batch, like "torch, batch 1"; `content` is that of its ONNX file."""
+    network, ready = model.network, dict[str, Callable[[], Call]]()
     for batch in LATENCY_BATCHES:
-        images = torch.zeros(batch, 3, resolution, resolution).numpy()
-
-        def run() -> object:
-            return session.run(None, {"images": images})  # noqa: B023 (called before the next batch)
-
-        times[f"torch, batch {batch}"] = measure(model, resolution, batch, device)
-        times[f"onnxruntime, batch {batch}"] = least_median(run, torch.device("cpu"))
-    return {name: round(ms, 3) for name, ms in times.items()}
+        ready[f"torch, batch {batch}"] = Conditions("torch", resolution, batch, device).ready(lambda: network)
+        shape = (batch, 3, resolution, resolution)
+        ready[f"onnxruntime, batch {batch}"] = partial(open_network, content, shape)
+    found = time_in_rounds(list(ready.values()))
+    return {name: round(quietest(rounds), 3) for name, rounds in zip(ready, found, strict=True)}
 
 
 def _provenance(task: ExportTask) -> Json:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, search_plan
+from engine.config import RunSettings, check_paths, cohort_size, final_fidelity, needs_latency, search_plan
 from engine.fleet import providers
 from engine.fleet.devices import describe, layout
 from engine.recipes import resolve, teacher_config
@@ -119,10 +119,10 @@ def _samples(
     """What to time for the run in `folder`, the teacher's weights to time it with, and the number of candidates."""
     config, budget = context.config, context.budget
     everything, fit = find_candidates(context.space, config, facts, context.display)
-    if config.max_latency_ms < float("inf"):
+    if needs_latency(config):
         # A search that has begun keeps its latencies. Until then each call measures again, here in a scratch folder.
         begun = bool(read_journal(folder.journal).asked)
-        fit = limit_latency(context, fit, folder if begun else context.folder)
+        fit = limit_latency(context, fit, facts, folder if begun else context.folder)
     scores = len(to_score(context, search_plan(config, budget), facts.images["train"], fit))
     if scores:
         share = scores * IMAGES_PER_SCORE / (facts.images["train"] * config.high.cost())

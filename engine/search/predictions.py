@@ -6,13 +6,16 @@ A prediction is recomputed from the evaluations that the journal held at that mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from engine.search.latency_limit import within_latency_limit
+from engine.config import needs_latency
+from engine.search.latency.limit import fast_enough, networks_of
+from engine.search.latency.model import looked_up
+from engine.search.latency.table import read_table
 from engine.search.methods.estimate import Estimate, SurrogateInputs, Weight, estimate, learned_weights
 from engine.search.methods.mfkd import BETA
 from engine.search.methods.readout import by_best_readout
@@ -52,14 +55,14 @@ class Prediction:
 class RunPredictions:
     """The predictions of a run. It had `everything` candidates; `candidates` holds all of them or a sample.
 
-    `slow` holds the architectures asked about that only the latency limit excludes.
+    `slow` holds the architectures asked about that only the latency limit excludes: milliseconds, whether measured.
     """
 
     run: Run
     space: SearchSpace
     candidates: Candidates
     everything: int
-    slow: frozenset[Architecture] = frozenset()
+    slow: Mapping[Architecture, tuple[float, bool]] = field(default_factory=dict)
 
     @cached_property
     def at_the_end(self) -> Estimate:
@@ -137,16 +140,13 @@ def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredict
     space = load_space(run.config.space)
     _, fit = find_candidates(space, run.config, run.data, Display("none"))
     inside = [architecture for architecture in about if fit.row(architecture) is not None]
-    if run.config.max_latency_ms < math.inf:
-        limit, stored = run.config.max_latency_ms, run.folder.latencies
-        fit, _ = within_latency_limit(fit, limit, stored, True, 0, _measured_already)
+    if needs_latency(run.config):
+        table = read_table(run.folder.latencies)
+        fit, _ = fast_enough(fit, networks_of(run.config, run.data), table, run.config.max_latency_ms)
     fit = with_trends(fit, run.proxies)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
     keep[wanted[wanted >= 0]] = True
-    slow = frozenset(architecture for architecture in inside if fit.row(architecture) is None)
+    out = [architecture for architecture in inside if fit.row(architecture) is None]
+    slow = looked_up(networks_of(run.config, run.data), read_table(run.folder.latencies), out) if out else {}
     return RunPredictions(run, space, fit.where(keep), len(fit), slow)
-
-
-def _measured_already(sample: Sequence[Architecture]) -> list[float]:
-    raise AssertionError("a search that has begun has stored its latencies")

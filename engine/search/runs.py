@@ -13,10 +13,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, search_plan
+from engine.config import Budget, Plan, RunKind, SearchConfig, config_from_dict, needs_latency, search_plan
 from engine.run_folder import RunFolder
 from engine.search.front import FrontMember, cost_axis, front, trained_in_full
 from engine.search.journal import Record, read_journal
+from engine.search.latency.limit import latency_row, networks_of
+from engine.search.latency.model import looked_up
+from engine.search.latency.table import read_table
 from engine.search.proxies import PREFIX, read_scores, standing
 from engine.tasks import DataFacts, ProxyScores, task_from_json
 from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
@@ -94,6 +97,15 @@ class Run:
         """Where each architecture with training-free scores stands by them, from 0 to 1."""
         return standing(self.proxies)
 
+    @cached_property
+    def latencies(self) -> dict[Architecture, tuple[float, bool]]:
+        """Milliseconds of the architectures asked for, and whether measured before the search rather than predicted;
+        {} if the search knew nothing of latency."""
+        asked = list(dict.fromkeys(trial.architecture for trial in self.record.asked))
+        if not asked or not needs_latency(self.config) or not self.folder.latencies.exists():
+            return {}
+        return looked_up(networks_of(self.config, self.data), read_table(self.folder.latencies), asked)
+
     @property
     def imported(self) -> set[int]:
         """The numbers of trials imported from a fidelity study (--fidelity-study)."""
@@ -131,7 +143,8 @@ class Run:
         """Every network that was trained in full so far, in order of its first training."""
         answers = self.answers
         images = self.data.images["valid"] if answers else 0
-        return trained_in_full(answers, self.plan.high, images, self.folder)
+        latencies = {architecture: milliseconds for architecture, (milliseconds, _) in self.latencies.items()}
+        return trained_in_full(answers, self.plan.high, images, self.folder, latencies)
 
     @property
     def front_cost(self) -> str:
@@ -212,7 +225,14 @@ def _read(path: Path) -> Json | None:
 
 def rows(run: Run, answers: Iterable[Evaluation]) -> list[Json]:
     """Evaluations as the rows of trials.csv: plain values, one level deep."""
-    return [row(evaluation) | proxy_columns(run, evaluation.trial) for evaluation in answers]
+    return [with_known(run, evaluation.trial, row(evaluation)) for evaluation in answers]
+
+
+def with_known(run: Run, trial: Trial, columns: Json) -> Json:
+    """The columns of a trial, and what was known of its architecture before: training-free scores, and its latency
+    unless that was measured in the evaluation."""
+    latency = run.latencies.get(trial.architecture) if columns.get("latency_ms") is None else None
+    return columns | (latency_row(*latency) if latency else {}) | proxy_columns(run, trial)
 
 
 def proxy_columns(run: Run, trial: Trial) -> Json:
@@ -237,6 +257,7 @@ def row(evaluation: Evaluation) -> Json:
         "macs": evaluation.macs if evaluation.ok else None,
         "params": evaluation.params if evaluation.ok else None,
         "latency_ms": evaluation.costs.get("latency_ms"),
+        "latency_source": "measured" if "latency_ms" in evaluation.costs else None,
         "seconds": round(evaluation.seconds, 3),
         **{f"{name}_seconds": round(evaluation.costs.get(name, 0.0), 3) for name in PHASES},
         "images_per_s": round(evaluation.costs.get("images_per_s", 0.0), 1),

@@ -17,6 +17,7 @@ from engine.search.comparison import images_in, standard_error
 from engine.search.final import FinalTrainings, final_rows, train_finals
 from engine.search.front import cost_axis, front, member_row, trained_in_full
 from engine.search.journal import Journal
+from engine.search.latency.limit import described
 from engine.search.log import LogKind
 from engine.search.methods import propose as methods
 from engine.search.progress import Display
@@ -24,7 +25,7 @@ from engine.search.run import RunDefinition, run, visible, why_no_winner
 from engine.search.setup import SearchSetup
 from engine.space import Candidates
 from engine.tasks import TestTask
-from engine.trial import Evaluation, History, NoWinner, Trial, failed, mean_accuracies
+from engine.trial import Architecture, Evaluation, History, NoWinner, Trial, failed, mean_accuracies
 from surrogate.quality import kendall_tau
 
 Json = dict[str, Any]
@@ -90,12 +91,13 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
     valid_images, everything = setup.facts.images["valid"], [*history.answered, *finals.everything]
     winner["valid_standard_error"] = standard_error(best.accuracy, valid_images)
     winner["test_standard_error"] = standard_error(tested["test_accuracy"], images_in(tested["hits"]))
-    if "latency_ms" in best.costs:
-        winner["latency_ms"] = round(best.costs["latency_ms"], 3)
     _save_class_scores(setup, best, finals, tested)
-    trained = trained_in_full(everything, setup.plan.high, valid_images, context.folder)
+    ends = [e for e in everything if e.ok and (e.trial.fidelity == setup.plan.high or e.trial.fidelity.with_valid)]
+    known = described(context, setup.facts, [best, *ends])
+    latencies = {Architecture.parse(name): row["latency_ms"] for name, row in known.items()}
+    trained = trained_in_full(everything, setup.plan.high, valid_images, context.folder, latencies)
     cost = cost_axis(context.config.objectives)
-    return {
+    result: Json = {
         "run_dir": str(context.folder),
         "status": "finished",
         "winner": winner,
@@ -105,6 +107,8 @@ def conclude(setup: SearchSetup, history: History, best: Evaluation, finals: Fin
         "front_cost": cost,
         "front": [member_row(member) for member in front(trained, cost)],
     }
+    _add_latencies(result, known)
+    return result
 
 
 def _save_class_scores(setup: SearchSetup, best: Evaluation, finals: FinalTrainings, tested: Json) -> None:
@@ -117,6 +121,13 @@ def _save_class_scores(setup: SearchSetup, best: Evaluation, finals: FinalTraini
         tested = context.answer(TestTask(context.worker, chosen.trial))
     scores = class_scores.class_scores(setup.facts.classes, tested["confusion"])
     class_scores.save(context.folder, chosen, "test", scores)
+
+
+def _add_latencies(result: Json, known: dict[str, Json]) -> None:
+    """Adds what is known of latency to each network of a result."""
+    for row in (result["winner"], result["final"], *result["baselines"], *result.get("front", [])):
+        if row is not None:
+            row |= known.get(row.get("architecture", ""), {})
 
 
 def _described(evaluation: Evaluation) -> Json:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_library_model
+from engine.config import Plan, RunSettings, SearchConfig, check_settings, is_library_model, needs_latency
 from engine.fleet.devices import layout
 from engine.recipes import fine_tunes_teacher, resolve
 from engine.run_folder import RunFolder
 from engine.search.baseline_networks import family_members
 from engine.search.journal import read_journal
-from engine.search.latency_limit import within_latency_limit
+from engine.search.latency.limit import fast_enough, networks_of, new_table, recorded_table
 from engine.search.methods.propose import METHODS, find_method
 from engine.search.progress import Display
 from engine.search.proxies import add_proxies
@@ -24,7 +24,6 @@ from engine.space import Candidates, FloatArray, SearchSpace, candidates
 from engine.spaces.load import load_space
 from engine.tasks import (
     DataFacts,
-    LatencyTask,
     ProbeTask,
     Statistic,
     TeacherFacts,
@@ -89,10 +88,8 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     """Finds the candidates and obtains the teacher; `facts` is what `probe` returned."""
     config = context.config
     everything, fit = find_candidates(context.space, config, facts, context.display)
-    if config.max_latency_ms < math.inf:
-        fit = limit_latency(context, fit, context.folder)
-    if plan.cost:
-        _check_objective(config, plan.cost, fit)
+    if needs_latency(config):
+        fit = limit_latency(context, fit, facts, context.folder)
     teacher = None
     if needs_teacher(context):
         task = teacher_task(context, everything)
@@ -105,14 +102,6 @@ def set_up(context: RunContext, plan: Plan, facts: DataFacts) -> SearchSetup:
     plan = replace(plan, valid_images=facts.images["valid"], first=first)
     fit = add_proxies(context, plan, facts.images["train"], fit)
     return SearchSetup(context, plan, fit, facts, largest, teacher)
-
-
-def _check_objective(config: SearchConfig, cost: str, fit: Candidates) -> None:
-    """Raises UsageError, before a teacher is trained, if the candidates have no cost of the name in --objectives."""
-    try:
-        fit.cost(cost)
-    except UsageError as error:
-        raise UsageError(f"--objectives {config.objectives}: {error}") from None
 
 
 def probe(context: RunContext) -> DataFacts:
@@ -209,18 +198,12 @@ def _another_teacher(context: RunContext, teacher: str, network: str) -> str:
     )
 
 
-def limit_latency(context: RunContext, fit: Candidates, folder: RunFolder) -> Candidates:
-    """The candidates within --max-latency-ms, according to measurements that are stored in the run folder."""
-    config, display = context.config, context.display
-
-    def measure(sample: Sequence[Architecture]) -> list[float]:
-        display.say(f"latency: measuring {len(sample)} architectures at batch size {config.latency_batch}")
-        milliseconds: list[float] = context.answer(LatencyTask(context.worker, tuple(sample)))
-        return milliseconds
-
-    begun = bool(read_journal(folder.journal).asked)
-    left, how = within_latency_limit(fit, config.max_latency_ms, folder.latencies, begun, config.seed, measure)
-    display.say(how)
+def limit_latency(context: RunContext, fit: Candidates, facts: DataFacts, folder: RunFolder) -> Candidates:
+    """The candidates within --max-latency-ms, with their latencies, by the measurements stored in the run folder."""
+    networks, begun = networks_of(context.config, facts), bool(read_journal(folder.journal).asked)
+    table = recorded_table(folder.latencies, begun, lambda: new_table(context, networks, fit))
+    left, how = fast_enough(fit, networks, table, context.config.max_latency_ms)
+    context.display.say(how)
     return left
 
 

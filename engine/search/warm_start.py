@@ -10,7 +10,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from engine.config import Plan, SearchConfig, config_at, config_from_dict, config_to_dict, flatten, left_to_auto
+from engine.config import (
+    Plan,
+    SearchConfig,
+    config_at,
+    config_from_dict,
+    config_to_dict,
+    flatten,
+    left_to_auto,
+    measures_latency,
+)
 from engine.run_folder import RunFolder
 from engine.search.journal import Journal, read_journal
 from engine.search.setup import SearchSetup
@@ -66,9 +75,10 @@ def _check_weights(study: RunFolder, full: list[Trial]) -> None:
 
 
 def _may_propose(evaluation: Evaluation, config: SearchConfig, candidates: Candidates) -> bool:
-    """Whether the search could have asked for this evaluation. Under a latency limit, full trainings are timed too."""
+    """Whether the search could have asked for this evaluation. Full trainings are timed too, if anything is."""
     full = evaluation.trial.fidelity == config.high
-    in_time = not full or evaluation.costs.get("latency_ms", math.inf) <= config.max_latency_ms
+    timed = full and measures_latency(config)
+    in_time = not timed or evaluation.costs.get("latency_ms", math.inf) <= config.max_latency_ms
     return in_time and candidates.row(evaluation.trial.architecture) is not None
 
 

@@ -15,11 +15,13 @@ import numpy as np
 
 from engine.space import Choice, IntMatrix, SearchSpace, space_name
 from engine.spaces.arithmetic import (
+    COSTS,
     Cost,
     activations,
     chain_cost,
     check_width,
     conv_cost,
+    layers,
     linear_cost,
     macs_and_params,
     rounded,
@@ -61,6 +63,7 @@ def mobilenetv2(width: float = 1.0, stem_stride: int = 1) -> SearchSpace:
         build=partial(_build, width, stem_stride),
         cost=partial(macs_and_params, counts),
         activations=partial(activations, counts),
+        layers=partial(layers, counts),
     )
 
 
@@ -84,9 +87,9 @@ def last_channels(width: float) -> int:
 
 
 def _counts(
-    own_width: float, stem_stride: int, choices: IntMatrix, classes: int, width: float, resolution: int
+    own_width: float, stem_stride: int, choices: IntMatrix, classes: int, width: float, resolution: int, which: slice
 ) -> Cost:
-    """Costs (3, n) of architectures (n, 14)."""
+    """The costs `which` (k, n) of architectures (n, 14)."""
     scale = own_width * width
     stem = rounded(STEM_CHANNELS * scale, MULTIPLE)
     channels = ((stem,), *stage_channels(scale))
@@ -94,7 +97,7 @@ def _counts(
     total = conv_cost(3, stem, 3, size)
     tables = []
     for (expansion, _, stride), (before, after) in zip(STAGES, pairwise(channels), strict=True):
-        table = np.empty((3, len(before), len(REPEATS), len(after)))
+        table = np.empty((COSTS, len(before), len(REPEATS), len(after)))
         for (i, c_in), (r, repeats), (o, c_out) in product(enumerate(before), enumerate(REPEATS), enumerate(after)):
             first = block_cost(c_in, c_out, expansion, stride, size)
             rest = block_cost(c_out, c_out, expansion, 1, strided(size, stride))
@@ -104,11 +107,11 @@ def _counts(
     last = last_channels(scale)
     total = total + linear_cost(last, classes)
     tables[-1] += np.stack([conv_cost(c, last, 1, size) for c in channels[-1]], axis=1)[:, None, None, :]
-    return chain_cost(choices, tables) + total[:, None]
+    return chain_cost(choices, tables, which) + total[which, None]
 
 
 def block_cost(c_in: int, c_out: int, expansion: int, stride: int, size: int) -> Cost:
-    """Cost (3,) of an inverted residual block whose input is size x size pixels."""
+    """Cost (COSTS,) of an inverted residual block whose input is size x size pixels."""
     hidden, smaller = c_in * expansion, strided(size, stride)
     cost = conv_cost(hidden, hidden, 3, smaller, groups=hidden) + conv_cost(hidden, c_out, 1, smaller)
     return cost + conv_cost(c_in, hidden, 1, size) if expansion > 1 else cost

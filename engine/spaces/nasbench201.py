@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.space import Choice, IntMatrix, SearchSpace, space_name
-from engine.spaces.arithmetic import MIN_CHANNELS, Cost, activations, conv_cost, linear_cost, macs_and_params, strided
+from engine.spaces.arithmetic import (
+    COSTS,
+    MIN_CHANNELS,
+    Cost,
+    activations,
+    conv_cost,
+    layers,
+    linear_cost,
+    macs_and_params,
+    pool_cost,
+    strided,
+)
 from engine.trial import Architecture, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +37,7 @@ EDGES = ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2))
 STAGES = 3
 MAX_CHANNELS, MAX_CELLS = 512, 50  # a network with as many has 2e9 parameters in each cell
 
-NONE, SKIP, CONV_1X1, CONV_3X3, _ = range(len(OPERATIONS))
+NONE, SKIP, CONV_1X1, CONV_3X3, AVG_POOL = range(len(OPERATIONS))
 ZERO = "#"
 
 
@@ -46,6 +57,7 @@ def nasbench201(channels: int = 16, cells: int = 5) -> SearchSpace:
         build=partial(_build, channels, cells),
         cost=partial(macs_and_params, counts),
         activations=partial(activations, counts),
+        layers=partial(layers, counts),
         canonical=canonical,
     )
 
@@ -63,14 +75,18 @@ def _build(channels: int, cells: int, choices: tuple[int, ...], classes: int, wi
     return network(operations, EDGES, stage_channels(channels, width), cells, classes)
 
 
-def _counts(channels: int, cells: int, choices: IntMatrix, classes: int, width: float, resolution: int) -> Cost:
-    """Costs (3, n) of cells (n, 6): those of the skeleton, and of every convolution of a cell, used or not.
+def _counts(
+    channels: int, cells: int, choices: IntMatrix, classes: int, width: float, resolution: int, which: slice
+) -> Cost:
+    """The costs `which` (k, n) of cells (n, 6): those of the skeleton, and of every operation of a cell, used or not.
 
     The benchmark counts the same, plus the additions of the classifier's bias: `classes` more MACs.
     """
     counts = {kernel: np.count_nonzero(choices == op, axis=1) for kernel, op in ((1, CONV_1X1), (3, CONV_3X3))}
+    on_zeros = _pools_of_zeros(choices)
+    pools = np.count_nonzero(choices == AVG_POOL, axis=1) - on_zeros
     size, previous = resolution, 3
-    total = np.zeros((3, len(choices)))
+    total = np.zeros((COSTS, len(choices)))
     for stage, c in enumerate(stage_channels(channels, width)):
         if stage == 0:
             total += conv_cost(previous, c, 3, size)[:, None]
@@ -80,10 +96,21 @@ def _counts(channels: int, cells: int, choices: IntMatrix, classes: int, width: 
             total += (reduction + conv_cost(previous, c, 1, size, norm=False))[:, None]
         for kernel, count in counts.items():
             total += cells * conv_cost(c, c, kernel, size)[:, None] * count
+        total += cells * (pool_cost(c, size)[:, None] * pools + pool_cost(c, size, True)[:, None] * on_zeros)
         previous = c
     total += linear_cost(previous, classes)[:, None]
     total[1] += 2 * previous  # the last BatchNorm
-    return total
+    return total[which]
+
+
+def _pools_of_zeros(choices: IntMatrix) -> IntMatrix:
+    """How many poolings (n,) of each cell read a node without inputs."""
+    empty = {node: np.ones(len(choices), dtype=bool) for node in (1, 2)}
+    for place, (target, _) in enumerate(EDGES):
+        if target in empty:
+            empty[target] &= choices[:, place] == NONE
+    zeros = [empty[s] & (choices[:, at] == AVG_POOL) for at, (_, s) in enumerate(EDGES) if s in empty]
+    return np.sum(zeros, axis=0, dtype=np.int8)
 
 
 def canonical(choices: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,11 +15,13 @@ import numpy as np
 
 from engine.space import Choice, IntMatrix, SearchSpace, space_name
 from engine.spaces.arithmetic import (
+    COSTS,
     Cost,
     activations,
     chain_cost,
     check_width,
     conv_cost,
+    layers,
     linear_cost,
     macs_and_params,
     rounded,
@@ -57,6 +59,7 @@ def shufflenetv2(width: float = 1.0) -> SearchSpace:
         build=partial(_build, width),
         cost=partial(macs_and_params, counts),
         activations=partial(activations, counts),
+        layers=partial(layers, counts),
     )
 
 
@@ -74,8 +77,8 @@ def _build(own_width: float, choices: tuple[int, ...], classes: int, width: floa
     return network(rounded(STEM_CHANNELS * scale, MULTIPLE), stages, rounded(LAST_CHANNELS * scale, MULTIPLE), classes)
 
 
-def _counts(own_width: float, choices: IntMatrix, classes: int, width: float, resolution: int) -> Cost:
-    """Costs (3, n) of architectures (n, 6)."""
+def _counts(own_width: float, choices: IntMatrix, classes: int, width: float, resolution: int, which: slice) -> Cost:
+    """The costs `which` (k, n) of architectures (n, 6)."""
     scale = own_width * width
     stem, last = rounded(STEM_CHANNELS * scale, MULTIPLE), rounded(LAST_CHANNELS * scale, MULTIPLE)
     channels = ((stem,), *stage_channels(scale))
@@ -83,23 +86,23 @@ def _counts(own_width: float, choices: IntMatrix, classes: int, width: float, re
     total = conv_cost(3, stem, 3, size) + linear_cost(last, classes)
     tables = []
     for before, after in pairwise(channels):
-        table = np.empty((3, len(before), len(UNITS), len(after)))
+        table = np.empty((COSTS, len(before), len(UNITS), len(after)))
         for (i, c_in), (u, units), (o, c_out) in product(enumerate(before), enumerate(UNITS), enumerate(after)):
             table[:, i, u, o] = down_cost(c_in, c_out, size) + (units - 1) * unit_cost(c_out, strided(size))
         tables.append(table)
         size = strided(size)
     tables[-1] += np.stack([conv_cost(c, last, 1, size) for c in channels[-1]], axis=1)[:, None, None, :]
-    return chain_cost(choices, tables) + total[:, None]
+    return chain_cost(choices, tables, which) + total[which, None]
 
 
 def unit_cost(channels: int, size: int) -> Cost:
-    """Cost (3,) of a unit of stride 1, which passes one half of its channels through unchanged."""
+    """Cost (COSTS,) of a unit of stride 1, which passes one half of its channels through unchanged."""
     half = channels // 2
     return 2 * conv_cost(half, half, 1, size) + conv_cost(half, half, 3, size, groups=half)
 
 
 def down_cost(c_in: int, c_out: int, size: int) -> Cost:
-    """Cost (3,) of a unit of stride 2 whose input is size x size pixels."""
+    """Cost (COSTS,) of a unit of stride 2 whose input is size x size pixels."""
     half, smaller = c_out // 2, strided(size)
     left = conv_cost(c_in, c_in, 3, smaller, groups=c_in) + conv_cost(c_in, half, 1, smaller)
     right = conv_cost(half, half, 3, smaller, groups=half) + conv_cost(half, half, 1, smaller)

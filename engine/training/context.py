@@ -8,6 +8,7 @@ import resource
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +16,17 @@ import torch
 from torch import nn
 
 from engine import stop_files
-from engine.config import SearchConfig
+from engine.config import Runtime, SearchConfig, measures_latency
 from engine.data.augment import Augmentation
 from engine.data.dataset import Dataset, Split, joined, load, subset
 from engine.data.loader import Batches, eval_batches, train_batches
+from engine.latency.runtimes import Conditions
+from engine.latency.time_probes import quietest, time_in_rounds
 from engine.recipes import resolve
 from engine.run_folder import RunFolder
 from engine.tasks import WorkerSettings
 from engine.training import checkpoint
 from engine.training.checkpoint import Progress
-from engine.training.latency import measure
 from engine.training.student import Student
 from engine.training.teacher_cache import CachedTeacher
 from engine.training.train import Readout, classify, read_out
@@ -134,9 +136,18 @@ class WorkerContext:
             raise found
         return found
 
+    @property
+    def latency_conditions(self) -> Conditions:
+        """How this run times its networks: at full fidelity's resolution, in the configured batch size and runtime."""
+        config, (runtime,) = self.config, [one for one in get_args(Runtime) if one == self.config.latency]
+        return Conditions(runtime, self.resolution(config.high), config.latency_batch, self.device)
+
     def latency_ms(self, network: nn.Module) -> float:
-        """Milliseconds of a forward pass at full fidelity's resolution and the configured batch size."""
-        return measure(network, self.resolution(self.config.high), self.config.latency_batch, self.device)
+        """Milliseconds of a forward pass; 0 if this run does not time its networks. The network changes its device."""
+        if not measures_latency(self.config):
+            return 0.0
+        (rounds,) = time_in_rounds([self.latency_conditions.ready(lambda: network)])
+        return quietest(rounds)
 
     def save_progress(self, path: Path, student: Student, progress: Progress, epochs: int, key: str = "") -> None:
         """Saves the state of a training of `epochs` epochs; raises Drained if the driver has asked workers to stop."""

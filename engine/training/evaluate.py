@@ -165,7 +165,7 @@ def make_student(
         if full and context.config.initial_weights:
             load_weights(Path(context.config.initial_weights), network)
         limit = context.config.max_latency_ms
-        latency = context.latency_ms(network) if full and limit < math.inf else 0.0
+        latency = context.latency_ms(network) if full else 0.0
         if latency > limit and not trial.fidelity.with_valid:  # the winner has been measured before
             reason = f"measured {latency:.3g} ms, over --max-latency-ms {limit:g}"
             return Evaluation(trial, "too_slow", error=reason, costs={"latency_ms": latency})

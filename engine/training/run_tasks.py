@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.data.dataset import Split, fingerprint
+from engine.latency.time_probes import noise, noise_warning, quietest, time_in_rounds
 from engine.spaces.load import load_space
 from engine.tasks import (
     DataFacts,
@@ -22,6 +24,7 @@ from engine.tasks import (
     TeacherFacts,
     TeacherTask,
     TestTask,
+    Timings,
     TimingTask,
     TrialsTask,
     task_from_json,
@@ -126,12 +129,24 @@ def run_test(payload: Json) -> Json:
     }
 
 
-def run_latency(payload: Json) -> list[float]:
-    """LatencyTask -> milliseconds of a forward pass of each architecture, at full fidelity's width and resolution."""
+def run_latency(payload: Json) -> Json:
+    """LatencyTask -> Timings of the architectures, at full fidelity's width and resolution."""
     task = task_from_json(LatencyTask, payload)
     context = open_context(task.worker)
     space, width, classes = load_space(context.config.space), context.config.high.width, len(context.data.classes)
-    return [context.latency_ms(space.build(one.choices, classes, width)) for one in task.architectures]
+    conditions = context.latency_conditions
+    rounds = time_in_rounds(
+        [conditions.ready(partial(space.build, one.choices, classes, width)) for one in task.architectures]
+    )
+    share = noise(rounds)
+    found = Timings(
+        milliseconds=tuple(map(quietest, rounds)),
+        device=conditions.device_name,
+        runtime=f"{conditions.runtime} {version(conditions.runtime.partition('.')[0])}",
+        noise=share,
+        warning=noise_warning(share),
+    )
+    return task_to_json(found)
 
 
 def run_proxies(payload: Json) -> list[Json]:

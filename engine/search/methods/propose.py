@@ -13,7 +13,7 @@ from engine.search.methods.mfkd import MfkdOptions, mfkd
 from engine.search.methods.nsga2 import nsga2
 from engine.search.methods.optuna_samplers import optuna_search
 from engine.search.methods.readout import by_best_readout
-from engine.search.methods.recommend import front, winner
+from engine.search.methods.recommend import winner
 from engine.space import Candidates
 from engine.trial import History, Trial, UsageError, not_installed
 from surrogate.xgb import SurrogateParts
@@ -25,7 +25,6 @@ __all__ = [
     "OPTUNA",
     "USE_TRENDS",
     "find_method",
-    "front",
     "is_installed",
     "lacks",
     "propose",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from engine.config import Plan
@@ -39,26 +37,6 @@ def winner(candidates: Candidates, history: History, plan: Plan) -> Evaluation |
     mean, _ = posterior(fitted.linear, fitted.y, high.counts, noise)
     best = candidates.architecture(int(high.rows[np.argmax(mean)]))
     return max((e for e in full if e.trial.architecture == best), key=lambda e: e.accuracy)
-
-
-def front(history: History, plan: Plan) -> list[Evaluation]:
-    """The full-fidelity evaluations that no other one beats in both accuracy and the plan's cost, cheapest first.
-
-    The cost of a search for accuracy alone is MACs. Of an architecture that was trained more than once the best
-    evaluation counts, as for the winner.
-    """
-    full = [e for e in history.answered if e.ok and e.trial.fidelity == plan.high]
-    best: list[Evaluation] = []
-    for evaluation in sorted(full, key=lambda e: (_cost(e, plan.cost), -e.accuracy)):
-        if not best or evaluation.accuracy > best[-1].accuracy:
-            best.append(evaluation)
-    return best
-
-
-def _cost(evaluation: Evaluation, name: str) -> float:
-    if name == "params":
-        return float(evaluation.params)
-    return evaluation.costs.get("latency_ms", math.inf) if name == "latency" else float(evaluation.macs)
 
 
 def posterior(linear: Linear, y: Array, counts: Array, noise: Array) -> tuple[Array, Array]:
