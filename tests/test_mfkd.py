@@ -40,7 +40,7 @@ TINY: dict[str, Any] = {
 }
 # Settings that a command line gives as text and Python as objects.
 RICHER = {"data", "teacher", "low", "high", "only", "initial_weights", "fidelity_study", "gpus", "students_per_gpu"}
-RICHER |= {"time_limit", "teacher_weights", "final"}
+RICHER |= {"time_limit", "teacher_weights", "final", "latency"}
 CLASSES = (SearchConfig, Budget, Resources)
 
 
