@@ -60,6 +60,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_pages_are_few() -> None:
+    """Twelve, beside what was found (evidence.md) and the results, which commands write."""
+    assert len([page for page in (ROOT / "docs").glob("*.md") if page.name != "evidence.md"]) <= 12
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_to_a_page_and_to_a_heading_of_it(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", page.read_text()):
