@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import shutil
+import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,14 @@ import mfkd
 from engine.commands.space import show_space
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Commands that only read, or write a text: they run here as they stand, in a folder that has what they name. For a
 # search only the configuration is resolved and checked. The other commands are run by the tests named after them.
 LOOKS = {"config", "status", "trials", "explain", "report", "space", "submit"}
+ROOMS = ("engine", "kernels", "surrogate", "bench", "tests", "docs", "configs", "examples")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Flags of other programs, and one that does not exist, that the pages name.
+OTHERS = {"--no-kill", "--gpus-per-node", "--gpus-per-task", "--requeue", "--exclusive", "--mem", "--max-hi"}
 
 
 def listed(page: Path) -> set[str]:
@@ -47,33 +54,100 @@ def test_the_readme_leads_to_every_page() -> None:
     assert {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(FENCED, "", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_are_few() -> None:
+    """Twelve, beside what was found (evidence.md) and the results, which commands write."""
+    assert len([page for page in (ROOT / "docs").glob("*.md") if page.name != "evidence.md"]) <= 12
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_a_page_and_to_a_heading_of_it(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths of this repository in `code`."""
+    for path in re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists() or "NAME" in path, path
 
 
-def test_files_that_a_page_names_exist() -> None:
-    """Paths of this repository in `code`, in the pages that explain it."""
-    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "bench.md"):
-        for path in re.findall(r"`((?:engine|kernels|surrogate|bench|tests|docs|configs)/[\w./-]+)`", page.read_text()):
-            assert (ROOT / path).exists() or "NAME" in path, f"{page.name}: {path}"
+def test_pages_that_the_code_names_exist() -> None:
+    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.*") if path.suffix in (".py", ".yaml", ".ipynb")]
+    for file in (*files, ROOT / "cli.py", ROOT / "mfkd.py", ROOT / "Makefile"):
+        for page in re.findall(r"docs/[\w/-]+\.md", file.read_text()):
+            assert (ROOT / page).exists(), f"{file.relative_to(ROOT)}: {page}"
+
+
+def lines(page: Path) -> Iterator[list[str]]:
+    """The words of every line in the fenced blocks of a page that are not Python, without a prompt."""
+    for language, block in re.findall(FENCED, page.read_text()):
+        if language != "python":
+            for line in block.replace("\\\n", " ").splitlines():
+                yield shlex.split(line.removeprefix("$ "), comments=True) if is_command(line) else []
+
+
+def is_command(line: str) -> bool:
+    return bool(re.match(r"(\$ )?(\w+=\S+ )*(python|mfkd|pip|make) ", line))
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The arguments of every `python cli.py ...` line in the fenced blocks of a page."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if line.startswith(("python cli.py ", "mfkd ")) else []
-            if words:
-                yield words[2:] if words[0] == "python" else words[1:]
+    """The arguments of every `python cli.py ...` or `mfkd ...` in the fenced blocks of a page."""
+    for words in lines(page):
+        if words[:2] == ["python", "cli.py"]:
+            yield words[2:]
+        elif words[:1] == ["mfkd"]:
+            yield words[1:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_make_targets_in_the_pages_exist(page: Path) -> None:
+def test_what_a_page_runs_or_installs_exists(page: Path) -> None:
+    """Targets of make, modules and tests that `python -m` runs, extras that pip installs."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        assert set(re.findall(r"^(?:\w+=\S+ )*make ([\w-]+)", block, re.MULTILINE)) <= targets
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    for words in lines(page):
+        while words and "=" in words[0]:
+            del words[0]
+        if words[:1] == ["make"]:
+            assert words[1] in targets, words
+        elif words[:2] == ["python", "-m"]:
+            assert find_spec(words[2]), words
+            assert all((ROOT / word).exists() for word in words[3:] if word.startswith(("tests/", "bench/"))), words
+        elif words[:1] == ["pip"]:
+            named = re.findall(r"^\.\[([\w,]+)\]$", "\n".join(words), re.MULTILINE)
+            assert {extra for group in named for extra in group.split(",")} <= extras, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_pages_parses(page: Path) -> None:
+    for language, block in re.findall(FENCED, page.read_text()):
+        if language == "python":
+            ast.parse(block)
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """The flags of all commands; of a group such as --low.epochs also the group's name."""
+    parsers = [importlib.import_module(f"engine.commands.{name.replace('-', '_')}").parser() for name in cli.COMMANDS]
+    found = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+    return found | {flag.split(".")[0] for flag in found} | {"--version"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_that_a_page_names_exist(page: Path, flags: set[str]) -> None:
+    """`--flag` in the text, alone or in a command of ours; the code blocks are parsed by the tests below."""
+    for code in re.findall(r"`([^`]+)`", re.sub(FENCED, "", page.read_text())):
+        if re.match(rf"--|(cli.py |mfkd )?({'|'.join(cli.COMMANDS)}) ", code):
+            named = {flag.rstrip(".") for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", code)}
+            assert named <= flags | OTHERS, code
 
 
 @pytest.fixture

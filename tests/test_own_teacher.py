@@ -22,7 +22,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def test_a_published_teacher_has_its_published_accuracy(tmp_path: Path, shared_data: Path) -> None:
-    """The example of docs/teacher.md: ResNet-20 for CIFAR-10 as a user's own module, 92.5 % on these test images."""
+    """The example of docs/training.md: ResNet-20 for CIFAR-10 as a user's own module, 92.5 % on these test images."""
     packed, plain = shared_data / "cifar10_small.npz", tmp_path / "small.npz"
     subprocess.run([sys.executable, str(shared_data / "unpack.py"), str(packed), str(plain)], check=True)
     images = np.load(plain)

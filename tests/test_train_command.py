@@ -1,4 +1,4 @@
-"""`train`, `eval` and `export` with a user's own images and space, as in docs/data.md and docs/export.md."""
+"""`train`, `eval` and `export` with a user's own images and space, as in docs/data.md."""
 
 from __future__ import annotations
 
