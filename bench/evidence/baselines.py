@@ -1,7 +1,7 @@
 """The search against baselines on real trainings: every score was trained in a fidelity study, every cost measured.
 
-`python -m bench.evidence.baselines build/evidence/baselines-NAME` searches the trainings of that study. Without a
-folder, it averages what is kept in docs/evidence over the two sets of trainings of each data set.
+`python -m bench.evidence.baselines build/evidence/baselines-NAME` searches the trainings of that study and keeps the
+results in docs/results. With or without a folder it writes docs/results/baselines.md from all results kept there.
 
 A fidelity study has trained a pool of architectures in full and at low fidelities. An evaluation depends on the
 architecture, the fidelity and the seed alone, so all methods may share it: each searches the pool with the search's own
@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.evidence.keep import KEPT, keep_study, row, teacher_card, write
+from bench.evidence import low_fidelities
+from bench.evidence.keep import keep_study, teacher_card
+from bench.evidence.low_fidelities import RESULTS, row
 from engine.config import SearchConfig, config_from_dict
 from engine.run_folder import RunFolder
 from engine.search.journal import read_journal
@@ -41,6 +43,9 @@ SETS = {
     "glyphs": ("baselines-glyphs-weak", "baselines-glyphs-again"),
     "CIFAR-100": ("baselines-cifar100-weak", "baselines-cifar100-again"),
 }
+# What else was searched: the first trainings, with a teacher that costs more.
+STUDIES = (*SETS["glyphs"], *SETS["CIFAR-100"], "baselines-glyphs", "baselines-cifar100")
+PAGE = RESULTS / "baselines.md"
 OURS = "mfkd, KD (ours)"
 # Label, method, low fidelity (the part of its name before the @).
 METHODS = (
@@ -55,23 +60,22 @@ METHODS = (
 
 
 def main(run_dir: Path) -> None:
-    """Searches the trainings of a study and keeps table and results in docs/evidence."""
+    """Searches the trainings of a study, and keeps them and what was found in docs/results."""
     folder, name = RunFolder(run_dir.absolute()), run_dir.name
     config = config_from_dict(folder.read_config()["config"])
     answers = [e for e in read_journal(folder.journal).answers.values() if e.ok]
-    KEPT.mkdir(exist_ok=True)
-    table = KEPT / f"{name}-table.csv"
+    table = RESULTS / f"{name}-table.csv"
     tests = measure_tests(folder, config, answers)
     tables.dump(list(tabulate(answers, tests, load_space(config.space))), table)
     found = search_pools(table, float(teacher_card(run_dir)["seconds"]), run_dir / "pools")
     results_file(name).write_text(json.dumps(found) + "\n")
-    lines = describe(name, found)
-    write(name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *keep_study(run_dir)]))
+    keep_study(run_dir)
+    low_fidelities.main()
 
 
 def results_file(name: str) -> Path:
     """The results of the searches of a study, beside its other files."""
-    return KEPT / f"{name}-searches.json"
+    return RESULTS / f"{name}-searches.json"
 
 
 def search_pools(table: Path, teacher_seconds: float, folder: Path) -> Json:
@@ -127,13 +131,43 @@ def pick(pools: list[Path], method: str, low: str, seconds: float) -> list[float
     return [replay(one)["methods"][method]["recommended"]["mean"] for one in settings]
 
 
+def page() -> list[str]:
+    """The page about all studies whose searches are kept."""
+    return [
+        "# The search against its baselines",
+        "",
+        "Made by `make baselines`; this page by `make results`, from the raw results. The trainings are real and",
+        "shared: a pool of small NAS-Bench-201 cells of at most 1.1 million MACs (without a cap the largest cell",
+        "would be the answer) is trained in full, with one seed, and at low fidelities, and every training keeps its",
+        f"measured seconds ([their rankings](low-fidelities.md)). Each method searches {SEARCHES} random pools of",
+        "three quarters of the cells, in the search's own loop, and pays for the trainings that it asks for; methods",
+        "that use the teacher pay for its training too. When the budget is spent the search names its winner, as the",
+        "command does, and the winner's stored weights are scored on the test split. ± is a 95 % interval over the",
+        "pools. The pools share trainings, so luck in these is only partly in the intervals; hence a second set of",
+        "each, `-again`: other cells, weights, order, teacher. `-weak` and `-again` have the cheaper teacher, the",
+        "other two an expensive one. The `-again` sets were trained while other work used the machine, so their",
+        "seconds are too high, for all fidelities alike; so are those of attention on CIFAR-100. The weight of a",
+        "measured score when the winner is named was chosen on the first sets, so the second ones are the fairer",
+        "test.",
+        "",
+        "## Over both sets of trainings",
+        "",
+        *together(),
+        *(line for name in STUDIES for line in ["", f"## {name}", "", *describe(name, read_results(name))]),
+    ]
+
+
+def read_results(name: str) -> Json:
+    return dict(json.loads(results_file(name).read_text()))
+
+
 def describe(name: str, found: Json) -> list[str]:
     """What the page says about the searches of a study."""
     picks, budgets = found["picks"], found["budgets"]
     return [
         f"{found['architectures']} architectures; a full training took {found['full_seconds']:.1f} s on average, the "
         f"teacher {found['teacher_seconds']:.0f} s. {len(found['best'])} pools of {found['pool']}, {found['workers']} "
-        f"workers. Raw results: [trainings](evidence/{name}-table.csv), [searches](evidence/{name}-searches.json).",
+        f"workers. Raw results: [trainings]({name}-table.csv), [searches]({name}-searches.json).",
         "",
         row(["test accuracy of the pick, %, by budget in full trainings", *map(str, budgets)]),
         row(["---"] * (1 + len(budgets))),
@@ -146,11 +180,11 @@ def describe(name: str, found: Json) -> list[str]:
     ]
 
 
-def describe_together() -> list[str]:
+def together() -> list[str]:
     """Ours minus each baseline: the mean over the two sets of trainings of a data set, from the kept results."""
     lines = [row([f"{OURS} minus", "on", *map(str, BUDGETS)]), row(["---"] * (2 + len(BUDGETS)))]
     for data, sets in SETS.items():
-        one, other = (json.loads(results_file(name).read_text())["picks"] for name in sets)
+        one, other = (read_results(name)["picks"] for name in sets)
         for label in one:
             if label != OURS:
                 picks = zip(one[OURS], one[label], other[OURS], other[label], strict=True)
@@ -221,5 +255,4 @@ def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSp
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
-    else:
-        write("baselines-together", "\n".join(describe_together()))
+    PAGE.write_text("\n".join(page()) + "\n")
