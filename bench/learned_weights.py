@@ -26,7 +26,7 @@ from surrogate.quality import kendall_tau, normal_scores
 
 Array = npt.NDArray[np.float64]
 NAME = Path(__file__).resolve().parents[1] / "docs" / "results" / "learned-weights"
-# In millions of MACs, as in docs/surrogate.md.
+# In millions of MACs, as in docs/results/replay.md.
 WINDOWS = ((41.04, 45.36), (44.745, 49.455), (52.25, 57.75), (78.375, 86.625), (82.08, 90.72))
 COSTS, GOOD, LOW = ("macs", "activations"), ("jacov", "nwot"), ("val_e12",)
 UNRELIABLE = ("zen", "synflow", "fisher", "snip", "plain", "l2_norm")

@@ -51,7 +51,7 @@ class SearchConfig:
     )
     method: str = option(
         "mfkd",
-        "search method (docs/surrogate.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
+        "search method (docs/search.md): mfkd, mfkd-front, mfkd1, mfkd2, cokriging, gp, random, evolution, halving, "
         "asha, macs, bore, proxies, naswot",
     )
     teacher: str = option(

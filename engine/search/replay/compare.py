@@ -25,7 +25,7 @@ WITHOUT_CAP = 1.0
 
 
 def compare(settings: Replay, caps: Sequence[float]) -> dict[str, Any]:
-    """Replays every method under every cap; returns the JSON object of `replay --caps` (docs/surrogate.md).
+    """Replays every method under every cap; returns the JSON object of `replay --caps` (docs/search.md).
 
     A cap is the share of the table's architectures that it leaves, those of the fewest MACs. Regret is by how many
     points of test accuracy the incumbent is below the best architecture under the cap; hours and checkpoints of the
