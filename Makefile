@@ -93,8 +93,9 @@ build/cifar10_small.npz: | install
 	mkdir -p build
 	$(BIN)/python $(SHARED)/unpack.py $(SHARED)/cifar10_small.npz $@
 
-# ---- evidence ------------------------------------------------------------
-# make evidence        the studies of docs/evidence.md, in order, resumable; WORKERS=2
+# ---- results -------------------------------------------------------------
+# make results         the pages of docs/results that are made from raw results kept there, in seconds
+# make evidence        fidelity studies on two CPU cores, in order, resumable; WORKERS=2
 # make why             the first study again with other temperatures, weights, epochs, and another teacher
 # make baselines       the search against its baselines on real trainings, resumable
 # make authors         the measurements of the paper's authors, read as such a study (seconds); TABLE=FILE
@@ -118,7 +119,13 @@ TEACHER   = $(BIN)/python cli.py teacher --batch-size 64 --space
 authors: | install
 	$(BIN)/python -m bench.evidence.recorded $(TABLE)
 
-.PHONY: authors evidence why baselines $(BASELINES) gpu-evidence $(STUDIES) $(WHY)
+results: | install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.evidence.low_fidelities
+	$(BIN)/python -m bench.evidence.baselines
+	$(BIN)/python -m bench.kernel_page
+	$(BIN)/python -m bench.pretrained.conclude docs/results/pretrained
+
+.PHONY: results authors evidence why baselines $(BASELINES) gpu-evidence $(STUDIES) $(WHY)
 evidence: $(STUDIES)
 why: $(WHY)
 
@@ -133,7 +140,6 @@ $(STUDIES) $(WHY): | install
 	$(BIN)/python -m bench.evidence.keep $(EVIDENCE)/$@
 
 baselines: $(BASELINES)
-	$(BIN)/python -m bench.evidence.baselines
 baselines-cifar100 baselines-cifar100-again: build/cifar100.npz
 baselines-glyphs-weak: baselines-glyphs $(EVIDENCE)/teachers/glyphs-weak.safetensors
 baselines-cifar100-weak: baselines-cifar100 $(EVIDENCE)/teachers/cifar100-weak.safetensors
@@ -164,10 +170,10 @@ gpu-evidence:
 	$(GPU_PYTHON) -m bench.evidence.gpu $(EVIDENCE)/gpu --minutes $(MINUTES) --data $(IMAGES)
 
 .PHONY: real-size learned-weights trends front
-# Starts from the trainings kept in docs/evidence, and goes on.
+# Starts from the trainings kept in docs/results, and goes on.
 real-size: | install
 	mkdir -p build/real-size
-	test -f build/real-size/trainings.jsonl || cp docs/evidence/real-size-trainings.jsonl build/real-size/trainings.jsonl
+	test -f build/real-size/trainings.jsonl || cp docs/results/real-size-trainings.jsonl build/real-size/trainings.jsonl
 	seq 0 $$(($(WORKERS) - 1)) | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I{} nice -n 19 \
 	$(BIN)/python -m bench.real_size.study build/real-size --shared $(SHARED) --part {}/$(WORKERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.real_size.untrained build/real-size --shared $(SHARED)

@@ -298,7 +298,7 @@ def _network(row: Mapping[str, Any]) -> Network:
 @dataclass(frozen=True)
 class Study:
     """What a fidelity study found. `fidelities` holds a row per low fidelity: name, tau, tau_given_macs, stderr,
-    relative_cost and more (docs/fidelity-study.md); `warning` is empty unless full training ranks mostly by luck."""
+    relative_cost and more (docs/search.md); `warning` is empty unless full training ranks mostly by luck."""
 
     run: Run
     recommended: Fidelity
@@ -311,7 +311,7 @@ class Study:
 @dataclass(frozen=True)
 class Replay:
     """What a replay found: `methods[name]["15"]` holds mean and stderr of the test accuracy in percent at 15 GPU-hours,
-    and `optimum` is the best test accuracy in the table (docs/surrogate.md); in a search for a front, of the
+    and `optimum` is the best test accuracy in the table (docs/search.md); in a search for a front, of the
     hypervolume."""
 
     table: str

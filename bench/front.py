@@ -1,6 +1,6 @@
 """What a search with latencies is worth, under a cap and for a whole front: NAS-Bench-201 and HW-NAS-Bench.
 
-`python -m bench.front ../shared/data [--seeds 10]` writes docs/evidence/front.md and .csv; finished runs are kept in
+`python -m bench.front ../shared/data [--seeds 10]` writes docs/results/front.md and .csv; finished runs are kept in
 build/front, and the same command goes on from there.
 """
 

@@ -1,6 +1,6 @@
 """The value of learned weights: rank quality from few full results, in NAS-Bench-201's windows of nearly equal MACs.
 
-`python -m bench.learned_weights ../shared/data` writes docs/evidence/learned-weights.md and .csv
+`python -m bench.learned_weights ../shared/data` writes docs/results/learned-weights.md and .csv
 
 Tables: NAS-Bench-201 on CIFAR-100, joined by cell with recorded training-free scores. In each window N random cells
 have a full result (validation, 200 epochs). The others are ranked, and compared with their test accuracy.
@@ -25,8 +25,8 @@ from surrogate.linear import Prior, fit_linear
 from surrogate.quality import kendall_tau, normal_scores
 
 Array = npt.NDArray[np.float64]
-NAME = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "learned-weights"
-# In millions of MACs, as in docs/surrogate.md.
+NAME = Path(__file__).resolve().parents[1] / "docs" / "results" / "learned-weights"
+# In millions of MACs, as in docs/results/replay.md.
 WINDOWS = ((41.04, 45.36), (44.745, 49.455), (52.25, 57.75), (78.375, 86.625), (82.08, 90.72))
 COSTS, GOOD, LOW = ("macs", "activations"), ("jacov", "nwot"), ("val_e12",)
 UNRELIABLE = ("zen", "synflow", "fisher", "snip", "plain", "l2_norm")

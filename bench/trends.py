@@ -1,6 +1,6 @@
 """What training-free scores of learned weight are worth in a search, and what useless ones cost: NAS-Bench-201.
 
-`python -m bench.trends ../shared/data [--seeds 8]` writes docs/evidence/trends.md and .csv; finished runs are kept in
+`python -m bench.trends ../shared/data [--seeds 8]` writes docs/results/trends.md and .csv; finished runs are kept in
 build/trends, and the same command goes on from there.
 """
 
@@ -26,7 +26,7 @@ from engine.search.replay.tables import dump
 
 Array = npt.NDArray[np.float64]
 ROOT = Path(__file__).resolve().parents[1]
-NAME, BUILD = ROOT / "docs" / "evidence" / "trends", ROOT / "build" / "trends"
+NAME, BUILD = ROOT / "docs" / "results" / "trends", ROOT / "build" / "trends"
 CAPS = {1.0: "Uncapped", 0.6: "MACs of at most the 60th percentile", 0.33: "MACs of at most the 33rd percentile"}
 BASELINES = ("mfkd2", "mfkd1", "cokriging", "gp", "bore", "optuna-tpe", "optuna-gp", "macs")
 

@@ -1,8 +1,6 @@
 """What the kernels' machine code says about their speed, for the shapes of `bench/bench_kernels.py`.
 
-`python -m kernels.sass` compiles each launch for sm_90 without a GPU and prints a Markdown table: registers per
-thread, blocks that fit on an SM, the width of the loads that move the most bytes, and, inside the loops over
-features or classes, barriers, shuffles and instructions per element. A kernel without a loop is counted whole.
+`python -m kernels.sass` compiles each launch for sm_90 without a GPU and prints docs/results/machine-code.md.
 """
 from __future__ import annotations
 
@@ -22,6 +20,16 @@ ARCH = 90
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32  # of an SM of this architecture
 # Values that a kernel reads per class: student and teacher, twice in a long row. Elsewhere an element is one value.
 READS = {"tile_kernel": 2, "loop_kernel": 4}
+
+
+HEAD = """# What the machine code of the kernels says
+
+Made by `python -m kernels.sass > docs/results/machine-code.md`, without a GPU: Triton {triton}, sm_90, bfloat16,
+NHWC, the shapes of `bench/bench_kernels.py`. Registers of a thread; blocks that fit on an SM; the width in bits of
+the loads that move the most bytes; and, inside the loops over classes, channels or positions, barriers, shuffles
+and instructions of one thread, per class (CE + KD, student and teacher) or per loaded value. A kernel without a
+loop is counted whole.
+"""
 
 
 class Code(NamedTuple):
@@ -127,6 +135,9 @@ def _bench_calls() -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
+    import triton
+
+    print(HEAD.format(triton=triton.__version__))
     print("| case | kernel | warps | registers | blocks per SM | load bits | barriers | shuffles | instructions |")
     print("|---|---|---|---|---|---|---|---|---|")
     for launch in bench_launches():

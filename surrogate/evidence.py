@@ -23,7 +23,7 @@ Matrix = npt.NDArray[np.float32] | Array
 
 # Prior of the coefficient of a trend of which nothing is known, for trends and target of unit variance: the probability
 # that it is not 0, and its variance then. In NAS-Bench-201's windows other values rank no better
-# (docs/evidence/learned-weights.md).
+# (docs/results/learned-weights.md).
 INCLUDED, SLAB = 0.5, 0.1
 MODELS = 1024  # subsets at most: of more than 10 trends in doubt only the smaller subsets are looked at
 

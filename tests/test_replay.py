@@ -357,7 +357,7 @@ def test_best_of_the_authors_table_is_found_within_10_000_seconds(low):
 
 @PUBLISHED
 def test_nasbench201_is_above_72_at_20_hours():
-    """Three standard errors of four seeds below the figure in docs/surrogate.md; random search is at 70."""
+    """Three standard errors of four seeds below the figure in docs/results/replay.md; random search is at 70."""
     path = SHARED / "nasbench201_cifar100.csv.gz"
     settings = Replay(path, ("mfkd",), at=(20,), gpu_hours=20, seeds=4, processes=1)
     assert replay(settings)["methods"]["mfkd"]["20"]["mean"] > 72

@@ -1,7 +1,7 @@
 """The search against baselines on real trainings: every score was trained in a fidelity study, every cost measured.
 
-`python -m bench.evidence.baselines build/evidence/baselines-NAME` searches the trainings of that study. Without a
-folder, it averages what is kept in docs/evidence over the two sets of trainings of each data set.
+`python -m bench.evidence.baselines build/evidence/baselines-NAME` searches the trainings of that study and keeps the
+results in docs/results. With or without a folder it writes docs/results/baselines.md from all results kept there.
 
 A fidelity study has trained a pool of architectures in full and at low fidelities. An evaluation depends on the
 architecture, the fidelity and the seed alone, so all methods may share it: each searches the pool with the search's own
@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.evidence.keep import KEPT, keep_study, row, teacher_card, write
+from bench.evidence import low_fidelities
+from bench.evidence.keep import keep_study, teacher_card
+from bench.evidence.low_fidelities import RESULTS, row
 from engine.config import SearchConfig, config_from_dict
 from engine.run_folder import RunFolder
 from engine.search.journal import read_journal
@@ -41,6 +43,9 @@ SETS = {
     "glyphs": ("baselines-glyphs-weak", "baselines-glyphs-again"),
     "CIFAR-100": ("baselines-cifar100-weak", "baselines-cifar100-again"),
 }
+# What else was searched: the first trainings, with a teacher that costs more.
+STUDIES = (*SETS["glyphs"], *SETS["CIFAR-100"], "baselines-glyphs", "baselines-cifar100")
+PAGE = RESULTS / "baselines.md"
 OURS = "mfkd, KD (ours)"
 # Label, method, low fidelity (the part of its name before the @).
 METHODS = (
@@ -55,23 +60,22 @@ METHODS = (
 
 
 def main(run_dir: Path) -> None:
-    """Searches the trainings of a study and keeps table and results in docs/evidence."""
+    """Searches the trainings of a study, and keeps them and what was found in docs/results."""
     folder, name = RunFolder(run_dir.absolute()), run_dir.name
     config = config_from_dict(folder.read_config()["config"])
     answers = [e for e in read_journal(folder.journal).answers.values() if e.ok]
-    KEPT.mkdir(exist_ok=True)
-    table = KEPT / f"{name}-table.csv"
+    table = RESULTS / f"{name}-table.csv"
     tests = measure_tests(folder, config, answers)
     tables.dump(list(tabulate(answers, tests, load_space(config.space))), table)
     found = search_pools(table, float(teacher_card(run_dir)["seconds"]), run_dir / "pools")
     results_file(name).write_text(json.dumps(found) + "\n")
-    lines = describe(name, found)
-    write(name, "\n".join([*lines, "", "The same trainings as a fidelity study:", "", *keep_study(run_dir)]))
+    keep_study(run_dir)
+    low_fidelities.main()
 
 
 def results_file(name: str) -> Path:
     """The results of the searches of a study, beside its other files."""
-    return KEPT / f"{name}-searches.json"
+    return RESULTS / f"{name}-searches.json"
 
 
 def search_pools(table: Path, teacher_seconds: float, folder: Path) -> Json:
@@ -127,13 +131,45 @@ def pick(pools: list[Path], method: str, low: str, seconds: float) -> list[float
     return [replay(one)["methods"][method]["recommended"]["mean"] for one in settings]
 
 
+def page() -> list[str]:
+    """The page about all studies whose searches are kept."""
+    return [
+        "# The search against its baselines",
+        "",
+        "Made by `make baselines`; this page by `make results`, from the raw results. The trainings are real and",
+        "shared: a pool of small NAS-Bench-201 cells of at most 1.1 million MACs (without a cap the largest cell",
+        "would be the answer) is trained in full, with one seed, and at low fidelities, and every training keeps its",
+        f"measured seconds ([their rankings](low-fidelities.md)). Each method searches {SEARCHES} random pools of",
+        "three quarters of the cells, in the search's own loop, and pays for the trainings that it asks for; methods",
+        "that use the teacher pay for its training too. When the budget is spent the search names its winner, as the",
+        "command does, and the winner's stored weights are scored on the test split. ± is a 95 % interval over the",
+        "pools. The pools share trainings, so luck in these is only partly in the intervals; hence a second set of",
+        "each, `-again`: other cells, weights, order, teacher. `-weak` and `-again` have the cheaper teacher, the",
+        "other two an expensive one. The `-again` sets were trained while other work used the machine, so their",
+        "seconds are too high, for all fidelities alike; so are those of attention on CIFAR-100. The weight of a",
+        "measured score when the winner is named was chosen on the first sets, so the second ones are the fairer",
+        "test.",
+        "",
+        "## Over both sets of trainings",
+        "",
+        *together(),
+        "",
+        count_signs(),
+        *(line for name in STUDIES for line in ["", f"## {name}", "", *describe(name, read_results(name))]),
+    ]
+
+
+def read_results(name: str) -> Json:
+    return dict(json.loads(results_file(name).read_text()))
+
+
 def describe(name: str, found: Json) -> list[str]:
     """What the page says about the searches of a study."""
     picks, budgets = found["picks"], found["budgets"]
     return [
         f"{found['architectures']} architectures; a full training took {found['full_seconds']:.1f} s on average, the "
         f"teacher {found['teacher_seconds']:.0f} s. {len(found['best'])} pools of {found['pool']}, {found['workers']} "
-        f"workers. Raw results: [trainings](evidence/{name}-table.csv), [searches](evidence/{name}-searches.json).",
+        f"workers. Raw results: [trainings]({name}-table.csv), [searches]({name}-searches.json).",
         "",
         row(["test accuracy of the pick, %, by budget in full trainings", *map(str, budgets)]),
         row(["---"] * (1 + len(budgets))),
@@ -146,23 +182,37 @@ def describe(name: str, found: Json) -> list[str]:
     ]
 
 
-def describe_together() -> list[str]:
+def together() -> list[str]:
     """Ours minus each baseline: the mean over the two sets of trainings of a data set, from the kept results."""
     lines = [row([f"{OURS} minus", "on", *map(str, BUDGETS)]), row(["---"] * (2 + len(BUDGETS)))]
     for data, sets in SETS.items():
-        one, other = (json.loads(results_file(name).read_text())["picks"] for name in sets)
-        for label in one:
+        for label in read_results(sets[0])["picks"]:
             if label != OURS:
-                picks = zip(one[OURS], one[label], other[OURS], other[label], strict=True)
-                lines.append(row([label, data, *map(_mean_gap, picks)]))
+                gaps = [mean_gap(data, label, budget) for budget in range(len(BUDGETS))]
+                lines.append(row([label, data, *(f"{value:+.2f} ± {error:.2f}" for value, error in gaps)]))
     return lines
 
 
-def _mean_gap(picks: tuple[list[float], list[float], list[float], list[float]]) -> str:
-    """Mean of the differences in two sets: ours and theirs in the first, ours and theirs in the second."""
-    gaps = np.subtract(*picks[:2]), np.subtract(*picks[2:])
+def count_signs() -> str:
+    """How often ours is ahead of the methods that have no surrogate, over both sets."""
+    simple = [label for label, method, _ in METHODS if method in ("random", "macs", "halving")]
+    gaps = [mean_gap(name, label, budget) for name in SETS for label in simple for budget in range(len(BUDGETS))]
+    ahead, clear = sum(value > 0 for value, _ in gaps), sum(value > error for value, error in gaps)
+    behind = sum(value < -error for value, error in gaps)
+    return (
+        f"Of the {len(gaps)} differences to random search, the order by MACs and successive halving, {ahead} are "
+        f"positive, {clear} beyond their interval, and {behind} negative beyond it."
+    )
+
+
+def mean_gap(data: str, label: str, budget: int) -> tuple[float, float]:
+    """Mean of the differences in the two sets of a data set at a budget (its index), and half its interval."""
+    gaps = []
+    for name in SETS[data]:
+        picks = read_results(name)["picks"]
+        gaps.append(np.subtract(picks[OURS][budget], picks[label][budget]))
     error = sum(interval(one) ** 2 for one in gaps) ** 0.5 / 2
-    return f"{(gaps[0].mean() + gaps[1].mean()) / 2:+.2f} ± {error:.2f}"
+    return float(sum(one.mean() for one in gaps) / 2), float(error)
 
 
 def mean(values: Sequence[float]) -> str:
@@ -221,5 +271,4 @@ def tabulate(answers: list[Evaluation], tests: dict[str, float], space: SearchSp
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
-    else:
-        write("baselines-together", "\n".join(describe_together()))
+    PAGE.write_text("\n".join(page()) + "\n")

@@ -22,6 +22,15 @@ from engine.trial import hits_from_text
 
 Array = npt.NDArray[np.float64]
 Rows = dict[int, dict[str, Any]]  # by seed
+HEAD = [
+    "# Searches in a pretrained space against other ways to cut",
+    "",
+    "Made by `python -m bench.pretrained.compare` and `conclude` from [rows.jsonl](rows.jsonl), a row per",
+    "network. All networks of a table start from the same fine-tuned weights and have the same last training on",
+    "the same batches. Accuracies are on the test images, averaged over seeds; differences are paired by seed and",
+    "image. The first standard error is over images, the second, where there is one, over seeds.",
+    "",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
     caps = read(folder / ROWS)
-    page = "\n".join(line for cap, contenders in sorted(caps.items()) for line in table(cap, contenders)) + "\n"
+    page = "\n".join([*HEAD, *(line for cap, contenders in sorted(caps.items()) for line in table(cap, contenders))])
     (folder / "peers.md").write_text(page)
     draw(caps, folder / "peers.png")
     print(page)

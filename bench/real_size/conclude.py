@@ -1,4 +1,4 @@
-"""Results of the study at the benchmark's own size: tables in docs/evidence/real-size.md, figures in .csv and .json.
+"""Results of the study at the benchmark's own size: tables in docs/results/real-size.md, figures in .csv and .json.
 
 `python -m bench.real_size.conclude FOLDER --shared ../shared/data`
 
@@ -28,7 +28,7 @@ from surrogate.quality import kendall_taus, normal_scores, partial_taus
 
 Array = npt.NDArray[np.float64]
 Rows = list[dict[str, Any]]
-NAME = ROOT / "docs" / "evidence" / "real-size"
+NAME = ROOT / "docs" / "results" / "real-size"
 READOUTS = ("accuracy", "agreement", "cross_entropy")
 DRAWS = 1000
 OWN = (IMAGES, NOISE_IMAGES, 0)  # the size of the engine's own batch, and its seed

@@ -12,7 +12,7 @@ from engine.commands.flags import command_parser
 from engine.trial import UsageError
 
 HELP = {
-    "table": "CSV of recorded results (format: docs/surrogate.md; some published tables are read as they are)",
+    "table": "CSV of recorded results (format: docs/search.md; some published tables are read as they are)",
     "join": "comma-separated CSV files of training-free scores or latencies of the table's architectures",
     "methods": "comma-separated methods; all means every one that can search for these objectives",
     "caps": "compare under caps on MACs, or on COST with COST=...: comma-separated shares of the architectures, 1 for "

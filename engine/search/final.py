@@ -75,7 +75,7 @@ def fidelity_for(setup: SearchSetup, best: Evaluation) -> Fidelity:
     """The final fidelity of a search, distilled only from a teacher that is better than the winner was in the search.
 
     Better on the validation images, by more than a standard error. A long training overtakes a weaker teacher and is
-    then held back by it (docs/report.md has figures). In a pretrained space the teacher is the winner uncut, so the
+    then held back by it. In a pretrained space the teacher is the winner uncut, so the
     winner cannot overtake it.
     """
     fidelity, teacher = final_fidelity(setup.context.config), setup.teacher

@@ -33,7 +33,7 @@ Scores = Mapping[Architecture, ProxyScores]
 
 PREFIX = "proxy:"  # of the columns' names, as in tables of recorded results
 # Scoring takes about as long as training on this many images: 21 to 34 on a CPU core, over the built-in spaces at 16 to
-# 112 pixels (docs/surrogate.md). So all scores together cost at most about one full training.
+# 112 pixels (docs/search.md). So all scores together cost at most about one full training.
 IMAGES_PER_SCORE = 30
 # The most candidates that are scored (all of NAS-Bench-201 is less), and the fewest in a large space.
 MOST, LEAST = 10_000, 64

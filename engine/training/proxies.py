@@ -26,7 +26,7 @@ from engine.tasks import PROXIES, ProxyScores
 from engine.training.student import fatal, place
 from engine.trial import Architecture
 
-# The largest size in docs/evidence/real-size.md that takes a tenth of a second per cell of NAS-Bench-201.
+# The largest size in docs/results/real-size.md that takes a tenth of a second per cell of NAS-Bench-201.
 IMAGES, NOISE_IMAGES = 16, 4
 RELUS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 JACOBIAN_FLOOR = 1e-5  # added to eigenvalues of the correlation matrix, as the paper does

@@ -35,8 +35,8 @@ def default_lows(config: SearchConfig) -> tuple[Fidelity, ...]:
     """The low fidelities compared by default, given the epochs of full fidelity.
 
     From scratch: no teacher, KD and NST on a ninth of the data, and AT on a 27th, which ranked best for their cost in
-    the measurements of the paper's authors (docs/evidence.md). In fine-tuning: a quarter of the epochs on a third of
-    the data, with and without KD, and KD for longer on less.
+    the measurements of the paper's authors (docs/results/authors.md). In fine-tuning: a quarter of the epochs on a
+    third of the data, with and without KD, and KD for longer on less.
     """
     high = config.high
     if recipe_of(config) == "finetune":

@@ -27,7 +27,7 @@ READOUT_FIGURES = ("n", "tau", "tau_stderr", "tau_interval", "spearman", "tau_gi
 
 
 def summarise(scores: StudyScores, dropped: Collection[Fidelity] = ()) -> Json | None:
-    """All figures of a study (docs/fidelity-study.md); None if no fidelity was measured on three architectures."""
+    """All figures of a study (docs/search.md); None if no fidelity was measured on three architectures."""
     rankings = [ranking for low in scores.lows if (ranking := rank(scores, low)) is not None]
     if not rankings:
         return None

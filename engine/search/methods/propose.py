@@ -62,7 +62,7 @@ OPTUNA = ("optuna-tpe", "optuna-gp")
 # Methods that cannot do without a low fidelity.
 NEED_LOW = ("mfkd1", "mfkd2", "cokriging", "halving", "asha")
 
-# mfkd with one part taken out, for docs/surrogate.md; `replay` takes them by name.
+# mfkd with one part taken out, for docs/results/replay.md; `replay` takes them by name.
 ABLATIONS: dict[str, Method] = {
     "mfkd:no-low": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(low=False))),
     "mfkd:no-macs": partial(mfkd, options=MfkdOptions(inputs=SurrogateInputs(macs=False))),

@@ -27,7 +27,7 @@ ONLY_FOR_FRONTS = ("nsga2",)
 
 
 def compare(settings: Replay, caps: Sequence[float], cost: str = "macs") -> dict[str, Any]:
-    """Replays every method under every cap; returns the JSON object of `replay --caps` (docs/surrogate.md).
+    """Replays every method under every cap; returns the JSON object of `replay --caps` (docs/search.md).
 
     A cap is the share of the table's architectures that it leaves, those of the least `cost`. Regret is by how many
     points of test accuracy the incumbent is below the best architecture under the cap, or in a search for a front the

@@ -23,7 +23,7 @@ from engine.search.replay.summary import summarise, write_summary
 
 
 def replay(settings: Replay) -> dict[str, Any]:
-    """Replays every method with every seed; returns the JSON object of the command (docs/surrogate.md).
+    """Replays every method with every seed; returns the JSON object of the command (docs/search.md).
 
     Writes `curves.csv`, `summary.json` and `curves.png` (if matplotlib is installed) to settings.out. Raises UsageError
     for an unknown method or fidelity, a number out of range, or limits that no architecture meets.

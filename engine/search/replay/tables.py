@@ -77,13 +77,13 @@ def load(path: Path, joined: Sequence[Path] = ()) -> Table:
     try:
         return _parse(path.name.split(".")[0], rows)
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/surrogate.md") from error
+        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/search.md") from error
 
 
 def _read(path: Path) -> list[Row]:
     """The rows of a file in the project's format."""
     if not path.is_file():
-        raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (columns: see docs/surrogate.md)")
+        raise EnvironmentUnusable(f"no table {path}; give a .csv or .csv.gz file (columns: see docs/search.md)")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
@@ -96,7 +96,7 @@ def _read(path: Path) -> list[Row]:
     except KeyError as error:
         raise UsageError(f"{path} is not a table of results: it has no column {error}") from error
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/surrogate.md") from error
+        raise UsageError(f"{path} is not a table of results: {error}; columns: see docs/search.md") from error
 
 
 def join(rows: list[Row], others: list[Row]) -> list[Row]:
