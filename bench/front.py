@@ -27,7 +27,7 @@ from engine.search.replay.tables import dump
 Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
-NAME, BUILD = ROOT / "docs" / "evidence" / "front", ROOT / "build" / "front"
+NAME, BUILD = ROOT / "docs" / "results" / "front", ROOT / "build" / "front"
 DEVICES = {"edgegpu": "edge GPU", "raspi4": "Raspberry Pi 4", "pixel3": "Pixel 3"}
 SHARES, GPU_HOURS = (0.1, 0.25, 0.5), 60.0
 HOURS = (10.0, 15.0, 20.0, 30.0, 40.0, 60.0)  # of the table of hypervolumes
