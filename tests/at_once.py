@@ -54,4 +54,5 @@ class AtOnce:
         ]
 
     def run_test(self, task: Task) -> dict[str, Any]:
-        return {"test_accuracy": 0.75, "weights": "none", "hits": hits_to_text([True, True, True, False])}
+        hits = hits_to_text([True, True, True, False])
+        return {"test_accuracy": 0.75, "weights": "none", "hits": hits, "confusion": [[2, 1], [0, 1]]}
