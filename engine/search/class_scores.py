@@ -106,7 +106,7 @@ def table(scores: Json, width: int = 80) -> Iterator[str]:
         low, high = row["interval"]
         line = f"{_cut(row['name'], column)}  {100 * row['accuracy']:8.1f}  {100 * low:4.1f} to {100 * high:5.1f}  "
         line += f"{row['right']:>5,} of {row['images']:>5,}  "
-        taken = [f"{_short(given, TAKEN)} {count:,}" for count, true, given in mistakes if true == row["name"]]
+        taken = [f"{_short(given, TAKEN)} ({count:,})" for count, true, given in mistakes if true == row["name"]]
         yield (line + _joined(taken, width - len(line))).rstrip()
     if len(shown) < len(rows):
         rest = [row["accuracy"] for row in rows[len(shown) :]]
