@@ -15,7 +15,7 @@ import torch
 from engine.config import Budget, Resources, RunSettings, SearchConfig
 from engine.search.journal import read_journal
 from engine.search.latency.limit import fast_enough, recorded_table
-from engine.search.latency.model import PROBES, choose_probes, fit_model
+from engine.search.latency.model import PROBES, choose_probes, fit_model, looked_up
 from engine.search.latency.table import BuiltSpace, LatencyTable, read_table
 from engine.search.progress import Display
 from engine.search.runs import open_run, rows
@@ -108,6 +108,13 @@ def test_few_candidates_are_all_measured(everything: Candidates, tmp_path: Path)
     np.testing.assert_array_equal(kept.choices, few.choices[device.ms <= limit])
     np.testing.assert_array_equal(kept.trends["latency:invented"], device.ms[device.ms <= limit])
     assert "predicted" not in how
+
+
+def test_from_too_few_measurements_nothing_is_predicted(everything: Candidates) -> None:
+    one, other, third = (everything.architecture(row) for row in (0, 100, 200))
+    table = LatencyTable({str(one): 2.0, str(other): 3.0})
+    assert looked_up(WIDE, table, [one, third]) == {one: (2.0, True)}
+    assert looked_up(WIDE, table, [third]) == {}
 
 
 def test_without_a_limit_all_candidates_get_their_latency(everything: Candidates, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from engine.search.latency.table import BuiltSpace, LatencyTable
 from engine.search.methods.scores import find_rows
 from engine.space import Candidates
 from engine.trial import Architecture
-from surrogate.sums import Accuracy, Sums, accuracy, fit_sums, spread_out
+from surrogate.sums import LEAST_POINTS, Accuracy, Sums, accuracy, fit_sums, spread_out
 
 Array = npt.NDArray[np.float64]
 
@@ -104,7 +104,12 @@ def estimate(networks: BuiltSpace, members: Candidates, table: LatencyTable) -> 
 def looked_up(
     networks: BuiltSpace, table: LatencyTable, architectures: list[Architecture]
 ) -> dict[Architecture, tuple[float, bool]]:
-    """Milliseconds of architectures, candidates or not, and whether these were measured."""
+    """Milliseconds of architectures, candidates or not, and whether these were measured. From too few measurements
+    nothing is predicted."""
+    if len(table.milliseconds) < LEAST_POINTS:
+        architectures = [one for one in architectures if str(one) in table.milliseconds]
+    if not architectures:
+        return {}
     members = networks.members(architectures)
     found = estimate(networks, members, table)
     pairs = zip(found.milliseconds.tolist(), found.measured.tolist(), strict=True)
