@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 DESCRIPTION = """\
-Searches for small, accurate image classifiers, by multi-fidelity neural architecture search with knowledge
-distillation."""
+Finds the most accurate image classifier within your budget, cut from a pretrained network or from a search space of
+your own: multi-fidelity neural architecture search with knowledge distillation."""
 # A module of engine/commands each; only the one that is called is imported.
 COMMANDS = {
     "search": "start or resume a search; without options, a demo of a few minutes",

@@ -136,6 +136,18 @@ def test_every_search_names_its_front(
     assert "\n1 on the front of accuracy and million " in summary(result)
 
 
+@pytest.mark.parametrize(("files", "warned"), [(True, True), (False, False)])
+def test_few_photos_to_train_from_scratch_are_worth_a_warning(
+    files: bool, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, said = Formula(), []
+    facts = {**fleet.run_probe({}), "files": files}
+    monkeypatch.setattr(fleet, "run_probe", lambda task: facts)
+    monkeypatch.setattr(Display, "say", lambda self, text: said.append(text))
+    run(tmp_path, monkeypatch, fleet)
+    assert any("80 images are few to train" in line and "--space pretrained:" in line for line in said) == warned
+
+
 def test_a_journal_cut_after_any_line_leads_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill, the journal is a prefix of whole lines; no worker repeats an evaluation that it holds."""
     whole = run(tmp_path, monkeypatch, Formula())

@@ -13,15 +13,15 @@ from engine.config import Budget, Resources, SearchConfig
 from engine.shipped import shipped
 
 EXAMPLES = """\
-# the demo: a few minutes, no downloads
+# the demo: cuts a pretrained network on photos that come with it, in minutes
 
-# what a search on your own images would cost here, then the search
---data photos/ --space mobilenetv2:stem_stride=2 --name photos --dry-run
---data photos/ --space mobilenetv2:stem_stride=2 --name photos
-# a network of at most 60 million MACs, with the paper's settings
--c configs/cifar100-mobilenetv2.yaml --max-macs 60e6
-# a front of networks, on two of eight GPUs
---data photos/ --objectives accuracy,macs --gpus 0,1 --name front"""
+# what a search on your own photos would cost here, then the search
+--data photos/ --space pretrained:timm:tf_efficientnet_lite0 --resolution 112 --max-macs 30e6 --name photos --dry-run
+--data photos/ --space pretrained:timm:tf_efficientnet_lite0 --resolution 112 --max-macs 30e6 --name photos
+# the most accurate network at every latency
+--data photos/ --space pretrained:timm:tf_efficientnet_lite0 --objectives accuracy,latency --name front
+# the paper's search, from scratch, on eight GPUs
+-c configs/cifar100-mobilenetv2.yaml --gpus 8"""
 # The flags that --help shows.
 EVERYDAY = (
     *("space", "data", "resolution", "teacher", "low.epochs", "high.epochs", "max-macs", "max-latency-ms"),

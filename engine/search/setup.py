@@ -35,6 +35,8 @@ from engine.trial import Architecture, Trial, UsageError
 
 # Even a network without operations takes time per image: loading, normalisation, the classifier.
 OVERHEAD_MACS = 1e6
+# Photos below which fine-tuning is far ahead of training from scratch: 92 and 37 % on 24 photos each of 30 classes.
+FEW_IMAGES = 5_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def probe(context: RunContext) -> DataFacts:
     context.display.say(f"data {config.data}: {facts.summary}")
     for warning in facts.warnings:
         context.display.say(f"warning: {warning}")
+    if facts.files and facts.images["train"] < FEW_IMAGES and context.space.start is None:
+        context.display.say(
+            f"warning: {facts.images['train']:,} images are few to train networks of {config.space} from scratch; on "
+            "photos, --space pretrained:timm:tf_efficientnet_lite0 reaches far more (docs/pretrained.md)"
+        )
     if facts.images["train"] < config.batch_size:
         raise UsageError(
             f"--batch-size {config.batch_size} is more than the {facts.images['train']} training images; lower it, or "
