@@ -137,12 +137,12 @@ def test_the_demo_starts_from_a_wheel(mfkd: Path, elsewhere: Path) -> None:
     process = subprocess.Popen(command, cwd=elsewhere, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:
-        lines = list(itertools.takewhile(lambda line: "space nasbench201" not in line, process.stderr))
+        lines = list(itertools.takewhile(lambda line: "space pretrained" not in line, process.stderr))
     finally:
         process.kill()
         process.wait()
     assert "running the demo (demo.yaml)" in lines[0]
-    assert any("data glyphs" in line for line in lines), lines
+    assert any("data caltech21" in line for line in lines), lines
 
 
 ASK = f"""
