@@ -19,6 +19,7 @@ Z95 = 1.96  # standard deviations of a normal distribution on either side that h
 SHOWN, WORST, SQUARE = 30, 15, 12
 # Characters of a class name: at most, at most where it is given for another, and at least in the matrix.
 NAME, TAKEN, CELL = 20, 14, 6
+CORNER = "true / given"  # of the matrix
 
 
 def class_scores(classes: Sequence[str], confusion: list[list[int]]) -> Json:
@@ -99,7 +100,7 @@ def table(scores: Json, width: int = 80) -> Iterator[str]:
     """The scores as lines of at most `width` characters, for a few classes or a thousand."""
     rows = sorted((row for row in scores["classes"] if row["images"]), key=lambda row: row["accuracy"])
     shown = rows if len(rows) <= SHOWN else rows[:WORST]
-    column = min(NAME, max(len(row["name"]) for row in rows))
+    column = min(NAME, max(len(CORNER), *(len(row["name"]) for row in rows)))
     mistakes = confusions(scores)
     yield f"{'class':<{column}}  right, %  95 % interval  {'images':>14}  taken for"
     for row in shown:
@@ -130,7 +131,7 @@ def _joined(words: Sequence[str], width: int) -> str:
 def _matrix(scores: Json, column: int, room: int) -> Iterator[str]:
     names = [row["name"] for row in scores["classes"]]
     cell = min(room, max(CELL, *map(len, names)), NAME)
-    yield _cut("true / given", column) + "".join(f" {_short(name, cell):>{cell}}" for name in names)
+    yield _cut(CORNER, column) + "".join(f" {_short(name, cell):>{cell}}" for name in names)
     for name, row in zip(names, scores["confusion"], strict=True):
         yield _cut(name, column) + "".join(f" {count or '.':>{cell}}" for count in row)
 

@@ -74,6 +74,7 @@ def restore(path: Path, student: Student, key: str = "") -> Progress:
     student.objective.load_state_dict(state["objective"])
     student.optimiser.load_state_dict(state["optimiser"])
     student.loss_sum.copy_(state["loss_sum"])
+    student.loss_before = float(state["loss_sum"])
     for mine, stored in zip(student.average or [], state.get("average") or [], strict=True):
         mine.copy_(stored)
     curve = tuple((loss, accuracy) for loss, accuracy in state["curve"])

@@ -26,7 +26,8 @@ class Student:
     `forward` is the network, its compiled form or its lean one (engine/training/lean.py). Random numbers that its
     layers draw depend on `seed` and the step. `average` is the running average of the tensors in `live`, if one is
     kept. `execution` says how its steps ran. `latency_ms` is the time of its forward pass, measured if latency is
-    limited. `curve` has the mean loss of each epoch (engine.trial.Curve).
+    limited. `curve` has the mean loss of each epoch (engine.trial.Curve), and `loss_before` is
+    `loss_sum` at the end of the last one.
     """
 
     network: nn.Module
@@ -40,6 +41,7 @@ class Student:
     execution: str = "eager"
     latency_ms: float = 0.0
     curve: list[tuple[float, float | None]] = field(default_factory=list)
+    loss_before: float = 0.0
     status: Status = "ok"
     error: str = ""
 

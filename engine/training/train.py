@@ -135,35 +135,37 @@ class MeanLoss:
 
     def __init__(self, cohort: Sequence[Student]) -> None:
         self.cohort, self.done = cohort, 0
-        self.sums = self._read()
 
     def recent(self, done: int) -> float:
         """The mean over the students, `done` steps after the start; of the last epoch, if it has just ended."""
-        means = list(self._means(done).values()) if done > self.done else [s.curve[-1][0] for s in self._training()]
+        students = self._training()
+        if done == self.done:
+            means = [student.curve[-1][0] for student in students]
+        else:
+            sums = self._read(students)
+            means = [self._mean(one, total, done) for one, total in zip(students, sums, strict=True)]
         return sum(means) / len(means) if means else math.nan
 
     def end_epoch(self, done: int, step: int) -> None:
-        """Adds the mean loss of the epoch to each student's curve; drops students whose loss is not finite."""
-        means, students = self._means(done), self._training()
-        for student in students:
-            mean = means[id(student)]
-            if math.isfinite(mean):
-                student.curve.append((float(f"{mean:.6g}"), None))
+        """Adds the mean loss of the epoch to each student's curve; drops students whose loss is not finite. The losses
+        are read once."""
+        students = self._training()
+        for student, total in zip(students, self._read(students), strict=True):
+            if math.isfinite(total):
+                student.curve.append((float(f"{self._mean(student, total, done):.6g}"), None))
+                student.loss_before = total
             else:
                 student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
-        self.done, self.sums = done, self._read()
+        self.done = done
 
     def _training(self) -> list[Student]:
         return [student for student in self.cohort if student.status == "ok"]
 
-    def _read(self) -> dict[int, float]:
-        students = self._training()
-        sums = torch.stack([student.loss_sum for student in students]).tolist() if students else []
-        return dict(zip(map(id, students), sums, strict=True))
+    def _read(self, students: Sequence[Student]) -> list[float]:
+        return torch.stack([student.loss_sum for student in students]).tolist() if students else []
 
-    def _means(self, done: int) -> dict[int, float]:
-        now, steps = self._read(), done - self.done
-        return {key: (value - self.sums[key]) / steps for key, value in now.items()}
+    def _mean(self, student: Student, total: float, done: int) -> float:
+        return (total - student.loss_before) / (done - self.done)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
