@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def test_the_report_and_the_export_of_such_a_search(
     for command in (["report", str(folder)], ["trials", str(folder)], ["status", str(folder)]):
         assert cli.main(command) == 0
         capsys.readouterr()
+    page = (folder / "report" / "index.html").read_text()
+    for label, count in (("full evaluations", "high"), ("scored with inherited weights", "inherited")):
+        (shown,) = re.findall(rf"{label}</dt>\s*<dd[^>]*>(\d+)", page)
+        assert int(shown) == result["evaluations"][count]
     assert cli.main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
     exported = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert exported["architecture"] == result["final"]["architecture"]

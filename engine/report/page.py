@@ -73,9 +73,13 @@ def _facts(run: Run, best: Evaluation | None) -> Iterable[tuple[str, str]]:
         yield "multiply-accumulates", f"{best.macs / 1e6:.2f} M"
         yield "parameters", f"{best.params / 1e6:.3f} M" if best.params >= 1e5 else f"{best.params:,}"
     low = sum(e.trial.fidelity in run.plan.lows for e in run.answers)
+    high = sum(e.trial.fidelity == run.plan.high for e in run.answers)
     final = sum(e.trial.fidelity.with_valid for e in run.answers)
+    if run.plan.opening is not None:
+        opened = sum(e.trial.fidelity == run.plan.opening for e in run.answers)
+        yield "scored with inherited weights", f"{opened}"
     yield "low-fidelity evaluations", f"{low}"
-    yield "full evaluations", f"{len(run.answers) - low - final}"
+    yield "full evaluations", f"{high}"
     if final:
         yield "final trainings", f"{final}"
     for name, count in (
