@@ -87,6 +87,14 @@ def test_every_figure_of_the_evidence_stands_in_a_page_that_its_paragraph_links_
     assert quoted > 40
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/pretrained.md"])
+def test_accuracies_of_cut_networks_are_those_measured(page: str) -> None:
+    known = figures((RESULTS / "pretrained" / "peers.md").read_text()) | figures((RESULTS / "demo.md").read_text())
+    quoted = figures((ROOT / page).read_text())
+    assert len(quoted) >= 6
+    assert quoted <= known
+
+
 def test_the_method_of_the_page_on_search_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of a method of one's own runs as it stands, in a replay."""
     text = (DOCS / "search.md").read_text().partition("## Your own method")[2]
