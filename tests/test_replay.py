@@ -214,10 +214,10 @@ def test_a_front_is_worth_the_accuracy_within_a_budget_averaged_over_budgets(tmp
     settings = replace(QUICK, table=with_latencies(tmp_path / "t.csv"), objectives=("accuracy", "pi_latency"))
     table = load(settings.table)
     settings = validated_replay(settings, table)
-    asked = []
+    asked, random = [], METHODS["random"]
 
     def spy(candidates, history, plan, slots):
-        trials = METHODS["random"](candidates, history, plan, slots)
+        trials = random(candidates, history, plan, slots)
         asked.extend(trials)
         return trials
 
@@ -244,14 +244,14 @@ def test_a_search_for_the_front_has_more_of_it_than_random_search_and_says_by_ho
     objectives = ("accuracy", "pi_latency")
     methods = ("mfkd", "nsga2", "random")
     table = with_latencies(tmp_path / "t.csv")
-    settings = replace(QUICK, table=table, methods=methods, objectives=objectives, seeds=6, out=tmp_path / "out")
+    settings = replace(QUICK, table=table, methods=methods, objectives=objectives, seeds=4, out=tmp_path / "out")
     found = replay(settings)["methods"]
     ahead = found["mfkd"]["ahead_of"]["random"]["2"]
     assert ahead["mean"] > 2 * ahead["stderr"]
     assert ahead["mean"] == pytest.approx(found["mfkd"]["2"]["mean"] - found["random"]["2"]["mean"], abs=2e-3)
     assert (tmp_path / "out" / "curves.png").exists()
     assert all_methods(load(table), front=True) == methods
-    under = compare(replace(settings, seeds=2), (0.5,), "pi_latency")["caps"]["0.5"]
+    under = compare(replace(settings, methods=methods[1:], seeds=2), (0.5,), "pi_latency")["caps"]["0.5"]
     assert under["max_pi_latency"] == pytest.approx(np.quantile(load(table).candidates.cost("pi_latency"), 0.5))
     assert all(entry["regret"]["mean"] >= 0 for entry in under["methods"].values())
 

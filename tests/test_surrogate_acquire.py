@@ -44,4 +44,4 @@ def test_information_about_hopeless_candidates_has_no_value():
 def test_an_empty_batch_has_no_value():
     """As when every candidate of a small space has its low score."""
     none = np.zeros(0)
-    assert value(none, none, none, 0.5, 0.3) == 0.0
+    assert value(none, none, none, 0.5, 0.3) == pytest.approx(0.0, abs=1e-12)
