@@ -306,7 +306,7 @@ def test_imported_evaluations_survive_a_cut_journal_and_other_settings_are_refus
         assert b"".join(sorted(path.read_bytes().splitlines())) == b"".join(sorted(b"".join(lines).splitlines()))
     with pytest.raises(UsageError, match="has other settings .*lr: 0.1 there, 0.2 here"):
         run_search(tmp_path / "other", replace(config, lr=0.2), budget)
-    with pytest.raises(UsageError, match="is not the run folder of a fidelity study"):
+    with pytest.raises(UsageError, match="no run folder; give that of a fidelity study"):
         run_search(tmp_path / "third", replace(config, fidelity_study=str(tmp_path)), budget)
 
 
@@ -400,7 +400,7 @@ def test_a_study_of_other_images_or_a_missing_one_is_refused_before_a_teacher_is
     config = replace(CONFIG, fidelity_study=str(tmp_path / "study"), low=replace(GOOD, name="low"))
     for study, says in (
         (config.fidelity_study, "was run on other data"),
-        (str(tmp_path / "typo"), "is not the run folder of a fidelity study"),
+        (str(tmp_path / "typo"), "no run folder; give that of a fidelity study"),
     ):
         with pytest.raises(UsageError, match=says):
             run_search(tmp_path / "run", replace(config, fidelity_study=study))

@@ -474,7 +474,7 @@ def test_a_front_search_keeps_the_contract_of_methods(method):
 
 def test_the_opening_of_a_front_search_is_spread_over_its_cost():
     plan = Plan((LOW,), FULL, cost="latency", opening=Fidelity("inherited", epochs=0))
-    asked = propose(DEVICE, History(), plan, 200)
+    asked = propose(DEVICE, History(), plan, len(DEVICE))
     places = np.sort(DEVICE.cost("latency")[find_rows(DEVICE, [t.architecture for t in asked])])
     assert {t.fidelity for t in asked} == {plan.opening}
     np.testing.assert_allclose(places, np.linspace(0, 1, len(places)), atol=1.5 / len(places))

@@ -154,7 +154,7 @@ def test_the_report_reads_at_any_width(browser: Browser, page: Path, width: int,
     scrolled, seen = browser.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert scrolled <= seen
     narrow = browser.evaluate("[...document.querySelectorAll('.chart')].map(e => e.getBoundingClientRect().width)")
-    assert len(narrow) == 9
+    assert len(narrow) == 11
     assert all(250 < chart <= width for chart in narrow)
     marks = browser.evaluate(
         "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll('.point, .points path, .js-line').length)"

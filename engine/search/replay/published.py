@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engine.spaces.arithmetic import conv_cost, linear_cost, strided
+from engine.spaces.arithmetic import MACS_AND_PARAMS, conv_cost, linear_cost, strided
 from engine.spaces.nasbench201 import EDGES, OPERATIONS
 from engine.spaces.shufflenetv2 import down_cost, unit_cost
 
@@ -142,7 +142,7 @@ def shufflenetv2_cost(channels: list[int], blocks: list[int], classes: int, reso
     for after, count in zip(channels[:-1], blocks, strict=True):
         total += down_cost(before, after, size) + count * unit_cost(after, strided(size))
         size, before = strided(size), after
-    macs, params, _ = total + conv_cost(before, channels[-1], 1, size)
+    macs, params = (total + conv_cost(before, channels[-1], 1, size))[MACS_AND_PARAMS]
     return int(macs), int(params)
 
 
