@@ -164,15 +164,9 @@ def caps_table(caps: list[Row]) -> list[str]:
         "## The best network under a cap",
         "",
         "`replay --max DEVICE_latency=CAP` with the latency as a column of the table, beside `replay --max macs=CAP`",
-<<<<<<< HEAD
-        "with the cap on MACs that leaves as many cells. All are test accuracies (%): of the best cell under the cap,",
-        "of the cell of best validation accuracy, which is all that a search can go by, and of the winner that the",
-        "search names; differences are paired by seed.",
-=======
         "with the cap on MACs that leaves as many cells. Test accuracies (%) of the best cell under the cap, of the",
         "cell of best validation accuracy, which is all that a search can go by, and of the winner that the search",
         "names; differences are paired by seed.",
->>>>>>> front
         "",
         *table_head(heads),
     ]
