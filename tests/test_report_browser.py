@@ -157,7 +157,8 @@ def test_the_report_reads_at_any_width(browser: Browser, page: Path, width: int,
     assert len(narrow) == 11
     assert all(250 < chart <= width for chart in narrow)
     marks = browser.evaluate(
-        "[...document.querySelectorAll('.chart')].map(e => e.querySelectorAll('.point, .points path, .js-line, .hm image').length)"
+        "[...document.querySelectorAll('.chart')]"
+        ".map(e => e.querySelectorAll('.point, .points path, .js-line, .hm image').length)"
     )
     assert min(marks) > 0  # every chart shows data, not only its axes
 
