@@ -17,6 +17,7 @@ import pytest
 import cli
 import mfkd
 from engine.commands.space import show_space
+from engine.data import caltech21
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -172,7 +173,8 @@ def limited_searches() -> Iterator[tuple[str, int, float]]:
     for words in (words for page in PAGES for words in commands(page)):
         if words[0] in ("search", "fidelity-study") and "--max-macs" in words:
             _, values = cli.parse(words)
-            yield values.space, values.resolution or 224, values.max_macs
+            native = caltech21.RESOLUTION if values.data == "caltech21" else 224
+            yield values.space, values.resolution or native, values.max_macs
 
 
 def test_limits_on_macs_in_the_pages_leave_candidates() -> None:
