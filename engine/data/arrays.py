@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
 import tempfile
 import zipfile
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.data.cache import make_folder, make_once
 from engine.trial import EnvironmentUnusable, UsageError
 
 ACCEPTED = (
@@ -62,7 +62,7 @@ def _cifar_archive(name: str, cache: Path) -> Path:
     archive = cache / file
     if archive.exists() and check_integrity(str(archive), md5):
         return archive
-    _make_folder(cache)
+    make_folder(cache)
     try:
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             download_url(_CIFAR_URL + file, temporary, file, md5)
@@ -145,33 +145,14 @@ def _checked_labels(arrays: Arrays, refuse: Callable[[str], EnvironmentUnusable]
     }
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentUnusable(f"cannot create the cache {folder} ({error}); set XDG_CACHE_HOME") from error
-
-
 def _cached(folder: Path, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays in `folder`, memory-mapped, so that processes share them; makes the folder if it is missing.
+    """The arrays in `folder`, memory-mapped, so that processes share them; makes the folder if it is missing."""
 
-    A temporary folder is written and then moved: if two processes make it at once, one wins and both read whole files.
-    """
-    if not folder.exists():
-        _make_folder(folder.parent)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
-            for key, array in make().items():
-                np.save(temporary / f"{key}.npy", array)
-            temporary.chmod(0o755)  # other users may share the cache
-            os.rename(temporary, folder)
-        except OSError as error:
-            if not folder.exists():  # else another process was first
-                raise EnvironmentUnusable(
-                    f"cannot write the cache {folder} ({error}); free space, or set XDG_CACHE_HOME"
-                ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    def save(into: Path) -> None:
+        for key, array in make().items():
+            np.save(into / f"{key}.npy", array)
+
+    make_once(folder, save)
     try:
         found = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in folder.glob("*.npy")}
         if not {"x_train", "y_train", "x_test", "y_test"} <= found.keys():
