@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from surrogate import xgb
 from surrogate.linear import Prior
+from surrogate.quality import spearman
 
 Array = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float32]
@@ -61,11 +62,10 @@ class Accuracy:
 def accuracy(predicted: Array, measured: Array) -> Accuracy:
     """The accuracy of predictions (n,) of positive measurements (n,)."""
     errors = np.abs(np.log(predicted / measured))
-    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (predicted, measured)]
     return Accuracy(
         median=float(np.median(np.abs(predicted / measured - 1))),
         factor=float(np.exp(np.quantile(errors, 0.95))),
-        rank_correlation=float(np.corrcoef(ranks[0], ranks[1])[0, 1]),
+        rank_correlation=spearman(predicted, measured),
     )
 
 
