@@ -23,7 +23,7 @@ from engine.export.graph_code import OWN, graph_class
 from engine.export.onnx_file import Logits, exported, onnx_program
 from engine.export.standalone import Imported, NotSelfContained, call_of, closure_of
 from engine.latency.runtimes import Conditions
-from engine.latency.time_probes import Call, open_network, quietest, time_in_rounds
+from engine.latency.time_probes import Call, open_network, open_session, quietest, time_in_rounds
 from engine.networks import count_cost
 from engine.run_folder import RunFolder, export_record_of
 from engine.space import SearchSpace
@@ -221,16 +221,12 @@ def to_onnx(program: torch.export.ExportedProgram, task: ExportTask, path: Path)
     centre crop (null: images are resized whole).
     """
     written = onnx_program(program)
-    import onnxruntime
-
     cropped = shorter_side(task.resolution) if task.card["files"] else None
     facts = {**asdict(task.normalisation), "resolution": task.resolution, "shorter_side": cropped}
     for key, value in facts.items():
         written.model.metadata_props[key] = json.dumps(value)
     written.save(path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return open_session(str(path))
 
 
 def difference(model: nn.Module, other: Forward, resolution: int) -> float:

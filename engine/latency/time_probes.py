@@ -16,6 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 ROUNDS, CALLS, WARM_UP_CALLS = 5, 15, 3
 ROUND_LIMIT_S = 0.5  # of one network; slow ones are called less often
@@ -85,15 +89,21 @@ def timed(run: Callable[[], object], threads: int = 1) -> Call:
     return call
 
 
-def open_network(content: bytes, shape: Sequence[int], threads: int = 1) -> Call:
-    """A network, as the content of an ONNX file, ready to be called by onnxruntime on the CPU with zeros."""
-    import numpy as np
+def open_session(model: bytes | str, threads: int = 1) -> InferenceSession:
+    """An ONNX file, or the content of one, opened by onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def open_network(content: bytes, shape: Sequence[int], threads: int = 1) -> Call:
+    """A network, as the content of an ONNX file, ready to be called by onnxruntime on the CPU with zeros."""
+    import numpy as np
+
+    session = open_session(content, threads)
     images = {session.get_inputs()[0].name: np.zeros(shape, dtype=np.float32)}
     return timed(lambda: session.run(None, images), threads)
 

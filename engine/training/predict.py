@@ -22,6 +22,7 @@ from engine.data.batches import Batches
 from engine.data.dataset import Dataset, Split
 from engine.data.image_files import ENDINGS, check, read_rgb
 from engine.data.loader import eval_batches
+from engine.latency.time_probes import open_session
 from engine.spaces.load import load_space
 from engine.tasks import InputFormat, Normalisation, PredictTask, task_from_json
 from engine.training.student import place
@@ -71,17 +72,13 @@ def _trained(task: PredictTask) -> tuple[Network, InputFormat]:
 def _exported(path: Path) -> tuple[Network, InputFormat]:
     """The network in a model.onnx, which runs no code of the folder that it is in, and its input format."""
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise not_installed("predict needs onnxruntime for an export", "export") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_session(str(path))
         facts = {key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}
         mean, std = (tuple(facts[name]) for name in ("mean", "std"))
         known = Normalisation(tuple(facts["classes"]), mean, std)
         inputs = InputFormat(known, facts["resolution"], facts["shorter_side"] is not None)
+    except ImportError as error:
+        raise not_installed("predict needs onnxruntime for an export", "export") from error
     except Exception as error:  # onnxruntime has a type of its own for each way in which a file may be broken
         raise UsageError(
             f"{path} was not written by this version's export ({type(error).__name__}: {error}); export the run again"
