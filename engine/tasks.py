@@ -158,8 +158,8 @@ class TimingTask(Task):
 class TimingFacts:
     """Seconds of the parts of a training, of all trials of a TimingTask together: its setup, a step, a score.
 
-    A step is the mean of `steps` timed ones; scaled likewise, the `fastest` and the `slowest`. Each was of so many
-    `images` and `networks`: fewer than a whole step has, if those would have taken too long.
+    `step` is the mean of `steps` timed steps, `fastest` and `slowest` are their extremes. Each was timed with `images`
+    images and `networks` networks: fewer than a whole step has, if that would have taken too long, and scaled up.
     """
 
     setup: float

@@ -124,7 +124,7 @@ def _searched(member: FrontMember, title: str) -> Shown:
 
 
 def _finished(row: Json) -> Shown:
-    """A final training, from a row of result.json; the teacher of a pretrained space has no architecture."""
+    """A network that was trained to the end, from its row of result.json; that of a teacher names no architecture."""
     costs = {cost: float(row[cost]) for cost in COSTS if row.get(cost)}
     facts = {"test accuracy, %": with_error(row["test_accuracy"], row["test_standard_error"])}
     note = ""

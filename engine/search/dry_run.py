@@ -63,7 +63,7 @@ class WorkEstimate:
     basis: str
 
     def hours(self, seconds: float | None = None) -> float:
-        """The worker-hours of all, if one takes so many seconds; by default, as many as expected."""
+        """The worker-hours of all evaluations if one takes `seconds`; by default, the expected ones."""
         return self.count * (self.seconds if seconds is None else seconds) / 3600
 
 
@@ -177,7 +177,7 @@ def answered(folder: RunFolder) -> dict[Fidelity, int]:
 def time_sample(
     context: RunContext, facts: DataFacts, sample: Sample, teacher: Path, seconds: float
 ) -> WorkEstimate:
-    """Estimates an evaluation from some of its steps, which are timed for about so many seconds."""
+    """Estimates an evaluation from some of its steps, which are timed for about `seconds`."""
     fidelity, config, made = sample.fidelity, context.config, sample.teacher
     trials = tuple(Trial(number, one, fidelity, config.seed) for number, one in enumerate(sample.members))
     task = TimingTask(context.worker, trials, teacher, seconds)

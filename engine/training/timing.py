@@ -96,7 +96,7 @@ class _Case:
         return NoWinner(f"a timed training of {what} at {name} fidelity failed: {ended.status}: {ended.error}")
 
     def batches(self, images: int, steps: int) -> Batches:
-        """Batches of so many images; each step is an epoch, so that `train` tells when it ends."""
+        """Batches of `images` images. Each step is an epoch of its own, so that `train` reports when it ends."""
         whole = self.context.train_batches(self.trial.fidelity, self.trial.seed)
         assert whole.indices is not None
         return replace(whole, batch_size=images, indices=whole.indices[:images], epochs=steps)
