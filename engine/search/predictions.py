@@ -140,13 +140,13 @@ def load_predictions(run: Run, about: Sequence[Architecture] = ()) -> RunPredict
     space = load_space(run.config.space)
     _, fit = find_candidates(space, run.config, run.data, Display("none"))
     inside = [architecture for architecture in about if fit.row(architecture) is not None]
+    slow: dict[Architecture, tuple[float, bool]] = {}
     if needs_latency(run.config):
-        table = read_table(run.folder.latencies)
-        fit, _ = fast_enough(fit, networks_of(run.config, run.data), table, run.config.max_latency_ms)
+        networks, table = networks_of(run.config, run.data), read_table(run.folder.latencies)
+        fit, _ = fast_enough(fit, networks, table, run.config.max_latency_ms)
+        slow = looked_up(networks, table, [architecture for architecture in inside if fit.row(architecture) is None])
     fit = with_trends(fit, run.proxies)
     keep = np.random.default_rng(0).permutation(len(fit)) < SAMPLE
     wanted = find_rows(fit, [*(trial.architecture for trial in run.record.asked), *about])
     keep[wanted[wanted >= 0]] = True
-    out = [architecture for architecture in inside if fit.row(architecture) is None]
-    slow = looked_up(networks_of(run.config, run.data), read_table(run.folder.latencies), out) if out else {}
     return RunPredictions(run, space, fit.where(keep), len(fit), slow)
