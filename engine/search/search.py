@@ -117,6 +117,8 @@ def _save_class_scores(setup: SearchSetup, best: Evaluation, finals: FinalTraini
     context, chosen = setup.context, finals.found.get(best.trial.architecture)
     if chosen is None or not chosen.ok:
         chosen = best
+    elif class_scores.load(context.folder, chosen, "test") is not None:
+        return  # an earlier call has recorded them
     else:
         tested = context.answer(TestTask(context.worker, chosen.trial))
     scores = class_scores.class_scores(setup.facts.classes, tested["confusion"])
