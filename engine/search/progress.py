@@ -126,18 +126,19 @@ class Display(AbstractContextManager["Display"]):
         if full and evaluation.ok:
             self._best = max(self._best, evaluation.accuracy)
         rate = evaluation.costs.get("images_per_s", 0.0)
+        speed = f"{rate:,.0f} images/s" if rate else ""  # a network that only inherits its weights is not trained
         best = f"best {self._best:.4f}" if self._best else ""
         self._counts[phase] = self._counts.get(phase, 0) + 1
         if phase in self._tasks:
             bar = self._bars.tasks[self._tasks[phase]]
             total = max(bar.total or 0, self._counts[phase])
-            self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {rate:,.0f} images/s")
+            self._bars.update(bar.id, completed=self._counts[phase], total=total, note=f"{best} {speed}".strip())
         if self._style == "lines":
             accuracy = f"{'test ' if evaluation.trial.fidelity.with_valid else ''}{evaluation.accuracy:.4f}"
             result = accuracy if evaluation.ok else f"{evaluation.status}: {evaluation.error}"
             self.say(
                 f"{phase} {self._counts[phase]:>3}  {evaluation.trial.architecture}  {result}  "
-                f"{evaluation.seconds:.1f} s  {rate:,.0f} images/s  {best}".rstrip()
+                f"{evaluation.seconds:.1f} s  {speed}  {best}".rstrip()
             )
         elif not evaluation.ok:
             self.say(f"{phase} {evaluation.trial.architecture} {evaluation.status}: {evaluation.error}")
