@@ -137,7 +137,7 @@ def test_status_and_trials_show_the_front(finished_run: Path, capsys: pytest.Cap
     assert [one["architecture"] for one in json.loads(capsys.readouterr().out)["front"]] == names
     assert cli.main(["status", str(finished_run)]) == 0
     screen = capsys.readouterr().out
-    assert f"valid {members[0].valid_accuracy:.4f} +- {members[0].valid_standard_error:.4f}" in screen
+    assert f"valid {members[0].valid_accuracy:.4f} ± {members[0].valid_standard_error:.4f}" in screen
     assert cli.main(["trials", str(finished_run), "--front", "--sort", "macs"]) == 2
     assert "leave --fidelity, --status and --sort out" in capsys.readouterr().err
 

@@ -289,7 +289,7 @@ def test_explain_says_why_an_architecture_was_trained_in_full(
     text = command(f"explain {finished_run} {best.trial.architecture}", capsys)
     assert "surrogate when asked for" in text
     assert "What this run has learned to trust" in text
-    assert f"  macs          {weights[0]['mean']:+.2f} +- {weights[0]['std']:.2f}\n" in text  # type: ignore[index]
+    assert f"  macs          {weights[0]['mean']:+.2f} ± {weights[0]['std']:.2f}\n" in text  # type: ignore[index]
     assert "1<-0 = nor_conv" in text
 
 

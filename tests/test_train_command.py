@@ -102,7 +102,7 @@ def test_eval_shows_each_class_and_keeps_the_winners_scores_for_the_report(
     out, err = capsys.readouterr()
     brief = json.loads(out)
     assert "confusion" not in brief
-    for word in ("striped", "right", "true / given", f"+- {brief['standard_error']:.4f}"):
+    for word in ("striped", "right", "true / given", f"± {brief['standard_error']:.4f}"):
         assert word in err
     whole = called(capsys, "eval", run, "--split", "test", "--json", *HERE)
     assert whole["confusion"] == stored["confusion"]

@@ -105,7 +105,7 @@ def run(values: Namespace) -> dict[str, Any]:
         scored_on = "all images" if split == "all" else f"the {split} split"
         display.say(
             f"{result['architecture']} on {scored_on} of {config.data} ({result['images']:,} images): "
-            f"accuracy {result['accuracy']:.4f} +- {result['standard_error']:.4f}"
+            f"accuracy {result['accuracy']:.4f} ± {result['standard_error']:.4f}"
         )
         for note in result["notes"]:
             display.say(f"{config.data}: {note}")

@@ -237,7 +237,7 @@ def explanation_text(explanation: dict[str, Any]) -> str:
         if said:
             fitted = ", its own full score included" if said.get("fitted_to_its_full_score") else ""
             lines.append(
-                f"surrogate {when}: {said['mean']:+.2f} +- {said['std']:.2f} normal scores, ranked "
+                f"surrogate {when}: {said['mean']:+.2f} ± {said['std']:.2f} normal scores, ranked "
                 f"{ordinal(said['rank'])} of {said['among']:,} ({said['low']} low and {said['full']} full "
                 f"scores{fitted})"
             )
@@ -251,7 +251,7 @@ def weights_text(weights: list[dict[str, Any]]) -> list[str]:
     width = max(len(weight["name"]) for weight in weights)
     head = ["", "What this run has learned to trust (weight in full accuracy, both in standard deviations):"]
     return head + [
-        f"  {weight['name']:{width}}  {weight['mean']:+.2f} +- {weight['std']:.2f}"
+        f"  {weight['name']:{width}}  {weight['mean']:+.2f} ± {weight['std']:.2f}"
         + (f"  says something with probability {weight['included']:.2f}" if weight["included"] < 1 else "")
         for weight in weights
     ]

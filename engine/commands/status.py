@@ -219,7 +219,7 @@ def _front(front: list[dict[str, Any]], cost: str) -> Table:
     table = Table.grid(padding=(0, 2))
     shown = sorted({round(place * (len(front) - 1) / (FRONT_ROWS - 1)) for place in range(FRONT_ROWS)})
     for one in (front[place] for place in shown):
-        accuracy = f"valid {one['valid_accuracy']:.4f} +- {one['valid_standard_error']:.4f}"
+        accuracy = f"valid {one['valid_accuracy']:.4f} ± {one['valid_standard_error']:.4f}"
         table.add_row(accuracy, f"{in_unit(one[cost], cost)} {COSTS[cost][0]}", one["architecture"])
     if len(shown) < len(front):
         table.add_row(f"{len(shown)} of {len(front)}; all: trials --front")
