@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from engine.training.student import Student, status_of
 from engine.training.weights import atomic_file
-from engine.trial import Curve, EnvironmentUnusable
+from engine.trial import EnvironmentUnusable
 
 SCHEMA = 4
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: epochs done, and if recorded, the curve so far and the seconds spent."""
+    """How far a training is: epochs done and, if recorded, the seconds spent."""
 
     epochs: int = 0
-    curve: Curve = ()
     seconds: float = 0.0
 
 
@@ -33,7 +32,7 @@ def save(path: Path, student: Student, progress: Progress, key: str = "") -> Non
         "schema": SCHEMA,
         "of": key,
         "epochs": progress.epochs,
-        "curve": [list(epoch) for epoch in progress.curve],
+        "curve": [list(epoch) for epoch in student.curve],
         "seconds": progress.seconds,
         "network": student.network.state_dict(),
         "objective": student.objective.state_dict(),
@@ -75,10 +74,10 @@ def restore(path: Path, student: Student, key: str = "") -> Progress:
     student.optimiser.load_state_dict(state["optimiser"])
     student.loss_sum.copy_(state["loss_sum"])
     student.loss_before = float(state["loss_sum"])
+    student.curve = [(loss, accuracy) for loss, accuracy in state["curve"]]
     for mine, stored in zip(student.average or [], state.get("average") or [], strict=True):
         mine.copy_(stored)
-    curve = tuple((loss, accuracy) for loss, accuracy in state["curve"])
-    return Progress(int(state["epochs"]), curve, float(state["seconds"]))
+    return Progress(int(state["epochs"]), float(state["seconds"]))
 
 
 def _fits(module: nn.Module, stored: dict[str, Tensor] | None) -> bool:

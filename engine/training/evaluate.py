@@ -129,18 +129,16 @@ def _evaluate_observed(
         # Only a full training is saved: it runs alone, and resumes after its last epoch. Others take seconds.
         resumable = is_full(context.config, fidelity) and len(trials) == 1
         state = context.folder.training_state(trials[0]) if resumable else None
-        before = checkpoint.restore(state, students[0]) if state and students else Progress()
+        done = checkpoint.restore(state, students[0]).epochs if state and students else 0
     if students and fidelity.epochs:
-        batches = context.train_batches(fidelity, seed, before.epochs)
-        students[0].curve += before.curve
+        batches = context.train_batches(fidelity, seed, done)
         curves = Curves(context, students, fidelity, observer)
 
-        def after_epoch(done: int) -> None:
+        def after_epoch(epochs: int) -> None:
             with watch.phase("evaluate"):
                 curves.after_epoch()
             if state is not None:
-                progress = Progress(done, tuple(students[0].curve))
-                context.save_progress(state, students[0], progress, fidelity.epochs)
+                context.save_progress(state, students[0], Progress(epochs), fidelity.epochs)
 
         train(students, guide, batches, context.config, watch, after_epoch, resources.execution, observer)
     with watch.phase("evaluate"):

@@ -72,14 +72,12 @@ def train_teacher(context: WorkerContext, task: TeacherTask) -> None:
     state, key = training_state_of(path), json.dumps([*what, *settings])
     before = checkpoint.restore(state, student, key)
     batches = context.train_batches(Fidelity("teacher", epochs=config.teacher_epochs), config.seed, before.epochs)
-    student.curve += before.curve
     with observed(context.folder, "teacher") as observer:
         curves = Curves(context, [student], Fidelity("teacher"), observer)
 
         def after_epoch(epochs: int) -> None:
             curves.after_epoch()
-            seconds = before.seconds + time.perf_counter() - start
-            progress = Progress(epochs, tuple(student.curve), seconds)
+            progress = Progress(epochs, before.seconds + time.perf_counter() - start)
             context.save_progress(state, student, progress, config.teacher_epochs, key)
 
         train([student], None, batches, config, Stopwatch(), after_epoch, task.worker.resources.execution, observer)
