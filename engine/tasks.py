@@ -143,7 +143,7 @@ class TrialsTask(Task):
 @dataclass(frozen=True, slots=True)
 class TimingTask(Task):
     """Time a few steps of trials that would be trained side by side, or (`network`, as in TeacherTask) of a teacher at
-    the fidelity of the only trial, in about that many seconds; the answer is a TimingFacts."""
+    the fidelity of the only trial, for about `seconds`; the answer is a TimingFacts."""
 
     function: ClassVar[str] = "run_timing"
     worker: WorkerSettings

@@ -204,7 +204,7 @@ class Evaluation:
     `started` is the start time (seconds since 1970; 0: unknown). The members of a cohort start together and share its
     seconds. `test_accuracy` is known only in tables of recorded results, and no method sees it: a search reads the test
     split only at its end. `error` explains a status other than "ok"; `execution` is how the steps ran: "graph", or
-    "eager" with the reason. `curve` shows the training by epoch; that of a resumed one has no accuracies before that.
+    "eager" with the reason. `curve` shows the training by epoch.
     """
 
     trial: Trial

@@ -38,8 +38,8 @@ from engine.tasks import DataFacts, TeacherTask, TimingFacts, TimingTask, task_f
 from engine.trial import Architecture, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
-# The timing of steps ends about so long after the start, so that the whole takes less than a minute; for each kind of
-# evaluation, LEAST_S are spent in any case.
+# Seconds after the start at which the timing of steps ends, more or less, so that the whole takes less than a minute;
+# and seconds that each kind of evaluation gets in any case.
 END_S, LEAST_S = 45.0, 2.0
 # How far an estimate may be off that is scaled up: factors from it to the least and the most. From fewer images in a
 # step, EfficientNet-Lite0 and MobileNetV3 at 224 pixels came out 20 to 30 % too slow on a CPU core, and not too fast.
@@ -118,12 +118,13 @@ def _samples(
 ) -> tuple[list[Sample], Path, int]:
     """What to time for the run in `folder`, the teacher's weights to time it with, and the number of candidates."""
     config, budget = context.config, context.budget
+    plan = search_plan(config, budget)
     everything, fit = find_candidates(context.space, config, facts, context.display)
     if needs_latency(config):
         # A search that has begun keeps its latencies. Until then each call measures again, here in a scratch folder.
         begun = bool(read_journal(folder.journal).asked)
         fit = limit_latency(context, fit, facts, folder if begun else context.folder)
-    scores = len(to_score(context, search_plan(config, budget), facts.images["train"], fit))
+    scores = len(to_score(context, plan, facts.images["train"], fit))
     if scores:
         share = scores * IMAGES_PER_SCORE / (facts.images["train"] * config.high.cost())
         context.display.say(
@@ -136,7 +137,7 @@ def _samples(
         teacher = context.folder.teacher
     if needs_teacher(context):  # made without training, or checked against the data before anything is timed
         context.answer(replace(teacher_task(context, everything, untrained=to_train), path=teacher))
-    done, plan = answered(folder), search_plan(config, budget)
+    done = answered(folder)
     # Architectures promoted without a low-fidelity score get one in the end (engine/search/search.py, `unpaired`).
     lows = budget.max_low + budget.max_high if budget.max_low else 0
     side = min(cohort_size(context.resources, gpu=gpu), len(fit))

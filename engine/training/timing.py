@@ -202,5 +202,3 @@ def _seconds_per_score(case: _Case, student: Student) -> float:
         raise NoWinner(f"scoring {case.task.network or case.trial.architecture} failed: {found}")
     times.append(time.perf_counter())
     return (times[-1] - times[min(1, len(times) - 2)]) / max(1, len(few) - size)
-
-
