@@ -155,20 +155,27 @@ class TimingTask(Task):
 
 
 @dataclass(frozen=True, slots=True)
-class TimingFacts:
-    """Seconds of the parts of a training, of all trials of a TimingTask together: its setup, a step, a score.
+class StepTimes:
+    """Seconds of a whole step: the `mean` of `count` timed steps, and their extremes.
 
-    `step` is the mean of `steps` timed steps, `fastest` and `slowest` are their extremes. Each was timed with `images`
-    images and `networks` networks: fewer than a whole step has, if that would have taken too long, and scaled up.
+    Each was timed with `images` images and `networks` networks: fewer than a whole step has, if that would have taken
+    too long, and scaled up.
     """
 
+    mean: float = 0.0
+    fastest: float = 0.0
+    slowest: float = 0.0
+    count: int = 0
+    images: int = 0
+    networks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TimingFacts:
+    """Seconds of the parts of a training, of all trials of a TimingTask together: its setup, a step, a score."""
+
     setup: float
-    step: float
-    fastest: float
-    slowest: float
-    steps: int
-    images: int
-    networks: int
+    step: StepTimes
     score: float
 
 

@@ -34,7 +34,7 @@ from engine.search.setup import (
 )
 from engine.search.warm_start import study_config
 from engine.space import Candidates
-from engine.tasks import DataFacts, TeacherTask, TimingFacts, TimingTask, task_from_json
+from engine.tasks import DataFacts, StepTimes, TeacherTask, TimingFacts, TimingTask, task_from_json
 from engine.trial import Architecture, Fidelity, Trial, UsageError
 
 Json = dict[str, Any]
@@ -195,28 +195,29 @@ def time_sample(
     def each(step: float) -> float:
         return (found.setup + steps * step + found.score) / len(trials)
 
-    low, high = sureness(found, batch, len(trials))
-    between = each(low * found.fastest), each(high * found.slowest)
+    timed = found.step
+    low, high = sureness(timed, batch, len(trials))
+    between = each(low * timed.fastest), each(high * timed.slowest)
     return WorkEstimate(
-        sample.count, images, fidelity.epochs, each(found.step), between, basis(found, batch, len(trials))
+        sample.count, images, fidelity.epochs, each(timed.mean), between, basis(timed, batch, len(trials))
     )
 
 
-def sureness(found: TimingFacts, batch: int, networks: int) -> tuple[float, float]:
+def sureness(timed: StepTimes, batch: int, networks: int) -> tuple[float, float]:
     """The factors from a timed step to the least and the most that a whole one may take."""
     low = high = 1.0
-    for scaled, (least, most) in ((found.images < batch, FEWER_IMAGES), (found.networks < networks, FEWER_NETWORKS)):
+    for scaled, (least, most) in ((timed.images < batch, FEWER_IMAGES), (timed.networks < networks, FEWER_NETWORKS)):
         low, high = (low * least, high * most) if scaled else (low, high)
     return low, high
 
 
-def basis(found: TimingFacts, batch: int, networks: int) -> str:
+def basis(timed: StepTimes, batch: int, networks: int) -> str:
     """What was timed, and what not."""
-    if not found.steps:
+    if not timed.count:
         return "one score"
-    parts = [f"{found.images} of {batch} images"] if found.images < batch else []
-    parts += [f"{found.networks} of {networks} networks"] if found.networks < networks else []
-    return f"{found.steps} steps" + (f" of {' and '.join(parts)}, scaled up" if parts else "")
+    parts = [f"{timed.images} of {batch} images"] if timed.images < batch else []
+    parts += [f"{timed.networks} of {networks} networks"] if timed.networks < networks else []
+    return f"{timed.count} steps" + (f" of {' and '.join(parts)}, scaled up" if parts else "")
 
 
 def hours(estimates: dict[str, WorkEstimate], workers: int, pick: Callable[[WorkEstimate], float]) -> float:

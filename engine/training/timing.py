@@ -14,7 +14,7 @@ from engine.config import parse_bytes
 from engine.data.batches import Batch, Batches
 from engine.recipes import teacher_config
 from engine.spaces.load import load_space
-from engine.tasks import TimingFacts, TimingTask
+from engine.tasks import StepTimes, TimingFacts, TimingTask
 from engine.training import teacher as teachers
 from engine.training.context import WorkerContext
 from engine.training.evaluate import load_teacher, make_student
@@ -39,19 +39,14 @@ def time_training(context: WorkerContext, task: TimingTask) -> TimingFacts:
     loaded = time.perf_counter() - start
     middle = case.student(len(task.trials) // 2)
     built = time.perf_counter() - start - loaded
-    steps, deadline = Steps(), start + task.seconds
+    step, deadline = StepTimes(), start + task.seconds
     if task.trials[0].fidelity.epochs:
-        steps = _timed_steps(case, middle, built, deadline)
+        step = _timed_step(case, middle, built, deadline)
     score = _seconds_per_score(case, middle)
     networks = len(task.trials)
     return TimingFacts(
         setup=loaded + networks * built,
-        step=steps.mean,
-        fastest=steps.fastest,
-        slowest=steps.slowest,
-        steps=steps.count,
-        images=steps.images,
-        networks=steps.networks,
+        step=step,
         score=networks * score * len(context.score_split(task.trials[0].fidelity)),
     )
 
@@ -120,19 +115,7 @@ class _Case:
         ]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Seconds of a whole step, from `count` steps of `images` images and `networks` networks side by side."""
-
-    mean: float = 0.0
-    fastest: float = 0.0
-    slowest: float = 0.0
-    count: int = 0
-    images: int = 0
-    networks: int = 0
-
-
-def _timed_steps(case: _Case, middle: Student, built: float, deadline: float) -> Steps:
+def _timed_step(case: _Case, middle: Student, built: float, deadline: float) -> StepTimes:
     """Times whole steps if the time allows, else steps of fewer networks or, if that is too much, of fewer images.
 
     How many are possible is known from two small steps. A GPU takes whole ones at once: they are fast, and small ones
@@ -155,7 +138,7 @@ def _timed_steps(case: _Case, middle: Student, built: float, deadline: float) ->
     if images < batch:
         less = _seconds(small, copies) if images > few else 0.0
         whole = [_extrapolated((few, less), (images, seconds), batch) for seconds in whole]
-    return Steps(float(np.mean(whole)), min(whole), max(whole), len(whole), images, len(students))
+    return StepTimes(float(np.mean(whole)), min(whole), max(whole), len(whole), images, len(students))
 
 
 def _seconds(step: dict[str, float], copies: float) -> float:
