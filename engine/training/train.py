@@ -69,7 +69,7 @@ def train(
     outputs = teacher.outputs_for(batches, feature_keys) if teacher is not None else None
     first, steps = batches.first_epoch * batches.steps_per_epoch, batches.epochs * batches.steps_per_epoch
     runner: Runner | None = None
-    losses = MeanLoss(cohort)
+    losses = MeanLoss(cohort, first)
     if observer is not None:
         observer.begin(batches, len(cohort))
     try:
@@ -89,11 +89,11 @@ def train(
             if observer is not None and observer.due():
                 with watch.phase("train"):
                     runner.join()
-                    observer.tell(step + 1, losses.recent(step + 1 - first))
+                    observer.tell(step + 1, losses.recent(step + 1))
             if (step + 1) % batches.steps_per_epoch == 0:
                 with watch.phase("train"):
                     runner.join()
-                    losses.end_epoch(step + 1 - first, step + 1)
+                    losses.end_epoch(step + 1)
                 if not any(student.status == "ok" for student in cohort):
                     return
                 if after_epoch is not None:
@@ -133,29 +133,25 @@ def _example(
 class MeanLoss:
     """The mean losses of a cohort since its last finished epoch. Reading them waits for the device."""
 
-    def __init__(self, cohort: Sequence[Student]) -> None:
-        self.cohort, self.done = cohort, 0
+    def __init__(self, cohort: Sequence[Student], done: int) -> None:
+        self.cohort, self.done = cohort, done  # steps, up to the end of that epoch
 
     def recent(self, done: int) -> float:
-        """The mean over the students, `done` steps after the start; of the last epoch, if it has just ended."""
+        """The mean over the students after `done` steps, before the epoch ends with them."""
         students = self._training()
-        if done == self.done:
-            means = [student.curve[-1][0] for student in students]
-        else:
-            sums = self._read(students)
-            means = [self._mean(one, total, done) for one, total in zip(students, sums, strict=True)]
+        means = [self._mean(one, total, done) for one, total in zip(students, self._read(students), strict=True)]
         return sum(means) / len(means) if means else math.nan
 
-    def end_epoch(self, done: int, step: int) -> None:
-        """Adds the mean loss of the epoch to each student's curve; drops students whose loss is not finite. The losses
-        are read once."""
+    def end_epoch(self, done: int) -> None:
+        """Adds the mean loss of the epoch that ends after `done` steps to each student's curve; drops students whose
+        loss is not finite. The losses are read once."""
         students = self._training()
         for student, total in zip(students, self._read(students), strict=True):
             if math.isfinite(total):
                 student.curve.append((float(f"{self._mean(student, total, done):.6g}"), None))
                 student.loss_before = total
             else:
-                student.drop("diverged", f"the loss was no longer finite within the first {step} steps")
+                student.drop("diverged", f"the loss was no longer finite within the first {done} steps")
         self.done = done
 
     def _training(self) -> list[Student]:
