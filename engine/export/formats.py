@@ -31,7 +31,7 @@ from engine.spaces.load import load_space
 from engine.tasks import ExportTask, task_from_json
 from engine.training import teacher as teachers
 from engine.training.context import device_name
-from engine.training.weights import load_weights, save_weights
+from engine.training.weights import load_network, save_weights
 from engine.trial import Architecture, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -99,10 +99,8 @@ def run_export(payload: Json) -> Json:
     task = task_from_json(ExportTask, payload)
     trial, out = task.trial, task.out.resolve()
     check_free(out)
-    space = load_space(task.space)
-    network = space.build(trial.architecture.choices, len(task.normalisation.classes), trial.fidelity.width)
-    weights = RunFolder(task.run_dir).weights(trial)
-    load_weights(weights, network)
+    space, weights = load_space(task.space), RunFolder(task.run_dir).weights(trial)
+    network = load_network(weights, task.space, trial, len(task.normalisation.classes))
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -23,10 +23,9 @@ from engine.data.dataset import Dataset, Split
 from engine.data.image_files import ENDINGS, check, read_rgb
 from engine.data.loader import eval_batches
 from engine.latency.time_probes import open_session
-from engine.spaces.load import load_space
 from engine.tasks import InputFormat, Normalisation, PredictTask, task_from_json
 from engine.training.student import place
-from engine.training.weights import load_weights
+from engine.training.weights import load_network
 from engine.trial import UsageError, not_installed
 
 Json = dict[str, Any]
@@ -62,9 +61,7 @@ def _trained(task: PredictTask) -> tuple[Network, InputFormat]:
     """The network of a trial, with its weights, on the device."""
     assert task.trial is not None
     assert task.inputs is not None
-    classes = task.inputs.normalisation.classes
-    network = load_space(task.space).build(task.trial.architecture.choices, len(classes), task.trial.fidelity.width)
-    load_weights(task.network, network)
+    network = load_network(task.network, task.space, task.trial, len(task.inputs.normalisation.classes))
     placed = place(network, torch.device(task.device)).eval()
     return lambda images: placed(images)[0], task.inputs
 

@@ -39,7 +39,7 @@ from engine.training.spacecheck import glance
 from engine.training.student import end_if_fatal, place, status_of
 from engine.training.timing import time_training
 from engine.training.train import confusion
-from engine.training.weights import load_weights
+from engine.training.weights import load_network
 from engine.trial import EnvironmentUnusable, Fidelity, UsageError, evaluation_to_json, hits_to_text
 
 Json = dict[str, Any]
@@ -115,9 +115,7 @@ def run_test(payload: Json) -> Json:
         network = ready_teacher(weights, context)
     else:
         weights, fidelity = context.folder.weights(trial), trial.fidelity
-        space = load_space(context.config.space)
-        network = space.build(trial.architecture.choices, len(context.data.classes), fidelity.width)
-        load_weights(weights, network)
+        network = load_network(weights, context.config.space, trial, len(context.data.classes))
         network = place(network, context.device)
     test = context.data.test
     found = context.read_out(network, test, fidelity)
@@ -188,12 +186,8 @@ def run_score(payload: Json) -> Json:
             )
         context = replace(context, data=replace(context.data, mean=known.mean, std=known.std))
     data = context.data
-    network = load_space(context.config.space).build(
-        trial.architecture.choices, len(data.classes), trial.fidelity.width
-    )
-    load_weights(task.weights, network)
+    network = place(load_network(task.weights, context.config.space, trial, len(data.classes)), context.device)
     splits: list[Split] = [data.train, data.valid, data.test] if task.split == "all" else [getattr(data, task.split)]
-    network = place(network, context.device)
     predicted = np.concatenate([context.read_out(network, split, trial.fidelity).predicted for split in splits])
     labels = np.concatenate([split.labels for split in splits])
     return {

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.networks.state_dict import read_state_dict
+from engine.spaces.load import load_space
 from engine.training.student import status_of
-from engine.trial import EnvironmentUnusable, UsageError
+from engine.trial import EnvironmentUnusable, Trial, UsageError
 
 
 @contextlib.contextmanager
@@ -68,3 +69,10 @@ def load_weights(path: Path, network: nn.Module) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{path} does not hold weights of this network: {reason}") from error
+
+
+def load_network(path: Path, space: str, trial: Trial, classes: int) -> nn.Module:
+    """The network of a trial in `space` with the weights in the file `path`. Raises UsageError like `load_weights`."""
+    network = load_space(space).build(trial.architecture.choices, classes, trial.fidelity.width)
+    load_weights(path, network)
+    return network
