@@ -17,6 +17,7 @@ import pytest
 import cli
 from engine.run_folder import RunFolder
 from engine.search import predictions, runs
+from engine.search.activity import duration
 from engine.search.journal import Journal
 from engine.search.predictions import load_predictions
 from engine.search.progress import Display
@@ -126,6 +127,11 @@ def test_status_and_lines_tell_what_the_workers_are_doing(copy: Path, capsys: py
     activity(copy, worker="node/0/0", phase="low", at=time.time() - 300)
     (copy / "logs/activities/node-0-1.json").write_text("{")  # damaged, or of another version
     assert "low: last heard of 5 min 0 s ago" in " ".join(command(f"status {copy}", capsys).split())
+
+
+def test_a_duration_never_says_60_of_a_unit() -> None:
+    said = [duration(seconds) for seconds in (59.4, 59.7, 119.4, 119.6, 3599.4, 3599.7, 7199.9)]
+    assert said == ["59 s", "1 min 0 s", "1 min 59 s", "2 min 0 s", "59 min 59 s", "1 h 0 min", "2 h 0 min"]
 
 
 def test_status_watch_ends_with_a_run_that_is_stopped(
