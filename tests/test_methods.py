@@ -56,6 +56,12 @@ def answer(trial, luck=0.0):
     return Evaluation(trial, "ok", accuracy, seconds=1.0 if low else 20.0)
 
 
+def broken(trial):
+    """Like `answer`, but every third trial fails."""
+    fails = trial.number % 3 == 0
+    return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
+
+
 def run(plan, slots=4, space=SPACE, answer=answer, method=None):
     """Evaluates every trial at once, `slots` at a time."""
     history = History()
@@ -115,10 +121,6 @@ def test_every_method_is_a_pure_function(method, space):
 
 @EVERY
 def test_every_method_survives_failures_and_does_not_repeat_them(method, space):
-    def broken(trial):
-        fails = trial.number % 3 == 0
-        return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
-
     history = run(Plan((LOW,), FULL, method, max_low=12, max_high=9), space=space, answer=broken)
     asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
     assert len(set(asked)) == len(asked)
@@ -452,10 +454,6 @@ def test_a_front_search_beats_random_search_at_every_budget(opening):
 def test_a_front_search_keeps_the_contract_of_methods(method):
     """It respects the plan, asks nothing twice, keeps no state, and survives failures."""
     plan = Plan((LOW,), FULL, method, max_low=20, max_high=11, cost="latency", seed=2)
-
-    def broken(trial):
-        fails = trial.number % 3 == 0
-        return Evaluation(trial, "diverged", seconds=1.0, error="nan") if fails else answer(trial)
 
     for history in (run(plan, space=DEVICE), run(plan, space=DEVICE, answer=broken)):
         asked = [(e.trial.architecture, e.trial.fidelity, e.trial.seed) for e in history.answered]
