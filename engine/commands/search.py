@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.commands.flags import Parser, add_options, add_run_options, command_parser, gather_settings, run_dir_of
 from engine.config import Budget, Resources, SearchConfig
+from engine.search.comparison import with_error
 from engine.shipped import shipped
 
 EXAMPLES = """\
@@ -96,7 +97,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def _accuracy(row: dict[str, Any], split: str) -> str:
-    return f"{100 * row[f'{split}_accuracy']:.1f} ± {100 * row[f'{split}_standard_error']:.1f} %"
+    return f"{with_error(row[f'{split}_accuracy'], row[f'{split}_standard_error'])} %"
 
 
 def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> list[str]:
@@ -109,7 +110,7 @@ def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> lis
             rows.append((row["name"], row["status"], "", "", ""))
             continue
         compared = "difference" in row  # the winner is not compared with itself
-        gap = f"{-100 * row['difference']:+.1f} ± {100 * row['difference_standard_error']:.1f}" if compared else ""
+        gap = with_error(-row["difference"], row["difference_standard_error"], sign="+") if compared else ""
         size = (f"{row['macs'] / 1e6:.2f}", f"{row['params']:,}") if row["macs"] else ("", "")
         rows.append((row["name"], _accuracy(row, "test"), gap, *size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

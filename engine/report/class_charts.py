@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.report.chart import FULL, SOFT, Chart, Json, axis, percent
 from engine.search.class_scores import confusions, load
+from engine.search.comparison import with_error
 from engine.search.runs import Run
 
 BARS = 40  # classes that have a bar, the worst first
@@ -23,7 +24,7 @@ def class_charts(run: Run) -> list[Chart]:
         missing = f"The winner's classes were not scored; do so with: cli.py eval {run.folder} --split test"
         return [Chart(name, title, missing) for name, title in titles.items()]
     about = (
-        f"{percent(found['accuracy']):.1f} \N{PLUS-MINUS SIGN} {percent(found['standard_error']):.1f} % of "
+        f"{with_error(found['accuracy'], found['standard_error'])} % of "
         f"{found['images']:,} {'test' if tested else 'validation'} images are classified right by the winner"
         + (" after its final training." if run.final else ".")
     )

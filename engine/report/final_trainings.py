@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from engine.report.chart import Json
+from engine.search.comparison import with_error
 from engine.search.runs import Run
 
 FINISHED = "finished winner"
@@ -52,7 +53,7 @@ def table(run: Run) -> str:
 
 
 def _cells(row: Json) -> list[str]:
-    gain = with_error(row["difference"], row["difference_standard_error"], "+") if "difference" in row else ""
+    gain = with_error(row["difference"], row["difference_standard_error"], sign="+") if "difference" in row else ""
     return [
         escape(row["name"]),
         with_error(row["test_accuracy"], row["test_standard_error"]),
@@ -61,11 +62,6 @@ def _cells(row: Json) -> list[str]:
         f"{row['params']:,}" if row["params"] else "",
         escape(str(row.get("architecture") or row["network"])),
     ]
-
-
-def with_error(value: float, error: float, sign: str = "") -> str:
-    """A fraction of 1 in percent, with its standard error."""
-    return f"{100 * value:{sign}.1f} \N{PLUS-MINUS SIGN} {100 * error:.1f}"
 
 
 def _extra(column: int) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from engine.report.architecture_drawing import draw
 from engine.report.chart import BEST, FULL, SOFT, Chart, Json, axis, label, line, percent, points
-from engine.report.final_trainings import FINISHED, label_places, trained_rows, with_error
+from engine.report.final_trainings import FINISHED, label_places, trained_rows
+from engine.search.comparison import with_error
 from engine.search.front import COSTS, FrontMember, clearly_better, front, in_unit
 from engine.search.runs import Run
 from engine.space import SearchSpace
@@ -129,7 +130,7 @@ def _finished(row: Json) -> Shown:
     facts = {"test accuracy, %": with_error(row["test_accuracy"], row["test_standard_error"])}
     note = ""
     if "difference" in row:
-        gain = with_error(row["difference"], row["difference_standard_error"], "+")
+        gain = with_error(row["difference"], row["difference_standard_error"], sign="+")
         note = f"The finished winner's accuracy minus this one's is {gain} points, paired over the test images."
     name = row.get("architecture")
     return Shown(

@@ -32,6 +32,11 @@ def standard_error_of_mean(accuracies: Sequence[float], images: int) -> float:
     return math.sqrt(binomial**2 + seeds)
 
 
+def with_error(value: float, error: float, digits: int = 1, sign: str = "") -> str:
+    """A fraction of 1 in percent, with its standard error, for people; `sign` is that of format()."""
+    return f"{100 * value:{sign}.{digits}f} \N{PLUS-MINUS SIGN} {100 * error:.{digits}f}"
+
+
 def images_in(hits: str) -> int:
     """The number of images that `hits` (engine.trial.hits_to_text) covers."""
     return len(hits_from_text(hits))

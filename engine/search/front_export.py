@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.config import Resources
 from engine.run_folder import export_record_of, front_tables_of, write_atomically
+from engine.search.comparison import with_error
 from engine.search.front import FrontMember, in_unit, member_row
 from engine.search.one_architecture import export, exporter, select_evaluation
 from engine.search.progress import Display
@@ -124,12 +125,12 @@ def _cells(member: FrontMember, won: bool, timed: bool) -> list[str]:
     name = str(member.architecture)
     test, epochs = "", f"{member.epochs} epochs"
     if member.test_accuracy is not None and member.test_standard_error is not None:
-        test = with_error(member.test_accuracy, member.test_standard_error)
+        test = with_error(member.test_accuracy, member.test_standard_error, 2)
         epochs += f"; {member.final_epochs} in its final training"
     time = [] if not timed else ["" if member.latency_ms is None else in_unit(member.latency_ms, "latency_ms")]
     return [
         f"[`{name}`]({name}/README.md)" + (" (winner)" if won else ""),
-        with_error(member.valid_accuracy, member.valid_standard_error),
+        with_error(member.valid_accuracy, member.valid_standard_error, 2),
         test,
         in_unit(member.macs, "macs"),
         f"{member.params:,}",
@@ -137,8 +138,3 @@ def _cells(member: FrontMember, won: bool, timed: bool) -> list[str]:
         epochs,
         f"`{member.within_error_of}`" if member.within_error_of else "",
     ]
-
-
-def with_error(accuracy: float, error: float) -> str:
-    """An accuracy in percent with its standard error."""
-    return f"{100 * accuracy:.2f} \N{PLUS-MINUS SIGN} {100 * error:.2f}"
