@@ -23,7 +23,8 @@ IntMatrix = npt.NDArray[np.int8]
 FloatArray = npt.NDArray[np.float64]
 
 
-LATENCY = "latency:"  # the trends of candidates that are latencies
+# How the names of trends of candidates begin: scores of untrained networks, and latencies on a device.
+PROXY, LATENCY = "proxy:", "latency:"
 
 
 @dataclass(frozen=True)

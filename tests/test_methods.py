@@ -267,11 +267,33 @@ def test_a_run_learns_which_trends_to_trust():
     assert weights["macs"].included == weights["low"].included == 1
 
 
-def test_the_sign_of_a_trend_does_not_matter():
+def test_the_sign_of_a_trend_of_unknown_direction_does_not_matter():
     linear = SurrogateParts(trees=False)
-    one, other = (some_results(with_trends(0.0, it=sign * GOOD), linear) for sign in (1, -1))
+    one, other = (some_results(replace(SPACE, trends={"latency:it": sign * GOOD}), linear) for sign in (1, -1))
     turned = np.where(np.arange(len(one.linear.weights)) == 2, -1, 1)  # after intercept and MACs
     np.testing.assert_allclose(one.linear.weights, turned * other.linear.weights, atol=1e-6)
+
+
+def test_training_free_scores_count_before_there_are_results_and_can_be_proved_wrong():
+    def guess(space):
+        none = scores(space, History(), FULL)
+        return estimate(space, [scores(space, History(), LOW)], none, 0, SurrogateInputs()).mean
+
+    right, wrong = (with_trends(0.0, it=sign * GOOD) for sign in (1, -1))
+    np.testing.assert_allclose(guess(right) - guess(SPACE), guess(SPACE) - guess(wrong), atol=1e-6)
+    assert np.corrcoef(guess(right) - guess(SPACE), GOOD)[0, 1] > 0.9
+    np.testing.assert_allclose(guess(replace(SPACE, trends={"latency:it": GOOD})), guess(SPACE), atol=1e-6)
+    known = some_results(wrong)
+    assert {weight.name: weight.mean for weight in learned_weights(known, ["low"])}["proxy:it"] < -0.1
+    assert np.corrcoef(known.mean, some_results(right).mean)[0, 1] > 0.7
+
+
+def test_the_more_full_trials_are_to_follow_the_more_low_ones_are_worth_their_time():
+    def lows(full_trials):
+        plans = [Plan((LOW,), FULL, max_low=60, max_high=full_trials, seed=s) for s in range(4)]
+        return sum(e.trial.fidelity == LOW for plan in plans for e in run(plan).answered)
+
+    assert lows(40) > lows(20) > 4 * 24  # the first batch alone
 
 
 def test_an_unknown_value_is_predicted_from_the_others_and_less_certain():

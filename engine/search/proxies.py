@@ -25,13 +25,12 @@ from engine.search.line_file import LineFile
 from engine.search.methods.propose import USE_TRENDS, lacks
 from engine.search.methods.scores import find_rows
 from engine.search.run_context import RunContext
-from engine.space import Candidates
+from engine.space import PROXY, Candidates
 from engine.tasks import PROXIES, ProxyScores, ProxyTask, task_from_json, task_to_json
 from engine.trial import Architecture, Drained, EnvironmentUnusable
 
 Scores = Mapping[Architecture, ProxyScores]
 
-PREFIX = "proxy:"  # of the columns' names, as in tables of recorded results
 # Scoring takes about as long as training on this many images: 21 to 34 on a CPU core, over the built-in spaces at 16 to
 # 112 pixels (docs/search.md). So all scores together cost at most about one full training.
 IMAGES_PER_SCORE = 30
@@ -94,7 +93,7 @@ def with_trends(candidates: Candidates, recorded: Scores) -> Candidates:
     for row, known in zip(rows, recorded.values(), strict=True):
         for name, value in known.scores.items() if row >= 0 else ():
             columns[name][row] = value
-    found = {PREFIX + name: column for name, column in columns.items() if not np.isnan(column).all()}
+    found = {PROXY + name: column for name, column in columns.items() if not np.isnan(column).all()}
     return replace(candidates, trends=candidates.trends | found)
 
 

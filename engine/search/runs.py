@@ -20,7 +20,8 @@ from engine.search.journal import Record, read_journal
 from engine.search.latency.limit import latency_row, networks_of
 from engine.search.latency.model import looked_up
 from engine.search.latency.table import read_table
-from engine.search.proxies import PREFIX, read_scores, standing
+from engine.search.proxies import read_scores, standing
+from engine.space import PROXY
 from engine.tasks import DataFacts, ProxyScores, task_from_json
 from engine.trial import Architecture, EnvironmentUnusable, Evaluation, Fidelity, Trial, UsageError
 
@@ -240,7 +241,7 @@ def proxy_columns(run: Run, trial: Trial) -> Json:
     known = run.proxies.get(trial.architecture)
     if known is None:
         return {}
-    scores = {PREFIX + name: value for name, value in known.scores.items()}
+    scores = {PROXY + name: value for name, value in known.scores.items()}
     return {"standing": run.standing.get(trial.architecture), **scores}
 
 

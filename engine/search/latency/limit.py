@@ -12,12 +12,11 @@ from engine.config import SearchConfig, measures_latency, needs_latency
 from engine.search.latency.model import PROBES, Latencies, choose_probes, estimate, looked_up
 from engine.search.latency.table import BuiltSpace, LatencyTable, check_table, read_table
 from engine.search.run_context import RunContext
-from engine.space import Candidates
+from engine.space import LATENCY, Candidates
 from engine.tasks import DataFacts, LatencyTask, Timings, task_from_json
 from engine.trial import Architecture, EnvironmentUnusable, Evaluation, UsageError
 
 Json = dict[str, Any]
-COLUMN = "latency:"  # of the trends of candidates, followed by the device
 
 
 def networks_of(config: SearchConfig, facts: DataFacts) -> BuiltSpace:
@@ -80,7 +79,7 @@ def fast_enough(
             f"no architecture takes at most {limit:g} ms on {table.device} (--max-latency-ms): the fastest measured "
             f"takes {least:.3g}, and predictions keep a margin of {100 * (latencies.margin - 1):.0f} %"
         )
-    column = {COLUMN + table.device: latencies.milliseconds}
+    column = {LATENCY + table.device: latencies.milliseconds}
     left = replace(candidates, trends={**candidates.trends, **column}).where(keep)
     return left, f"latency: {_kept(latencies, int(keep.sum()), limit)} ({_source(latencies, table)})"
 

@@ -9,7 +9,7 @@ import numpy as np
 from engine.config import Plan
 from engine.search.methods.estimate import candidate_features
 from engine.search.methods.scores import Array, IdentityKey, Rows, Scores, ask, generator, scores, unasked, worker_count
-from engine.space import Candidates
+from engine.space import PROXY, Candidates
 from engine.trial import History, Trial, UsageError
 from surrogate.baselines import bore, fit_gp
 from surrogate.quality import ranks
@@ -18,7 +18,7 @@ BETA = 0.5  # weight of the standard deviation in upper confidence bounds: that 
 POPULATION, TOURNAMENT = 20, 5
 RANDOM_START = 8  # most random full trials before a Gaussian process of the full fidelity alone is trusted
 ETA = 4
-PROXY, NASWOT = "proxy:", ("proxy:nwot", "proxy:naswot")  # training-free scores among `Candidates.trends`
+NASWOT = ("proxy:nwot", "proxy:naswot")  # its names among `Candidates.trends`
 MFKD2_LOW = (10, 30)  # fewest and most low-fidelity trials of mfkd2, which asks a tenth of the candidates
 
 

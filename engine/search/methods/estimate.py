@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.search.methods.scores import Array, IdentityKey, Scores
-from engine.space import Candidates
+from engine.space import PROXY, Candidates
 from surrogate import evidence, xgb
 from surrogate.linear import Linear, Prior
 from surrogate.quality import normal_scores
@@ -77,14 +77,19 @@ class CandidateFeatures:
         return replace(self, trends=trends, names=self.names[: trends.shape[1]], trend_variance=variance)
 
     def prior(self, slope_of_macs: tuple[float, float], levels: int = 0) -> Prior:
-        """The prior of the coefficients of the trends, of which only MACs are known to matter, and of `levels` low
-        fidelities, which share theirs. Without further trends no coefficient is in doubt."""
-        others = len(self.names) - 1
-        mean = [self.macs_weight * slope_of_macs[0], *[0.0] * others, *[LOW_ON_FULL[0] / max(levels, 1)] * levels]
-        variance = [slope_of_macs[1], *[evidence.SLAB] * others, *[LOW_ON_FULL[1]] * levels]
+        """The prior of the coefficients of the trends and of `levels` low fidelities, which share theirs.
+
+        Training-free scores are made to be greater for better networks: together they are expected to say as much as
+        MACs, but each may say nothing, or the contrary. Of other trends not even the sign is known.
+        """
+        others = self.names[1:]
+        scores = sum(name.startswith(PROXY) for name in others)
+        expected = [slope_of_macs[0] / scores if name.startswith(PROXY) else 0.0 for name in others]
+        mean = [self.macs_weight * slope_of_macs[0], *expected, *[LOW_ON_FULL[0] / max(levels, 1)] * levels]
+        variance = [slope_of_macs[1], *[evidence.SLAB] * len(others), *[LOW_ON_FULL[1]] * levels]
         if not others:
             return Prior(np.array(mean), np.array(variance))
-        included = [1.0, *[evidence.INCLUDED] * others, *[1.0] * levels]
+        included = [1.0, *[evidence.INCLUDED] * len(others), *[1.0] * levels]
         return evidence.SpikeAndSlab(np.array(mean), np.array(variance), np.array(included))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,9 @@ FIRST_BATCH_COST = 1.2
 FIRST_BATCH = (8, 24)
 # Low-fidelity trials of a later batch, whose joint value is weighed against a full trial's.
 LOW_BATCH = 8
+# A low-fidelity batch delays all full trials after it, so it is weighed against what these gain on average, which is
+# far less than what the next one gains: this many of them, unless fewer are left.
+HORIZON = 48
 # Weight of the standard deviation in the upper confidence bound.
 BETA = 0.25
 # The surrogate is refitted at each of the first results of a fidelity, then at every REFIT-th one.
@@ -219,11 +223,23 @@ def _low_batch(state: State, fitted: Estimate, slots: int, options: MfkdOptions)
     # What low-fidelity scores tell serves every full trial that starts before the next ones: the maximum of n similar
     # candidates grows about as sqrt(n).
     workers = worker_count(state.plan, state.history, slots)
-    gain_full = _next_gain(state, fitted)
+    # A front can grow at many places, so its later full trials are taken to gain as much as the next one.
+    later = 1.0 if state.plan.cost else _average_gain(min(state.highs_left, HORIZON))
+    gain_full = _next_gain(state, fitted) * later
     gain_needed = gain_full * state.relative_cost / np.sqrt(workers)  # by each low-fidelity trial
     if rows and (state.all_lows_first or gain_batch > gain_needed * len(rows)):
         return rows[: min(slots, state.lows_left)], True
     return [], len(state.low.pending) > 0 and (state.all_lows_first or gain_pending > gain_needed)
+
+
+def _average_gain(trials: int) -> float:
+    """What each of so many full trials of similar candidates is expected to gain, in units of the first one's gain.
+
+    The first gains the mean of the positive part of a normal score, all together that of the greatest (Blom 1958).
+    """
+    first = NormalDist().pdf(0.0)
+    greatest = NormalDist().inv_cdf((trials - 0.375) / (trials + 0.25))
+    return max(first, greatest) / (trials * first)
 
 
 def _value_low_batch(state: State, fitted: Estimate, options: MfkdOptions) -> tuple[list[int], float, float]:

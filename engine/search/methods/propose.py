@@ -14,7 +14,7 @@ from engine.search.methods.nsga2 import nsga2
 from engine.search.methods.optuna_samplers import optuna_search
 from engine.search.methods.readout import by_best_readout
 from engine.search.methods.recommend import winner
-from engine.space import Candidates
+from engine.space import PROXY, Candidates
 from engine.trial import History, Trial, UsageError, not_installed
 from surrogate.xgb import SurrogateParts
 
@@ -102,8 +102,8 @@ def lacks(name: str, lows: Sequence[str], trends: Collection[str]) -> str:
         return "low fidelity"
     if name == "naswot" and not set(baselines.NASWOT) & set(trends):
         return f"column {baselines.NASWOT[0]}"
-    if name == "proxies" and not any(trend.startswith(baselines.PROXY) for trend in trends):
-        return f"column {baselines.PROXY}NAME"
+    if name == "proxies" and not any(trend.startswith(PROXY) for trend in trends):
+        return f"column {PROXY}NAME"
     return ""
 
 

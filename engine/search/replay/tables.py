@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.search.replay.published import FULL, Row, convert
-from engine.space import Candidates, Choice, SearchSpace
+from engine.space import LATENCY, PROXY, Candidates, Choice, SearchSpace
 from engine.trial import EnvironmentUnusable, UsageError
 
 Array = npt.NDArray[np.float64]
-KNOWN = ("proxy:", "latency:")  # columns of what is known without training
+KNOWN = (PROXY, LATENCY)  # columns of what is known without training
 MAX_OPTIONS = np.iinfo(np.int16).max  # of one choice: their indices are int16
 
 
