@@ -389,8 +389,8 @@ def check_paths(config: SearchConfig) -> None:
             f"{', '.join(BUILT_IN_DATA)}"
         )
     for name in ("initial_weights", "teacher_weights"):
-        if getattr(config, name) and not Path(getattr(config, name)).is_file():
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: no such file")
+        if getattr(config, name):
+            _check_weights(f"--{name.replace('_', '-')}", Path(getattr(config, name)))
     if config.latency not in get_args(Runtime) and not Path(config.latency).is_file():
         raise UsageError(
             f"--latency {config.latency}: no such file; give {', '.join(get_args(Runtime))}, or a FILE written by: "
@@ -423,6 +423,16 @@ def walltime_s(text: str) -> int:
         raise UsageError(f"--time is '{text}'; write HH:MM:SS, like 24:00:00")
     hours, minutes, seconds = map(int, parts)
     return 3600 * hours + 60 * minutes + seconds
+
+
+def _check_weights(flag: str, path: Path) -> None:
+    """Raises UsageError if a file is missing or, by its first bytes, no weights; else only a worker would notice."""
+    if not path.is_file():
+        raise UsageError(f"{flag} {path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not (start.startswith((b"PK", b"\x80")) or start[8:] == b"{"):
+        raise UsageError(f"{flag} {path} holds no weights: give a .safetensors file, or a state dict that torch saved")
 
 
 def cohort_size(resources: Resources, gpu: bool) -> int:

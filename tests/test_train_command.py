@@ -198,6 +198,8 @@ def test_the_export_of_a_run_is_complete(run: Path, capsys: pytest.CaptureFixtur
         (["train"], "name an architecture with --arch 3-1-0-2-4-3, or a RUN"),
         (["train", "--arch", "1-0", "--weights", "run"], "--weights run needs a RUN"),
         (["train", "RUN", "--weights", "none.safetensors", "--out", "OUT"], "no weights file .*none.safetensors"),
+        (["train", "RUN", "--weights", __file__, "--out", "OUT"], "holds no weights: give a .safetensors"),
+        (["trials", "RUN", "--limit", "-1"], "--limit is -1; give a number of rows, or 0 for all"),
         (["predict", "RUN", "OUT", "--top", "0"], "--top 0: give a number of classes"),
         (["predict", "nowhere", "OUT"], "no run named 'nowhere'"),
         (["eval"], "nothing to score: give a RUN, or --space, --arch, --weights and --data"),
@@ -207,7 +209,7 @@ def test_mistakes_say_what_to_do(
     line: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [{"RUN": str(run), "OUT": str(tmp_path / "out")}.get(word, word) for word in line]
-    options = HERE[:2] if line[0] == "predict" else HERE
+    options = {"predict": HERE[:2], "trials": []}.get(line[0], HERE)
     assert re.search(message, called(capsys, *words, *options, code=2))
 
 

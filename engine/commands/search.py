@@ -104,13 +104,13 @@ def _table(final: dict[str, Any] | None, baselines: list[dict[str, Any]]) -> lis
     """Lines of a table of the networks that were trained to the end; none if the winner was not."""
     if final is None:
         return []
-    rows = [("after the last training", "test accuracy", "to the winner", "million MACs", "parameters")]
+    rows = [("after the last training", "test accuracy", "winner's lead", "million MACs", "parameters")]
     for row in [{"name": "the winner", **final}, *baselines]:
         if "test_accuracy" not in row:
             rows.append((row["name"], row["status"], "", "", ""))
             continue
         compared = "difference" in row  # the winner is not compared with itself
-        gap = with_error(-row["difference"], row["difference_standard_error"], sign="+") if compared else ""
+        gap = with_error(row["difference"], row["difference_standard_error"], sign="+") if compared else ""
         size = (f"{row['macs'] / 1e6:.2f}", f"{row['params']:,}") if row["macs"] else ("", "")
         rows.append((row["name"], _accuracy(row, "test"), gap, *size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

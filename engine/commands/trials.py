@@ -62,6 +62,8 @@ def parser() -> ArgumentParser:
 def run(values: Namespace) -> dict[str, Any] | None:
     from engine.search.runs import as_csv, open_run
 
+    if values.limit < 0:
+        raise UsageError(f"--limit is {values.limit}; give a number of rows, or 0 for all")
     opened = open_run(values.run)
     rows = front_rows(opened, values) if values.front else select_rows(opened, values)
     if values.json:
