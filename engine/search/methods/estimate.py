@@ -26,6 +26,8 @@ Matrix = npt.NDArray[np.float32]
 MACS_ON_LOW = (0.5, 0.1)
 MACS_ON_FULL = (0.25, 0.1)
 LOW_ON_FULL = (0.7, 0.1)
+# Training-free scores (the engine has as many) that together are expected to say as much as MACs.
+SCORES = 4
 # If the logarithm of MACs has a smaller standard deviation than this, their prior slope shrinks in proportion: under a
 # cap on MACs, size says little.
 LOG_MACS_STD = 0.5
@@ -79,11 +81,11 @@ class CandidateFeatures:
     def prior(self, slope_of_macs: tuple[float, float], levels: int = 0) -> Prior:
         """The prior of the coefficients of the trends and of `levels` low fidelities, which share theirs.
 
-        Training-free scores are made to be greater for better networks: together they are expected to say as much as
-        MACs, but each may say nothing, or the contrary. Of other trends not even the sign is known.
+        Training-free scores are made to be greater for better networks: SCORES or more of them are together expected to
+        say as much as MACs, but each may say nothing, or the contrary. Of other trends not even the sign is known.
         """
         others = self.names[1:]
-        scores = sum(name.startswith(PROXY) for name in others)
+        scores = max(SCORES, sum(name.startswith(PROXY) for name in others))
         expected = [slope_of_macs[0] / scores if name.startswith(PROXY) else 0.0 for name in others]
         mean = [self.macs_weight * slope_of_macs[0], *expected, *[LOW_ON_FULL[0] / max(levels, 1)] * levels]
         variance = [slope_of_macs[1], *[evidence.SLAB] * len(others), *[LOW_ON_FULL[1]] * levels]
