@@ -371,7 +371,7 @@ def test_the_summary_names_both_networks_and_the_baselines(tmp_path: Path, monke
     assert f", test {100 * result['winner']['test_accuracy']:.1f} ± " in said
     assert re.search(rf"\n  the winner +{100 * result['final']['test_accuracy']:.1f} ± ", said)
     (row,) = result["baselines"]
-    gap = f"{-100 * row['difference']:+.1f} ± {100 * row['difference_standard_error']:.1f}"
+    gap = f"{100 * row['difference']:+.1f} ± {100 * row['difference_standard_error']:.1f}"
     assert re.search(rf"\n  largest network +{100 * row['test_accuracy']:.1f} ± \S+ % +{re.escape(gap)} ", said)
     assert result["verdict"] in said
 
