@@ -101,7 +101,7 @@ build/cifar10_small.npz: | install
 # make authors         the measurements of the paper's authors, read as such a study (seconds); TABLE=FILE
 # make real-size       NAS-Bench-201 at its own size against the benchmark's accuracies (hours, resumable)
 # make learned-weights the surrogate's trends in NAS-Bench-201's windows of equal MACs (minutes)
-# make trends          replays with training-free scores, useless ones among them, on recorded tables (an hour, resumable)
+# make trends          replays with training-free scores, useless ones among them, on three tables (an hour and a half, resumable)
 # make front           caps on latencies and whole fronts, replayed on NAS-Bench-201 (half an hour, resumable)
 # make gpu-evidence    the paper's own setting, on a GPU, within MINUTES, on IMAGES (build/cifar10_small.npz is small
 #                      enough to copy to a GPU machine with the checkout)

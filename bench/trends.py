@@ -1,7 +1,8 @@
 """What training-free scores of learned weight are worth in a search, and what useless ones cost, on recorded tables.
 
 `python -m bench.trends ../shared/data [--seeds 20]` writes docs/results/trends.md and .csv; finished runs are kept in
-build/trends, and the same command goes on from there. The scores are the engine's own (`bench.proxy_tables`).
+build/trends, and the same command goes on from there. The scores are the engine's own; the first call makes them, in
+a quarter of an hour (`bench.proxy_tables`).
 """
 
 from __future__ import annotations
