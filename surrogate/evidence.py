@@ -1,9 +1,9 @@
 """A linear model whose trends earn their weights: averaged over which trends matter, by marginal likelihood.
 
 Low fidelities, training-free scores, costs: a run has many trends, and which of them rank its space, with which sign,
-is not known before. Here each has a spike at 0 and a slab around what is expected of it (George and McCulloch 1993); where
-that is 0, a column and its negative are the same. The model is the average over all subsets (Hoeting et al. 1999, Bayesian
-model averaging), exact given the variances of signal and noise, which evidence chooses as for `fit_linear`.
+is not known before. Here each has a spike at 0 and a slab around what is expected of it (George and McCulloch 1993);
+where that is 0, a column and its negative are the same. The model is the average over all subsets (Hoeting et al. 1999,
+Bayesian model averaging), exact given the variances of signal and noise, which evidence chooses as for `fit_linear`.
 """
 
 from __future__ import annotations
