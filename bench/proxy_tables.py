@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.real_size.study import ROOT, open_study
+from bench.real_size import study
+from bench.real_size.study import ROOT
+from engine.networks import mobilenetv2
+from engine.networks.mobilenetv2 import InvertedResidual
 from engine.networks.staged import Staged, conv_bn, he_init, pooled_classifier
 from engine.search.replay.published import MACRO_BLOCKS, convert
 from engine.search.replay.tables import Row, dump
@@ -29,6 +31,11 @@ from engine.training.proxies import make_batch, score_architectures
 from engine.trial import Architecture
 
 BUILD = ROOT / "build" / "proxies"
+FILES = {
+    "nasbench201": "nasbench201_cifar100.csv.gz",
+    "macro": "nasbench_macro_cifar10.csv.gz",
+    "mobilenetv2": "mfkd_mobilenetv2_cifar100.csv.gz",
+}
 CLASSES, SEED = 10, 0
 # NAS-Bench-Macro (Su et al. 2021, arXiv 2103.11922): layers of each stage, channels after the stem and before pooling.
 MACRO_STAGES, MACRO_STEM, MACRO_LAST = (2, 3, 3), 32, 1280
@@ -52,33 +59,27 @@ def make(name: str, shared: Path) -> Path:
     made = BUILD / f"{name}.csv.gz"
     if made.exists():
         return made
-    space, members, rows = TABLES[name](shared)
-    kept = BUILD / f"{name}.jsonl"
+    space, members, rows = TABLES[name](read(shared / FILES[name]))
     BUILD.mkdir(parents=True, exist_ok=True)
-    lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
-    scores = dict(json.loads(line) for line in lines if line.endswith("\n"))
-    left = [i for i in range(len(members)) if _key(members[i]) not in scores]
+    kept = f"{name}.jsonl"
+    scores = {tuple(line["choices"]): line["scores"] for line in study.read(BUILD, kept)}
+    left = [member for member in members if member not in scores]
     if left:
-        context, teacher = open_study(ROOT / "build" / "real-size", shared)
+        context, teacher = study.open_study(ROOT / "build" / "real-size", shared)
         batch = make_batch(context.data, SEED, torch.device("cpu"), teacher.network, backend="resident")
-        with open(kept, "a") as file:
-            for i in left:
-                (found,) = score_architectures(space, [Architecture(members[i])], batch, CLASSES, 1.0, SEED)
-                scores[_key(members[i])] = found.scores
-                print(json.dumps([_key(members[i]), found.scores]), file=file, flush=True)
-    dump([row | _columns(scores[_key(member)]) for member, row in zip(members, rows, strict=True)], made)
+        for member in left:
+            (found,) = score_architectures(space, [Architecture(member)], batch, CLASSES, 1.0, SEED)
+            scores[member] = found.scores
+            study.append(BUILD, {"choices": member, "scores": found.scores}, kept)
+    dump([row | _columns(scores[member]) for member, row in zip(members, rows, strict=True)], made)
     return made
-
-
-def _key(member: tuple[int, ...]) -> str:
-    return "-".join(map(str, member))
 
 
 def _columns(scores: dict[str, float]) -> Row:
     return {f"proxy:{name}": f"{scores[name]:.8g}" if name in scores else "" for name in PROXIES}
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     with gzip.open(path, "rt", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -87,17 +88,15 @@ def choices_of(row: Row) -> Row:
     return {column: value for column, value in row.items() if column.startswith("choice:")}
 
 
-def cells(shared: Path) -> Described:
+def cells(rows: list[Row]) -> Described:
     """NAS-Bench-201: the first cell of each class of isomorphic ones."""
-    rows = read(shared / "nasbench201_cifar100.csv.gz")
     first = list({row["iso"]: row for row in reversed(rows)}.values())[::-1]
     members = [tuple(map(int, row["ops"])) for row in first]
     return nasbench201(), members, [choices_of(row) for row in convert(first)]
 
 
-def macro(shared: Path) -> Described:
+def macro(rows: list[Row]) -> Described:
     """NAS-Bench-Macro: 8 layers in 3 stages."""
-    rows = read(shared / "nasbench_macro_cifar10.csv.gz")
     choices = tuple(Choice(f"layer{i}", MACRO_BLOCKS) for i in range(sum(MACRO_STAGES)))
     members = [tuple(map(int, row["arch"])) for row in rows]
     return SearchSpace("macro", choices, macro_network), members, [choices_of(row) for row in convert(rows)]
@@ -111,19 +110,23 @@ def macro_network(choices: tuple[int, ...], classes: int, _: float) -> Staged:
             blocks.append(_macro_block(MACRO_BLOCKS[choices[place]], c_in, c_out, stride))
             place, c_in = place + 1, c_out
         stages.append(nn.Sequential(*blocks))
-    return _network(MACRO_STEM, stages, c_in, MACRO_LAST, classes, nn.ReLU)
+    last = conv_bn(c_in, MACRO_LAST, 1, activation=nn.ReLU())
+    head = nn.Sequential(last, *pooled_classifier(MACRO_LAST, classes))
+    network = Staged(conv_bn(3, MACRO_STEM, 3, activation=nn.ReLU()), stages, head)
+    he_init(network)
+    return network
 
 
 def _macro_block(name: str, c_in: int, c_out: int, stride: int) -> nn.Module:
     if name in MACRO_KERNEL_AND_EXPANSION:
         kernel, expansion = MACRO_KERNEL_AND_EXPANSION[name]
-        return MBConv(c_in, c_out, expansion, stride, kernel, nn.ReLU)
+        return InvertedResidual(c_in, c_out, expansion, stride, kernel, nn.ReLU)
     return nn.Identity() if stride == 1 else conv_bn(c_in, c_out, 1, stride)
 
 
-def authors(shared: Path) -> Described:
+def authors(measured: list[Row]) -> Described:
     """The paper authors' 100 MobileNetV2, whose blocks are described by numbers."""
-    rows = list({row["arch"]: row for row in read(shared / "mfkd_mobilenetv2_cifar100.csv.gz")}.values())
+    rows = list({row["arch"]: row for row in measured}.values())
     encodings = tuple(row["encoding"] for row in rows)
     full = [row | {"kd": "nokd", "train_divisor": "1"} for row in rows]
     space = SearchSpace("authors", (Choice("encoding", encodings),), partial(authors_network, encodings))
@@ -131,46 +134,12 @@ def authors(shared: Path) -> Described:
 
 
 def authors_network(encodings: tuple[str, ...], choices: tuple[int, ...], classes: int, _: float) -> Staged:
-    blocks = [tuple(map(int, block.split(","))) for block in encodings[choices[0]].split(";")]
-    levels: list[list[nn.Module]] = []
-    c_in = MOBILENETV2_STEM
-    for expansion, c_out, repeats, stride in blocks[:-1]:
-        for number in range(repeats):
-            if (stride > 1 and number == 0) or not levels:
-                levels.append([])
-            levels[-1].append(MBConv(c_in, c_out, expansion, stride if number == 0 else 1, 3, nn.ReLU6))
-            c_in = c_out
-    last = blocks[-1][1]
-    return _network(MOBILENETV2_STEM, [nn.Sequential(*level) for level in levels], c_in, last, classes, nn.ReLU6)
+    described = encodings[choices[0]].split(";")
+    *stages, (_, last, *_) = [tuple(map(int, block.split(","))) for block in described]
+    return mobilenetv2.network(MOBILENETV2_STEM, 1, stages, last, classes)
 
 
-def _network(
-    stem: int, stages: list[nn.Sequential], c_in: int, last: int, classes: int, activation: Callable[[], nn.Module]
-) -> Staged:
-    head = nn.Sequential(conv_bn(c_in, last, 1, activation=activation()), *pooled_classifier(last, classes))
-    network = Staged(conv_bn(3, stem, 3, activation=activation()), stages, head)
-    he_init(network)
-    return network
-
-
-class MBConv(nn.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection without activation; a shortcut if the shapes allow it."""
-
-    def __init__(
-        self, c_in: int, c_out: int, expansion: int, stride: int, kernel: int, activation: Callable[[], nn.Module]
-    ) -> None:
-        super().__init__()
-        hidden = c_in * expansion
-        expand = [conv_bn(c_in, hidden, 1, activation=activation())] if expansion > 1 else []
-        depthwise = conv_bn(hidden, hidden, kernel, stride, groups=hidden, activation=activation())
-        self.body = nn.Sequential(*expand, depthwise, conv_bn(hidden, c_out, 1))
-        self.shortcut = stride == 1 and c_in == c_out
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images + self.body(images) if self.shortcut else self.body(images)
-
-
-TABLES: dict[str, Callable[[Path], Described]] = {
+TABLES: dict[str, Callable[[list[Row]], Described]] = {
     "nasbench201": cells,
     "macro": macro,
     "mobilenetv2": authors,

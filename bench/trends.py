@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from bench import proxy_tables
 from bench.learned_weights import WINDOWS
-from bench.proxy_tables import ROOT, read
-from engine.search.replay.compare import TRAININGS, regrets, under_cap
+from bench.proxy_tables import FILES, ROOT, read
+from engine.search.replay.compare import TRAININGS, measured_after, regrets, under_cap
 from engine.search.replay.published import Row
 from engine.search.replay.replay import run_all
-from engine.search.replay.simulate import Replay, load_table, validated_replay
+from engine.search.replay.simulate import Replay, load_table
 from engine.search.replay.summary import mean_and_error
 from engine.search.replay.tables import FULL, Table, dump
 from engine.tasks import PROXIES
@@ -33,11 +33,6 @@ Columns = Callable[[Row, np.random.Generator], dict[str, str]]
 Replays = Callable[[Replay], Iterator[Replay]]
 
 NAME, BUILD = ROOT / "docs" / "results" / "trends", ROOT / "build" / "trends"
-TABLES = {
-    "nasbench201": "nasbench201_cifar100.csv.gz",
-    "macro": "nasbench_macro_cifar10.csv.gz",
-    "mobilenetv2": "mfkd_mobilenetv2_cifar100.csv.gz",
-}
 TURNED = "jacobian_covariance"  # the score that ranks NAS-Bench-201 best, beside expressivity
 # The authors' table has 100 networks: thirds by MACs, one worker, and a grid that ends before all are trained.
 LOWER, UPPER = 39178112.0, 52578336.0
@@ -77,7 +72,7 @@ WITH_SCORES = ("proxies", "naswot")
 
 @dataclass(frozen=True)
 class Scope:
-    """Replays of a table (of TABLES) whose regrets are averaged, seed by seed.
+    """Replays of a table (of FILES) whose regrets are averaged, seed by seed.
 
     `baselines` are replayed without columns, and `mfkd` with each of the `columns`. `grid` are the costs, in full
     trainings; `seeds`, if not 0, takes the place of the seeds asked for.
@@ -102,23 +97,15 @@ def capped(cap: float) -> Replays:
 
 def windows(settings: Replay) -> Iterator[Replay]:
     for low, high in WINDOWS:
-        yield on_grid(replace(settings, min_macs=low * 1e6, max_macs=high * 1e6, workers=4), IN_WINDOWS)
+        yield measured_after(replace(settings, min_macs=low * 1e6, max_macs=high * 1e6, workers=4), IN_WINDOWS)
 
 
 def third(low: float, high: float) -> Replays:
     def replays(settings: Replay) -> Iterator[Replay]:
         for fidelity in LOWS:
-            yield on_grid(replace(settings, min_macs=low, max_macs=high, lows=(fidelity,), workers=1), FEW)
+            yield measured_after(replace(settings, min_macs=low, max_macs=high, lows=(fidelity,), workers=1), FEW)
 
     return replays
-
-
-def on_grid(settings: Replay, grid: tuple[int, ...]) -> Replay:
-    """The settings with `grid`, full trainings of mean cost, as the costs at which regret is measured."""
-    table = load_table(settings)
-    hour = float(np.nanmean(table.seconds[FULL])) / 3600
-    at = tuple(trainings * hour for trainings in grid)
-    return validated_replay(replace(settings, at=at, gpu_hours=at[-1]), table)
 
 
 IN_WINDOWS = (8, 12, 16, 24, 40)
@@ -185,7 +172,7 @@ def compared(scope: Scope, shared: Path, seeds: int) -> list[dict[str, Any]]:
         out = BUILD / f"{scope.table}-{columns.replace(', ', '-').replace(' ', '-')}"
         out.mkdir(parents=True, exist_ok=True)
         join = joined(scope.table, columns, out, shared)
-        settings = Replay(shared / TABLES[scope.table], methods, join=join, seeds=seeds)
+        settings = Replay(shared / FILES[scope.table], methods, join=join, seeds=seeds)
         replays = list(scope.replays(settings))
         each = [regrets(one, run_all(replace(one, out=out))) for one in replays]
         found |= {(method, columns): np.mean([one[method] for one in each], axis=0) for method in methods}

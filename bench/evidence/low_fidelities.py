@@ -84,7 +84,7 @@ def summarise(name: str) -> Json | None:
         return None
     scores = study_scores(name)
     result = summary.summarise(scores)
-    assert result is not None, f"{kept(name)} has no architecture that was scored at both full and low fidelity"
+    assert result is not None, f"{kept(name)} has no architecture with both a low-fidelity and a full score"
     return result | {"warning": luck_warning(scores, read_facts()[name]["classes"])}
 
 

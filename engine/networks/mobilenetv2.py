@@ -5,6 +5,8 @@ N batch, C channels, H W size in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from engine.networks.staged import Staged, conv_bn, he_init, pooled_classifier
@@ -36,13 +38,21 @@ def network(stem: int, stem_stride: int, stages: list[Stage], last: int, classes
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 projection without activation; a shortcut if the shapes allow it."""
+    """1x1 expansion, depthwise convolution, 1x1 projection without activation; a shortcut if the shapes allow it."""
 
-    def __init__(self, c_in: int, c_out: int, expansion: int, stride: int) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        expansion: int,
+        stride: int,
+        kernel: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU6,
+    ) -> None:
         super().__init__()
         hidden = c_in * expansion
-        expand = [conv_bn(c_in, hidden, 1, activation=nn.ReLU6())] if expansion > 1 else []
-        depthwise = conv_bn(hidden, hidden, 3, stride, groups=hidden, activation=nn.ReLU6())
+        expand = [conv_bn(c_in, hidden, 1, activation=activation())] if expansion > 1 else []
+        depthwise = conv_bn(hidden, hidden, kernel, stride, groups=hidden, activation=activation())
         self.body = nn.Sequential(*expand, depthwise, conv_bn(hidden, c_out, 1))
         self.shortcut = stride == 1 and c_in == c_out
 

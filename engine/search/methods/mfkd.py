@@ -40,8 +40,8 @@ FIRST_BATCH_COST = 1.2
 FIRST_BATCH = (8, 24)
 # Low-fidelity trials of a later batch, whose joint value is weighed against a full trial's.
 LOW_BATCH = 8
-# A low-fidelity batch delays all full trials after it, so it is weighed against what these gain on average, which is
-# far less than what the next one gains: this many of them, unless fewer are left.
+# A low-fidelity batch delays every full trial after it, so it is weighed against their average gain, which is far less
+# than that of the next one. At most this many of them count.
 HORIZON = 48
 # Weight of the standard deviation in the upper confidence bound.
 BETA = 0.25
@@ -233,9 +233,10 @@ def _low_batch(state: State, fitted: Estimate, slots: int, options: MfkdOptions)
 
 
 def _average_gain(trials: int) -> float:
-    """What each of so many full trials of similar candidates is expected to gain, in units of the first one's gain.
+    """The average gain of `trials` full trials of similar candidates, as a fraction of the first one's gain.
 
-    The first gains the mean of the positive part of a normal score, all together that of the greatest (Blom 1958).
+    The first trial gains the mean of the positive part of a normal draw; all of them together gain the expected maximum
+    of as many draws (Blom 1958).
     """
     first = NormalDist().pdf(0.0)
     greatest = NormalDist().inv_cdf((trials - 0.375) / (trials + 0.25))

@@ -56,10 +56,15 @@ def under_cap(settings: Replay, cap: float, cost: str = "macs") -> Replay:
     """The settings of a replay under a cap: its limit, the hours at which regret is measured, its own folder."""
     limit = float(np.nanquantile(load_table(settings).candidates.cost(cost), cap))
     out = None if settings.out is None else settings.out / f"cap-{cap:g}"
-    settings = replace(settings, maxima=(*settings.maxima, (cost, limit)), out=out)
+    return measured_after(replace(settings, maxima=(*settings.maxima, (cost, limit)), out=out), TRAININGS)
+
+
+def measured_after(settings: Replay, trainings: Sequence[int]) -> Replay:
+    """The settings of a replay with the hours of so many full trainings of mean cost as those at which regret is
+    measured; it ends with the last."""
     table = load_table(settings)
     hour = float(np.nanmean(table.seconds[FULL])) / 3600
-    at = tuple(trainings * hour for trainings in TRAININGS)
+    at = tuple(count * hour for count in trainings)
     return validated_replay(replace(settings, at=at, gpu_hours=at[-1]), table)
 
 
